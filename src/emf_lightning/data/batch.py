@@ -1,0 +1,29 @@
+"""What a training step receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from emf_lightning.text.base import TextFeatures
+
+
+@dataclass(frozen=True)
+class CaptionImageBatch:
+    """B caption-image pairs, encoded.
+
+    Attributes:
+        latents: x, ``[B, C, H, W]``, fp32.
+        text: features of the B captions.
+        null: features of the null caption, one row.
+        captions: the B captions.
+    """
+
+    latents: Tensor
+    text: TextFeatures
+    null: TextFeatures
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)

@@ -1,0 +1,32 @@
+"""What every frozen autoencoder offers: images to latents and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module, ABC):
+    """A frozen autoencoder: always in eval mode, never trained, never in a checkpoint.
+
+    Attributes:
+        channels: C of the latents.
+        downsampling: pixels per latent position, along each side.
+    """
+
+    channels: int
+    downsampling: int
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents ``[B, C, H/d, W/d]`` of unit order of magnitude, from images ``[B, 3, H, W]`` in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in [-1, 1] of latents ``[B, C, H/d, W/d]``."""
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        """Stays in eval mode: Lightning puts whatever it finds into train mode."""
+        super().train(False)
+        return self

@@ -1,0 +1,150 @@
+"""What the training of every flow map shares: the optimiser, progress, captions dropped, logging, sampling."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.guidance import guided
+from emf_lightning.flow.path import Velocity
+from emf_lightning.flow.weighting import Weighting
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.text.base import TextFeatures
+
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The times at which the validation error is taken."""
+
+
+class FlowMapModule(LightningModule):
+    """Base of the LightningModules: one network, one objective, drawn from in few steps.
+
+    Args:
+        net: the network, ``net(z, r, t, context, mask)`` -> u.
+        optimizer: called with the network's trainable parameters.
+        scheduler: called with the optimiser, stepped once an optimiser step.
+        weighting: from summed squared errors to losses.
+        caption_dropout: share of the training captions replaced by the null caption, in [0, 1).
+        guidance: scale of classifier-free guidance at sampling; 1 is none, anything else doubles the evaluations.
+        initial: a Lightning checkpoint (``.ckpt``) whose network weights to start from, its EMA's where it has one.
+    """
+
+    def __init__(
+        self,
+        net: FlowMapNetwork,
+        weighting: Weighting,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        caption_dropout: float = 0.1,
+        guidance: float = 1.0,
+        initial: Path | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1), got {caption_dropout}")
+        self.net = net
+        self.weighting = weighting
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.caption_dropout = caption_dropout
+        self.guidance = guidance
+        self._planned_steps = 0
+        if initial is not None:
+            self._start_from(initial)
+
+    def _start_from(self, checkpoint: Path) -> None:
+        if not checkpoint.is_file():
+            raise ValueError(f"initial: no checkpoint at {checkpoint}; give the path of a .ckpt file that `emf fit` wrote")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+        try:
+            self.net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"initial: {checkpoint} holds a network of another configuration than model.net: {str(error)[:300]}"
+            ) from error
+
+    @abstractmethod
+    def objective(self, batch: CaptionImageBatch) -> Tensor:
+        """The training loss of one batch, a scalar; logs what makes learning visible."""
+
+    @abstractmethod
+    def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+        """Latents from noise with this model's sampler."""
+
+    @property
+    def progress(self) -> float:
+        """Optimiser steps taken over optimiser steps planned, in [0, 1]."""
+        return min(self.trainer.global_step / self._planned_steps, 1.0)
+
+    def on_fit_start(self) -> None:
+        planned = self.trainer.estimated_stepping_batches
+        if planned == float("inf"):
+            raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
+        self._planned_steps = int(planned)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.net.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
+        loss = self.objective(batch)
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        return loss
+
+    def drop_captions(self, batch: CaptionImageBatch) -> tuple[TextFeatures, Tensor]:
+        """The batch's features with a share of the rows made null, and which rows, ``[B]``."""
+        dropped = torch.rand(len(batch), device=batch.latents.device) < self.caption_dropout
+        return batch.text.where(~dropped, batch.null), dropped
+
+    def velocity(self, text: TextFeatures) -> Velocity:
+        """u(z, r, t) given ``text``; a call with fewer rows takes the first rows of ``text``."""
+        context, mask = text.context, text.mask
+        return lambda z, r, t: self.net(z, r, t, context[: len(z)], mask[: len(z)])
+
+    def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+        self._log_error(batch, batch_idx, "validation")
+
+    def test_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+        self._log_error(batch, batch_idx, "test")
+
+    def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
+        """Logs the mean squared error of u(z, t, t) against v at fixed times, with noise fixed by the batch's index."""
+        x, u = batch.latents, self.velocity(batch.text)
+        noise = torch.Generator().manual_seed(batch_idx)
+        e = torch.randn(x.shape, generator=noise).to(x)
+        for time in VALIDATION_TIMES:
+            t = torch.full((len(batch),), time, device=x.device)
+            error = (u((1 - time) * x + time * e, t, t).float() - (e - x)).square().mean()
+            self.log(f"{stage}/mse_v_at_{time}", error, batch_size=len(batch), sync_dist=True)
+
+    @torch.no_grad()
+    def sample(
+        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance: float | None = None
+    ) -> Tensor:
+        """Latents ``[B, C, H, W]`` of B captions.
+
+        Args:
+            text: their features.
+            null: the null caption's, one row.
+            noise: ``[B, C, H, W]``, unit normal.
+            steps: how many.
+            guidance: scale of classifier-free guidance; ``self.guidance`` where it is None.
+        """
+        scale = self.guidance if guidance is None else guidance
+        u = self.velocity(text)
+        if scale != 1:
+            u = guided(u, self.velocity(null.expand(len(text))), scale)
+        return self.draw(u, noise, steps)
+
+    def nfe(self, steps: int, guidance: float | None = None) -> int:
+        """Network evaluations per image: twice the steps where guidance is on."""
+        return steps if (self.guidance if guidance is None else guidance) == 1 else 2 * steps

@@ -1,0 +1,65 @@
+"""The second time input: how a network that knows the time t learns the interval's length t - r."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from diffusers.models.normalization import AdaLayerNormSingle
+from torch import Tensor
+
+
+class IntervalEmbedding(AdaLayerNormSingle, ABC):
+    """SANA's time embedding, with a second one of the same kind for the interval's length.
+
+    The names of the pretrained module's parameters stay (``emb``, ``linear``), so published weights load; the new
+    ones are ``interval.*``. SANA hands ``guidance`` through to this module untouched: it carries r.
+    """
+
+    def __init__(self, embedding_dim: int) -> None:
+        super().__init__(embedding_dim)
+        self.interval = AdaLayerNormSingle(embedding_dim)
+
+    @torch.no_grad()
+    def duplicate(self) -> None:
+        """Makes the interval's embedding a copy of the pretrained time embedding (arXiv 2604.18168, section 3)."""
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("interval.")}
+        self.interval.load_state_dict(own)
+
+    @abstractmethod
+    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
+        """One embedding of three: of the end time t, of the length t - r, of the length 0."""
+
+    def forward(
+        self,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        batch_size: int | None = None,
+        hidden_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The modulation ``[B, 6 D]`` and the embedding ``[B, D]`` of (r, t) = (guidance, timestep)."""
+        end = super().forward(timestep, hidden_dtype=hidden_dtype)
+        if guidance is None:
+            return end
+        delta = timestep - guidance
+        length = self.interval(delta, hidden_dtype=hidden_dtype)
+        zero = self.interval(torch.zeros_like(delta), hidden_dtype=hidden_dtype)
+        return self.combine(end[0], length[0], zero[0]), self.combine(end[1], length[1], zero[1])
+
+
+class AnchoredInterval(IntervalEmbedding):
+    """m(t) + m'(t - r) - m'(0): at r = t it is the pretrained embedding, bit for bit, and stays so in training."""
+
+    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
+        """The sum, with the length's embedding measured from length 0."""
+        return end + (length - zero)
+
+
+class SummedInterval(IntervalEmbedding):
+    """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
+
+    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
+        """The plain sum."""
+        return end + length
+
+

@@ -1,0 +1,43 @@
+"""What the output of a network stands for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Prediction(ABC):
+    """A rule from a backbone's output to the average velocity u."""
+
+    @abstractmethod
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """u, from ``output`` and the state ``z``, both ``[B, C, H, W]``, at ``t`` ``[B]``."""
+
+
+class PredictVelocity(Prediction):
+    """The output is u itself: SANA, BLIP3o-NEXT and EMF."""
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The output unchanged."""
+        return output
+
+
+class PredictData(Prediction):
+    """The output is the data at the path's end as the interval's mean velocity sees it: u = (z - output) / t.
+
+    The parametrisation of pixel MeanFlow (arXiv 2601.22158): with large patches the data lie on a thin manifold of
+    the patch's dimensions and the velocity does not.
+
+    Args:
+        min_time: t is raised to this before the division, which bounds u near the data.
+    """
+
+    def __init__(self, min_time: float = 0.05) -> None:
+        if not 0 < min_time < 1:
+            raise ValueError(f"PredictData: min_time must lie in (0, 1), got {min_time}")
+        self.min_time = min_time
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """(z - output) / max(t, min_time), in fp32."""
+        return (z - output.float()) / t.clamp(min=self.min_time).view(-1, 1, 1, 1)

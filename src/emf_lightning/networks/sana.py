@@ -1,0 +1,144 @@
+"""SANA (diffusers' ``SanaTransformer2DModel``) as a flow map."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.prediction import Prediction, PredictVelocity
+
+
+@dataclass(frozen=True)
+class SanaArchitecture:
+    """The size of a SANA transformer, in diffusers' own names; the defaults are the small shapes world's.
+
+    Attributes:
+        num_layers: transformer blocks.
+        num_attention_heads: heads of the linear self-attention; the width is heads x ``attention_head_dim``.
+        attention_head_dim: channels of one of them.
+        num_cross_attention_heads: heads of the attention to the text.
+        cross_attention_head_dim: channels of one of them.
+        mlp_ratio: expansion of the gated convolution block.
+        patch_size: latent positions per token, along each side.
+        interpolation_scale: None for SANA's published position-free form, 1 for sine-cosine positions.
+        qk_norm: normalisation of queries and keys, e.g. ``rms_norm_across_heads`` (SANA-1.5), or None.
+        dropout: of the attention outputs.
+    """
+
+    num_layers: int = 6
+    num_attention_heads: int = 8
+    attention_head_dim: int = 32
+    num_cross_attention_heads: int = 4
+    cross_attention_head_dim: int = 64
+    mlp_ratio: float = 2.5
+    patch_size: int = 12
+    interpolation_scale: int | None = 1
+    qk_norm: str | None = None
+    dropout: float = 0.0
+
+
+class SanaFlowMap(FlowMapNetwork):
+    """A SANA transformer with a second time input, from scratch or from pretrained weights.
+
+    Args:
+        architecture: its size, where it starts from scratch.
+        pretrained: folder or hub name in diffusers' format to start from instead; ``subfolder`` as there.
+        subfolder: e.g. ``transformer`` for a whole pipeline's repository.
+        prediction: what the network's output stands for.
+        time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
+        plain_sum: combine the two time embeddings by EMF's plain sum, which does not preserve the parent.
+        latent_channels: C of the latents.
+        latent_size: H = W of the latents.
+        context_width: D of the text features.
+
+    Raises:
+        ValueError: where pretrained weights are not to be had or disagree with the data.
+    """
+
+    def __init__(
+        self,
+        architecture: SanaArchitecture | None = None,
+        pretrained: str | None = None,
+        subfolder: str | None = None,
+        prediction: Prediction | None = None,
+        time_scale: float = 1000.0,
+        plain_sum: bool = False,
+        latent_channels: int = 3,
+        latent_size: int = 36,
+        context_width: int = 128,
+    ) -> None:
+        from emf_lightning.networks.sana_transformer import IntervalSanaTransformer, SummedIntervalSanaTransformer
+
+        super().__init__()
+        self.prediction = prediction or PredictVelocity()
+        self.time_scale = time_scale
+        kind = SummedIntervalSanaTransformer if plain_sum else IntervalSanaTransformer
+        if pretrained is None:
+            size = architecture or SanaArchitecture()
+            if latent_size % size.patch_size:
+                raise ValueError(
+                    f"SanaFlowMap: latents of side {latent_size} do not divide into patches of {size.patch_size}; "
+                    "change the data's resolution or architecture.patch_size"
+                )
+            self.transformer = kind(
+                in_channels=latent_channels,
+                out_channels=latent_channels,
+                sample_size=latent_size,
+                caption_channels=context_width,
+                cross_attention_dim=size.num_cross_attention_heads * size.cross_attention_head_dim,
+                **asdict(size),
+            )
+            self.transformer.register_to_config(**self.meaning)
+        else:
+            if architecture is not None:
+                raise ValueError("SanaFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
+            try:
+                self.transformer = kind.from_flow(pretrained, subfolder=subfolder)
+            except OSError as error:
+                raise ValueError(
+                    f"SanaFlowMap: no weights at pretrained={pretrained!r}: give a folder in diffusers' format, "
+                    "or a hub name that is in the local cache or can be reached"
+                ) from error
+            self._check(pretrained, latent_channels, context_width)
+
+    @property
+    def meaning(self) -> dict[str, str | float]:
+        """What a reader of the saved weights must know to use them."""
+        settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(self.prediction).items()))
+        return {"flow_prediction": f"{type(self.prediction).__name__}({settings})", "flow_time_scale": self.time_scale}
+
+    def _check(self, pretrained: str, latent_channels: int, context_width: int) -> None:
+        config = self.transformer.config
+        for name, ours, theirs in (
+            ("latent channels", latent_channels, config.in_channels),
+            ("text feature width", context_width, config.caption_channels),
+            *((name, value, config.get(name, value)) for name, value in self.meaning.items()),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"SanaFlowMap: {pretrained} was trained with {name} {theirs!r}, this experiment has {ours!r}; "
+                    "make the data, encoder or net settings agree, or start from other weights"
+                )
+        self.transformer.register_to_config(**self.meaning)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes ``config.json`` and safetensors in diffusers' format; ``pretrained=directory`` reads them back."""
+        self.transformer.save_pretrained(str(directory))
+
+    def backbone(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """SANA's output; t - r is taken in fp32 inside the time embedding, after scaling."""
+        assert t.dtype in (torch.float32, torch.float64)
+        dtype = self.transformer.dtype
+        output: Tensor = self.transformer(
+            z.to(dtype),
+            context.to(dtype),
+            timestep=t * self.time_scale,
+            guidance=r * self.time_scale,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return output

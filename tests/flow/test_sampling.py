@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emf_lightning.flow.guidance import TargetGuidance, guided
+from emf_lightning.flow.sampling import sample_euler, sample_flow_map
+from tests.flow.gaussian import M, S, average_velocity
+
+
+def noise(rows: int = 4096) -> torch.Tensor:
+    return torch.randn(rows, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_steps_of_the_exact_flow_map_equal_one_step(steps: int):
+    e = noise()
+    assert torch.allclose(sample_flow_map(average_velocity, e, steps), sample_flow_map(average_velocity, e, 1), atol=1e-5)
+
+
+def test_one_step_of_the_exact_flow_map_samples_the_data():
+    x = sample_flow_map(average_velocity, noise(), 1)
+    assert abs(x.mean() - M) < 0.02
+    assert abs(x.std() - S) < 0.02
+
+
+def test_euler_needs_many_steps():
+    e = noise()
+    exact = sample_flow_map(average_velocity, e, 1)
+    errors = [(sample_euler(average_velocity, e, k) - exact).abs().max() for k in (1, 4, 64)]
+    assert errors[0] > 2 * errors[1] > 20 * errors[2]
+
+
+def test_zero_steps_are_refused():
+    with pytest.raises(ValueError, match="at least one step"):
+        sample_flow_map(average_velocity, noise(), 0)
+
+
+def test_guidance_extrapolates_from_the_null_velocity():
+    u = guided(lambda z, r, t: z + 3, lambda z, r, t: z + 1, 2.0)
+    z, t = torch.zeros(2, 1, 1, 1), torch.ones(2)
+    assert u(z, t, t).flatten().tolist() == [5.0, 5.0]
+
+
+def test_target_guidance_mixes_inside_its_interval_and_spares_dropped_rows():
+    v = torch.ones(3, 1, 1, 1)
+    t = torch.tensor([0.5, 0.9, 0.5])
+    guidance = TargetGuidance(scale=0.5, kappa=0.5, interval=(0.0, 0.8))
+    vtil = guidance(
+        v,
+        v,
+        t,
+        conditional=lambda z, r, t: 3 * torch.ones_like(z),
+        unconditional=lambda z, r, t: -torch.ones_like(z),
+        dropped=torch.tensor([False, False, True]),
+    )
+    assert vtil.flatten().tolist() == [0.5 * 1 + 0.5 * 3, 1.0, 1.0]
+    assert guidance.effective_scale == 1.0
+
+
+def test_target_guidance_of_effective_scale_reproduces_guided_velocity_at_the_fixed_point():
+    """Where the conditional u is already the guided velocity, vtil returns it (arXiv 2505.13447, appendix)."""
+    scale, kappa = 1.0, 0.5
+    v, null = 2.0, 0.5
+    fixed = null + scale / (1 - kappa) * (v - null)
+    ones = torch.ones(1, 1, 1, 1)
+    vtil = TargetGuidance(scale, kappa)(
+        v * ones,
+        ones,
+        torch.ones(1),
+        conditional=lambda z, r, t: fixed * torch.ones_like(z),
+        unconditional=lambda z, r, t: null * torch.ones_like(z),
+        dropped=torch.tensor([False]),
+    )
+    assert vtil.item() == pytest.approx(fixed)
+
+
+@pytest.mark.parametrize("settings", [{"kappa": 1.0}, {"interval": (0.5, 0.2)}])
+def test_target_guidance_refuses_impossible_settings(settings):
+    with pytest.raises(ValueError, match="TargetGuidance"):
+        TargetGuidance(**settings)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emf_lightning.flow.times import LogitNormalTimes, Schedule, UniformTimes
+
+CPU = torch.device("cpu")
+EMF = LogitNormalTimes(Schedule(-0.5, 0.5), Schedule(1.0, 2.0), Schedule(0.25, 0.75))
+
+
+@pytest.mark.parametrize("sampler", [EMF, UniformTimes(Schedule(0.5))])
+def test_interval_rows_come_first_and_the_rest_have_r_equal_t(sampler):
+    torch.manual_seed(0)
+    times = sampler(1000, 0.5, CPU)
+    assert times.n_interval == 500
+    assert (times.r[:500] < times.t[:500]).all()
+    assert torch.equal(times.r[500:], times.t[500:])
+    assert times.t.dtype == torch.float32
+    assert 0 < times.r.min() and times.t.max() < 1
+
+
+def test_share_and_law_follow_progress():
+    torch.manual_seed(0)
+    early, late = EMF(40_000, 0.0, CPU), EMF(40_000, 1.0, CPU)
+    assert (early.n_interval, late.n_interval) == (10_000, 30_000)
+    for times, mu, sigma in ((early, -0.5, 1.0), (late, 0.5, 2.0)):
+        logits = torch.logit(times.t[times.n_interval :].double())
+        assert abs(logits.mean() - mu) < 0.05
+        assert abs(logits.std() - sigma) < 0.05
+
+
+def test_r_may_have_its_own_law():
+    torch.manual_seed(0)
+    times = LogitNormalTimes(Schedule(0.0), Schedule(0.1), Schedule(1.0), Schedule(-4.0), Schedule(0.1))(1000, 0.0, CPU)
+    assert abs(torch.logit(times.r).mean() + 4) < 0.05
+    assert abs(torch.logit(times.t).mean()) < 0.05
+
+
+def test_share_outside_the_unit_interval_is_refused():
+    with pytest.raises(ValueError, match="interval_share"):
+        UniformTimes(Schedule(0.5, 1.5))
