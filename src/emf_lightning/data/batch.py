@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from emf_lightning.text.base import TextFeatures
@@ -27,3 +28,9 @@ class CaptionImageBatch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def to(self, device: torch.device | str, **kwargs: bool) -> CaptionImageBatch:
+        """The batch on ``device``; the method by which Lightning recognises what it can move."""
+        return CaptionImageBatch(
+            self.latents.to(device, **kwargs), self.text.to(device), self.null.to(device), self.captions
+        )

@@ -43,7 +43,7 @@ class FlowMapModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
-        initial: Path | None = None,
+        initial: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout < 1:
@@ -58,8 +58,8 @@ class FlowMapModule(LightningModule):
         if initial is not None:
             self._start_from(initial)
 
-    def _start_from(self, checkpoint: Path) -> None:
-        if not checkpoint.is_file():
+    def _start_from(self, checkpoint: str) -> None:
+        if not Path(checkpoint).is_file():
             raise ValueError(f"initial: no checkpoint at {checkpoint}; give the path of a .ckpt file that `emf fit` wrote")
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
@@ -85,7 +85,7 @@ class FlowMapModule(LightningModule):
 
     def on_fit_start(self) -> None:
         planned = self.trainer.estimated_stepping_batches
-        if planned == float("inf"):
+        if not 0 < planned < float("inf"):
             raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
         self._planned_steps = int(planned)
 
@@ -94,6 +94,12 @@ class FlowMapModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # From a configuration they are plain values that rebuild the module; from Python they are the objects
+        # themselves, and pickling the network once more would double the file and need trust to load.
+        if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
+            checkpoint.pop("hyper_parameters", None)
 
     def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
         loss = self.objective(batch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -42,7 +40,7 @@ class MeanFlow(FlowMapModule):
         scheduler: LRSchedulerCallable | None = None,
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
-        initial: Path | None = None,
+        initial: str | None = None,
     ) -> None:
         super().__init__(
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
@@ -50,6 +52,8 @@ class SanaFlowMap(FlowMapNetwork):
         subfolder: e.g. ``transformer`` for a whole pipeline's repository.
         prediction: what the network's output stands for.
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
+        math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
+            CPU the fused kernel's backward pass alone takes a third of a step.
         plain_sum: combine the two time embeddings by EMF's plain sum, which does not preserve the parent.
         latent_channels: C of the latents.
         latent_size: H = W of the latents.
@@ -67,6 +71,7 @@ class SanaFlowMap(FlowMapNetwork):
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         plain_sum: bool = False,
+        math_attention: bool = False,
         latent_channels: int = 3,
         latent_size: int = 36,
         context_width: int = 128,
@@ -76,6 +81,7 @@ class SanaFlowMap(FlowMapNetwork):
         super().__init__()
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
+        self.math_attention = math_attention
         kind = SummedIntervalSanaTransformer if plain_sum else IntervalSanaTransformer
         if pretrained is None:
             size = architecture or SanaArchitecture()
@@ -133,12 +139,14 @@ class SanaFlowMap(FlowMapNetwork):
         """SANA's output; t - r is taken in fp32 inside the time embedding, after scaling."""
         assert t.dtype in (torch.float32, torch.float64)
         dtype = self.transformer.dtype
-        output: Tensor = self.transformer(
-            z.to(dtype),
-            context.to(dtype),
-            timestep=t * self.time_scale,
-            guidance=r * self.time_scale,
-            encoder_attention_mask=mask,
-            return_dict=False,
-        )[0]
+        kernel = sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext()
+        with kernel:
+            output: Tensor = self.transformer(
+                z.to(dtype),
+                context.to(dtype),
+                timestep=t * self.time_scale,
+                guidance=r * self.time_scale,
+                encoder_attention_mask=mask,
+                return_dict=False,
+            )[0]
         return output

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.times import LogitNormalTimes, Schedule
+from emf_lightning.modules.flow_matching import FlowMatching
+from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.schedules import WarmupCosine
+from emf_lightning.text.words import WordEncoder
+
+
+def trainer(tmp_path, **kwargs) -> Trainer:
+    settings = {
+        "max_steps": 6,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(**(settings | kwargs))
+
+
+def optimizer(params):
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+@pytest.mark.parametrize("module", [FlowMatching, MeanFlow])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_moves_the_weights_and_logs_raw_errors(tmp_path, net, loader, module, precision):
+    before = copy.deepcopy(net.state_dict())
+    model = module(net, optimizer=optimizer)
+    fit = trainer(tmp_path, precision=precision)
+    fit.fit(model, loader)
+    assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
+    logged = fit.callback_metrics
+    assert logged["train/mse_r_equals_t"] > 0
+    if module is MeanFlow:
+        assert logged["train/mse_r_below_t"] > 0
+        assert logged["train/derivative_norm"] > 0
+        assert logged["train/nan_rows"] == 0
+
+
+def test_progress_counts_optimiser_steps_not_batches(tmp_path, net, loader):
+    seen = []
+
+    class Watched(MeanFlow):
+        def objective(self, batch):
+            seen.append(self.progress)
+            return super().objective(batch)
+
+    trainer(tmp_path, max_steps=3, accumulate_grad_batches=2).fit(Watched(net, optimizer=optimizer), loader)
+    assert seen == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
+
+
+def test_target_guidance_changes_the_objective(tmp_path, net, loader):
+    batch = next(iter(loader))
+    losses = []
+    for guidance in (None, TargetGuidance(scale=2.0, kappa=0.3)):
+        model = MeanFlow(copy.deepcopy(net), optimizer=optimizer, target_guidance=guidance, caption_dropout=0.0)
+        model.trainer = trainer(tmp_path)
+        model._planned_steps = 6
+        model.log = lambda *args, **kwargs: None
+        torch.manual_seed(0)
+        losses.append(model.objective(batch).item())
+    assert losses[0] != losses[1]
+
+
+def test_caption_dropout_makes_rows_null(net, loader):
+    batch = next(iter(loader))
+    text, dropped = MeanFlow(net, caption_dropout=0.5).drop_captions(batch)
+    assert dropped.any() and not dropped.all()
+    for row in range(len(batch)):
+        expected = batch.null if dropped[row] else batch.text[row : row + 1]
+        assert torch.equal(text.context[row], expected.context[0])
+        assert torch.equal(text.mask[row], expected.mask[0])
+
+
+def test_flow_matching_starts_meanflow_from_its_checkpoint(tmp_path, net, loader):
+    fit = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    parent = FlowMatching(net, optimizer=optimizer)
+    fit.fit(parent, loader)
+    fit.save_checkpoint(tmp_path / "parent.ckpt")
+    child = copy.deepcopy(net)
+    torch.nn.init.normal_(child.transformer.proj_out.weight)
+    model = MeanFlow(child, initial=str(tmp_path / "parent.ckpt"))
+    averaged = torch.load(tmp_path / "parent.ckpt", weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, averaged[name]), name
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path, net, loader):
+    torch.save({"state_dict": {"net.transformer.proj_out.weight": torch.zeros(2, 2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="another configuration"):
+        MeanFlow(net, initial=str(tmp_path / "other.ckpt"))
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        MeanFlow(net, initial=str(tmp_path / "none.ckpt"))
+
+
+def test_unbounded_training_is_refused(tmp_path, net):
+    from torch.utils.data import IterableDataset
+
+    from tests.modules.conftest import Batches
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from (Batches(2)[i] for i in range(2))
+
+    with pytest.raises(ValueError, match="max_steps"):
+        trainer(tmp_path, max_steps=-1, max_epochs=2).fit(
+            MeanFlow(net, optimizer=optimizer), torch.utils.data.DataLoader(Stream(), batch_size=None)
+        )
+
+
+def test_flow_matching_refuses_interval_rows(net):
+    with pytest.raises(ValueError, match="r < t"):
+        FlowMatching(net, times=LogitNormalTimes(interval_share=Schedule(0.25)))
+
+
+def test_guidance_doubles_the_evaluations(net):
+    model = MeanFlow(net, guidance=2.0)
+    assert (model.nfe(4), model.nfe(4, guidance=1.0)) == (8, 4)
+    calls = []
+    net.register_forward_hook(lambda *args: calls.append(1))
+    encoder = WordEncoder(width=16, length=4)
+    model.sample(encoder(["a red circle"]), encoder([""]), torch.randn(1, 3, 8, 8), steps=2)
+    assert len(calls) == 4
+
+
+def test_meanflow_stops_when_most_rows_are_not_finite(tmp_path, net, loader):
+    torch.nn.init.constant_(net.transformer.proj_out.bias, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        trainer(tmp_path).fit(MeanFlow(net, optimizer=optimizer), loader)
+
+
+def test_schedule_warms_up_and_ends_at_its_final_share():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([parameter], lr=2.0)
+    schedule = WarmupCosine(sgd, total=100, warmup=10, final=0.1)
+    rates = []
+    for _ in range(100):
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(2.0 / 11)
+    assert max(rates) == pytest.approx(2.0)
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="max_steps"):
+        WarmupCosine(sgd, total=-1)
