@@ -32,9 +32,9 @@ class SanaArchitecture:
     """
 
     num_layers: int = 6
-    num_attention_heads: int = 8
+    num_attention_heads: int = 6
     attention_head_dim: int = 32
-    num_cross_attention_heads: int = 4
+    num_cross_attention_heads: int = 3
     cross_attention_head_dim: int = 64
     mlp_ratio: float = 2.5
     patch_size: int = 12

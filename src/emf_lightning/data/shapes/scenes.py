@@ -47,15 +47,19 @@ class Scene:
 
 
 def _cells(world: World, count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """``count`` distinct (column, row) cells; with a relation, the first stands so to the second, in one line."""
-    if relation is None:
-        return [divmod(int(i), world.grid) for i in rng.choice(world.grid**2, count, replace=False)]
-    low, high = sorted(int(i) for i in rng.choice(world.grid, 2, replace=False))
-    line = int(rng.integers(world.grid))
-    first, second = (low, high) if relation in ("left of", "above") else (high, low)
-    if relation in ("left of", "right of"):
-        return [(first, line), (second, line)]
-    return [(line, first), (line, second)]
+    """``count`` (column, row) cells of one compact group, somewhere on the grid.
+
+    Objects stand side by side in the caption's order, four of them in a square; with a relation the first stands so
+    to the second. Which of the group's places it takes is left to chance: that is what noise decides.
+    """
+    if relation in ("above", "below"):
+        columns, rows = 1, count
+    else:
+        columns = 2 if count == 4 else count
+        rows = count // columns
+    left, top = (int(rng.integers(world.grid - extent + 1)) for extent in (columns, rows))
+    cells = [(left + i % columns, top + i // columns) for i in range(count)]
+    return cells[::-1] if relation in ("right of", "below") else cells
 
 
 def _place(world: World, colour: str, shape: str, cell: tuple[int, int], rng: np.random.Generator) -> SceneObject:

@@ -63,14 +63,14 @@ class World:
 SMALL = World(
     name="small",
     canvas=36,
-    grid=2,
+    grid=3,
     shapes=SHAPES[:5],
     colours=("red", "yellow", "green", "blue", "purple", "pink", "black", "white"),
-    radius=(0.28, 0.38),
+    radius=(0.33, 0.41),
     held_out_pairs=frozenset({("pink", "circle"), ("black", "square"), ("white", "triangle")}),
     held_out_shape_pairs=frozenset({frozenset({"circle", "cross"})}),
 )
-"""The laptop's world: 36 px, four 18 px cells, 5 shapes x 8 colours."""
+"""The laptop's world: 36 px, nine 12 px cells, 5 shapes x 8 colours."""
 
 FULL = World(
     name="full",
