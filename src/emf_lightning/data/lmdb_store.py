@@ -1,0 +1,117 @@
+"""One LMDB folder that several processes and threads read and write at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lmdb
+
+# LMDB may open a folder once in a process and never lets an open one cross a fork (py-lmdb refuses to open it anew in
+# the child). Hence one registry a process, empty at the moment of any fork, and one transaction at a time.
+_ENVIRONMENTS: dict[str, lmdb.Environment] = {}
+_LOCK = threading.Lock()
+_fork_hooks_set = False
+
+
+@dataclass(frozen=True)
+class LmdbStore:
+    """A folder of key-value pairs; opened when first used, in each process anew.
+
+    It survives ``kill -9`` at any moment, as LMDB does: pages are written before the page that points to them. Commits
+    reach the disk (``sync``), but without a second flush for their own record (no ``metasync``): after a power failure
+    the last commit may be missing, which costs a cache nothing, and the rest is whole.
+
+    Attributes:
+        path: the folder, on a local disk (LMDB does not work on network file systems).
+        map_size: bytes beyond which it does not grow.
+    """
+
+    path: str
+    map_size: int
+
+    def open(self) -> None:
+        """Makes the folder where there is none.
+
+        Raises:
+            ValueError: if it cannot be made or written to, or what is in it is no whole LMDB file.
+        """
+        with _LOCK:
+            key = os.path.realpath(self.path)
+            if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted meanwhile
+                _ENVIRONMENTS.pop(key).close()
+            environment = self._environment()
+            if environment.info()["map_size"] < self.map_size:  # opened by another store of less ambition
+                environment.set_mapsize(self.map_size)
+
+    @contextmanager
+    def transaction(self, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
+        """A transaction that commits on leaving; values are buffers that are valid inside of it only."""
+        import lmdb
+
+        with _LOCK:
+            environment = self._environment()
+            try:
+                transaction = environment.begin(write=write, buffers=True)
+            except lmdb.MapResizedError:  # another process is allowed more and has used it
+                environment.set_mapsize(0)
+                transaction = environment.begin(write=write, buffers=True)
+            with transaction:
+                yield transaction
+
+    def page_size(self) -> int:
+        """Bytes of a page; larger values take whole pages."""
+        with _LOCK:
+            return self._environment().stat()["psize"]
+
+    def used(self) -> int:
+        """Bytes on disk."""
+        return os.stat(os.path.join(self.path, "data.mdb")).st_size
+
+    def _environment(self) -> lmdb.Environment:
+        key = os.path.realpath(self.path)
+        if key not in _ENVIRONMENTS:
+            _set_fork_hooks()
+            _ENVIRONMENTS[key] = _open(key, self.map_size)
+        return _ENVIRONMENTS[key]
+
+
+def _open(path: str, map_size: int) -> lmdb.Environment:
+    import lmdb
+
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        # More readers than LMDB's 126: each loader worker of each rank of each run that shares the folder is one.
+        environment = lmdb.open(path, map_size=map_size, metasync=False, max_readers=1024)
+    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+        raise ValueError(f"{path!r} holds no LMDB file ({error}); delete it or choose another path") from error
+    except (OSError, lmdb.Error) as error:
+        raise ValueError(f"cannot write to the folder {path!r} ({error}); choose another path") from error
+    environment.reader_check()  # frees the slots of readers that were killed
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    present = os.stat(os.path.join(path, "data.mdb")).st_size
+    if present < needed:  # reading beyond the end of a mapped file would kill the process
+        environment.close()
+        raise ValueError(f"{path!r} was cut short ({present:,} of {needed:,} bytes), by a copy perhaps; delete it")
+    return environment
+
+
+def _set_fork_hooks() -> None:
+    global _fork_hooks_set
+    if _fork_hooks_set or not hasattr(os, "register_at_fork"):
+        return
+    os.register_at_fork(before=_before_fork, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+    _fork_hooks_set = True
+
+
+def _before_fork() -> None:
+    _LOCK.acquire()  # no transaction of another thread is open, and none begins
+    for environment in _ENVIRONMENTS.values():
+        environment.close()
+    _ENVIRONMENTS.clear()

@@ -1,0 +1,59 @@
+"""The shards that a path, a pattern or a list of them stands for."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shards") -> tuple[str, ...]:
+    """The shards' files or addresses, in order.
+
+    Args:
+        shards: a tar file, a folder of them, a glob, a range like ``data-{000000..000012}.tar``, an address with a
+            scheme (``hf://``, ``https://``, ``s3://``), or a list of these.
+        argument: what the user calls it.
+
+    Raises:
+        ValueError: naming the entry that stands for no shard, or for a compressed one.
+    """
+    entries = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    if not entries:
+        raise ValueError(f"{argument} is empty; give at least one tar shard")
+    paths = [path for entry in entries for part in _ranges(str(entry)) for path in _expand(part, argument)]
+    for path in paths:
+        if not path.endswith(".tar"):
+            raise ValueError(f"{argument}: {path!r} is not a .tar shard; unpack compressed shards first")
+    return tuple(paths)
+
+
+def _ranges(entry: str) -> list[str]:
+    found = RANGE.search(entry)
+    if found is None:
+        return [entry]
+    first, last = found.groups()
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [part for number in numbers for part in _ranges(entry[: found.start()] + number + entry[found.end() :])]
+
+
+def _expand(entry: str, argument: str) -> list[str]:
+    if "://" in entry:
+        if not glob.has_magic(entry):
+            return [entry]  # whether it is there shows when it is read: asking first would cost a request a shard
+        import fsspec
+
+        system, pattern = fsspec.core.url_to_fs(entry)
+        found = sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
+    elif Path(entry).expanduser().is_dir():
+        found = sorted(str(path) for path in Path(entry).expanduser().glob("*.tar"))
+    elif Path(entry).expanduser().is_file():
+        found = [str(Path(entry).expanduser())]
+    else:
+        found = sorted(glob.glob(str(Path(entry).expanduser()), recursive=True))
+    if not found:
+        raise ValueError(f"{argument}: {entry!r} matches no file; check the path (relative ones start at {Path.cwd()})")
+    return found

@@ -1,0 +1,155 @@
+"""The text towers of OpenCLIP as frozen text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.truncation import Truncation
+
+
+class OpenClipTextEncoder(TextEncoder):
+    """The token features of an OpenCLIP text tower, before pooling and projection, after the final norm.
+
+    The tower sees what it was trained on: all its positions, padding included. The mask is True up to the end of the
+    caption, and positions beyond it come out as zeros. Features are computed in ``dtype``, outside any autocast, and
+    returned as float32.
+
+    Args:
+        model: OpenCLIP's name of the architecture ("ViT-L-14"); "hf-hub:..." and "local-dir:..." bring their weights.
+        pretrained: path of a local checkpoint, or a tag of OpenCLIP's ("openai", "laion2b_s32b_b82k").
+        length: L; the tower's own context if None, which it may not exceed.
+        template: what is encoded; ``{caption}`` stands for the caption, the empty one included.
+        dtype: of the weights and the arithmetic.
+        quick_gelu: the activation is QuickGELU. Tags know (OpenAI's weights need it, and give plausible, wrong
+            features without it); a local file of such weights cannot say so.
+
+    Raises:
+        ValueError: if the model cannot be loaded, or the template or the length make no sense.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        length: int | None = None,
+        template: str = "{caption}",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        if "{caption}" not in template:
+            raise ValueError(f"OpenClipTextEncoder: template={template!r} must contain {{caption}}")
+        self.tower, self.tokenizer, self._architecture = _load(model, pretrained, quick_gelu)
+        self.tower.to(getattr(torch, dtype))
+        self.template = template
+        self.dtype = dtype
+        self._context = min(self.tokenizer.context_length, self.tower.context_length)
+        self._kept = self._context if length is None else length
+        if not 1 <= self._kept <= self._context:
+            raise ValueError(f"OpenClipTextEncoder: length={length} must be between 1 and {model!r}'s {self._context}")
+        self.freeze()
+        # What towers hand out differs (a Hugging Face tower may keep its class token to itself): this one is asked.
+        tokens = self._tokens(self._ids([NULL_CAPTION], self._kept))
+        self.length, self.width = min(self._kept, tokens.shape[1]), tokens.shape[2]
+        self._truncation = Truncation(type(self).__name__, self._kept)
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lost their end so far."""
+        return self._truncation.cut
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of weights, architecture, tokenizer and settings; the file or tag they came from is not part."""
+        vocabulary = tokenizer_digest(self._inner) if self._inner else fingerprint(vocabulary=self.tokenizer.encoder)
+        return fingerprint(
+            encoder=type(self).__name__,
+            weights=weights_digest(self.tower),
+            architecture=self._architecture,
+            tokenizer=vocabulary,
+            template=self.template,
+            dtype=self.dtype,
+            length=self.length,
+        )
+
+    def _ids(self, captions: Sequence[str], length: int) -> Tensor:
+        texts = [self.template.replace("{caption}", caption) for caption in captions]
+        return self.tokenizer(texts, context_length=length)
+
+    @property
+    def _inner(self) -> Any:
+        """The transformers tokenizer inside OpenCLIP's; None where it is OpenAI's own."""
+        return getattr(self.tokenizer, "tokenizer", None)
+
+    @property
+    def _padding(self) -> int:
+        return 0 if self._inner is None else self._inner.pad_token_id
+
+    def _mask(self, ids: Tensor) -> Tensor:
+        """True for the caption's tokens, its end included."""
+        if self._inner is None:
+            # OpenAI's tokenizer pads with 0, which is also "!": only the end of text tells.
+            ends = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
+            return torch.arange(ids.shape[1]) <= ends
+        mask = ids != self._padding
+        if self._padding == self._inner.eos_token_id:  # the first of them is the end of text
+            mask[:, 1:] |= mask[:, :-1].clone()
+            mask[:, 0] = True
+        return mask
+
+    @torch.no_grad()
+    def _tokens(self, ids: Tensor) -> Tensor:
+        """Token features at all the tower's positions: its causal mask fits no shorter sequence."""
+        device = next(self.tower.parameters()).device
+        ids = nn.functional.pad(ids, (0, self._context - ids.shape[1]), value=self._padding)
+        with torch.autocast(device.type, enabled=False):
+            return self.tower(ids.to(device))[1].float()
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, L, D]``, float32, and their mask."""
+        ids = self._ids(captions, self._kept)
+        mask = self._mask(ids)
+        full = [caption for caption, last in zip(captions, mask[:, -1].tolist(), strict=True) if last]
+        # Only where one token more is kept when one more is allowed did anything get lost.
+        cut = int(self._mask(self._ids(full, self._kept + 1))[:, -1].sum()) if full else 0
+        self._truncation.add(len(captions), cut)
+        tokens = self._tokens(ids)
+        first = self._context - tokens.shape[1]  # 1 where the tower keeps its class token, 0 elsewhere
+        tokens = tokens[:, : self.length]
+        mask = nn.functional.pad(mask[:, first:], (0, first))[:, : self.length].to(tokens.device)
+        return TextFeatures(tokens.masked_fill(~mask[..., None], 0.0), mask)
+
+
+def _load(model: str, pretrained: str | None, quick_gelu: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """The text tower, its tokenizer, and what the configuration says beside the weights."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tag = get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else {}
+    quick_gelu = quick_gelu or pretrained == "openai" or tag.get("quick_gelu", False)
+    try:
+        whole = open_clip.create_model(
+            model,
+            pretrained,
+            force_quick_gelu=quick_gelu,
+            force_custom_text=True,  # the text tower as a module of its own
+            require_pretrained=True,
+        )
+        tokenizer = open_clip.get_tokenizer(model)
+        config = open_clip.get_model_config(model.replace("/", "-") if ":" not in model else model)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"OpenClipTextEncoder: cannot load model={model!r} with pretrained={pretrained!r} ({reason}); give a name "
+            "of open_clip.list_models() and the path of a local checkpoint, or a tag of "
+            "open_clip.list_pretrained_tags_by_model(name) while online"
+        ) from error
+    whole.text.output_tokens = True
+    return whole.text, tokenizer, {"text": config["text_cfg"], "quick_gelu": quick_gelu or config.get("quick_gelu")}

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tars import SIDE, picture, write_numbered, write_tar
+from torch import Tensor
+
+from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.feature_cache import FeatureCache
+from emf_lightning.data.streams import RawBatch
+from emf_lightning.latents.base import Autoencoder
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.text.words import WordEncoder
+
+
+class CountingEncoder(WordEncoder):
+    """The embedded encoder, and what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(width=8, length=4)
+        self.asked: list[str] = []
+
+    def encode(self, captions: Sequence[str]):  # type: ignore[no-untyped-def]
+        self.asked += captions
+        return super().encode(captions)
+
+
+class Halving(Autoencoder):
+    channels = 12
+    downsampling = 2
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_unshuffle(images, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_shuffle(latents, 2)
+
+
+class Model(LightningModule):
+    """The smallest model that trains, and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.seen: list[tuple[int, tuple[str, ...], str]] = []
+        self.validated: list[str] = []
+
+    def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
+        digest = hashlib.sha256(batch.latents.numpy().tobytes() + batch.text.context.numpy().tobytes()).hexdigest()
+        self.seen.append((self.current_epoch, batch.captions, digest))
+        return self.layer(batch.latents.mean(dim=(2, 3))).mean()
+
+    def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+        self.validated += batch.captions
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> tuple[Tensor, list[str]]:
+        return batch
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def make(shards: str | list[str], num_workers: int = 0, **options: object) -> CaptionImageData:
+    options = {"batch_size": 4, "shuffle_block": 8, "resolution": SIDE, **options}
+    return CaptionImageData(CountingEncoder(), Pixels(), shards, num_workers=num_workers, **options)  # type: ignore[arg-type]
+
+
+def trainer(folder: Path, **options: object) -> Trainer:
+    options = {"max_epochs": 2, "enable_checkpointing": False, **options}
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lightning_resumes_at_any_step_with_the_very_next_batch(tmp_path: Path, num_workers: int) -> None:
+    shards = write_numbered(tmp_path / "shards", [13, 7, 13])
+    every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    model = Model()
+    trainer(tmp_path, callbacks=[every_step], enable_checkpointing=True).fit(model, make(shards, num_workers))
+    assert len(model.seen) >= 14
+    assert [epoch for epoch, _, _ in model.seen] == sorted(epoch for epoch, _, _ in model.seen)
+    per_pass = len(model.seen) // 2
+    for step in (3, per_pass, per_pass + 2):
+        resumed = Model()
+        trainer(tmp_path).fit(resumed, make(shards, num_workers), ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        assert resumed.seen == model.seen[step:]
+
+
+def test_resume_between_two_passes_does_not_repeat_the_first_ones_order(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path / "shards", [16])
+    every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+    model = Model()
+    trainer(tmp_path, callbacks=[every_epoch], enable_checkpointing=True).fit(model, make(shards))
+    resumed = Model()
+    trainer(tmp_path).fit(resumed, make(shards), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    assert resumed.seen == model.seen[4:]
+    assert [seen[1] for seen in model.seen[4:]] != [seen[1] for seen in model.seen[:4]]
+
+
+def test_limited_epochs_go_on_in_the_pass_instead_of_repeating_its_beginning(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path / "shards", [24])
+    model = Model()
+    trainer(tmp_path, limit_train_batches=3).fit(model, make(shards))
+    assert [epoch for epoch, _, _ in model.seen] == [0, 0, 0, 1, 1, 1]
+    assert sorted(c for _, captions, _ in model.seen for c in captions) == sorted(f"sample {n}" for n in range(24))
+
+
+def test_frozen_parts_are_not_in_the_checkpoint(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path / "shards", [8])
+    model, run = Model(), trainer(tmp_path, max_epochs=1)
+    run.fit(model, make(shards))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {"layer.weight", "layer.bias"}
+    assert set(checkpoint["CaptionImageData"]) == {"train"}
+
+
+def test_validation_sees_the_same_first_samples_in_order_each_time(tmp_path: Path) -> None:
+    train = write_numbered(tmp_path / "train", [8])
+    validation = write_numbered(tmp_path / "validation", [20])
+    model = Model()
+    data = make(train, num_workers=2, validation_shards=validation, validation_samples=10)
+    trainer(tmp_path, num_sanity_val_steps=0).fit(model, data)
+    assert model.validated == [f"sample {n}" for n in range(10)] * 2
+
+
+def test_without_validation_shards_a_model_that_validates_still_trains(tmp_path: Path) -> None:
+    model = Model()
+    trainer(tmp_path).fit(model, make(write_numbered(tmp_path / "train", [8])))
+    assert len(model.seen) == 4
+    assert model.validated == []
+
+
+def encoded(data: CaptionImageData) -> list[CaptionImageBatch]:
+    return [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+def test_batch_holds_scaled_images_their_features_and_the_null_captions(tmp_path: Path) -> None:
+    data = make(write_numbered(tmp_path, [8]))
+    data.setup("fit")
+    encoder = WordEncoder(width=8, length=4)
+    raws, batches = list(data.train_dataloader()), encoded(data)
+    for raw, batch in zip(raws, batches, strict=True):
+        assert isinstance(raw, RawBatch)
+        assert len(batch) == 4
+        assert batch.captions == raw.captions
+        assert torch.allclose(batch.latents, raw.images.double().div(255).mul(2).sub(1).float(), atol=1e-6)
+        expected = encoder(batch.captions)
+        assert torch.equal(batch.text.context, expected.context)
+        assert torch.equal(batch.text.mask, expected.mask)
+        assert torch.equal(batch.null.context, encoder([""]).context)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_features_through_the_cache_are_the_encoders_and_each_caption_is_encoded_once(
+    tmp_path: Path, num_workers: int
+) -> None:
+    members = {}
+    for number in range(24):  # six captions, four times each
+        members |= {f"{number}.png": picture(number), f"{number}.txt": f"caption {number % 6}".encode()}
+    shard = write_tar(tmp_path / "x.tar", members)
+    cache = FeatureCache(tmp_path / "cache", max_gb=0.01)
+    data = make(shard, num_workers, cache=cache, batch_size=5)
+    data.setup("fit")
+    cache.store(["caption 2"], data.text(["caption 2"]))
+    data.text.asked.clear()  # type: ignore[operator, union-attr]
+    encoder = WordEncoder(width=8, length=4)
+    for batch in encoded(data):
+        expected = encoder(batch.captions)
+        assert torch.equal(batch.text.mask, expected.mask)
+        assert torch.equal(batch.text.context[batch.text.mask], expected.context[expected.mask])
+    assert sorted(data.text.asked) == ["", *(f"caption {n}" for n in (0, 1, 3, 4, 5))]  # type: ignore[arg-type]
+
+
+def test_full_cache_keeps_the_encoder_out_of_it(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path, [8])
+    cache = FeatureCache(tmp_path / "cache", max_gb=0.01)
+    data = make(shards, 1, cache=cache)
+    data.setup("fit")
+    captions = [f"sample {n}" for n in range(8)]
+    cache.store([*captions, ""], data.text([*captions, ""]))
+    data.text.asked.clear()  # type: ignore[operator, union-attr]
+    assert len(encoded(data)) == 2
+    assert data.text.asked == []
+    assert cache.hits >= 8
+
+
+def test_text_features_follow_the_order_asked_for(tmp_path: Path) -> None:
+    data = make(write_numbered(tmp_path, [8]))
+    captions = ["red", "a blue circle", "red", "green"]
+    features = data.text_features(captions)
+    assert torch.equal(features.context, WordEncoder(width=8, length=4)(captions).context)
+    assert data.text.asked == ["red", "a blue circle", "green"]
+
+
+def test_model_facing_sizes_come_from_the_frozen_parts(tmp_path: Path) -> None:
+    data = CaptionImageData(WordEncoder(width=16, length=6), Halving(), "unused.tar", resolution=48)
+    assert (data.context_width, data.context_length) == (16, 6)
+    assert (data.latent_channels, data.latent_size) == (12, 24)
+
+
+def test_decode_is_the_inverse_of_what_training_does_to_images(tmp_path: Path) -> None:
+    data = make(write_numbered(tmp_path, [8]))
+    data.setup("fit")
+    for raw, batch in zip(data.train_dataloader(), encoded(data), strict=True):
+        assert torch.equal(data.decode(batch.latents), raw.images.permute(0, 2, 3, 1))
+
+
+def test_prediction_gives_each_prompt_with_its_index(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    data = make("no shards needed", prompts=tmp_path / "prompts.txt", batch_size=2)
+    batches = trainer(tmp_path).predict(Model(), data)
+    assert [(int(i), p) for indices, prompts in batches or [] for i, p in zip(indices, prompts, strict=True)] == list(
+        enumerate(["one", "two", "three", "four", "five"])
+    )
+
+
+def test_skipped_samples_are_counted_over_the_workers(tmp_path: Path) -> None:
+    shards = []
+    for name in ("x", "y"):
+        members = {f"{n}.{e}": d for n in range(8) for e, d in (("png", picture(n)), ("txt", b"fine"))}
+        shards.append(write_tar(tmp_path / f"{name}.tar", members | {"a.png": b"?", "a.txt": b"text", "b.png": b""}))
+    data = make(shards, num_workers=2)
+    with pytest.warns(UserWarning, match="corrupt image"):
+        trainer(tmp_path, max_epochs=1).fit(Model(), data)
+    assert data.skipped == {"corrupt image": 2, "missing caption": 2}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("num_workers", -1), ("resolution", 0), ("shuffle_block", 0), ("validation_samples", 0)],
+)
+def test_arguments_out_of_range_are_named(option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be at least .*, got {value}"):
+        make("x.tar", **{option: value})  # type: ignore[arg-type]
+
+
+def test_resolution_must_fit_the_autoencoder() -> None:
+    with pytest.raises(ValueError, match="resolution 37 is not a multiple of the autoencoder's downsampling 2"):
+        CaptionImageData(WordEncoder(width=8, length=4), Halving(), "x.tar", resolution=37)
+
+
+def test_missing_shards_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"CaptionImageData: shards: '.*none-\*\.tar' matches no file"):
+        make(f"{tmp_path}/none-*.tar").setup("fit")
+    shards = write_numbered(tmp_path, [8])
+    with pytest.raises(ValueError, match=r"CaptionImageData: validation_shards: '.*none\.tar' matches no file"):
+        make(shards, validation_shards=f"{tmp_path}/none.tar").setup("fit")
+
+
+def test_prediction_without_prompts_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompts is not set"):
+        make("x.tar").predict_dataloader()

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from tars import SIDE, picture
+
+from emf_lightning.data.decoding import UnusableSampleError, caption_of, pixels_of
+from emf_lightning.data.tar_samples import TarSample
+
+
+def sample(image: bytes | None = None, text: bytes | None = None, json: bytes | None = None) -> TarSample:
+    return TarSample("x.tar/0", 0, 0, image, text, json)
+
+
+def test_image_of_the_right_size_passes_through_exactly() -> None:
+    expected = np.asarray(Image.open(io.BytesIO(picture(5))))
+    assert np.array_equal(pixels_of(sample(picture(5)), SIDE), expected)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("size", [(31, 20), (20, 31), (4, 4)])
+def test_other_sizes_and_formats_become_the_square(form: str, size: tuple[int, int]) -> None:
+    pixels = pixels_of(sample(picture(1, size, form)), SIDE)
+    assert pixels.shape == (SIDE, SIDE, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_crop_is_about_the_centre() -> None:
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, "png")
+    assert (pixels_of(sample(file.getvalue()), 8) == 200).all()
+
+
+def test_shrinking_averages_instead_of_picking_pixels() -> None:
+    board = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    file = io.BytesIO()
+    Image.fromarray(board.astype(np.uint8)).save(file, "png")
+    assert (abs(pixels_of(sample(file.getvalue()), 8).astype(int) - 127) < 12).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])
+def test_other_pixel_modes_become_rgb(mode: str) -> None:
+    file = io.BytesIO()
+    Image.new(mode, (SIDE, SIDE)).save(file, "png")
+    assert pixels_of(sample(file.getvalue()), SIDE).shape == (SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("key", ["caption", "prompt", "text"])
+def test_json_speaks_where_there_is_no_text(key: str) -> None:
+    record = f'{{"{key}": " a caption "}}'.encode()
+    assert caption_of(sample(json=record)) == "a caption"
+    assert caption_of(sample(text=b"another\n", json=record)) == "another"
+
+
+@pytest.mark.parametrize(
+    ("unusable", "reason"),
+    [
+        (sample(), "missing caption"),
+        (sample(json=b"[1, 2]"), "missing caption"),
+        (sample(json=b'{"caption": null}'), "missing caption"),
+        (sample(json=b'{"caption": ""}'), "empty caption"),
+        (sample(text=b""), "empty caption"),
+        (sample(json=b"{"), "broken JSON"),
+        (sample(json=b"[" * 100_000), "broken JSON"),
+        (sample(text=b"\xff"), "caption not UTF-8"),
+    ],
+)
+def test_sample_without_a_caption_says_why(unusable: TarSample, reason: str) -> None:
+    with pytest.raises(UnusableSampleError, match=reason):
+        caption_of(unusable)
+
+
+def test_image_that_is_missing_or_corrupt_says_so() -> None:
+    with pytest.raises(UnusableSampleError, match="missing image"):
+        pixels_of(sample(), SIDE)
+    with pytest.raises(UnusableSampleError, match="corrupt image"):
+        pixels_of(sample(picture(1)[:100]), SIDE)
