@@ -1,0 +1,86 @@
+# Each verb sets itself up from a bare Python 3.10 or newer: nothing has to be run before it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHARDS := data/shapes/small/.complete
+ARGS ?=
+EXPERIMENTS := $(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml))
+SOURCES := src callbacks tests
+
+# the first Python that is new enough
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help venv demo shards parent curves test test-slow lint format bench lock clean $(addprefix fit-,$(EXPERIMENTS))
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo; echo "  experiments: $(EXPERIMENTS)"
+	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 100'"
+
+venv: $(READY) ## install everything into .venv (about a minute, 6 GB)
+
+$(READY): requirements.lock pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "make: needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; fi
+	@[ -x $(BIN)/python ] || { echo "Setting up $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@# uv installs in a minute what takes pip five
+	@command -v uv >/dev/null || [ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet uv || true
+	@uv=$$(command -v uv || echo $(BIN)/uv); \
+	if [ -x "$$uv" ]; then install="$$uv pip install --quiet --python $(BIN)/python"; \
+	else install="$(BIN)/python -m pip install --quiet"; fi; \
+	$$install -r requirements.lock && $$install --no-deps -e .
+	@touch $@
+
+demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to draw in 1, 2 and 4 steps (15 minutes on 2 cores)
+	$(BIN)/emf fit --config experiments/shapes/demo.yaml $(ARGS)
+
+shards: $(SHARDS) ## write the small shapes world's caption-image shards
+
+$(SHARDS): | $(READY)
+	$(BIN)/emf shards --world small --count 50000 --seed 0 --out data/shapes/small/train
+	$(BIN)/emf shards --world small --count 1000 --seed 1 --out data/shapes/small/validation
+	@touch $@
+
+parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts (hours on 2 cores)
+	$(BIN)/emf fit --config experiments/shapes/flow_matching.yaml $(ARGS)
+
+fit-%: ## train experiments/%.yaml, e.g. make fit-shapes/emf
+	@echo "make: no file experiments/$*.yaml; there are: $(EXPERIMENTS)" >&2; exit 2
+
+$(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
+	$(BIN)/emf fit --config experiments/$*.yaml $(ARGS)
+
+curves: $(READY) ## open TensorBoard on all runs
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+test: $(READY) ## run the tests (8 minutes at most)
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(READY) ## run the tests that take minutes each
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(READY) ## check style, types and layers
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the sources into shape
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(READY) ## measure speed (never asserted in tests)
+	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
+	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+		--no-annotate --no-header --no-emit-index-url --quiet --output-file requirements.lock
+
+clean: ## remove the environment and all caches; runs/ and data/ stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
+	find src callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

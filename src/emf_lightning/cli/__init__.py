@@ -1,0 +1,80 @@
+"""The command line: `emf VERB ...`.
+
+Nothing heavy is imported here, so that `emf --help` answers at once; each verb brings its own imports.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+TRAINER_VERBS = {
+    "fit": "train an experiment",
+    "validate": "score a checkpoint: the step sweep on the validation prompts",
+    "test": "the same for a final score",
+    "predict": "draw images for a file of prompts",
+}
+"""Verbs of Lightning's Trainer, run by ``EMFCLI``."""
+
+FUNCTION_VERBS = {
+    "shards": "write caption-image shards of a shapes world",
+}
+"""Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
+
+_HELP = """\
+usage: emf VERB [options]
+
+{verbs}
+
+An experiment is a YAML file:  emf fit --config experiments/shapes/demo.yaml
+Any value can be set beside it: emf fit --config FILE --trainer.max_steps 100
+All options of a verb:          emf VERB --help
+EMF_DEBUG=1 shows the traceback of an error.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one verb of the command line.
+
+    Args:
+        args: what stands behind ``emf``; ``sys.argv[1:]`` where not given.
+
+    Raises:
+        SystemExit: with status 2 and one line on stderr where the user's input is at fault.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        verbs = {**TRAINER_VERBS, **FUNCTION_VERBS}
+        print(_HELP.format(verbs="\n".join(f"  {name:<10} {line}" for name, line in verbs.items())), end="")
+    elif verb == "--version":
+        print(f"emf_lightning {version('emf_lightning')}")
+    else:
+        try:
+            _run(verb, arguments)
+        except Exception as error:
+            from emf_lightning.cli.errors import sentence
+
+            line = sentence(error)
+            if line is None or os.environ.get("EMF_DEBUG"):
+                raise
+            print(f"emf {verb}: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    from emf_lightning.experiments import expand
+
+    if verb in TRAINER_VERBS:
+        from emf_lightning.cli.emf_cli import EMFCLI
+
+        EMFCLI.run(expand(arguments))
+    elif verb in FUNCTION_VERBS:
+        from emf_lightning.cli.function_verb import call
+
+        call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), expand(arguments))
+    else:
+        raise ValueError(f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *FUNCTION_VERBS))}")

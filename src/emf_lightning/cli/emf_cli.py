@@ -1,0 +1,146 @@
+"""Lightning's command line, told what this project's experiments need."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from emf_lightning.cli.parser_errors import class_of
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.experiments import without_base
+from emf_lightning.modules.base import FlowMapModule
+
+CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
+"""Packages whose classes an experiment chooses from, by their short names."""
+
+LINKED = ("context_width", "latent_channels", "latent_size")
+"""What the network learns from the data: attributes of the datamodule, arguments of the networks that have them."""
+
+
+class ExperimentParser(LightningArgumentParser):
+    """A parser that reads experiment files; their ``base:`` was followed before, see ``experiments.py``."""
+
+    def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
+        return super().parse_string(without_base(content, str(path)) if path else content, path, *args, **kwargs)
+
+
+class EMFCLI(LightningCLI):
+    """`emf fit|validate|test|predict`: a ``FlowMapModule`` chosen in YAML, on ``CaptionImageData``."""
+
+    @classmethod
+    def run(cls, arguments: list[str]) -> EMFCLI:
+        """Parses ``arguments`` (verb, then options), builds the objects and runs the verb."""
+        for package in CHOICES:
+            for module in iter_modules(import_module(f"emf_lightning.{package}").__path__, f"emf_lightning.{package}."):
+                import_module(module.name)  # the parser resolves the short names of classes that it can find
+        # `${a.b}` means the same wherever it stands, although the parser nests what it reads below the verb
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        return cls(
+            FlowMapModule,
+            CaptionImageData,
+            subclass_mode_model=True,
+            parser_class=ExperimentParser,
+            # omegaconf+ resolves interpolations after all files and overrides; plain omegaconf does so file by file
+            parser_kwargs={
+                "prog": "emf",
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "logger": _parser_log(),
+            },
+            # a resumed run writes into the directory that it already has
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the optimiser is the model's
+            args=arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without Lightning's warning that both ``args`` and ``sys.argv`` are given: ``main`` always gives them."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the configuration says what is built, the checkpoint only fills it.
+
+        Lightning would let the checkpoint's hyperparameters override the experiment and the command line.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        _open_link_targets(config)
+        _check_devices(config.trainer.devices, config.trainer.accelerator)
+        checkpoint = config.get("ckpt_path")
+        if checkpoint and checkpoint not in ("best", "last", "hpc", "registry") and not Path(checkpoint).exists():
+            raise ValueError(f"ckpt_path: no checkpoint at {checkpoint}")
+
+
+def _open_link_targets(config: Namespace) -> None:
+    """Gives the network's linked arguments a place in ``config``.
+
+    A link is applied to arguments that are there, and parser_mode omegaconf+ takes out those of nested classes
+    (jsonargparse 4.53): without this the network would keep its defaults, and the run's record say otherwise.
+    """
+    net = config.get("model.init_args.net")
+    if isinstance(net, Namespace):
+        known = inspect.signature(class_of(net.class_path)).parameters
+        for name in LINKED:
+            if name in known:
+                net[f"init_args.{name}"] = None
+
+
+def _check_devices(devices: Any, accelerator: Any) -> None:
+    """Raises where there are fewer devices than asked for: Lightning would start as many CPU processes."""
+    if isinstance(devices, list):
+        wanted = max(devices, default=0) + 1
+    else:
+        wanted = int(devices) if str(devices).isdigit() else 1
+    there = torch.accelerator.device_count()
+    if accelerator in ("gpu", "cuda", "mps") and there == 0:
+        raise ValueError(f"trainer.accelerator is {accelerator}, but torch sees no GPU here: leave it at auto")
+    if accelerator in ("auto", "gpu", "cuda") and wanted > max(there, 1):
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {there or 'no'} GPU{'s' if there > 1 else ''}: leave "
+            f"it at auto, or run {wanted} processes on its {os.cpu_count()} CPU cores with --trainer.accelerator cpu"
+        )
+
+
+def _parser_log() -> logging.Logger:
+    log = logging.getLogger(__name__)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    log.addHandler(logging.NullHandler())  # errors are raised, too
+    log.addFilter(_no_interpolation_is_lost)
+    return log
+
+
+def _no_interpolation_is_lost(record: logging.LogRecord) -> bool:
+    """Raises where the parser drops a value with ``${...}``, which it does without a word (jsonargparse 4.53).
+
+    Where a later file changes a ``class_path``, it keeps the ``init_args`` that the new class accepts, and checks that
+    before interpolations are resolved: `total: ${trainer.max_steps}` is then no number, and the default comes back.
+    """
+    message = record.getMessage()
+    if record.levelno == logging.DEBUG and "discarding init_args" in message and "${" in message:
+        raise ValueError(
+            f"{message.removeprefix('Due to ')}: values with ${{...}} do not survive a change of class; "
+            "write them out, or build on a file with the same class_path"
+        )
+    return True
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()

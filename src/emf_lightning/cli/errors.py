@@ -1,0 +1,79 @@
+"""Which exceptions are the user's to mend, and what to tell them in one line."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from argparse import ArgumentError
+from pathlib import Path
+
+from emf_lightning.cli.parser_errors import parser_error
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_OURS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # the callbacks are linked into the package
+_WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (\S+\(\[.*?\]\)) from checkpoint, .*?(\S+\(\[.*?\]\))")
+
+
+def sentence(error: BaseException) -> str | None:
+    """One line that says what is wrong and what to do; None where it is a defect whose traceback is wanted.
+
+    Errors of the command line and of the Trainer's configuration are the user's, and so are the ``ValueError``s that
+    this package raises, files that are not there or may not be read or written, and checkpoints that do not fit.
+    """
+    if own := _own(error):
+        return _one_line(str(own))
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, ArgumentError):
+        return parser_error(str(error))
+    if "MisconfigurationException" in kinds:
+        return _one_line(str(error))
+    if "OmegaConfBaseException" in kinds:
+        return _interpolation(str(error))
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
+        return _state_dict(str(error))
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
+    if isinstance(error, FileNotFoundError):
+        return _one_line(str(error))
+    if isinstance(error, ValueError) and (worker := _WORKER.search(str(error))):
+        return _one_line(worker[2])
+    return None
+
+
+def _own(error: BaseException | None) -> ValueError | None:
+    """The ``ValueError`` of ours that ``error`` is, or that the parser or the Trainer wrapped."""
+    while error is not None:
+        if isinstance(error, ValueError) and _raised_here(error):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_OURS)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _interpolation(text: str) -> str:
+    """OmegaConf's message, with the names that the user wrote: without the verb, and absolute."""
+    where = re.search(r"full_key: \w+\.(\S+)", text)
+    key = re.search(r"resolved to '\w+\.(.+?)'", text) or re.search(r"Interpolation key '(.+?)' not found", text)
+    what = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
+    return f"{where[1]}: {what}" if where else what
+
+
+def _state_dict(text: str) -> str:
+    differences = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    first = differences[0] if differences else text
+    if found := _MISMATCH.search(first):
+        first = f"{found[1]} is {found[2]} there and {found[3]} here"
+    more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+    return (
+        f"the checkpoint belongs to another configuration: {_one_line(first)}{more}; "
+        "give the config.yaml that lies beside it in its run directory, or another --ckpt_path"
+    )

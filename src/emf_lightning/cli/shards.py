@@ -1,0 +1,52 @@
+"""`emf shards`: a shapes world as caption-image shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from emf_lightning.data.shapes.shards import write_shards
+from emf_lightning.data.shapes.world import WORLDS
+
+
+def shards(
+    out: Path,
+    world: Literal["small", "full"] = "small",
+    count: int = 50_000,
+    seed: int = 0,
+    samples_per_shard: int = 2000,
+    workers: int | None = None,
+) -> None:
+    """Write caption-image shards of a shapes world: WebDataset tars of .png, .txt and .json.
+
+    A call that was interrupted is repeated; it goes on with the shards that are missing.
+
+    Args:
+        out: directory of the shards.
+        world: the laptop's 36 px world or the 96 px one.
+        count: samples in all shards together.
+        seed: of the scenes; take another one for validation.
+        samples_per_shard: a shard is what a data worker takes at a time.
+        workers: processes that draw; by default one for each CPU core.
+    """
+    processes = (os.cpu_count() or 1) if workers is None else workers
+    if -(-count // samples_per_shard) < 2 * processes:
+        processes = 0  # a process takes longer to start than a shard to draw
+    with tqdm(desc=f"{out}", total=-(-count // samples_per_shard), unit="shard", delay=0.1) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        paths = write_shards(
+            WORLDS[world],
+            out,
+            count,
+            seed=seed,
+            samples_per_shard=samples_per_shard,
+            workers=processes,
+            progress=show,
+        )
+    print(f"{count:,} samples in {len(paths)} shards: {out}")

@@ -1,0 +1,115 @@
+"""`base:` in an experiment file: which files a run's configuration is made of.
+
+A file names the files it builds on, relative to itself::
+
+    base: ../base.yaml            # or a list, in the order in which they apply
+
+Each file of the chain becomes one ``--config`` of its own, oldest first. Merging is then left to the parser, whose
+rules are documented: mappings merge deeply, later files win, ``key+:`` appends to a list, and what the command line
+says after ``--config`` wins over all files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+KEY = "base"
+_OPTIONS = ("--config", "-c")
+
+
+def lineage(experiment: str | Path) -> list[Path]:
+    """The files that ``experiment`` is made of, oldest first, itself last, each once.
+
+    Raises:
+        ValueError: for a missing file, a cycle, or a ``base:`` that is no name or list of names.
+    """
+    files: list[Path] = []
+    _collect(Path(experiment), (), files)
+    return files
+
+
+def _collect(file: Path, heirs: tuple[Path, ...], files: list[Path]) -> None:
+    if file.resolve() in [heir.resolve() for heir in heirs]:
+        chain = " -> ".join(str(path) for path in (*heirs, file))
+        raise ValueError(f"{heirs[-1]}: `base:` runs in a circle, {chain}; take one of them out")
+    for name in _bases(file):
+        base = file.parent / name
+        if not base.is_file():
+            raise ValueError(
+                f"{file}: base {name!r} is not there: no file {base} (names are relative to {file.parent}/)"
+            )
+        _collect(base, (*heirs, file), files)
+    if file.resolve() not in [known.resolve() for known in files]:
+        files.append(file)
+
+
+def _bases(file: Path) -> list[str]:
+    node = _base_node(file.read_text(), str(file))
+    if node is None:
+        return []
+    value = yaml.safe_load(yaml.serialize(node[1]))
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: `base:` must be a file name or a list of file names, got {value!r}")
+    return names
+
+
+def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Key and value of a top-level ``base:``, where there is one."""
+    try:
+        document = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, yaml.MappingNode):
+        return None
+    return next(((key, value) for key, value in document.value if key.value == KEY), None)
+
+
+def without_base(text: str, name: str = "<text>") -> str:
+    """The document without its ``base:``, for the parser, which knows no such key; line numbers stay."""
+    node = _base_node(text, name)
+    if node is None:
+        return text
+    start, end = node[0].start_mark.index, node[1].end_mark.index
+    rest = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
+    return rest if yaml.compose(rest, Loader=yaml.SafeLoader) is not None else "{}"
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """The command line with every ``--config FILE`` replaced by one ``--config`` for each file of its lineage.
+
+    A base that an earlier ``--config`` brought along is not applied again, so that two experiments may share one.
+    ``--config`` also takes a YAML text, which is left alone.
+    """
+    expanded: list[str] = []
+    given: list[Path] = []
+    for option, value in _pairs(arguments):
+        if option is None or "\n" in value or value.lstrip().startswith("{"):
+            expanded += [value] if option is None else [option, value]
+            continue
+        if not Path(value).is_file():
+            raise ValueError(f"{option} {value}: no such file")
+        *bases, experiment = lineage(value)
+        for file in (*[base for base in bases if base.resolve() not in given], experiment):
+            expanded += [option, str(file)]
+            given.append(file.resolve())
+    return expanded
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    """(option, value) for each ``--config``, however written; (None, argument) for all others."""
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option not in _OPTIONS:
+            yield None, argument
+        elif equals:
+            yield option, value
+        else:
+            following = next(rest, None)
+            if following is None:
+                raise ValueError(f"{option}: names no file")
+            yield option, following

@@ -1,0 +1,20 @@
+"""What all tests share: no network, few threads, and no leftovers in the working directory."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports torch or a hub client
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads cost more than they bring
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emf_lightning.experiments import expand, lineage, without_base
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """grandparent.yaml <- sub/parent.yaml <- sub/child.yaml, and sub/sibling.yaml beside the child."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "grandparent.yaml").write_text("a: 1\n")
+    (tmp_path / "sub/parent.yaml").write_text("base: ../grandparent.yaml\na: 2\n")
+    (tmp_path / "sub/child.yaml").write_text("base: parent.yaml\na: 3\n")
+    (tmp_path / "sub/sibling.yaml").write_text("base: [parent.yaml]\na: 4\n")
+    return tmp_path
+
+
+def names(files: list[Path]) -> list[str]:
+    return [file.name for file in files]
+
+
+def test_lineage_is_oldest_first(folder: Path) -> None:
+    assert names(lineage("sub/child.yaml")) == ["grandparent.yaml", "parent.yaml", "child.yaml"]
+
+
+def test_a_file_without_base_is_its_whole_lineage(folder: Path) -> None:
+    assert names(lineage("grandparent.yaml")) == ["grandparent.yaml"]
+
+
+def test_several_bases_apply_in_their_order_and_a_shared_one_once(folder: Path) -> None:
+    (folder / "two.yaml").write_text("base:\n- sub/sibling.yaml  # first\n- sub/child.yaml\na: 5\n")
+
+    assert names(lineage("two.yaml")) == ["grandparent.yaml", "parent.yaml", "sibling.yaml", "child.yaml", "two.yaml"]
+
+
+def test_a_base_that_is_not_there_names_the_file_that_asks_for_it(folder: Path) -> None:
+    (folder / "sub/orphan.yaml").write_text("base: gone.yaml\n")
+
+    with pytest.raises(ValueError, match=r"sub/orphan\.yaml: base 'gone\.yaml' is not there: no file sub/gone\.yaml"):
+        lineage("sub/orphan.yaml")
+
+
+def test_a_circle_is_named_link_by_link(folder: Path) -> None:
+    (folder / "one.yaml").write_text("base: sub/other.yaml\n")
+    (folder / "sub/other.yaml").write_text("base: ../one.yaml\n")
+
+    with pytest.raises(ValueError, match=r"circle, one\.yaml -> sub/other\.yaml -> sub/\.\./one\.yaml"):
+        lineage("one.yaml")
+
+
+@pytest.mark.parametrize("value", ["3", "{a: b}", "[1]"])
+def test_a_base_that_is_no_name_is_an_error(folder: Path, value: str) -> None:
+    (folder / "odd.yaml").write_text(f"base: {value}\n")
+
+    with pytest.raises(ValueError, match=r"odd\.yaml: `base:` must be a file name or a list"):
+        lineage("odd.yaml")
+
+
+def test_broken_yaml_names_file_and_line(folder: Path) -> None:
+    (folder / "broken.yaml").write_text("a: 1\nb: [1, 2\n")
+
+    with pytest.raises(ValueError, match=r"broken\.yaml: no valid YAML: .*line 3"):
+        lineage("broken.yaml")
+
+
+@pytest.mark.parametrize(
+    "option", [["--config", "sub/child.yaml"], ["-c", "sub/child.yaml"], ["--config=sub/child.yaml"]]
+)
+def test_each_file_of_a_lineage_becomes_one_option(folder: Path, option: list[str]) -> None:
+    expanded = expand(["fit", *option, "--a", "7"])
+
+    name = option[0].partition("=")[0]
+    files = ["sub/../grandparent.yaml", "sub/parent.yaml", "sub/child.yaml"]
+    assert expanded == ["fit", *(part for file in files for part in (name, file)), "--a", "7"]
+
+
+def test_a_second_experiment_does_not_apply_a_shared_base_again(folder: Path) -> None:
+    expanded = expand(["--config", "sub/child.yaml", "--config", "sub/sibling.yaml"])
+
+    assert [Path(file).name for file in expanded[1::2]] == [
+        "grandparent.yaml",
+        "parent.yaml",
+        "child.yaml",
+        "sibling.yaml",
+    ]
+
+
+def test_yaml_text_is_left_alone() -> None:
+    assert expand(["fit", "--config", "{a: 1}"]) == ["fit", "--config", "{a: 1}"]
+
+
+def test_a_missing_experiment_is_an_error(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--config sub/none\.yaml: no such file"):
+        expand(["fit", "--config", "sub/none.yaml"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: x.yaml\na: 1\nb: 2\n",
+        "a: 1\nbase: x.yaml  # why\nb: 2\n",
+        "a: 1\nbase: [x.yaml,\n  y.yaml]\nb: 2\n",
+        "a: 1\nbase:\n  - x.yaml\n\n  - y.yaml\nb: 2\n",
+        "a: 1\nb: 2\nbase: x.yaml\n",
+    ],
+)
+def test_the_parser_sees_everything_but_base_on_the_lines_where_it_was(text: str) -> None:
+    rest = without_base(text)
+
+    assert yaml.safe_load(rest) == {"a": 1, "b": 2}
+    assert rest.split("\n").index("b: 2") == text.split("\n").index("b: 2")
+
+
+def test_a_file_of_nothing_but_base_is_an_empty_mapping() -> None:
+    assert yaml.safe_load(without_base("base: x.yaml\n")) == {}
+
+
+def test_a_nested_base_is_an_ordinary_key() -> None:
+    assert without_base("model:\n  base: 3\n") == "model:\n  base: 3\n"
+
+
+# -- the files that are shipped ---------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_a_shipped_experiment_parses_and_builds_its_objects(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emf_lightning.cli.emf_cli import EMFCLI
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
+    # the device and precision of the machine that runs the tests do not matter here
+    cli = EMFCLI.run(
+        expand(["fit", "--config", experiment, "--trainer.accelerator", "cpu", "--trainer.precision", "32"])
+    )
+
+    assert cli.trainer.max_steps > 0
+    assert cli.trainer.logger is not None
+    assert cli.trainer.logger.name == experiment.removeprefix("experiments/").removesuffix(".yaml")
+    assert cli.model.scheduler is not None
+    assert cli.model.net.transformer.config.caption_channels == cli.datamodule.context_width
+
+
+@pytest.mark.parametrize("experiment", SHIPPED)
+def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
+    table = (ROOT / "experiments/README.md").read_text()
+
+    assert f"| `{experiment.removeprefix('experiments/')}` |" in table
