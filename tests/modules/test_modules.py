@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.guidance import TargetGuidance, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.modules.flow_matching import FlowMatching
 from emf_lightning.modules.meanflow import MeanFlow
@@ -72,6 +72,23 @@ def test_target_guidance_changes_the_objective(tmp_path, net, loader):
         torch.manual_seed(0)
         losses.append(model.objective(batch).item())
     assert losses[0] != losses[1]
+
+
+def test_teacher_is_the_network_at_the_start_and_never_saved(tmp_path, net, loader):
+    before = copy.deepcopy(net.state_dict())
+    model = MeanFlow(net, optimizer=optimizer, teacher=TeacherVelocity(scale=2.0))
+    fit = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    fit.fit(model, loader)
+    assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for name, value in model.parent.net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    assert set(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]) == {f"net.{name}" for name in before}
+
+
+def test_teacher_and_guidance_of_the_own_velocity_exclude_each_other(net):
+    with pytest.raises(ValueError, match=r"model\.teacher or model\.target_guidance"):
+        MeanFlow(net, teacher=TeacherVelocity(), target_guidance=TargetGuidance())
 
 
 def test_caption_dropout_makes_rows_null(net, loader):

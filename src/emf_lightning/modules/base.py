@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -95,6 +97,14 @@ class FlowMapModule(LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Noise, times and dropped captions are a function of (seed, rank, step): a resumed run draws what the
+        # uninterrupted one does, and nothing that callbacks draw in between can change it.
+        trainer = self.trainer
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        key = (int(os.environ.get("PL_GLOBAL_SEED", 0)), trainer.global_rank, trainer.global_step, micro_batch)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # From a configuration they are plain values that rebuild the module; from Python they are the objects
         # themselves, and pickling the network once more would double the file and need trust to load.
@@ -111,10 +121,10 @@ class FlowMapModule(LightningModule):
         dropped = torch.rand(len(batch), device=batch.latents.device) < self.caption_dropout
         return batch.text.where(~dropped, batch.null), dropped
 
-    def velocity(self, text: TextFeatures) -> Velocity:
-        """u(z, r, t) given ``text``; a call with fewer rows takes the first rows of ``text``."""
-        context, mask = text.context, text.mask
-        return lambda z, r, t: self.net(z, r, t, context[: len(z)], mask[: len(z)])
+    def velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> Velocity:
+        """u(z, r, t) of ``net``, or of this module's, given ``text``; fewer rows take the first rows of ``text``."""
+        net, context, mask = net or self.net, text.context, text.mask
+        return lambda z, r, t: net(z, r, t, context[: len(z)], mask[: len(z)])
 
     def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
         self._log_error(batch, batch_idx, "validation")

@@ -7,13 +7,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.guidance import TargetGuidance, TeacherVelocity
 from emf_lightning.flow.meanflow import meanflow
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import sample_flow_map
 from emf_lightning.flow.times import LogitNormalTimes, TimeSampler
 from emf_lightning.flow.weighting import AdaptiveWeighting, Weighting
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.networks.base import FlowMapNetwork
 
 NAN_ROWS_LIMIT = 0.5
@@ -28,6 +29,7 @@ class MeanFlow(FlowMapModule):
         times: law of (r, t).
         weighting: from summed squared errors to losses; its offset is in units of the sum over all dimensions.
         target_guidance: classifier-free guidance inside the target; sampling then needs none.
+        teacher: take v from the network as it starts, frozen, in place of e - x; it has guidance of its own.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class MeanFlow(FlowMapModule):
         times: TimeSampler | None = None,
         weighting: Weighting | None = None,
         target_guidance: TargetGuidance | None = None,
+        teacher: TeacherVelocity | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         caption_dropout: float = 0.1,
@@ -46,7 +49,11 @@ class MeanFlow(FlowMapModule):
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
         )
         self.times = times or LogitNormalTimes()
+        if teacher is not None and target_guidance is not None:
+            raise ValueError("MeanFlow: give model.teacher or model.target_guidance; the teacher's velocity is guided itself")
         self.target_guidance = target_guidance
+        self.teacher = teacher
+        self.parent = None if teacher is None else FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
 
     def objective(self, batch: CaptionImageBatch) -> Tensor:
@@ -57,9 +64,16 @@ class MeanFlow(FlowMapModule):
         e = torch.randn_like(x)
         z, v = interpolate(x, e, times.t), e - x
         u = self.velocity(text)
+        null = batch.null.expand(len(batch))
         if self.target_guidance is not None:
-            null = self.velocity(batch.null.expand(len(batch)))
-            v = self.target_guidance(v, z, times.t, conditional=u, unconditional=null, dropped=dropped)
+            v = self.target_guidance(
+                v, z, times.t, conditional=u, unconditional=self.velocity(null), dropped=dropped
+            )
+        elif self.teacher is not None and self.parent is not None:
+            parent = self.parent.on(x.device)
+            v = self.teacher(
+                z, times.t, conditional=self.velocity(text, parent), unconditional=self.velocity(null, parent)
+            )
         terms = meanflow(u, z, v, times, self.weighting)
         self._log_terms(terms.squared_error, terms.derivative_norm, terms.finite, times.n_interval)
         return terms.loss

@@ -30,7 +30,7 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         Raises:
             OSError: where ``path`` is no diffusers folder or hub name.
         """
-        model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = cls.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs)
         missing = [key for key in info["missing_keys"] if not key.startswith("time_embed.interval.")]
         if missing or info["unexpected_keys"]:
             raise ValueError(

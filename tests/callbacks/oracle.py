@@ -1,0 +1,41 @@
+"""Models that draw by program: through the same callback, their scores are known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.data.shapes.scenes import scene_for
+from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.text.base import TextFeatures
+from emf_lightning.text.words import WordEncoder
+from tests.callbacks import tiny
+
+
+class Oracle(MeanFlow):
+    """Knows each caption by its features, and draws a picture of what ``answer`` makes of the prompt, None a blank."""
+
+    def __init__(self, suite: ShapesSuite, answer: Callable[[Prompt], Prompt | None]) -> None:
+        super().__init__(tiny.network())
+        self.world = suite.world
+        self.answers = [answer(prompt) for prompt in suite.prompts()]
+        encoder = WordEncoder(width=16)
+        self.known = encoder([prompt.prompt for prompt in suite.prompts()]).context.flatten(1)
+        self.rng = np.random.default_rng(0)
+
+    def sample(
+        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance: float | None = None
+    ) -> Tensor:
+        rows = torch.cdist(text.context.flatten(1), self.known).argmin(1)
+        images = [self._picture(self.answers[row]) for row in rows.tolist()]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def _picture(self, prompt: Prompt | None) -> np.ndarray:
+        if prompt is None:
+            return np.full((self.world.canvas, self.world.canvas, 3), 153, np.uint8)
+        return scene_for(self.world, prompt, self.rng).draw(self.world)

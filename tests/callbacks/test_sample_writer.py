@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emf_lightning.callbacks import SampleWriter
+from emf_lightning.callbacks.fixed_noise_sampling import draw_images, settings_of
+from tests.callbacks import tiny
+
+PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a cross above a diamond"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    return tiny.data(tmp_path / "none", prompts=prompts)
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+def test_every_prompt_has_a_picture_at_every_step_count_named_by_its_line(data, tmp_path):
+    writer = SampleWriter(steps=[1, 2], images_per_prompt=2)
+    tiny.trainer(tmp_path / "run", writer).predict(tiny.meanflow(), datamodule=data, return_predictions=False)
+
+    folder = tmp_path / "run" / "samples"
+    names = {f"0000{i}-{n}step{suffix}.png" for i in range(3) for n in (1, 2) for suffix in ("", "-1")}
+    assert {path.name for path in folder.glob("*.png")} == names
+    assert {row["file"] for row in rows(folder)} == names
+    assert [row["prompt"] for row in rows(folder)[::4]] == PROMPTS
+    assert all(row["nfe"] == row["steps"] for row in rows(folder))
+
+
+def test_pictures_are_those_of_the_fixed_noise(data, tmp_path):
+    model = tiny.meanflow()
+    tiny.trainer(tmp_path / "run", SampleWriter(steps=[2], seed=3)).predict(
+        model, datamodule=data, return_predictions=False
+    )
+
+    data.batch_size = 1
+    model.eval()
+    with torch.no_grad():
+        (drawn,) = draw_images(model, data, [PROMPTS[1]], [0], settings_of([2], None), seed=3)
+    written = np.asarray(Image.open(tmp_path / "run" / "samples" / "00001-2step.png"))
+    assert abs(written.astype(int) - drawn.images[0]).max() <= 1
+
+
+def test_guidance_scales_beyond_the_first_are_in_the_names(data, tmp_path):
+    writer = SampleWriter(steps=[1], guidance=[1.0, 3.0], folder=tmp_path / "elsewhere")
+    tiny.trainer(tmp_path / "run", writer).predict(tiny.meanflow(), datamodule=data, return_predictions=False)
+
+    assert {(row["file"][6:], row["nfe"]) for row in rows(tmp_path / "elsewhere")} == {
+        ("1step.png", 1),
+        ("1step_cfg3.png", 2),
+    }

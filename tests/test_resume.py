@@ -1,0 +1,95 @@
+"""A run that is killed goes on where its last checkpoint stood, to the weights of a run that was never killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from emf_lightning.data.shapes.shards import write_shards
+from emf_lightning.data.shapes.world import SMALL
+
+STEPS = 24
+CONFIG = """
+seed_everything: 3
+trainer:
+  accelerator: cpu
+  max_steps: {steps}
+  max_epochs: -1
+  limit_val_batches: 0
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {root}
+  callbacks:
+    - class_path: EMAWeightAveraging
+      init_args: {{decay: 0.9}}
+    - class_path: ModelCheckpoint
+      init_args: {{dirpath: {root}, every_n_train_steps: 3, save_last: true, save_top_k: 1, filename: newest}}
+model:
+  class_path: MeanFlow
+  init_args:
+    scheduler:
+      class_path: WarmupCosine
+      init_args: {{total: {steps}, warmup: 2}}
+    net:
+      class_path: SanaFlowMap
+      init_args:
+        time_scale: 10
+        prediction: {{class_path: PredictData}}
+        architecture:
+          num_layers: 1
+          num_attention_heads: 1
+          attention_head_dim: 8
+          num_cross_attention_heads: 1
+          cross_attention_head_dim: 8
+data:
+  shards: {shards}
+  batch_size: 8
+  num_workers: 1
+  shuffle_block: 16
+  text: {{class_path: WordEncoder, init_args: {{width: 16, length: 10}}}}
+  autoencoder: {{class_path: Pixels}}
+  cache: {{path: {root}/cache, max_gb: 0.1}}
+"""
+
+
+def start(root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
+    root.mkdir(exist_ok=True)
+    config = root / "run.yaml"
+    config.write_text(CONFIG.format(root=root, shards=shards, steps=STEPS))
+    command = [sys.executable, "-m", "emf_lightning", "fit", "--config", str(config), *options]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    return checkpoint["state_dict"] | {f"live {k}": v for k, v in checkpoint["current_model_state"].items()}
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    shards = tmp_path / "shards"
+    write_shards(SMALL, shards, 80, seed=0, samples_per_shard=40)  # ten batches a pass: the run crosses two ends
+    assert start(tmp_path / "whole", shards).wait() == 0
+
+    killed = start(tmp_path / "killed", shards)
+    last = tmp_path / "killed" / "last.ckpt"
+    while not last.exists():
+        assert killed.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    reached = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
+    assert 0 < reached < STEPS
+
+    assert start(tmp_path / "killed", shards, "--ckpt_path", str(last)).wait() == 0
+    whole, resumed = weights(tmp_path / "whole" / "last.ckpt"), weights(last)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
