@@ -61,7 +61,9 @@ def test_minimiser_given_the_conditional_velocity_is_the_exact_average_velocity(
 
     def gradient(scale: float) -> tuple[float, float]:
         theta = torch.tensor(scale, dtype=f64, requires_grad=True)
-        terms = meanflow(lambda z, r, t: theta * average_velocity(z, r, t), z, e - x, Times(r, t, rows), UniformWeighting())
+        terms = meanflow(
+            lambda z, r, t: theta * average_velocity(z, r, t), z, e - x, Times(r, t, rows), UniformWeighting()
+        )
         (grad,) = torch.autograd.grad(terms.loss, theta)
         return float(grad), float(terms.squared_error.std() / rows**0.5)
 
@@ -113,7 +115,9 @@ def test_rows_that_are_not_finite_are_left_out():
     z, r, t = states(8)
     z[3] = torch.inf
     theta = torch.tensor(1.1, dtype=f64, requires_grad=True)
-    terms = meanflow(lambda z, r, t: theta * average_velocity(z, r, t), z, velocity(z, t), Times(r, t, 8), AdaptiveWeighting())
+    terms = meanflow(
+        lambda z, r, t: theta * average_velocity(z, r, t), z, velocity(z, t), Times(r, t, 8), AdaptiveWeighting()
+    )
     assert terms.finite.tolist() == [True] * 3 + [False] + [True] * 4
     assert terms.loss.isfinite()
 

@@ -15,7 +15,9 @@ def noise(rows: int = 4096) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [2, 3, 8])
 def test_steps_of_the_exact_flow_map_equal_one_step(steps: int):
     e = noise()
-    assert torch.allclose(sample_flow_map(average_velocity, e, steps), sample_flow_map(average_velocity, e, 1), atol=1e-5)
+    assert torch.allclose(
+        sample_flow_map(average_velocity, e, steps), sample_flow_map(average_velocity, e, 1), atol=1e-5
+    )
 
 
 def test_one_step_of_the_exact_flow_map_samples_the_data():

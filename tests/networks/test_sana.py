@@ -59,7 +59,9 @@ def test_adapted_network_equals_its_parent_bit_for_bit_where_r_equals_t(tmp_path
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
         assert torch.equal(net(z, t, t, context, mask), expected)
         assert not torch.allclose(net(z, t / 2, t, context, mask), expected, atol=1e-3)
-        net.transformer.time_embed.interval.linear.bias.add_(torch.randn_like(net.transformer.time_embed.interval.linear.bias))
+        net.transformer.time_embed.interval.linear.bias.add_(
+            torch.randn_like(net.transformer.time_embed.interval.linear.bias)
+        )
         assert torch.allclose(net(z, t, t, context, mask), expected, atol=1e-6), "training must not undo the anchor"
 
 
@@ -77,7 +79,11 @@ def test_plain_sum_is_the_sum_of_both_embeddings_and_not_the_parent(tmp_path):
 
 def test_parameters_keep_the_published_names():
     ours = set(tiny().transformer.state_dict())
-    published = set(SanaTransformer2DModel(**{k: v for k, v in tiny().transformer.config.items() if not k.startswith("_")}).state_dict())
+    published = set(
+        SanaTransformer2DModel(
+            **{k: v for k, v in tiny().transformer.config.items() if not k.startswith("_")}
+        ).state_dict()
+    )
     assert published <= ours
     assert all(name.startswith("time_embed.interval.") for name in ours - published)
 
@@ -87,7 +93,9 @@ def test_weights_survive_the_round_trip(tmp_path):
     with torch.no_grad():
         net.transformer.time_embed.interval.linear.weight.normal_()
     net.save_pretrained(tmp_path / "net")
-    again = SanaFlowMap(pretrained=str(tmp_path / "net"), prediction=PredictData(), latent_size=12, context_width=16).eval()
+    again = SanaFlowMap(
+        pretrained=str(tmp_path / "net"), prediction=PredictData(), latent_size=12, context_width=16
+    ).eval()
     z, t, context, mask = inputs()
     with torch.no_grad():
         assert torch.equal(again(z, t / 3, t, context, mask), net(z, t / 3, t, context, mask))

@@ -29,8 +29,11 @@ class CaptionImageBatch:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def to(self, device: torch.device | str, **kwargs: bool) -> CaptionImageBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionImageBatch:
         """The batch on ``device``; the method by which Lightning recognises what it can move."""
         return CaptionImageBatch(
-            self.latents.to(device, **kwargs), self.text.to(device), self.null.to(device), self.captions
+            self.latents.to(device, non_blocking=non_blocking),
+            self.text.to(device),
+            self.null.to(device),
+            self.captions,
         )

@@ -28,4 +28,5 @@ def total_derivative(u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) ->
     assert r.dtype == t.dtype == torch.float32 or t.dtype == torch.float64, "times are rounded: t - r would be noise"
     torch.clear_autocast_cache()  # weights cast under no_grad must not be re-used by the forward that needs gradients
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(lambda z_, t_: u(z_, r, t_), (z, t), (v, torch.ones_like(t)))
+        value, dudt = torch.func.jvp(lambda z_, t_: u(z_, r, t_), (z, t), (v, torch.ones_like(t)))[:2]
+    return value, dudt

@@ -62,7 +62,9 @@ class FlowMapModule(LightningModule):
 
     def _start_from(self, checkpoint: str) -> None:
         if not Path(checkpoint).is_file():
-            raise ValueError(f"initial: no checkpoint at {checkpoint}; give the path of a .ckpt file that `emf fit` wrote")
+            raise ValueError(
+                f"initial: no checkpoint at {checkpoint}; give the path of a .ckpt file that `emf fit` wrote"
+            )
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
         try:

@@ -36,9 +36,7 @@ class FlowMatching(FlowMapModule):
         guidance: float = 1.0,
         initial: str | None = None,
     ) -> None:
-        super().__init__(
-            net, weighting or UniformWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
-        )
+        super().__init__(net, weighting or UniformWeighting(), optimizer, scheduler, caption_dropout, guidance, initial)
         self.times = times or LogitNormalTimes(Schedule(0.0), Schedule(1.0), interval_share=Schedule(0.0))
         if self.times.interval_share(0) or self.times.interval_share(1):
             raise ValueError("FlowMatching has no r < t rows: set model.times.interval_share to 0, or train MeanFlow")

@@ -50,7 +50,9 @@ class MeanFlow(FlowMapModule):
         )
         self.times = times or LogitNormalTimes()
         if teacher is not None and target_guidance is not None:
-            raise ValueError("MeanFlow: give model.teacher or model.target_guidance; the teacher's velocity is guided itself")
+            raise ValueError(
+                "MeanFlow: give model.teacher or model.target_guidance; the teacher's velocity is guided itself"
+            )
         self.target_guidance = target_guidance
         self.teacher = teacher
         self.parent = None if teacher is None else FrozenNetwork(self.net)
@@ -66,9 +68,7 @@ class MeanFlow(FlowMapModule):
         u = self.velocity(text)
         null = batch.null.expand(len(batch))
         if self.target_guidance is not None:
-            v = self.target_guidance(
-                v, z, times.t, conditional=u, unconditional=self.velocity(null), dropped=dropped
-            )
+            v = self.target_guidance(v, z, times.t, conditional=u, unconditional=self.velocity(null), dropped=dropped)
         elif self.teacher is not None and self.parent is not None:
             parent = self.parent.on(x.device)
             v = self.teacher(

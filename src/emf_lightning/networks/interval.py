@@ -61,5 +61,3 @@ class SummedInterval(IntervalEmbedding):
     def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
         """The plain sum."""
         return end + length
-
-

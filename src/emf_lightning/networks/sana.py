@@ -115,7 +115,10 @@ class SanaFlowMap(FlowMapNetwork):
     def meaning(self) -> dict[str, str | float]:
         """What a reader of the saved weights must know to use them."""
         settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(self.prediction).items()))
-        return {"_flow_prediction": f"{type(self.prediction).__name__}({settings})", "_flow_time_scale": self.time_scale}
+        return {
+            "_flow_prediction": f"{type(self.prediction).__name__}({settings})",
+            "_flow_time_scale": self.time_scale,
+        }
 
     def _check(self, pretrained: str, latent_channels: int, context_width: int) -> None:
         config = self.transformer.config

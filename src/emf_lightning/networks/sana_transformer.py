@@ -18,7 +18,7 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
     embedding_type: type[IntervalEmbedding] = AnchoredInterval
 
-    @functools.wraps(SanaTransformer2DModel.__init__)  # from_pretrained reads the configuration off this signature
+    @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]  # from_pretrained reads the configuration off this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.time_embed = self.embedding_type(self.config.num_attention_heads * self.config.attention_head_dim)

@@ -1,4 +1,4 @@
-"""The embedded text encoder: nothing to download, deterministic, discriminative, and bound to the order of the words."""
+"""The embedded text encoder: nothing to download, deterministic, discriminative, bound to the order of the words."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class WordEncoder(TextEncoder):
             shifts.append(shifts[-1][order])
         self._forward_shifts = shifts
         self._backward_shifts = [torch.argsort(shift) for shift in shifts]
+        self.device_marker: torch.Tensor
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
         self.freeze()
 

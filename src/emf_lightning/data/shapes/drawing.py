@@ -50,7 +50,9 @@ def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> ND
         case "heart":
             a, b = x / 1.0, -(y - 0.05) / 0.95 + 0.0
             return (a * a + b * b - 0.72) ** 3 - 1.3 * a * a * b**3 <= 0
-    raise ValueError(f"unknown shape {shape!r}; the drawing knows circle, square, triangle, diamond, cross, star, ring, heart")
+    raise ValueError(
+        f"unknown shape {shape!r}; the drawing knows circle, square, triangle, diamond, cross, star, ring, heart"
+    )
 
 
 def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas: int) -> NDArray[np.float32]:
@@ -62,9 +64,7 @@ def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas:
     return mask.reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
 
 
-def draw(
-    objects: list[tuple[str, str, tuple[float, float], float]], canvas: int
-) -> NDArray[np.uint8]:
+def draw(objects: list[tuple[str, str, tuple[float, float], float]], canvas: int) -> NDArray[np.uint8]:
     """The image ``[canvas, canvas, 3]``, 8-bit RGB, of objects given as (colour, shape, centre, radius), in pixels."""
     image = np.empty((canvas, canvas, 3), np.float32)
     image[:] = BACKGROUND

@@ -70,7 +70,7 @@ def _place(world: World, colour: str, shape: str, cell: tuple[int, int], rng: np
 
 
 def scene_for(world: World, prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """A random scene that satisfies ``prompt``; a colour that it leaves open is never one that makes a held-out pair."""
+    """A random scene that satisfies ``prompt``; a colour that it leaves open never makes a held-out pair."""
     relation = None
     wanted: list[tuple[str | None, str]] = []
     for item in prompt.include:
@@ -110,9 +110,7 @@ def random_prompt(world: World, tag: str, rng: np.random.Generator) -> Prompt:
     raise ValueError(f"unknown task {tag!r}; the tasks are {', '.join(TASKS)}")
 
 
-def training_scene(
-    world: World, rng: np.random.Generator, task_weights: Mapping[str, float] = TASK_WEIGHTS
-) -> Scene:
+def training_scene(world: World, rng: np.random.Generator, task_weights: Mapping[str, float] = TASK_WEIGHTS) -> Scene:
     """A random training scene: the task drawn by ``task_weights``, held-out compositions never."""
     weights = np.array([task_weights[tag] for tag in TASKS])
     tag = TASKS[rng.choice(len(TASKS), p=weights / weights.sum())]
