@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
 ARGS ?=
 EXPERIMENTS := $(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml))
-SOURCES := src callbacks tests
+SOURCES := src callbacks tests benchmarks
 
 # the first Python that is new enough
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -45,8 +45,11 @@ $(SHARDS): | $(READY)
 	$(BIN)/emf shards --world small --count 1000 --seed 1 --out data/shapes/small/validation
 	@touch $@
 
-parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts (hours on 2 cores)
+parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts, into experiments/shapes/parent (1 hour on 2 cores)
+	$(BIN)/emf shards --world small --count 200000 --seed 0 --out data/shapes/small/train
 	$(BIN)/emf fit --config experiments/shapes/flow_matching.yaml $(ARGS)
+	network=$$(ls -td runs/shapes/flow_matching/version_*/network | head -n 1); \
+	mkdir -p experiments/shapes/parent && cp "$$network"/* experiments/shapes/parent/
 
 fit-%: ## train experiments/%.yaml, e.g. make fit-shapes/emf
 	@echo "make: no file experiments/$*.yaml; there are: $(EXPERIMENTS)" >&2; exit 2

@@ -31,10 +31,12 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, shards):
-    """The directory of a run of four steps, evaluated at 0, 2 and 4, with a checkpoint at 2."""
+    """The directory of a run of four steps, evaluated at 2 and 4, with a checkpoint at 2."""
     run = tmp_path_factory.mktemp("run") / "first"
     saver = ModelCheckpoint(run / "checkpoints", "{step}", save_top_k=-1, every_n_train_steps=2)
-    trainer = tiny.trainer(run, sampling(every_n_steps=2, figures=True), saver, enable_checkpointing=True)
+    trainer = tiny.trainer(
+        run, sampling(every_n_steps=2, figures=True, at_start=False), saver, enable_checkpointing=True
+    )
     trainer.fit(tiny.meanflow(), datamodule=tiny.data(shards))
     return run
 
@@ -241,11 +243,11 @@ def test_every_documented_tag_is_written_at_every_evaluation(run):
     found = tiny.events(run)
     for label in ("1step", "2step"):
         for name in (*TASKS, "overall", "strict", "se", "nfe", "seconds"):
-            assert [event.step for event in found.Scalars(f"eval/shapes/{name}/{label}")] == [0, 2, 4], name
+            assert [event.step for event in found.Scalars(f"eval/shapes/{name}/{label}")] == [2, 4], name
     for name in (*TASKS, "overall"):
         assert found.Scalars(f"eval/shapes/{name}/ceiling")[-1].value == 1
         assert found.Scalars(f"eval/shapes/{name}/chance")[-1].value < 0.5
-    assert [event.value for event in found.Scalars("eval/shapes/nfe/2step")] == [2, 2, 2]
+    assert [event.value for event in found.Scalars("eval/shapes/nfe/2step")] == [2, 2]
 
 
 def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_task(run):
@@ -261,7 +263,7 @@ def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_
 
 def test_figures_are_in_tensorboard_and_on_disk(run):
     found = tiny.events(run)
-    for name, steps in (("contact_sheet", [0, 2, 4]), ("step_counts", [0, 2, 4]), ("training_curves", [4])):
+    for name, steps in (("contact_sheet", [2, 4]), ("step_counts", [2, 4]), ("training_curves", [4])):
         assert [image.step for image in found.Images(f"eval/shapes/{name}")] == steps
         picture = np.asarray(Image.open(run / "shapes" / f"{name}.png"))
         assert picture.std() > 1, f"{name} is empty"
@@ -271,7 +273,7 @@ def test_every_judged_image_has_a_line_that_genevals_summary_reads(run):
     files = sorted((run / "shapes" / "results").iterdir())
     assert [file.name for file in files] == [
         f"{stage}-{step:07d}-{label}.jsonl"
-        for stage, step in (("final", 4), ("fit", 0), ("fit", 2))
+        for stage, step in (("final", 4), ("fit", 2))
         for label in ("1step", "2step")
     ]
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
@@ -303,7 +305,7 @@ def test_a_run_resumed_elsewhere_has_the_whole_curves(run, shards, tmp_path):
     kept = ("stage", "step", "label", "overall")
     first, second = ([{k: r[k] for k in kept} for r in scores(where)] for where in (run, tmp_path / "second"))
     assert second == first
-    assert [event.step for event in tiny.events(tmp_path / "second").Scalars("eval/shapes/overall/1step")] == [0, 2, 4]
+    assert [event.step for event in tiny.events(tmp_path / "second").Scalars("eval/shapes/overall/1step")] == [2, 4]
 
 
 def test_a_run_resumed_in_its_own_directory_repeats_no_line(run, shards):

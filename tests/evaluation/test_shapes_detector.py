@@ -69,9 +69,7 @@ def corrupted(scene: Scene) -> Scene:
         case "colors":
             return Scene(scene.prompt, (replace(first, colour="red" if first.colour != "red" else "pink"),))
         case "position":
-            return Scene(
-                scene.prompt, (replace(first, centre=rest[0].centre), replace(rest[0], centre=first.centre))
-            )
+            return Scene(scene.prompt, (replace(first, centre=rest[0].centre), replace(rest[0], centre=first.centre)))
     return Scene(scene.prompt, (replace(first, colour=rest[0].colour), replace(rest[0], colour=first.colour)))
 
 
@@ -119,7 +117,9 @@ RED, BLUE, YELLOW = (np.array(PALETTE[name], float) for name in ("red", "blue", 
     "paint",
     [
         pytest.param(np.where(COLUMNS < 18, RED, BLUE), id="half red, half blue"),
-        pytest.param(RED + (BLUE - RED) * np.clip((COLUMNS - 18 + RADIUS) / (2 * RADIUS), 0, 1), id="red fading into blue"),
+        pytest.param(
+            RED + (BLUE - RED) * np.clip((COLUMNS - 18 + RADIUS) / (2 * RADIUS), 0, 1), id="red fading into blue"
+        ),
         pytest.param(np.broadcast_to((RED + BLUE) / 2, (36, 36, 3)), id="half red and half blue everywhere"),
         pytest.param(np.where((COLUMNS < 18) | (ROWS < 18), RED, GREY), id="a quarter missing"),
         pytest.param(np.where(COLUMNS < 18, RED, GREY), id="a half missing"),

@@ -43,7 +43,8 @@ def parser_error(text: str) -> str:
                 return _unknown_option(where, _TYPE_NAMES.get(where), option)
             return _unknown_option("", None, root)
         if found := _REQUIRED.search(line):
-            return f"{_VERB.sub('', found[0])}; an experiment names them: --config experiments/....yaml"
+            remedy = "an experiment names them: --config FILE" if _VERB.search(found[0]) else "--help explains them"
+            return f"{_VERB.sub('', found[0])}; {remedy}"
         if found := _OPTION.search(line):
             return _unknown_option(".".join(keys), owner, found[1])
         if found := _NO_CLASS.search(line):

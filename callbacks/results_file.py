@@ -1,0 +1,55 @@
+"""Every judged image as a line that GenEval's own summary script reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emf_lightning.evaluation.geneval import Judgement
+from emf_lightning.evaluation.suite import PromptImage
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """An image that was asked for, and whether it shows its prompt.
+
+    Attributes:
+        asked: its prompt and number.
+        judgement: of it.
+        image: 8-bit RGB ``[H, W, 3]``, where it is kept to be looked at.
+    """
+
+    asked: PromptImage
+    judgement: Judgement
+    image: NDArray[np.uint8] | None = None
+
+
+def write_results(path: Path, judged: Sequence[JudgedImage], drawing: dict[str, float]) -> None:
+    """Writes one line for each image: the fields of GenEval's ``results.jsonl``, and whether it is strictly correct.
+
+    Args:
+        path: of the file, which is replaced; its folder is made.
+        judged: in the order of the lines; images of a prompt bear GenEval's names, ``00012/samples/0003.png``.
+        drawing: how the images were drawn, repeated as GenEval's ``details``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = {text: n for n, text in enumerate(dict.fromkeys(image.asked.prompt.prompt for image in judged))}
+    with path.open("w") as file:
+        for image in judged:
+            prompt, judgement = image.asked.prompt, image.judgement
+            row = {
+                "filename": f"{numbers[prompt.prompt]:05d}/samples/{image.asked.index:04d}.png",
+                "tag": prompt.tag,
+                "prompt": prompt.prompt,
+                "correct": judgement.correct,
+                "strict": judgement.strict,
+                "reason": judgement.reason,
+                "metadata": json.dumps(prompt.metadata()),
+                "details": json.dumps(drawing),
+            }
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,97 @@
+"""A suite's images drawn in several ways, judged, and brought together from all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of, draw_images
+from emf_lightning.callbacks.gathering import gathered
+from emf_lightning.callbacks.results_file import JudgedImage
+from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.evaluation.score import GenEvalScore, TaskScores
+from emf_lightning.evaluation.suite import PromptImage, PromptSuite
+from emf_lightning.modules.base import FlowMapModule
+
+
+@dataclass(frozen=True)
+class SuiteEvaluation:
+    """What one way of drawing scored.
+
+    Attributes:
+        setting: the way of drawing.
+        scores: of the images of all ranks.
+        judged: these images, in the order in which they were asked for.
+        seconds: that this rank drew and judged.
+    """
+
+    setting: Setting
+    scores: TaskScores
+    judged: list[JudgedImage]
+    seconds: float
+
+
+def evaluate_suite(
+    trainer: Trainer,
+    module: FlowMapModule,
+    suite: PromptSuite,
+    settings: Sequence[Setting],
+    *,
+    images_per_task: int,
+    shown_per_task: int,
+    batch_size: int,
+    seed: int,
+    report: Callable[[int, int], None],
+) -> list[SuiteEvaluation]:
+    """The evaluation of each of ``settings``, the same on every rank; all ranks must call it.
+
+    Args:
+        trainer: its ranks share the images.
+        module: draws them, with averaged weights, and is afterwards as it was.
+        suite: says what to draw and judges it.
+        settings: the ways of drawing, all from the same noise.
+        images_per_task: drawn for each setting.
+        shown_per_task: of these, how many are kept to be looked at.
+        batch_size: images drawn at once, on each rank.
+        seed: of the noise.
+        report: called now and then with (images done, images in all).
+    """
+    data = datamodule_of(trainer)
+    asked = suite.images(images_per_task)
+    kept = _first_of_each_task(asked, shown_per_task)
+    mine = list(enumerate(asked))[trainer.global_rank :: trainer.world_size]
+    metrics = [GenEvalScore(suite.prompts()).to(trainer.strategy.root_device) for _ in settings]
+    judged: list[list[JudgedImage]] = [[] for _ in settings]
+    seconds = [0.0] * len(settings)
+    done, total = 0, len(asked) * len(settings)
+    with undisturbed(trainer, module):
+        for first in range(0, len(mine), batch_size):
+            batch = mine[first : first + batch_size]
+            prompts = [image.prompt for _, image in batch]
+            captions, indices = [prompt.prompt for prompt in prompts], [image.index for _, image in batch]
+            for k, drawn in enumerate(draw_images(module, data, captions, indices, settings, seed)):
+                began = time.perf_counter()
+                judgements = [suite.judge(*pair) for pair in zip(drawn.images, prompts, strict=True)]
+                metrics[k].update(prompts, judgements)
+                judged[k] += [
+                    JudgedImage(image, judgement, picture if number in kept else None)
+                    for (number, image), judgement, picture in zip(batch, judgements, drawn.images, strict=True)
+                ]
+                seconds[k] += drawn.seconds + time.perf_counter() - began
+                done += len(batch) * trainer.world_size
+                report(min(done, total), total)
+    return [
+        SuiteEvaluation(setting, metric.scores(), gathered(trainer, images), duration)
+        for setting, metric, images, duration in zip(settings, metrics, judged, seconds, strict=True)
+    ]
+
+
+def _first_of_each_task(asked: Sequence[PromptImage], count: int) -> set[int]:
+    """The places in ``asked`` of the first ``count`` images of each task."""
+    places: dict[str, list[int]] = {}
+    for place, image in enumerate(asked):
+        places.setdefault(image.prompt.tag, []).append(place)
+    return {place for task in places.values() for place in task[:count]}

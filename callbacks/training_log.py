@@ -1,0 +1,83 @@
+"""What training costs and what it leaves out, beside what the module itself logs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.optim import Optimizer
+
+from emf_lightning.callbacks.few_step_sampling import FewStepSampling
+from emf_lightning.data.datamodule import CaptionImageData
+
+
+class TrainingLog(Callback):
+    """Logs images/s, seconds a step, the gradient's norm before clipping, skipped samples and cache hits.
+
+    Lightning's ``ThroughputMonitor`` counts validation and sampling as training time, says nothing before its window is
+    full, and waits for the GPU after every batch; hence the clock of this class. The learning rate is logged by
+    Lightning's ``LearningRateMonitor``.
+
+    Args:
+        window: optimiser steps over which the speed is averaged.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        if window < 1:
+            raise ValueError(f"TrainingLog: window must be at least 1, got {window}")
+        # one entry more than intervals: (seconds of training, images of all ranks, optimiser steps)
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
+        self._images = 0
+        self._paused = 0.0
+        self._pause_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._marks.clear()
+        self._marks.append((self._seconds(trainer), self._images, trainer.global_step))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused += time.perf_counter() - self._pause_began
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            # Lightning clips after this hook
+            pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch) * trainer.world_size
+        if trainer.global_step == self._marks[-1][2]:
+            return  # gradients are being accumulated
+        self._marks.append((self._seconds(trainer), self._images, trainer.global_step))
+        (began, first, first_step), (ended, last, last_step) = self._marks[0], self._marks[-1]
+        seconds = max(ended - began, 1e-9)
+        pl_module.log("train/images_per_second", (last - first) / seconds)
+        pl_module.log("train/step_seconds", seconds / (last_step - first_step))
+        pl_module.log_dict(self._counts(trainer))
+
+    def _counts(self, trainer: Trainer) -> dict[str, float]:
+        """What this rank left out and looked up so far."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, CaptionImageData):
+            return {}
+        counts = {f"train/skipped/{reason}": number for reason, number in data.skipped.items()}
+        counts["train/skipped_samples"] = sum(data.skipped.values())
+        if data.cache is not None:
+            counts |= {"train/cache_hits": data.cache.hits, "train/cache_misses": data.cache.misses}
+        return {tag: float(count) for tag, count in counts.items()}
+
+    def _seconds(self, trainer: Trainer) -> float:
+        """Seconds of training alone."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        sampling: float = sum(callback.seconds for callback in callbacks if isinstance(callback, FewStepSampling))
+        return time.perf_counter() - self._paused - sampling

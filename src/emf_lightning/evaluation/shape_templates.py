@@ -1,0 +1,157 @@
+"""Pictures of every shape at many sizes, places within a pixel and blurs, to compare what was seen against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emf_lightning.data.shapes.drawing import coverage, object_alpha
+from emf_lightning.data.shapes.world import World
+
+RADII = 24
+"""Sizes per shape, from .8 of the world's smallest radius to 1.2 of its largest."""
+RELATIVE_BLURS = (0.0, 0.11, 0.2)
+"""Standard deviations of Gaussian blurs in units of the world's mean radius."""
+
+
+def binomial(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``images`` ``[..., H, W]`` under the 3 x 3 binomial filter, edges repeated; pixel noise shrinks to .375."""
+    for axis in (-2, -1):
+        last = images.shape[axis] - 1
+        before = np.take(images, np.r_[0, 0:last], axis)
+        after = np.take(images, np.r_[1 : last + 1, last], axis)
+        images = 0.5 * images + 0.25 * (before + after)
+    return images
+
+
+def gaussian(images: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """``images`` ``[..., H, W]`` under a Gaussian filter, zeros beyond the edge."""
+    if sigma == 0:
+        return images
+    side = images.shape[-1]
+    distance = np.subtract.outer(np.arange(side), np.arange(side))
+    kernel = np.exp(-0.5 * (distance / sigma) ** 2)
+    kernel = (kernel / np.exp(-0.5 * (np.arange(-side, side + 1) / sigma) ** 2).sum()).astype(np.float32)
+    return kernel @ images @ kernel.T
+
+
+@dataclass(frozen=True)
+class TemplateMatch:
+    """The best template for each of K things; arrays over K.
+
+    Attributes:
+        shape: index of the shape.
+        radius: index of the radius.
+        correlation: normalised correlation with the template.
+        margin: how far the correlation with every other shape falls behind.
+        contrast: the thing's alpha in units of the template's.
+        deviation: largest difference from the fitted template at any pixel, in units of ``contrast``.
+    """
+
+    shape: NDArray[np.int64]
+    radius: NDArray[np.int64]
+    correlation: NDArray[np.float32]
+    margin: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+
+
+class ShapeTemplates:
+    """A bank of alpha masks, each about its centroid.
+
+    Attributes:
+        window: side of a template in pixels, odd.
+        offsets: places of the centroid about the middle pixel's centre, per axis.
+        alpha: ``[S, R, O, O, B, window**2]``, smoothed by ``binomial``; axes: shape, radius, x, y, blur.
+        area: ``[S, R, B]``, effective area: (sum of alpha)**2 / sum of alpha**2, which contrast leaves as it is.
+    """
+
+    def __init__(self, world: World) -> None:
+        smallest, largest = (fraction * world.cell for fraction in world.radius)
+        mean = (smallest + largest) / 2
+        self.radii = np.geomspace(0.8 * smallest, 1.2 * largest, RADII)
+        reach = int(np.ceil(1.21 * self.radii[-1] + 2))
+        self.window = 2 * reach + 1
+        places = 2 * int(np.ceil(2 * 4.4 / mean)) + 1  # fine enough that half a step is .025 of the radius
+        self.offsets = ((np.arange(places) + 0.5) / places - 0.5).astype(np.float32)
+        blurs = [relative * mean for relative in RELATIVE_BLURS]
+        stacks = []
+        for shape in world.shapes:
+            dx, dy = _centroid(shape)
+            alphas = np.stack(
+                [
+                    object_alpha(shape, (reach + 0.5 + ox - r * dx, reach + 0.5 + oy - r * dy), r, self.window)
+                    for r in self.radii
+                    for ox in self.offsets
+                    for oy in self.offsets
+                ]
+            )
+            stacks.append(np.stack([binomial(gaussian(alphas, sigma)) for sigma in blurs], axis=1))
+        flat = np.stack(stacks).reshape(len(world.shapes), RADII, places, places, len(blurs), -1)
+        self.area = (flat.sum(-1) ** 2 / (flat**2).sum(-1)).mean((2, 3))
+        self.alpha = flat
+
+    def match(
+        self,
+        alphas: NDArray[np.float32],
+        known: NDArray[np.bool_],
+        offset: NDArray[np.floating],
+        area: NDArray[np.floating],
+    ) -> TemplateMatch:
+        """The best template for each thing, out of those at its own centroid and of its own effective area.
+
+        Args:
+            alphas: ``[K, window, window]``, the pixel that holds the centroid in the middle.
+            known: like ``alphas``; False where the thing's alpha cannot be told, next to others.
+            offset: ``[K, 2]``, x and y of the centroid about that pixel's centre, each in [-.5, .5].
+            area: effective areas in pixels.
+        """
+        k, shapes, blurs = len(alphas), self.area.shape[0], self.area.shape[2]
+        ix, iy = (abs(o[:, None] - self.offsets).argmin(1) for o in offset.T)
+        radius = abs(area[:, None, None, None] - self.area).argmin(2)  # [K, S, B]
+        axes = np.ix_(np.arange(k), np.arange(shapes), np.arange(blurs))
+        candidates = self.alpha[axes[1], radius, ix[axes[0]], iy[axes[0]], axes[2]]  # [K, S, B, P]
+        candidates = candidates.reshape(k, shapes * blurs, self.window**2)
+
+        # Moments over the known pixels only.
+        weight = known.reshape(k, self.window**2).astype(np.float32)
+        seen = alphas.reshape(weight.shape)
+        pixels = weight.sum(1) + 1e-6
+        mean = (weight * seen).sum(1) / pixels
+        centred = weight * (seen - mean[:, None])
+        spread = np.sqrt((centred**2).sum(1)) + 1e-6
+        covariance = np.matmul(candidates, centred[..., None])[..., 0]
+        means = np.matmul(candidates, weight[..., None])[..., 0] / pixels[:, None]
+        variance = np.matmul(candidates**2, weight[..., None])[..., 0] - pixels[:, None] * means**2
+        correlation = (covariance / np.sqrt(np.maximum(variance, 1e-6)) / spread[:, None]).reshape(k, shapes, blurs)
+
+        row = np.arange(k)
+        by_shape = correlation.max(2)
+        shape = by_shape.argmax(1)
+        blur = correlation[row, shape].argmax(1)
+        best = by_shape[row, shape]
+        by_shape[row, shape] = -1
+        choice = shape * blurs + blur
+        contrast = covariance[row, choice] / np.maximum(variance[row, choice], 1e-6)
+        fitted = contrast[:, None] * (candidates[row, choice] - means[row, choice, None])
+        deviation = abs(centred - weight * fitted).max(1, initial=0) / (abs(contrast) + 1e-6)
+        return TemplateMatch(
+            shape, radius[row, shape, blur], best, best - by_shape.max(1), contrast, deviation.astype(np.float32)
+        )
+
+
+def _centroid(shape: str) -> tuple[float, float]:
+    """The centroid of the unit shape."""
+    axis = np.linspace(-1.25, 1.25, 501)
+    x, y = np.meshgrid(axis, axis)
+    mask = coverage(shape, x, y)
+    return float(x[mask].mean()), float(y[mask].mean())
+
+
+@cache
+def templates_of(world: World) -> ShapeTemplates:
+    """The bank of ``world``, built once a process."""
+    return ShapeTemplates(world)
