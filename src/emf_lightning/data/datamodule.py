@@ -121,7 +121,7 @@ class CaptionImageData(LightningDataModule):
             self.cache.open(self.text)
         if stage == "fit":
             self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
-        if stage in ("fit", "validate") and self.validation_shards is not None:
+        if stage in ("fit", "validate", "test") and self.validation_shards is not None:
             # one worker is enough for so few samples, and keeps their order
             workers, samples = min(self.num_workers, 1), self.validation_samples
             self._validation = self._loader(self.validation_shards, "validation_shards", workers, limit=samples)
@@ -159,6 +159,10 @@ class CaptionImageData(LightningDataModule):
 
     def val_dataloader(self) -> ShardLoader | list[Any]:
         return [] if self._validation is None else self._validation
+
+    def test_dataloader(self) -> Any:
+        """The validation samples: what ``test`` adds to ``validate`` are the callbacks' final scores."""
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[tuple[int, str]]:
         """Batches of (indices ``[B]``, prompts)."""

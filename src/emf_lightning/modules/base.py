@@ -134,6 +134,9 @@ class FlowMapModule(LightningModule):
     def test_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
         self._log_error(batch, batch_idx, "test")
 
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the ``SampleWriter`` callback draws, so that all step counts start from the same noise."""
+
     def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
         """Logs the mean squared error of u(z, t, t) against v at fixed times, with noise fixed by the batch's index."""
         x, u = batch.latents, self.velocity(batch.text)
