@@ -226,13 +226,14 @@ def test_two_ranks_share_the_images_and_find_what_one_finds(shards, tmp_path):
     assert second["overall"] > 0
 
 
-def test_the_scores_of_a_checkpoint_bear_its_step(run, shards, tmp_path):
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_the_scores_of_a_checkpoint_bear_its_step(run, shards, tmp_path, stage):
     data = tiny.data(shards, validation_shards=str(shards), validation_samples=16)
     trainer = tiny.trainer(tmp_path / "run", sampling(steps=[1]))
     checkpoint = next((run / "checkpoints").glob("step=2*.ckpt"))
-    trainer.validate(tiny.meanflow(), datamodule=data, ckpt_path=checkpoint, verbose=False)
+    getattr(trainer, stage)(tiny.meanflow(), datamodule=data, ckpt_path=checkpoint, verbose=False)
 
-    assert [(r["stage"], r["step"]) for r in scores(tmp_path / "run")][-1] == ("validate", 2)
+    assert [(r["stage"], r["step"]) for r in scores(tmp_path / "run")][-1] == (stage, 2)
     assert trainer.callback_metrics["eval/shapes/overall/1step"] == scores(tmp_path / "run")[-1]["overall"]
 
 

@@ -13,7 +13,7 @@ from emf_lightning.evaluation.geneval import judge
 from emf_lightning.evaluation.shapes_detector import UNKNOWN, ShapesDetector
 from tests.evaluation.pictures import accepted, blurred, draw_all, noisy, scenes, tinted, to_bytes
 
-PER_TASK = 60
+PER_TASK = 40
 SCENES = scenes(SMALL, PER_TASK)
 IMAGES = draw_all(SMALL, SCENES)
 DETECTOR = ShapesDetector(SMALL)
@@ -35,7 +35,7 @@ def test_clean_scenes_are_seen_exactly():
 
 @pytest.mark.parametrize(
     ("name", "worst"),
-    [("noise 8", 0.98), ("noise 16", 0.97), ("blur 0.5", 0.98), ("blur 1", 0.96), ("tint", 0.98), ("contrast", 0.98)],
+    [("noise 8", 0.98), ("noise 16", 0.97), ("blur 0.5", 0.98), ("blur 1", 0.95), ("tint", 0.98), ("contrast", 0.98)],
 )
 def test_blemishes_are_forgiven(name, worst):
     blemished = {

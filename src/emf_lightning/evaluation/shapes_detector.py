@@ -30,7 +30,7 @@ SPECK = 0.25
 PARTS = (2, 3, 4)
 """Numbers of parts that a thing which fits no shape is cut into: neighbours of one colour may touch."""
 
-CORRELATION = 0.97
+CORRELATION = 0.975
 """Least normalised correlation with a template."""
 DEVIATION = 0.35
 """Largest local difference from the template, in units of the thing's contrast: a dent that correlation forgives."""

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+
+from emf_lightning.data.shapes.prompts import (
+    TASKS,
+    counting,
+    evaluation_prompts,
+    plural,
+    position,
+    single_object,
+    with_article,
+)
+from emf_lightning.data.shapes.world import FULL, SMALL, WORLDS
+
+DIGESTS = {
+    "small": "c217d57a0ca88894d894f02820ebe1f5198225b5dc2f15f61af75be13724e92d",
+    "full": "7f9b0a1f392ac7fc5737102dffea9bb56fb33cb583d70ec28c477b37743551ac",
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_evaluation_prompts_never_change(name):
+    records = [prompt.metadata() for prompt in evaluation_prompts(WORLDS[name])]
+    digest = hashlib.sha256("\n".join(json.dumps(record) for record in records).encode()).hexdigest()
+    assert digest == DIGESTS[name], "other prompts: scores published before no longer compare"
+
+
+@pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)
+def test_prompts_come_task_by_task_and_once_each(world):
+    prompts = evaluation_prompts(world)
+    tags = [prompt.tag for prompt in prompts]
+    assert tuple(dict.fromkeys(tags)) == TASKS
+    assert tags == sorted(tags, key=TASKS.index)
+    assert len({prompt.prompt for prompt in prompts}) == len(prompts)
+    counts = Counter(tags)
+    assert counts["single_object"] == len(world.shapes)
+    assert counts["counting"] == len(world.shapes) * 3
+    assert max(counts.values()) <= 100
+
+
+def test_a_smaller_list_holds_the_tasks_too():
+    assert Counter(prompt.tag for prompt in evaluation_prompts(SMALL, 4)).keys() == set(TASKS)
+
+
+def test_records_are_those_of_geneval():
+    assert single_object(SMALL, "circle").metadata() == {
+        "tag": "single_object",
+        "include": [{"class": "circle", "count": 1}],
+        "prompt": "a photo of a circle",
+        "held_out": False,
+    }
+    three = counting(SMALL, "cross", 3)
+    assert three.prompt == "a photo of three crosses"
+    assert three.metadata()["exclude"] == [{"class": "cross", "count": 4}]
+
+
+def test_the_reference_object_of_a_position_comes_first():
+    prompt = position(SMALL, "circle", "left of", "square")
+    assert prompt.prompt == "a photo of a circle left of a square"
+    assert prompt.include == (
+        {"class": "square", "count": 1},
+        {"class": "circle", "count": 1, "position": ("left of", 0)},
+    )
+
+
+def test_words_follow_the_published_generator():
+    assert with_article("orange") == "an orange"
+    assert with_article("cross") == "a cross"
+    assert (plural("cross"), plural("star")) == ("crosses", "stars")
+
+
+def test_held_out_compositions_are_marked():
+    marked = {prompt.prompt for prompt in evaluation_prompts(SMALL) if prompt.held_out}
+    assert "a photo of a pink circle" in marked
+    assert any("circle" in text and "cross" in text for text in marked)
+    assert not any(
+        prompt.held_out for prompt in evaluation_prompts(SMALL) if prompt.tag in ("single_object", "counting")
+    )
