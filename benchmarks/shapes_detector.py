@@ -272,7 +272,7 @@ def main() -> None:
     lines = [
         "# What the shapes detector accepts and refuses",
         "",
-        f"Written by `benchmarks/shapes_detector.py`: seed {SEED}, {n} scenes a task and row, judged by GenEval's rule",
+        f"Written by `benchmarks/shapes_detector.py`: seed {SEED}, {n} scenes a task and row, judged by GenEval",
         "(threshold .3, counting .9), one thread. Wanted in every task: clean scenes accepted ≥ .99, corrupted ones",
         "≤ .005; other rows ≥ .97 and ≤ .01; garbage ≤ .02. Blur of 2 px is reported only: such images are refused",
         f"by design. A rate of 1.000 is at least {1 - 3 / n:.3f}, one of 0.000 at most {3 / n:.3f} (95 % confidence).",

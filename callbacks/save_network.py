@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,14 +19,20 @@ class SaveNetwork(Callback):
 
     Args:
         folder: below the run directory.
+        time_scale: what the copy's time embedding is fitted anew for (``SanaFlowMap.refit_time``): a parent that was
+            trained at a large scale has a rough derivative in time, on which MeanFlow diverges. None leaves it.
     """
 
-    def __init__(self, folder: str = "network") -> None:
+    def __init__(self, folder: str = "network", time_scale: float | None = None) -> None:
         self.folder = folder
+        self.time_scale = time_scale
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
         run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
-                pl_module.net.save_pretrained(str(Path(run) / self.folder))  # type: ignore[operator]
+                net = copy.deepcopy(pl_module.net)
+                if self.time_scale is not None:
+                    net.refit_time(self.time_scale)  # type: ignore[operator]
+                net.save_pretrained(str(Path(run) / self.folder))  # type: ignore[operator]

@@ -53,7 +53,8 @@ CHILD = """
 base: ../base.yaml
 trainer:
   callbacks+:
-    - class_path: LearningRateMonitor
+    - class_path: SampleWriter
+      init_args: {steps: [1, 2]}
 model:
   init_args:
     caption_dropout: 0.25
@@ -120,7 +121,7 @@ def test_a_child_keeps_what_its_base_says(capsys: pytest.CaptureFixture[str]) ->
 def test_callbacks_of_a_child_are_appended_to_its_bases(capsys: pytest.CaptureFixture[str]) -> None:
     callbacks = printed(capsys, "--config", "shapes/child.yaml")["trainer"]["callbacks"]
 
-    assert [c["class_path"].rpartition(".")[2] for c in callbacks] == ["ModelCheckpoint", "LearningRateMonitor"]
+    assert [c["class_path"].rpartition(".")[2] for c in callbacks] == ["ModelCheckpoint", "SampleWriter"]
 
 
 def test_the_command_line_wins_over_base_and_child(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +176,25 @@ def test_the_configuration_wins_over_what_a_checkpoint_was_trained_with() -> Non
     assert torch.load("runs/tiny/resumed/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_checkpoint_is_scored(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = "runs/tiny/version_0"
+    options = ("--ckpt_path", f"{run}/checkpoints/last.ckpt", "--data.validation_shards", "shards")
+    main([verb, "--config", f"{run}/config.yaml", *options])
+
+    assert "mse_v_at_0.5" in capsys.readouterr().out
+
+
+def test_predict_draws_a_file_of_prompts(world: Path) -> None:
+    (world / "prompts.txt").write_text("a photo of a red circle\n\na photo of two squares\n")
+    run = "runs/tiny/version_0"
+    options = ("--data.prompts", "prompts.txt", "--trainer.logger.init_args.version", "drawn")
+    main(["predict", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt", *options])
+
+    names = sorted(path.name for path in (world / "runs/tiny/drawn/samples").glob("*.png"))
+    assert names == [f"{prompt:05d}-{steps}step.png" for prompt in (0, 1) for steps in (1, 2)]
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,8 +225,8 @@ def test_the_configuration_wins_over_what_a_checkpoint_was_trained_with() -> Non
         ),
         ("{data: {text: WrodEncoder}}", "data.text: there is no class 'WrodEncoder'; did you mean 'WordEncoder'?"),
         (
-            "{trainer: {callbacks+: [{class_path: LearningRateMonitor, init_args: {interval: 1}}]}}",
-            "trainer.callbacks",
+            "{trainer: {callbacks+: [{class_path: SampleWriter, init_args: {stps: 1}}]}}",
+            "trainer.callbacks: SampleWriter has no option 'stps'; did you mean 'steps'?",
         ),
         ("{trainer: {max_steps: many}}", "trainer.max_steps: must be int, got many"),
         ("{data: {batch_size: '${data.bacth}'}}", "data.batch_size: there is no value ${data.bacth}"),

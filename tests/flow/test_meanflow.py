@@ -125,3 +125,12 @@ def test_rows_that_are_not_finite_are_left_out():
 def test_adaptive_loss_is_flat_at_one():
     terms = AdaptiveWeighting(1.0, 1e-3)(torch.tensor([0.5, 100.0, 1e5]))
     assert torch.allclose(terms, torch.ones(3), atol=3e-3)
+
+
+def test_bound_cuts_the_targets_of_interval_rows_alone():
+    z, r, t = states()
+    n, v = 20, torch.full_like(z, 9.0)
+    r = torch.cat([r[:n], t[n:]])
+    terms = meanflow(lambda z, r, t: torch.zeros_like(z), z, v, Times(r, t, n), UniformWeighting(), bound=2.0)
+    assert torch.allclose(terms.squared_error[:n].double(), torch.full((n,), 4.0, dtype=f64))
+    assert torch.allclose(terms.squared_error[n:].double(), torch.full((len(t) - n,), 81.0, dtype=f64))

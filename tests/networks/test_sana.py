@@ -165,3 +165,23 @@ def test_published_sizes_build_on_the_meta_device():
         model = IntervalSanaTransformer(qk_norm="rms_norm_across_heads")
     stock = sum(p.numel() for name, p in model.named_parameters() if ".interval." not in name)
     assert 1.59e9 < stock < 1.62e9
+
+
+def test_refitting_time_keeps_the_function_and_smooths_its_derivative():
+    torch.manual_seed(0)
+    net = SanaFlowMap(TINY, prediction=PredictVelocity(), time_scale=100.0, latent_size=12, context_width=16).eval()
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        before = net(z, t, t, context, mask)
+        level = before.std()
+
+    def time_derivative() -> float:
+        _, dudt = total_derivative(lambda z, r, t: net(z, t, t, context, mask), z, t, t, torch.zeros_like(z))
+        return float(dudt.square().mean().sqrt())
+
+    rough = time_derivative()
+    assert net.refit_time(2.0) < 0.5
+    assert net.time_scale == 2.0
+    with torch.no_grad():
+        assert (net(z, t, t, context, mask) - before).square().mean().sqrt() < 0.5 * level
+    assert time_derivative() < rough

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import warnings
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -21,6 +22,14 @@ from emf_lightning.modules.base import FlowMapModule
 
 CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes an experiment chooses from, by their short names."""
+
+HARMLESS = (
+    ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
+    "The dirpath has changed from",  # each run has a directory of its own
+    ".*LeafSpec",  # Lightning's own business with torch
+    ".*does not have many workers",  # shards are read by as many as the experiment says
+)
+"""Beginnings of warnings that say nothing to the user."""
 
 LINKED = ("context_width", "latent_channels", "latent_size")
 """What the network learns from the data: attributes of the datamodule, arguments of the networks that have them."""
@@ -45,6 +54,8 @@ class EMFCLI(LightningCLI):
         # `${a.b}` means the same wherever it stands, although the parser nests what it reads below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        for message in HARMLESS:
+            warnings.filterwarnings("ignore", message)
         return cls(
             FlowMapModule,
             CaptionImageData,

@@ -32,7 +32,7 @@ PARTS = (2, 3, 4)
 
 CORRELATION = 0.975
 """Least normalised correlation with a template."""
-DEVIATION = 0.35
+DEVIATION = 0.3
 """Largest local difference from the template, in units of the thing's contrast: a dent that correlation forgives."""
 MARGIN = 0.001
 """Least lead in correlation over the second-best shape."""

@@ -37,7 +37,7 @@ def meanflow(
     times: Times,
     weighting: Weighting,
     *,
-    u_interval: Velocity | None = None,
+    bound: float | None = None,
 ) -> MeanFlowTerms:
     """The error of u(z, r, t) against u_tgt = sg[v - (t - r) du/dt], which is v where r = t.
 
@@ -50,13 +50,15 @@ def meanflow(
         v: like ``z``, dz/dt: conditional, or guided, or a teacher's.
         times: the rows' (r, t), r < t rows first.
         weighting: from summed squared errors to losses.
-        u_interval: the average velocity of the r < t rows alone, where it needs other conditions than ``u_theta``.
+        bound: the target of the r < t rows is cut to +-bound, elementwise. The exact u averages velocities, so it
+            never leaves their range; du/dt of an untrained u does, and then feeds on itself.
     """
     n, r, t = times.n_interval, times.r, times.t
     u_tgt, dudt = v, v[:0]
     if n:
-        _, dudt = total_derivative(u_interval or u_theta, z[:n], r[:n], t[:n], v[:n])
-        u_tgt = torch.cat([v[:n] - over(t[:n] - r[:n], z) * dudt.to(v.dtype), v[n:]])
+        _, dudt = total_derivative(u_theta, z[:n], r[:n], t[:n], v[:n])
+        u_tgt = v[:n] - over(t[:n] - r[:n], z) * dudt.to(v.dtype)
+        u_tgt = torch.cat([u_tgt if bound is None else u_tgt.clamp(-bound, bound), v[n:]])
     u = u_theta(z, r, t)
     D = (u.float() - u_tgt).square().flatten(1)
     finite = D.detach().isfinite().all(1)

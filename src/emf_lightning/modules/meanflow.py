@@ -29,6 +29,7 @@ class MeanFlow(FlowMapModule):
         times: law of (r, t).
         weighting: from summed squared errors to losses; its offset is in units of the sum over all dimensions.
         target_guidance: classifier-free guidance inside the target; sampling then needs none.
+        target_bound: the target of r < t rows is cut to +- this: a little above the largest velocity, or None.
         teacher: take v from the network as it starts, frozen, in place of e - x; it has guidance of its own.
     """
 
@@ -39,6 +40,7 @@ class MeanFlow(FlowMapModule):
         weighting: Weighting | None = None,
         target_guidance: TargetGuidance | None = None,
         teacher: TeacherVelocity | None = None,
+        target_bound: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         caption_dropout: float = 0.1,
@@ -54,6 +56,9 @@ class MeanFlow(FlowMapModule):
                 "MeanFlow: give model.teacher or model.target_guidance; the teacher's velocity is guided itself"
             )
         self.target_guidance = target_guidance
+        if target_bound is not None and target_bound <= 0:
+            raise ValueError(f"MeanFlow: target_bound must be positive, got {target_bound}")
+        self.target_bound = target_bound
         self.teacher = teacher
         self.parent = None if teacher is None else FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
@@ -74,7 +79,7 @@ class MeanFlow(FlowMapModule):
             v = self.teacher(
                 z, times.t, conditional=self.velocity(text, parent), unconditional=self.velocity(null, parent)
             )
-        terms = meanflow(u, z, v, times, self.weighting)
+        terms = meanflow(u, z, v, times, self.weighting, bound=self.target_bound)
         self._log_terms(terms.squared_error, terms.derivative_norm, terms.finite, times.n_interval)
         return terms.loss
 

@@ -26,6 +26,44 @@ class IntervalEmbedding(AdaLayerNormSingle, ABC):
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("interval.")}
         self.interval.load_state_dict(own)
 
+    def refit(self, old_scale: float, new_scale: float, steps: int = 1500, rows: int = 256) -> float:
+        """The error left after teaching this module to read ``new_scale`` t as it reads ``old_scale`` t.
+
+        A network trained on 1000 t holds high frequencies in t that flow matching never notices; MeanFlow's du/dt
+        multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
+        (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` and ``linear`` change; no data are needed.
+
+        Args:
+            old_scale: factor on t in [0, 1] that the module was trained with.
+            new_scale: the one it is to be called with from now on.
+            steps: of Adam, some 20 seconds' worth at width 192.
+            rows: times a step.
+
+        Returns:
+            Root mean square error of the modulation, relative to its standard deviation over t.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            grid = torch.linspace(0, 1, 1025, device=self.linear.weight.device)
+            with torch.no_grad():
+                wanted = super().forward(grid * old_scale, hidden_dtype=self.linear.weight.dtype)
+            spread = wanted[0].std(0).norm()
+            own = [p for name, p in self.named_parameters() if not name.startswith("interval.")]
+            adam = torch.optim.Adam(own, lr=2e-3)
+            decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+            for _ in range(steps):
+                i = torch.randint(len(grid), (rows,), device=grid.device)
+                got = super().forward(grid[i] * new_scale, hidden_dtype=self.linear.weight.dtype)
+                loss = sum((a - b[i]).square().mean() / b.var(0).mean() for a, b in zip(got, wanted, strict=True))
+                adam.zero_grad()
+                torch.autograd.backward(loss)
+                adam.step()
+                decay.step()
+            adam.zero_grad()
+            with torch.no_grad():
+                got = super().forward(grid * new_scale, hidden_dtype=self.linear.weight.dtype)
+                return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
+
     @abstractmethod
     def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
         """One embedding of three: of the end time t, of the length t - r, of the length 0."""

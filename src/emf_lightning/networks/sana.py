@@ -134,6 +134,17 @@ class SanaFlowMap(FlowMapNetwork):
                 )
         self.transformer.register_to_config(**self.meaning)
 
+    def refit_time(self, time_scale: float) -> float:
+        """The relative error of reading ``time_scale`` t as the present scale was read (``IntervalEmbedding.refit``).
+
+        The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet.
+        """
+        error = self.transformer.time_embed.refit(self.time_scale, time_scale)
+        self.transformer.time_embed.duplicate()
+        self.time_scale = time_scale
+        self.transformer.register_to_config(**self.meaning)
+        return error
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes ``config.json`` and safetensors in diffusers' format; ``pretrained=directory`` reads them back."""
         self.transformer.save_pretrained(str(directory))
