@@ -215,7 +215,8 @@ class CaptionImageData(LightningDataModule):
         """The null caption's features, one row, on the training device."""
         device = self._move()
         if self._null is None or self._null.context.device != device:
-            self._null = self.text_features([NULL_CAPTION])
+            with torch.inference_mode(False):  # what validation computes is kept for training
+                self._null = self.text_features([NULL_CAPTION])
         return self._null
 
     @torch.no_grad()
