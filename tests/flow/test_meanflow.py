@@ -3,14 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.derivative import total_derivative
-from emf_lightning.flow.meanflow import meanflow
+from emf_lightning.flow.derivative import ForwardMode
+from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting, UniformWeighting
 from tests.flow.gaussian import average_velocity, velocity
 
 f64 = torch.float64
+
+
+def meanflow(u, z, v, times, weighting, **settings) -> FlowMapTerms:
+    return MeanFlowObjective(**settings)(u, z, v, times, weighting, 0.0)
 
 
 def states(rows: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -28,7 +33,7 @@ def central_difference(u, z, r, t, dz, dr, dt, h=1e-5):
 def test_derivative_equals_float64_central_differences():
     z, r, t = states()
     v = velocity(z, t)
-    u, dudt = total_derivative(average_velocity, z, r, t, v)
+    u, dudt = ForwardMode()(average_velocity, z, r, t, v, len(z))
     assert torch.equal(u, average_velocity(z, r, t))
     expected = central_difference(average_velocity, z, r, t, v, 0.0, 1.0)
     assert (dudt - expected).abs().max() < 1e-7 * expected.abs().max()
@@ -38,7 +43,7 @@ def test_derivative_equals_float64_central_differences():
 def test_derivative_differs_from_wrong_tangents(dr: float, dt: float):
     z, r, t = states()
     v = velocity(z, t)
-    _, dudt = total_derivative(average_velocity, z, r, t, v)
+    dudt = ForwardMode().along(average_velocity, z, r, t, v)
     wrong = central_difference(average_velocity, z, r, t, v, dr, dt)
     assert (dudt - wrong).abs().max() > 0.1
 
@@ -122,8 +127,23 @@ def test_rows_that_are_not_finite_are_left_out():
     assert terms.loss.isfinite()
 
 
+def test_target_that_is_not_finite_spoils_no_gradient():
+    z, r, t = states(8)
+    v = velocity(z, t)
+    v[3] = torch.nan
+
+    def gradient(rows: list[int]) -> torch.Tensor:
+        theta = torch.tensor(1.1, dtype=f64, requires_grad=True)
+        times = Times(r[rows], t[rows], len(rows))
+        terms = meanflow(lambda z, r, t: theta * average_velocity(z, r, t), z[rows], v[rows], times, UniformWeighting())
+        return torch.autograd.grad(terms.loss, theta)[0]
+
+    assert torch.allclose(gradient(list(range(8))), gradient([0, 1, 2, 4, 5, 6, 7]))
+
+
 def test_adaptive_loss_is_flat_at_one():
-    terms = AdaptiveWeighting(1.0, 1e-3)(torch.tensor([0.5, 100.0, 1e5]))
+    half = torch.full((3,), 0.5)
+    terms = AdaptiveWeighting(1.0, 1e-3)(torch.tensor([0.5, 100.0, 1e5]), Times(half, half, 0))
     assert torch.allclose(terms, torch.ones(3), atol=3e-3)
 
 

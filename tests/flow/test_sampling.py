@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.guidance import TargetGuidance, TeacherVelocity, guided
+from emf_lightning.flow.guidance import TargetGuidance, guided
 from emf_lightning.flow.sampling import sample_euler, sample_flow_map
 from tests.flow.gaussian import M, S, average_velocity
 
@@ -81,13 +81,3 @@ def test_target_guidance_of_effective_scale_reproduces_guided_velocity_at_the_fi
 def test_target_guidance_refuses_impossible_settings(settings):
     with pytest.raises(ValueError, match="TargetGuidance"):
         TargetGuidance(**settings)
-
-
-def test_teacher_velocity_is_guided_inside_its_interval():
-    v = TeacherVelocity(scale=3.0, interval=(0.0, 0.8))(
-        torch.zeros(2, 1, 1, 1),
-        torch.tensor([0.5, 0.9]),
-        conditional=lambda z, r, t: 2 * torch.ones_like(z),
-        unconditional=lambda z, r, t: torch.ones_like(z),
-    )
-    assert v.flatten().tolist() == [4.0, 2.0]

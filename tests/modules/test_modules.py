@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from emf_lightning.flow.guidance import TargetGuidance, TeacherVelocity
+from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.modules.flow_matching import FlowMatching
 from emf_lightning.modules.meanflow import MeanFlow
@@ -76,19 +77,40 @@ def test_target_guidance_changes_the_objective(tmp_path, net, loader):
 
 def test_teacher_is_the_network_at_the_start_and_never_saved(tmp_path, net, loader):
     before = copy.deepcopy(net.state_dict())
-    model = MeanFlow(net, optimizer=optimizer, teacher=TeacherVelocity(scale=2.0))
+    model = MeanFlow(net, optimizer=optimizer, velocity="teacher", target_guidance=TargetGuidance(scale=2.0))
     fit = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
     fit.fit(model, loader)
     assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
-    for name, value in model.parent.net.state_dict().items():
+    for name, value in model.teacher.net.state_dict().items():
         assert torch.equal(value, before[name]), name
     fit.save_checkpoint(tmp_path / "run.ckpt")
     assert set(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]) == {f"net.{name}" for name in before}
 
 
-def test_teacher_and_guidance_of_the_own_velocity_exclude_each_other(net):
-    with pytest.raises(ValueError, match=r"model\.teacher or model\.target_guidance"):
-        MeanFlow(net, teacher=TeacherVelocity(), target_guidance=TargetGuidance())
+@pytest.mark.parametrize("velocity", ["own", "teacher"])
+def test_velocity_of_a_network_takes_the_place_of_the_conditional_one(net, loader, monkeypatch, velocity):
+    batch = next(iter(loader))
+    seen = {}
+
+    class Spy(MeanFlowObjective):
+        def __call__(self, u, z, v, times, *rest):
+            seen.update(z=z, v=v, t=times.t, u=u)
+            return super().__call__(u, z, v, times, *rest)
+
+    model = MeanFlow(net, objective=Spy(), velocity=velocity, caption_dropout=0.0)
+    monkeypatch.setattr(MeanFlow, "progress", 0.0)
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    with torch.no_grad():
+        net.transformer.proj_out.bias += 1.0
+    model.objective(batch)
+    own = seen["u"](seen["z"], seen["t"], seen["t"])
+    assert not seen["v"].requires_grad
+    assert torch.equal(seen["v"], own) == (velocity == "own")
+
+
+def test_unknown_velocity_is_refused(net):
+    with pytest.raises(ValueError, match="conditional, own or teacher"):
+        MeanFlow(net, velocity="parent")
 
 
 def test_caption_dropout_makes_rows_null(net, loader):

@@ -25,11 +25,11 @@ class TargetGuidance:
     """Guidance inside MeanFlow's target, so that sampling needs none (arXiv 2505.13447, eq. 19-21).
 
     vtil = scale v + kappa u(z, t, t | text) + (1 - scale - kappa) u(z, t, t | null) where t lies in the interval, v
-    elsewhere; the effective scale is scale / (1 - kappa).
+    elsewhere; the effective scale is scale / (1 - kappa). u is the model's own, or the teacher's where v is.
 
     Attributes:
         scale: the paper's omega; 1 with kappa 0 is no guidance.
-        kappa: share of the model's own conditional velocity, in [0, 1).
+        kappa: share of u(z, t, t | text), in [0, 1).
         interval: the (start, end) of t in which guidance acts.
     """
 
@@ -58,40 +58,3 @@ class TargetGuidance:
         vtil = self.scale * v + self.kappa * text + (1 - self.scale - self.kappa) * null
         active = (t >= self.interval[0]) & (t <= self.interval[1]) & ~dropped
         return torch.where(over(active, v), vtil.to(v.dtype), v)
-
-
-@dataclass(frozen=True)
-class TeacherVelocity:
-    """The velocity of a frozen parent in place of e - x, guided where t lies in the interval.
-
-    The conditional velocity e - x is the marginal one plus noise; the parent has averaged that noise away, so the
-    target and the tangent lose most of their variance (arXiv 2512.13006, section 4; the paper's eq. 9 writes v_theta).
-
-    Attributes:
-        scale: of the parent's classifier-free guidance; 1 is none.
-        interval: the (start, end) of t in which guidance acts.
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise ValueError(f"TeacherVelocity: interval must be 0 <= start < end <= 1, got {self.interval}")
-
-    @torch.no_grad()
-    def __call__(self, z: Tensor, t: Tensor, *, conditional: Velocity, unconditional: Velocity) -> Tensor:
-        """v, like ``z``, fp32 and without a graph.
-
-        Args:
-            z: ``[B, C, H, W]``, the state at t.
-            t: ``[B]``, fp32.
-            conditional: the parent, given the rows' captions; rows on the null caption come out unguided.
-            unconditional: the parent, given the null caption.
-        """
-        v = conditional(z, t, t).to(z.dtype)
-        if self.scale == 1:
-            return v
-        null = unconditional(z, t, t).to(z.dtype)
-        active = (t >= self.interval[0]) & (t <= self.interval[1])
-        return torch.where(over(active, z), null + self.scale * (v - null), v)

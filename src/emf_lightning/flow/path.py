@@ -10,6 +10,12 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """u(z, r, t): ``[B, C, H, W]``, ``[B]``, ``[B]`` -> ``[B, C, H, W]``."""
 
 
+def of_rows(u: Velocity, part: slice) -> Velocity:
+    """``u`` for a part of the batch: a velocity that is bound to the rows' captions says so by a method ``rows``."""
+    bound: Callable[[slice], Velocity] | None = getattr(u, "rows", None)
+    return u if bound is None else bound(part)
+
+
 def over(t: Tensor, z: Tensor) -> Tensor:
     """``t`` ``[B]`` with ones appended to its shape, so that it broadcasts over ``z`` ``[B, ...]``."""
     return t.reshape(-1, *([1] * (z.ndim - 1)))

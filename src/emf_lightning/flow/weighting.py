@@ -6,19 +6,21 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from emf_lightning.flow.times import Times
+
 
 class Weighting(ABC):
     """A rule from squared errors to losses."""
 
     @abstractmethod
-    def __call__(self, squared_error: Tensor) -> Tensor:
-        """The rows' losses ``[B]``, from ``squared_error`` ``[B]``, summed over dimensions."""
+    def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
+        """The rows' losses ``[B]``, from ``squared_error`` ``[B]``, summed over dimensions, and the rows' (r, t)."""
 
 
 class UniformWeighting(Weighting):
     """Every row counts by its squared error: MeanFlow as the EMF paper writes it."""
 
-    def __call__(self, squared_error: Tensor) -> Tensor:
+    def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """The squared error itself."""
         return squared_error
 
@@ -39,6 +41,6 @@ class AdaptiveWeighting(Weighting):
         self.power = power
         self.offset = offset
 
-    def __call__(self, squared_error: Tensor) -> Tensor:
+    def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """D / sg(D + c)^p; the weight carries no gradient."""
         return squared_error / (squared_error.detach() + self.offset) ** self.power

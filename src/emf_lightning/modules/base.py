@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,28 @@ from emf_lightning.text.base import TextFeatures
 
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The times at which the validation error is taken."""
+
+
+@dataclass(frozen=True)
+class CaptionedVelocity:
+    """u(z, r, t) of a network, bound to the rows' captions.
+
+    Attributes:
+        net: the network.
+        text: B captions' features.
+    """
+
+    net: FlowMapNetwork
+    text: TextFeatures
+
+    def __call__(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """u of the B rows, like ``z`` ``[B, C, H, W]``."""
+        u: Tensor = self.net(z, r, t, self.text.context, self.text.mask)
+        return u
+
+    def rows(self, part: slice) -> CaptionedVelocity:
+        """The same for a part of the rows."""
+        return CaptionedVelocity(self.net, self.text[part])
 
 
 class FlowMapModule(LightningModule):
@@ -123,10 +146,9 @@ class FlowMapModule(LightningModule):
         dropped = torch.rand(len(batch), device=batch.latents.device) < self.caption_dropout
         return batch.text.where(~dropped, batch.null), dropped
 
-    def velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> Velocity:
-        """u(z, r, t) of ``net``, or of this module's, given ``text``; fewer rows take the first rows of ``text``."""
-        net, context, mask = net or self.net, text.context, text.mask
-        return lambda z, r, t: net(z, r, t, context[: len(z)], mask[: len(z)])
+    def velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> CaptionedVelocity:
+        """u(z, r, t) of ``net``, or of this module's, given the rows' ``text``."""
+        return CaptionedVelocity(net or self.net, text)
 
     def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
         self._log_error(batch, batch_idx, "validation")
@@ -161,7 +183,7 @@ class FlowMapModule(LightningModule):
             guidance: scale of classifier-free guidance; ``self.guidance`` where it is None.
         """
         scale = self.guidance if guidance is None else guidance
-        u = self.velocity(text)
+        u: Velocity = self.velocity(text)
         if scale != 1:
             u = guided(u, self.velocity(null.expand(len(text))), scale)
         return self.draw(u, noise, steps)
