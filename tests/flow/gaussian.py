@@ -31,3 +31,15 @@ def average_velocity(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
     same = _over(r == t, z)
     length = torch.where(same, 1.0, _over(t - r, z))
     return torch.where(same, velocity(z, t), (z - flow_map(z, t, r)) / length)
+
+
+def states(rows: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """z, r and t of ``rows`` rows, float64, r < t."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(rows, 1, 2, 2, dtype=torch.float64, generator=generator)
+    ends = torch.rand(2, rows, dtype=torch.float64, generator=generator) * 0.9 + 0.05
+    return z, ends.amin(0), ends.amax(0)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())

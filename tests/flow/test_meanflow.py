@@ -9,20 +9,13 @@ from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting, UniformWeighting
-from tests.flow.gaussian import average_velocity, velocity
+from tests.flow.gaussian import average_velocity, states, velocity
 
 f64 = torch.float64
 
 
 def meanflow(u, z, v, times, weighting, **settings) -> FlowMapTerms:
     return MeanFlowObjective(**settings)(u, z, v, times, weighting, 0.0)
-
-
-def states(rows: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(rows, 1, 2, 2, dtype=f64, generator=generator)
-    ends = torch.rand(2, rows, dtype=f64, generator=generator) * 0.9 + 0.05
-    return z, ends.amin(0), ends.amax(0)
 
 
 def central_difference(u, z, r, t, dz, dr, dt, h=1e-5):

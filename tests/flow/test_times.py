@@ -40,3 +40,23 @@ def test_r_may_have_its_own_law():
 def test_share_outside_the_unit_interval_is_refused():
     with pytest.raises(ValueError, match="interval_share"):
         UniformTimes(Schedule(0.5, 1.5))
+
+
+@pytest.mark.parametrize("sampler", [UniformTimes, LogitNormalTimes])
+def test_some_intervals_end_at_the_data(sampler):
+    torch.manual_seed(0)
+    times = sampler(interval_share=Schedule(0.5), zero_share=0.1)(1000, 0.5, CPU)
+    assert times.n_interval == 500
+    assert (times.r[:100] == 0).all()
+    assert (times.r[100:] > 0).all()
+    assert (times.t > 0).all()
+    torch.manual_seed(0)
+    without = sampler(interval_share=Schedule(0.5))(1000, 0.5, CPU)
+    assert torch.equal(times.t, without.t)
+    assert torch.equal(times.r[100:], without.r[100:])
+
+
+@pytest.mark.parametrize("share", [Schedule(0.05), Schedule(0.5, 0.05)])
+def test_more_rows_at_zero_than_intervals_are_refused(share):
+    with pytest.raises(ValueError, match="zero_share must lie"):
+        UniformTimes(share, zero_share=0.1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.flow.derivative import Derivative, ForwardMode
-from emf_lightning.flow.objective import FlowMapTerms, Objective, regress
+from emf_lightning.flow.objective import FlowMapTerms, Objective, bounded, regress
 from emf_lightning.flow.path import Velocity, over
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import Weighting
@@ -37,6 +37,5 @@ class MeanFlowObjective(Objective):
         n, r, t = times.n_interval, times.r, times.t
         u_theta, dudt = self.derivative(u, z, r, t, v, n)
         u_tgt = v[:n] - over(t[:n] - r[:n], z) * dudt.to(v.dtype)
-        if self.bound is not None:
-            u_tgt = u_tgt.clamp(-self.bound, self.bound)
-        return regress(u_theta, torch.cat([u_tgt, v[n:]]), v, times, weighting, dudt)
+        target = torch.cat([bounded(u_tgt, self.bound), v[n:]])
+        return regress(u_theta, target, v, times, weighting, dudt)

@@ -51,6 +51,11 @@ class Objective(ABC):
         """
 
 
+def bounded(target: Tensor, bound: float | None) -> Tensor:
+    """``target`` cut to +-``bound``, elementwise: the exact u averages velocities and never leaves their range."""
+    return target if bound is None else target.clamp(-bound, bound)
+
+
 def regress(
     u: Tensor, target: Tensor, v: Tensor, times: Times, weighting: Weighting, dudt: Tensor | None = None
 ) -> FlowMapTerms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -14,6 +15,14 @@ def of_rows(u: Velocity, part: slice) -> Velocity:
     """``u`` for a part of the batch: a velocity that is bound to the rows' captions says so by a method ``rows``."""
     bound: Callable[[slice], Velocity] | None = getattr(u, "rows", None)
     return u if bound is None else bound(part)
+
+
+@torch.no_grad()
+def without_graph(u: Velocity, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+    """u(z, r, t) as a part of a target, like ``z`` and in its precision."""
+    value = u(z, r, t).to(z.dtype)
+    torch.clear_autocast_cache()  # weights cast without a graph must not serve the pass that needs one
+    return value
 
 
 def over(t: Tensor, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from emf_lightning.flow.times import Times
@@ -44,3 +45,27 @@ class AdaptiveWeighting(Weighting):
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """D / sg(D + c)^p; the weight carries no gradient."""
         return squared_error / (squared_error.detach() + self.offset) ** self.power
+
+
+class TransitionWeighting(AdaptiveWeighting):
+    """The adaptive weight times (tan t - tan r + sigma_d)^(-1/2): long intervals count less (arXiv 2509.04394).
+
+    The tangent is that of t itself, in radians, as the release takes it for the linear path: tan 1 = 1.56, so nothing
+    has to be guarded at the noise's end. Rows with r = t have a factor of 1.
+
+    Args:
+        sigma_data: sigma_d > 0, the data's standard deviation; the release's 1 makes the factor continuous at r = t.
+        power: see ``AdaptiveWeighting``, as ``offset``; the release has p = 1 and c = 1e-5 of the mean over dimensions.
+    """
+
+    def __init__(self, sigma_data: float = 1.0, power: float = 1.0, offset: float = 1e-3) -> None:
+        super().__init__(power, offset)
+        if sigma_data <= 0:
+            raise ValueError(f"TransitionWeighting: sigma_data must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+
+    def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
+        """The adaptive losses times the factor, which is between .62 and 1 at sigma_d = 1."""
+        factor = torch.rsqrt(torch.tan(times.t) - torch.tan(times.r) + self.sigma_data)
+        factor[times.n_interval :] = 1
+        return factor * super().__call__(squared_error, times)
