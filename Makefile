@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo "  experiments: $(EXPERIMENTS)"
-	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 100'"
+	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 
 venv: $(READY) ## install everything into .venv (about a minute, 6 GB)
 
@@ -58,6 +58,7 @@ $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 	$(BIN)/emf fit --config experiments/$*.yaml $(ARGS)
 
 curves: $(READY) ## open TensorBoard on all runs
+	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
 test: $(READY) ## run the tests (8 minutes at most)

@@ -207,8 +207,7 @@ class FewStepSampling(Callback):
         self._board = ScoreBoard(directory, name, levels, writers)
         # TensorBoard keeps one layout a run: that of all suites together
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        watched = [callback for callback in callbacks if isinstance(callback, FewStepSampling)]
-        self._board.plot_layout([(c.suite, [setting.label for setting in c.settings]) for c in watched])
+        self._board.plot_layout([callback.suite for callback in callbacks if isinstance(callback, FewStepSampling)])
         if fitting:
             self._board.plot(elsewhere)
 
@@ -224,6 +223,8 @@ class FewStepSampling(Callback):
         board.plot(records)
         if self.figures:
             board.show(records, _sheet(evaluations))
+            if last.stage in ("fit", "final") and len(self.history.curve(last.label)) > 1:
+                board.show_curves(self.history, records)
         scores = {record.label.replace("step", ""): record.scores.overall for record in records}
         shares, images = " / ".join(f"{score:.3f}" for score in scores.values()), sum(last.scores.images.values())
         counts = "/".join(scores)
@@ -235,8 +236,6 @@ class FewStepSampling(Callback):
             log.info(sentence)
         if last.stage == "fit":
             return
-        if last.stage == "final" and self.figures:
-            board.show_curves(self.history, records)
         table = f"{self.suite.name}, step {last.step}\n{board.table(records)}"
         if isinstance(bar, ExperimentProgressBar):
             bar.show_at_end(table)

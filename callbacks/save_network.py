@@ -34,5 +34,5 @@ class SaveNetwork(Callback):
             if trainer.is_global_zero:
                 net = copy.deepcopy(pl_module.net)
                 if self.time_scale is not None:
-                    net.refit_time(self.time_scale)  # type: ignore[operator]
-                net.save_pretrained(str(Path(run) / self.folder))  # type: ignore[operator]
+                    net.refit_time(self.time_scale)
+                net.save_pretrained(Path(run) / self.folder)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+LINES = (r"\d+step", r"\d+step_cfg[\d.]+", "ceiling", "chance")
+"""What the lines of a chart are called."""
+
+
 @dataclass(frozen=True)
 class Levels:
     """What scores are read against.
@@ -69,16 +73,19 @@ class ScoreBoard:
         self.levels = levels
         self.writers = writers
 
-    def plot_layout(self, suites: Sequence[tuple[PromptSuite, Sequence[str]]]) -> None:
-        """Writes TensorBoard's custom scalars: for each suite, charts of overall and of each task, with all labels."""
+    def plot_layout(self, suites: Sequence[PromptSuite]) -> None:
+        """Writes TensorBoard's custom scalars: for each suite, charts of overall and of each task, then of the rest.
+
+        The lines are regular expressions, the same in every run, whatever its step counts: TensorBoard shows the charts
+        of all runs of a folder together, and those that differ twice.
+        """
         layout: dict[str, dict[str, list[Any]]] = {}
-        for suite, labels in suites:
-            tasks = dict.fromkeys(prompt.tag for prompt in suite.prompts())
-            lines = [*labels, "ceiling", "chance"]
+        for suite in suites:
+            prompts = suite.prompts()
+            otherwise = ["strict", *(["seen", "held_out"] if any(prompt.held_out for prompt in prompts) else [])]
             layout[f"{suite.name}: score by network steps"] = {
-                # TensorBoard reads tags as regular expressions
-                f"{suite.name}, {name}": ["Multiline", [f"eval/{suite.name}/{name}/{line}$" for line in lines]]
-                for name in ("overall", *tasks)
+                f"{suite.name}, {name}": ["Multiline", [f"^eval/{suite.name}/{name}/{line}$" for line in LINES]]
+                for name in ("overall", *dict.fromkeys(prompt.tag for prompt in prompts), *otherwise)
             }
         for writer in self.writers:
             writer.add_custom_scalars(layout)
@@ -105,7 +112,7 @@ class ScoreBoard:
         self._show("step_counts", step_count_figure(series, self.levels.ceiling, self.levels.chance), step)
 
     def show_curves(self, history: ScoreHistory, records: Sequence[ScoreRecord]) -> None:
-        """Shows the whole training, one line for each step count."""
+        """Shows the training so far, one line for each step count."""
         curves = {}
         for record in _main(records):
             points = history.curve(record.label)

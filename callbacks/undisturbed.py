@@ -20,9 +20,9 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[bool
     """A context in which ``module`` holds its averaged weights; yields whether there are any.
 
     The averages of Lightning's ``WeightAveraging`` are copied into the live tensors and the live values back, whatever
-    happens in between. Sampling from the averaged copy itself would need no way back, but that copy stays on the device
-    on which the module was built (the CPU, usually), knows no trainer, and is not what ``torch.compile`` compiled.
-    Outside ``fit`` the module already holds what is to be judged: a checkpoint's weights are the averages.
+    happens in between. Sampling from the averaged copy itself would need no way back, but that copy knows no trainer
+    and is not what ``torch.compile`` compiled. Outside ``fit`` the module already holds what is to be judged: a
+    checkpoint's weights are the averages.
     """
     averages = _averages(trainer)
     if averages is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,10 @@ model:
 """
 
 
+PARENT = str(Path(__file__).resolve().parent.parent / "experiments/shapes/parent")
+CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with shards and two experiments, and a run of the child in runs/tiny/version_0."""
@@ -68,10 +76,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "shapes").mkdir()
     (path / "base.yaml").write_text(BASE)
     (path / "shapes/child.yaml").write_text(CHILD)
+    (path / "meanflow.yaml").write_text(BASE.replace("FlowMatching", "MeanFlow"))
+    (path / "file").write_text("")
+    (path / "garbage").mkdir()
+    shutil.copy(Path(PARENT) / "config.json", path / "garbage")
+    (path / "garbage/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    (path / "garbage.ckpt").write_bytes(b"not a checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         main(["shards", "--out", "shards", "--count", "32", "--samples_per_shard", "16"])
         main(["fit", "--config", "shapes/child.yaml"])
+    last = (path / CHECKPOINT).read_bytes()
+    (path / "half.ckpt").write_bytes(last[: len(last) // 2])
+    torch.save({"weight": torch.zeros(2)}, path / "weights.ckpt")
+    for folder, size in (("cut", 1000), ("one_cut", 100_000)):
+        shutil.copytree(path / "shards", path / folder)
+        with (path / folder / "shapes-000000.tar").open("r+b") as shard:
+            shard.truncate(size)
+    (path / "cut/shapes-000001.tar").unlink()
     return path
 
 
@@ -201,6 +223,18 @@ def test_predict_draws_a_file_of_prompts(world: Path) -> None:
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
+        (
+            "{model: {init_args: {times: {class_path: LogitNormalTimes, init_args: {mu: {strat: 0}}}}}}",
+            "model.times.mu: Schedule has no option 'strat'; did you mean 'start'?",
+        ),
+        (
+            "{model: {init_args: {optimizer: {class_path: timm.optim.Muon, init_args: {momentun: 1}}}}}",
+            "model.optimizer: Muon has no option 'momentun'; did you mean 'momentum'?",
+        ),
+        (
+            "{trainer: {callbacks: [{class_path: FewStepSampling, init_args: {suite: {init_args: {wrold: small}}}}]}}",
+            "trainer.callbacks.suite: ShapesSuite has no option 'wrold'; did you mean 'world'?",
+        ),
         ("{modle: {class_path: MeanFlow}}", "there is no option 'modle'; did you mean 'model'?"),
         ("{trainer: {max_stpes: 3}}", "trainer: Trainer has no option 'max_stpes'; did you mean 'max_steps'?"),
         (
@@ -242,14 +276,70 @@ def test_a_mistake_in_yaml_names_the_key(capsys: pytest.CaptureFixture[str], mis
     ("options", "said"),
     [
         (["--config", "shapes/none.yaml"], "--config shapes/none.yaml: no such file"),
+        (["--config", "shards"], "--config shards: no such file"),
+        (["--config", "base.yaml", "--ckpt_path", "best"], "give the path of a .ckpt"),
+        (["--config", "base.yaml", "--trainer.devices", "0,9"], "trainer.devices is 0,9, but this machine has"),
         ([], "arguments are required: data.text, data.autoencoder, data.shards, model; an experiment names them"),
         (["--config", "base.yaml", "--data.shards", "nowhere"], "shards: 'nowhere' matches no file"),
+        (
+            ["--config", "base.yaml", "--data.shards", "shards/shapes-{000000..000007}.tar"],
+            "000002.tar' matches no file",
+        ),
+        (["--config", "base.yaml", "--data.shards", "cut"], "gave no batch of 8 samples (1 x truncated shard); check"),
         (["--config", "base.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path: no checkpoint at gone.ckpt"),
         (["--config", "base.yaml", "--model.init_args.caption_dropout", "2"], "caption_dropout must lie in [0, 1)"),
     ],
 )
 def test_what_is_not_there_is_named(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
     assert said in complaint(capsys, "fit", *options)
+
+
+def pretrained(path: str, **arguments: Any) -> dict[str, Any]:
+    """A configuration whose network starts from ``path``."""
+    return {"model": {"init_args": {"net": {"init_args": {"architecture": None, "pretrained": path, **arguments}}}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"trainer": {"logger": {"init_args": {"save_dir": "file/runs"}}}}, "file/runs/tiny: not a directory; check"),
+        ({"data": {"cache": {"path": "file/cache"}}}, "cannot write to the folder"),
+        ({"trainer": {"check_val_every_n_epoch": None, "val_check_interval": 3}}, "val_check_interval 2 or less"),
+        (pretrained("nowhere"), "SanaFlowMap: no readable weights at pretrained='nowhere': give a folder"),
+        (pretrained("garbage"), "SanaFlowMap: no readable weights at pretrained='garbage': give a folder"),
+        (pretrained(PARENT, time_scale=5, prediction="PredictData"), "was trained with text feature width 128"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(
+    capsys: pytest.CaptureFixture[str], config: dict[str, Any], said: str
+) -> None:
+    assert said in complaint(capsys, "fit", "--config", "base.yaml", "--config", json.dumps(config))
+
+
+def test_a_truncated_shard_is_skipped_and_counted(recwarn: pytest.WarningsRecorder) -> None:
+    options = ("--data.shards", "one_cut", "--trainer.logger.init_args.version", "skipping")
+    main(["fit", "--config", "base.yaml", *options])
+
+    assert "shapes-000000.tar: truncated shard; left out" in " ".join(str(warning.message) for warning in recwarn)
+    state = torch.load("runs/tiny/skipping/checkpoints/last.ckpt", weights_only=True)["CaptionImageData"]
+    assert state["train"]["ranks"][0]["skipped"] == {"truncated shard": 1}
+
+
+def test_a_file_without_prompts_is_an_error(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "empty.txt").write_text("\n\n")
+    run = "runs/tiny/version_0/config.yaml"
+
+    assert "'empty.txt' holds no prompt; give one a line" in complaint(
+        capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT, "--data.prompts", "empty.txt"
+    )
+    assert "prompts is not set" in complaint(capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT)
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--config", "base.yaml", "--trainer.accelerator", "gpu", "--trainer.devices", "8")
+
+    assert "trainer.accelerator is gpu, but torch sees no GPU" in complaint(capsys, "fit", *options)
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 7, reason="this machine has the devices")
@@ -259,13 +349,40 @@ def test_devices_that_are_not_there_are_an_error(capsys: pytest.CaptureFixture[s
     assert "trainer.devices is 8, but this machine has" in complaint(capsys, "fit", *options)
 
 
-def test_a_checkpoint_of_another_configuration_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--ckpt_path", "runs/tiny/version_0/checkpoints/last.ckpt", "--data.text.init_args.width", "24")
+LAYERS = "--model.init_args.net.init_args.architecture.num_layers"
 
-    line = complaint(capsys, "fit", "--config", "base.yaml", *options)
 
-    assert "checkpoint belongs to another configuration: net.transformer.caption_projection" in line
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["base.yaml", "--data.text.init_args.width", "24"], "net.transformer.caption_projection.linear_1.weight is"),
+        (["base.yaml", LAYERS, "2"], "net.transformer.transformer_blocks.1.scale_shift_table is not there but here"),
+        (["base.yaml", "--model.init_args.net.init_args.time_scale", "5"], "its time_scale is 1000.0, not 5"),
+        (["meanflow.yaml"], "its model is FlowMatching, not MeanFlow"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_an_error(
+    capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    line = complaint(capsys, "fit", "--ckpt_path", CHECKPOINT, "--config", *options)
+
+    assert f"checkpoint belongs to another configuration: {said}" in line
     assert "config.yaml" in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("file", "cannot"), ("garbage.ckpt", "cannot"), ("half.ckpt", "cannot"), ("weights.ckpt", "holds no")],
+)
+def test_a_file_that_is_no_checkpoint_is_an_error(
+    capsys: pytest.CaptureFixture[str], verb: str, file: str, said: str
+) -> None:
+    line = complaint(capsys, verb, "--config", "base.yaml", "--ckpt_path", file)
+
+    assert f"emf {verb}: ckpt_path: {file} {said}" in line
+    assert "give the path of a .ckpt file" in line
 
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +401,20 @@ def test_an_error_that_is_not_ours_is_a_defect() -> None:
         int("x")
 
     assert sentence(caught.value) is None
+
+
+def test_a_full_disk_is_told_with_its_path_where_that_is_known() -> None:
+    full = errno.ENOSPC, os.strerror(errno.ENOSPC)
+
+    said = "no space left on device; make room, or write elsewhere"
+    assert sentence(OSError(*full, "runs/x")) == f"runs/x: {said}"
+    assert sentence(OSError(*full)) == f"a disk that is written to: {said}"
+
+
+def test_validation_without_shards_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "validation_shards is not set" in complaint(
+        capsys, "validate", "--config", "base.yaml", "--ckpt_path", CHECKPOINT
+    )
 
 
 def test_an_error_in_a_data_worker_is_told_without_its_traceback() -> None:

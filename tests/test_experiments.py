@@ -69,6 +69,22 @@ def test_broken_yaml_names_file_and_line(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "odd.yaml holds no settings"),
+        (b"# nothing\n", "odd.yaml holds no settings"),
+        (b"- a\n- b\n", "odd.yaml holds no settings"),
+        (b"PK\x03\x89", "odd.yaml is no YAML: it is not UTF-8 text"),
+    ],
+)
+def test_a_file_of_something_else_is_an_error(folder: Path, content: bytes, said: str) -> None:
+    (folder / "odd.yaml").write_bytes(content)
+
+    with pytest.raises(ValueError, match=said):
+        lineage("odd.yaml")
+
+
+@pytest.mark.parametrize(
     "option", [["--config", "sub/child.yaml"], ["-c", "sub/child.yaml"], ["--config=sub/child.yaml"]]
 )
 def test_each_file_of_a_lineage_becomes_one_option(folder: Path, option: list[str]) -> None:

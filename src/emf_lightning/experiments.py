@@ -47,7 +47,13 @@ def _collect(file: Path, heirs: tuple[Path, ...], files: list[Path]) -> None:
 
 
 def _bases(file: Path) -> list[str]:
-    node = _base_node(file.read_text(), str(file))
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no YAML: it is not UTF-8 text") from error
+    if not isinstance(_compose(text, str(file)), yaml.MappingNode):
+        raise ValueError(f"{file} holds no settings; an experiment is made of `key: value` lines")
+    node = _base_node(text, str(file))
     if node is None:
         return []
     value = yaml.safe_load(yaml.serialize(node[1]))
@@ -57,12 +63,16 @@ def _bases(file: Path) -> list[str]:
     return names
 
 
-def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
-    """Key and value of a top-level ``base:``, where there is one."""
+def _compose(text: str, name: str) -> yaml.Node | None:
     try:
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Key and value of a top-level ``base:``, where there is one."""
+    document = _compose(text, name)
     if not isinstance(document, yaml.MappingNode):
         return None
     return next(((key, value) for key, value in document.value if key.value == KEY), None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -254,12 +255,22 @@ def test_every_documented_tag_is_written_at_every_evaluation(run):
 def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_task(run):
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    content = tiny.events(run).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    found = tiny.events(run)
+    content = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     charts = layout_pb2.Layout.FromString(content).category[0].chart
-    assert [chart.title for chart in charts] == [f"shapes, {name}" for name in ("overall", *TASKS)]
-    assert list(charts[0].multiline.tag) == [
-        f"eval/shapes/overall/{line}$" for line in ("1step", "2step", "ceiling", "chance")
-    ]
+    names = ["overall", *TASKS, "strict", "seen", "held_out"]
+    assert [chart.title for chart in charts] == [f"shapes, {name}" for name in names]
+    for chart in charts[: 1 + len(TASKS)]:
+        tags = {tag for tag in found.Tags()["scalars"] if any(re.match(line, tag) for line in chart.multiline.tag)}
+        name = chart.title.removeprefix("shapes, ")
+        assert tags == {f"eval/shapes/{name}/{line}" for line in ("1step", "2step", "ceiling", "chance")}
+
+
+def test_runs_with_other_step_counts_have_the_same_charts(run, shards, tmp_path):
+    fit(shards, tmp_path / "run", sampling(steps=[4], guidance=[1.0, 2.0]), max_steps=1)
+
+    first, second = (tiny.events(where).Tensors("custom_scalars__config__")[0] for where in (run, tmp_path / "run"))
+    assert first.tensor_proto == second.tensor_proto
 
 
 def test_figures_are_in_tensorboard_and_on_disk(run):

@@ -207,6 +207,16 @@ def test_text_features_follow_the_order_asked_for(tmp_path: Path) -> None:
     assert data.text.asked == ["red", "a blue circle", "green"]
 
 
+def test_null_features_first_asked_for_by_validation_serve_training(tmp_path: Path) -> None:
+    data = CaptionImageData(WordEncoder(width=8, length=4), Pixels(), str(tmp_path))
+    with torch.inference_mode():  # Lightning's validation loop
+        null = data.null_features()
+    weight = torch.ones(8, requires_grad=True)
+    (null.context * weight).sum().backward()  # "Inference tensors cannot be saved for backward", if it were one
+    assert weight.grad is not None and weight.grad.any()
+    assert data.null_features() is null
+
+
 def test_model_facing_sizes_come_from_the_frozen_parts(tmp_path: Path) -> None:
     data = CaptionImageData(WordEncoder(width=16, length=6), Halving(), "unused.tar", resolution=48)
     assert (data.context_width, data.context_length) == (16, 6)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from emf_lightning.data.shapes.prompts import TASKS, evaluation_prompts
 from emf_lightning.data.shapes.world import SMALL
@@ -48,6 +49,29 @@ def test_two_metrics_added_up_equal_one_that_saw_everything():
         assert whole._reductions[name] is not None  # summed over ranks
         setattr(first, name, getattr(first, name) + getattr(second, name))
     assert first.scores() == whole.scores()
+
+
+def first_of_two_ranks_scores_alone(rank, store, ended, answers):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    if rank == 0:
+        answers.put(TaskScores.of(judged(0.6)))
+    ended.wait(60)  # the other rank is there and never asks for a score
+
+
+def test_scores_of_single_images_ask_no_other_rank(tmp_path):
+    ranks = torch.multiprocessing.get_context("fork")
+    answers, ended = ranks.Queue(), ranks.Event()
+    arguments = (tmp_path / "store", ended, answers)
+    processes = [ranks.Process(target=first_of_two_ranks_scores_alone, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        assert answers.get(timeout=30) == TaskScores.of(judged(0.6))
+    finally:
+        ended.set()
+        for process in processes:
+            process.join(10)
+            process.kill()
 
 
 def test_the_metric_starts_anew_after_a_reset():

@@ -144,6 +144,28 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path, net, loader):
         MeanFlow(net, initial=str(tmp_path / "none.ckpt"))
 
 
+def test_weights_that_mean_something_else_are_refused(tmp_path, net, loader):
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(FlowMatching(net, optimizer=optimizer), loader)
+    fit.save_checkpoint(tmp_path / "parent.ckpt")
+    other = copy.deepcopy(net)
+    other.time_scale = 1.0
+
+    class Descendant(FlowMatching):
+        pass
+
+    for model, named in (
+        (MeanFlow(net, optimizer=optimizer), "its model is FlowMatching, not MeanFlow"),
+        (FlowMatching(other, optimizer=optimizer), "its time_scale is 10.0, not 1.0"),
+        (FlowMatching(net, optimizer=torch.optim.SGD), "its optimizer is AdamW, not SGD"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            trainer(tmp_path).fit(model, loader, ckpt_path=tmp_path / "parent.ckpt")
+    with pytest.raises(ValueError, match=r"initial: .*its time_scale is 10\.0, not 1\.0"):
+        MeanFlow(other, initial=str(tmp_path / "parent.ckpt"))
+    trainer(tmp_path, max_steps=2).fit(Descendant(net, optimizer=optimizer), loader, ckpt_path=tmp_path / "parent.ckpt")
+
+
 def test_unbounded_training_is_refused(tmp_path, net):
     from torch.utils.data import IterableDataset
 

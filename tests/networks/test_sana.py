@@ -104,8 +104,8 @@ def test_weights_survive_the_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"prediction": PredictVelocity()}, "flow_prediction"),
-        ({"prediction": PredictData(), "time_scale": 1.0}, "flow_time_scale"),
+        ({"prediction": PredictVelocity()}, "with prediction"),
+        ({"prediction": PredictData(), "time_scale": 1.0}, "with time_scale"),
         ({"prediction": PredictData(), "context_width": 8}, "text feature width"),
         ({"prediction": PredictData(), "latent_channels": 4}, "latent channels"),
     ],
@@ -117,13 +117,19 @@ def test_weights_of_another_configuration_are_refused(tmp_path, settings, named)
 
 
 def test_missing_weights_are_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="no weights at pretrained"):
+    with pytest.raises(ValueError, match="no readable weights at pretrained"):
         SanaFlowMap(pretrained=str(tmp_path / "nowhere"))
 
 
 def test_patches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="patches of 4"):
         SanaFlowMap(TINY, latent_size=10)
+
+
+def test_latents_that_do_not_fit_the_patches_of_pretrained_weights_are_refused(tmp_path):
+    tiny().save_pretrained(tmp_path / "net")
+    with pytest.raises(ValueError, match=r"side 10 .* patches of 4; change the data's resolution"):
+        SanaFlowMap(pretrained=str(tmp_path / "net"), latent_size=10, context_width=16)
 
 
 def test_derivative_of_the_network_equals_central_differences():

@@ -30,7 +30,7 @@ usage: emf VERB [options]
 {verbs}
 
 An experiment is a YAML file:  emf fit --config experiments/shapes/demo.yaml
-Any value can be set beside it: emf fit --config FILE --trainer.max_steps 100
+Any value can be set beside it: emf fit --config FILE --trainer.max_steps 1000
 All options of a verb:          emf VERB --help
 EMF_DEBUG=1 shows the traceback of an error.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from emf_lightning.cli.parser_errors import class_of
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.experiments import without_base
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.checkpoint import read_checkpoint
 
 CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes an experiment chooses from, by their short names."""
@@ -94,9 +96,9 @@ class EMFCLI(LightningCLI):
         config = self.config[self.subcommand]
         _open_link_targets(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
-        checkpoint = config.get("ckpt_path")
-        if checkpoint and checkpoint not in ("best", "last", "hpc", "registry") and not Path(checkpoint).exists():
-            raise ValueError(f"ckpt_path: no checkpoint at {checkpoint}")
+        if self.subcommand == "fit":
+            _check_rhythm(config.trainer)
+        _check_checkpoint(config.get("ckpt_path"))
 
 
 def _open_link_targets(config: Namespace) -> None:
@@ -115,10 +117,11 @@ def _open_link_targets(config: Namespace) -> None:
 
 def _check_devices(devices: Any, accelerator: Any) -> None:
     """Raises where there are fewer devices than asked for: Lightning would start as many CPU processes."""
-    if isinstance(devices, list):
-        wanted = max(devices, default=0) + 1
+    numbers = devices if isinstance(devices, list) else re.findall(r"-?\d+", str(devices))
+    if isinstance(devices, list) or "," in str(devices):
+        wanted = max(map(int, numbers), default=0) + 1  # these very devices
     else:
-        wanted = int(devices) if str(devices).isdigit() else 1
+        wanted = int(numbers[0]) if numbers else 1
     there = torch.accelerator.device_count()
     if accelerator in ("gpu", "cuda", "mps") and there == 0:
         raise ValueError(f"trainer.accelerator is {accelerator}, but torch sees no GPU here: leave it at auto")
@@ -126,6 +129,30 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
         raise ValueError(
             f"trainer.devices is {devices}, but this machine has {there or 'no'} GPU{'s' if there > 1 else ''}: leave "
             f"it at auto, or run {wanted} processes on its {os.cpu_count()} CPU cores with --trainer.accelerator cpu"
+        )
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Raises where there is no checkpoint at ``path``: now, rather than after everything is built."""
+    if path == "best":
+        raise ValueError(
+            "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
+        )
+    # the other words are Lightning's to look up, and a folder is a checkpoint in several files
+    if path and path not in ("last", "hpc", "registry") and not Path(path).is_dir():
+        read_checkpoint(path, "ckpt_path")
+
+
+def _check_rhythm(trainer: Namespace) -> None:
+    """Raises where training ends before its first validation, which would be its first checkpoint and scores, too."""
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if epochs is not None or not isinstance(interval, int) or trainer.fast_dev_run or trainer.limit_val_batches == 0:
+        return
+    batches = trainer.max_steps * trainer.accumulate_grad_batches
+    if 0 < batches < interval:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval} batches, but training ends after {batches}: nothing would be "
+            f"validated, scored or saved on the way; give --trainer.val_check_interval {batches} or less"
         )
 
 

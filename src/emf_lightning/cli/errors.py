@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import traceback
 from argparse import ArgumentError
 from pathlib import Path
 
 from emf_lightning.cli.parser_errors import parser_error
+from emf_lightning.modules.checkpoint import first_difference
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _OURS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # the callbacks are linked into the package
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
-_MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (\S+\(\[.*?\]\)) from checkpoint, .*?(\S+\(\[.*?\]\))")
 
 
 def sentence(error: BaseException) -> str | None:
@@ -31,7 +33,13 @@ def sentence(error: BaseException) -> str | None:
     if "OmegaConfBaseException" in kinds:
         return _interpolation(str(error))
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error):
-        return _state_dict(str(error))
+        return (
+            f"the checkpoint belongs to another configuration: {first_difference(error)}; "
+            "give the config.yaml that lies beside it in its run directory, or another --ckpt_path"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "a disk that is written to"
+        return f"{where}: {os.strerror(error.errno).lower()}; make room, or write elsewhere"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
     if isinstance(error, FileNotFoundError):
@@ -65,15 +73,3 @@ def _interpolation(text: str) -> str:
     key = re.search(r"resolved to '\w+\.(.+?)'", text) or re.search(r"Interpolation key '(.+?)' not found", text)
     what = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
     return f"{where[1]}: {what}" if where else what
-
-
-def _state_dict(text: str) -> str:
-    differences = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    first = differences[0] if differences else text
-    if found := _MISMATCH.search(first):
-        first = f"{found[1]} is {found[2]} there and {found[3]} here"
-    more = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
-    return (
-        f"the checkpoint belongs to another configuration: {_one_line(first)}{more}; "
-        "give the config.yaml that lies beside it in its run directory, or another --ckpt_path"
-    )

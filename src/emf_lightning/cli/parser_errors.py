@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from typing import get_args, get_type_hints
 
 _KEY = re.compile(r'Parser key "(.+?)"')
-_CLASS = re.compile(r"Problem with given class_path '(.+?)'|Got value: Namespace\(class_path='(.+?)'")
+_CLASS = re.compile(r"Problem with given class_path '(.+?)'|Got value: Namespace\(.*?class_path='(.+?)'")
 _OPTION = re.compile(r"Option '(.+?)' is not accepted")
 _GROUP = re.compile(r"(?:Group '(.+?)'|Subcommand '.+?') does not accept option '(.+?)'")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
@@ -38,6 +39,8 @@ def parser_error(text: str) -> str:
             owner = found[1] or found[2]
         if found := _GROUP.search(line):
             where, _, option = ".".join(filter(None, found.groups())).rpartition(".")
+            if keys and owner:  # a group of a nested class: a dataclass among its arguments
+                return _unknown_option(".".join([*keys, where]), _type_of(owner, where), option)
             root = where.partition(".")[0]
             if root in ("", *_ROOTS):
                 return _unknown_option(where, _TYPE_NAMES.get(where), option)
@@ -77,6 +80,16 @@ def _options(class_path: str | None) -> list[str]:
     except (ImportError, AttributeError, ValueError):
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _type_of(class_path: str, parameter: str) -> str | None:
+    """The full name of the class that a parameter of another class asks for."""
+    try:
+        hint = get_type_hints(class_of(class_path).__init__)[parameter]  # type: ignore[misc]
+    except (ImportError, AttributeError, KeyError, NameError):
+        return None
+    kinds = [kind for kind in (hint, *get_args(hint)) if inspect.isclass(kind) and kind is not type(None)]
+    return f"{kinds[0].__module__}.{kinds[0].__qualname__}" if kinds else None
 
 
 def class_of(class_path: str) -> type:

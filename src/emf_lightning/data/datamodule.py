@@ -121,6 +121,8 @@ class CaptionImageData(LightningDataModule):
             self.cache.open(self.text)
         if stage == "fit":
             self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
+        if stage in ("validate", "test") and self.validation_shards is None:
+            raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
         if stage in ("fit", "validate", "test") and self.validation_shards is not None:
             # one worker is enough for so few samples, and keeps their order
             workers, samples = min(self.num_workers, 1), self.validation_samples

@@ -67,11 +67,11 @@ class TaskScores:
 
     @classmethod
     def of(cls, judged: Iterable[tuple[Prompt, Judgement]]) -> TaskScores:
-        """The scores of single images, each a prompt and what was judged of its image."""
+        """The scores of single images, each a prompt and what was judged of its image; other ranks are not asked."""
         rows = list(judged)
         score = GenEvalScore(list({prompt.prompt: prompt for prompt, _ in rows}.values()))
         score.update([prompt for prompt, _ in rows], [judgement for _, judgement in rows])
-        return score.scores()
+        return score._current()
 
     @classmethod
     def of_counts(
@@ -157,7 +157,7 @@ class GenEvalScore(Metric):
         return {name: torch.tensor(value) for name, value in self._current().values().items()}
 
     def scores(self) -> TaskScores:
-        """The scores of all ranks' images."""
+        """The scores of all ranks' images; every rank must call it."""
         with self.sync_context(should_sync=self._to_sync):
             return self._current()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,15 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.guidance import guided
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import Weighting
+from emf_lightning.modules.checkpoint import disagreement, first_difference, read_checkpoint
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
 
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The times at which the validation error is taken."""
+
+MEANING = "flow_map"
+"""Where a checkpoint says what its weights mean."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,20 @@ class FlowMapModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.guidance = guidance
         self._planned_steps = 0
+        self._loaded: dict[str, Any] = {}  # what a checkpoint that is gone on from says of itself
         if initial is not None:
             self._start_from(initial)
 
     def _start_from(self, checkpoint: str) -> None:
-        if not Path(checkpoint).is_file():
-            raise ValueError(
-                f"initial: no checkpoint at {checkpoint}; give the path of a .ckpt file that `emf fit` wrote"
-            )
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+        saved = read_checkpoint(checkpoint, "initial")
+        weights = {n.removeprefix("net."): value for n, value in saved["state_dict"].items() if n.startswith("net.")}
+        what = f"initial: {checkpoint} holds a network of another configuration than model.net"
+        if clash := disagreement(saved.get(MEANING, {}), self.net.meaning):
+            raise ValueError(f"{what}: {clash}; make them agree")
         try:
             self.net.load_state_dict(weights)
         except RuntimeError as error:
-            raise ValueError(
-                f"initial: {checkpoint} holds a network of another configuration than model.net: {str(error)[:300]}"
-            ) from error
+            raise ValueError(f"{what}: {first_difference(error)}") from error
 
     @abstractmethod
     def objective(self, batch: CaptionImageBatch) -> Tensor:
@@ -115,6 +116,9 @@ class FlowMapModule(LightningModule):
         if not 0 < planned < float("inf"):
             raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
         self._planned_steps = int(planned)
+        # its state is loaded after this, as long as it looks alike
+        if clash := disagreement(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__}):
+            raise _other_configuration(clash)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.net.parameters() if p.requires_grad])
@@ -135,6 +139,17 @@ class FlowMapModule(LightningModule):
         # themselves, and pickling the network once more would double the file and need trust to load.
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
             checkpoint.pop("hyper_parameters", None)
+        checkpoint[MEANING] = {"model": type(self).__name__, **self.net.meaning}
+        for optimizer in self.trainer.optimizers[:1]:  # none outside `fit`
+            checkpoint[MEANING]["optimizer"] = type(optimizer).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # weights of the same shapes that mean something else would be taken, and draw nonsense
+        self._loaded = checkpoint.get(MEANING, {})
+        related = self._loaded.get("model") in {kind.__name__ for kind in type(self).__mro__}
+        ours = ({} if related else {"model": type(self).__name__}) | self.net.meaning
+        if clash := disagreement(self._loaded, ours):
+            raise _other_configuration(clash)
 
     def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
         loss = self.objective(batch)
@@ -191,3 +206,10 @@ class FlowMapModule(LightningModule):
     def nfe(self, steps: int, guidance: float | None = None) -> int:
         """Network evaluations per image: twice the steps where guidance is on."""
         return steps if (self.guidance if guidance is None else guidance) == 1 else 2 * steps
+
+
+def _other_configuration(clash: str) -> ValueError:
+    return ValueError(
+        f"ckpt_path: the checkpoint belongs to another configuration: {clash}; give the config.yaml that lies beside "
+        "it in its run directory, or start from its weights alone with --model.init_args.initial"
+    )

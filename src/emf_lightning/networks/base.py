@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -21,6 +22,26 @@ class FlowMapNetwork(nn.Module, ABC):
     @abstractmethod
     def backbone(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """The raw output of the network, like ``z``."""
+
+    @property
+    def meaning(self) -> dict[str, str | float]:
+        """What a reader of saved weights must know beside their shapes."""
+        settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(self.prediction).items()))
+        return {"prediction": f"{type(self.prediction).__name__}({settings})"}
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the weights, and what is needed to build the network again, into a folder that it makes."""
+
+    def refit_time(self, time_scale: float) -> float:
+        """The relative error of reading t at ``time_scale`` from now on; for networks that embed a scaled t.
+
+        Raises:
+            ValueError: for a network that does not.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no time embedding to fit for time_scale={time_scale}; leave it out"
+        )
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """u(z, r, t | context), ``[B, C, H, W]``.

@@ -85,11 +85,7 @@ class SanaFlowMap(FlowMapNetwork):
         kind = SummedIntervalSanaTransformer if plain_sum else IntervalSanaTransformer
         if pretrained is None:
             size = architecture or SanaArchitecture()
-            if latent_size % size.patch_size:
-                raise ValueError(
-                    f"SanaFlowMap: latents of side {latent_size} do not divide into patches of {size.patch_size}; "
-                    "change the data's resolution or architecture.patch_size"
-                )
+            _check_patches(latent_size, size.patch_size, "change the data's resolution or architecture.patch_size")
             self.transformer = kind(
                 in_channels=latent_channels,
                 out_channels=latent_channels,
@@ -98,7 +94,7 @@ class SanaFlowMap(FlowMapNetwork):
                 cross_attention_dim=size.num_cross_attention_heads * size.cross_attention_head_dim,
                 **asdict(size),
             )
-            self.transformer.register_to_config(**self.meaning)
+            self._sign()
         else:
             if architecture is not None:
                 raise ValueError("SanaFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
@@ -106,33 +102,34 @@ class SanaFlowMap(FlowMapNetwork):
                 self.transformer = kind.from_flow(pretrained, subfolder=subfolder)
             except OSError as error:
                 raise ValueError(
-                    f"SanaFlowMap: no weights at pretrained={pretrained!r}: give a folder in diffusers' format, "
-                    "or a hub name that is in the local cache or can be reached"
+                    f"SanaFlowMap: no readable weights at pretrained={pretrained!r}: give a folder in diffusers' "
+                    "format, or a hub name that is in the local cache or can be reached"
                 ) from error
             self._check(pretrained, latent_channels, context_width)
+            _check_patches(latent_size, self.transformer.config.patch_size, "change the data's resolution")
 
     @property
     def meaning(self) -> dict[str, str | float]:
-        """What a reader of the saved weights must know to use them."""
-        settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(self.prediction).items()))
-        return {
-            "_flow_prediction": f"{type(self.prediction).__name__}({settings})",
-            "_flow_time_scale": self.time_scale,
-        }
+        """The prediction and the time scale."""
+        return super().meaning | {"time_scale": self.time_scale}
+
+    def _sign(self) -> None:
+        """Puts the meaning into what ``save_pretrained`` writes."""
+        self.transformer.register_to_config(**{f"_flow_{name}": value for name, value in self.meaning.items()})
 
     def _check(self, pretrained: str, latent_channels: int, context_width: int) -> None:
         config = self.transformer.config
         for name, ours, theirs in (
             ("latent channels", latent_channels, config.in_channels),
             ("text feature width", context_width, config.caption_channels),
-            *((name, value, config.get(name, value)) for name, value in self.meaning.items()),
+            *((name, value, config.get(f"_flow_{name}", value)) for name, value in self.meaning.items()),
         ):
             if ours != theirs:
                 raise ValueError(
                     f"SanaFlowMap: {pretrained} was trained with {name} {theirs!r}, this experiment has {ours!r}; "
                     "make the data, encoder or net settings agree, or start from other weights"
                 )
-        self.transformer.register_to_config(**self.meaning)
+        self._sign()
 
     def refit_time(self, time_scale: float) -> float:
         """The relative error of reading ``time_scale`` t as the present scale was read (``IntervalEmbedding.refit``).
@@ -142,7 +139,7 @@ class SanaFlowMap(FlowMapNetwork):
         error = self.transformer.time_embed.refit(self.time_scale, time_scale)
         self.transformer.time_embed.duplicate()
         self.time_scale = time_scale
-        self.transformer.register_to_config(**self.meaning)
+        self._sign()
         return error
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -164,3 +161,10 @@ class SanaFlowMap(FlowMapNetwork):
                 return_dict=False,
             )[0]
         return output
+
+
+def _check_patches(latent_size: int, patch_size: int, remedy: str) -> None:
+    if latent_size % patch_size:
+        raise ValueError(
+            f"SanaFlowMap: latents of side {latent_size} do not divide into patches of {patch_size}; {remedy}"
+        )

@@ -29,20 +29,28 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
         Raises:
             OSError: where ``path`` is no diffusers folder or hub name.
+            ValueError: where its weights are not those that its configuration speaks of.
         """
-        model, info = cls.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs)
+        try:
+            model, info = cls.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs)
+        except RuntimeError as error:  # a line for each weight of another size
+            raise _other_weights(path, str(error).partition("\n")[2].partition("\n")[0].strip()) from error
         missing = [key for key in info["missing_keys"] if not key.startswith("time_embed.interval.")]
         if missing or info["unexpected_keys"]:
-            raise ValueError(
-                f"{path}: its weights are not those of a SANA transformer with this configuration "
-                f"(missing {missing[:3]}, surplus {info['unexpected_keys'][:3]}); check the path and its config.json"
-            )
+            raise _other_weights(path, f"missing {sorted(missing)[:3]}, surplus {sorted(info['unexpected_keys'])[:3]}")
         if info["missing_keys"]:
             model.time_embed.duplicate()
-        return model
+        return model.train()  # diffusers hands out models to sample with
 
 
 class SummedIntervalSanaTransformer(IntervalSanaTransformer):
     """The same with EMF's plain sum of the two time embeddings."""
 
     embedding_type = SummedInterval
+
+
+def _other_weights(path: str, difference: str) -> ValueError:
+    return ValueError(
+        f"{path}: its weights are not those of a SANA transformer with this configuration ({difference}); check the "
+        "path and its config.json"
+    )
