@@ -232,7 +232,8 @@ def test_predict_draws_a_file_of_prompts(world: Path) -> None:
             "model.optimizer: Muon has no option 'momentun'; did you mean 'momentum'?",
         ),
         (
-            "{trainer: {callbacks: [{class_path: FewStepSampling, init_args: {suite: {init_args: {wrold: small}}}}]}}",
+            "{trainer: {callbacks: [{class_path: FewStepSampling, init_args: "
+            "{suite: {class_path: ShapesSuite, init_args: {wrold: small}}}}]}}",
             "trainer.callbacks.suite: ShapesSuite has no option 'wrold'; did you mean 'world'?",
         ),
         ("{modle: {class_path: MeanFlow}}", "there is no option 'modle'; did you mean 'model'?"),
