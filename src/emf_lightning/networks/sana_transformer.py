@@ -71,7 +71,10 @@ class ImprovedSanaTransformer(IntervalSanaTransformer):
         """The interval's embedding, the conditions' and the velocity's projection."""
         conditions = self.time_embed.conditions
         assert conditions is not None
-        return super().starts() | {"time_embed.conditions.": conditions.start, "proj_out.velocity.": self.proj_out.start}
+        return super().starts() | {
+            "time_embed.conditions.": conditions.start,
+            "proj_out.velocity.": self.proj_out.start,
+        }
 
 
 def _other_weights(path: str, difference: str) -> ValueError:
