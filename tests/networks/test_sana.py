@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
 from emf_lightning.flow.derivative import ForwardMode
+from emf_lightning.flow.improved_meanflow import Guidance
+from emf_lightning.networks.interval import DecoupledInterval, SummedInterval
 from emf_lightning.networks.prediction import PredictData, PredictVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.sana_transformer import IntervalSanaTransformer
@@ -51,9 +55,13 @@ def stock_parent(tmp_path) -> SanaTransformer2DModel:
     return parent
 
 
+def adapted(tmp_path, name: str = "parent", **kwargs) -> SanaFlowMap:
+    return SanaFlowMap(pretrained=str(tmp_path / name), latent_size=12, context_width=16, **kwargs).eval()
+
+
 def test_adapted_network_equals_its_parent_bit_for_bit_where_r_equals_t(tmp_path):
     parent = stock_parent(tmp_path)
-    net = SanaFlowMap(pretrained=str(tmp_path / "parent"), latent_size=12, context_width=16).eval()
+    net = adapted(tmp_path)
     z, t, context, mask = inputs()
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -67,7 +75,7 @@ def test_adapted_network_equals_its_parent_bit_for_bit_where_r_equals_t(tmp_path
 
 def test_plain_sum_is_the_sum_of_both_embeddings_and_not_the_parent(tmp_path):
     parent = stock_parent(tmp_path)
-    net = SanaFlowMap(pretrained=str(tmp_path / "parent"), plain_sum=True, latent_size=12, context_width=16).eval()
+    net = adapted(tmp_path, interval=SummedInterval())
     z, t, context, mask = inputs()
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -77,15 +85,21 @@ def test_plain_sum_is_the_sum_of_both_embeddings_and_not_the_parent(tmp_path):
         assert torch.allclose(modulation, a + b, atol=1e-5)
 
 
-def test_parameters_keep_the_published_names():
-    ours = set(tiny().transformer.state_dict())
-    published = set(
-        SanaTransformer2DModel(
-            **{k: v for k, v in tiny().transformer.config.items() if not k.startswith("_")}
-        ).state_dict()
-    )
+NEW = ("time_embed.interval.", "time_embed.conditions.", "proj_out.velocity.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "new"),
+    [({}, NEW[:1]), ({"improved": True}, NEW), ({"interval": DecoupledInterval(1)}, ())],
+)
+def test_parameters_keep_the_published_names(settings, new):
+    net = tiny(**settings)
+    ours = set(net.transformer.state_dict())
+    config = {k: v for k, v in net.transformer.config.items() if not k.startswith("_")}
+    published = set(SanaTransformer2DModel(**config).state_dict())
     assert published <= ours
-    assert all(name.startswith("time_embed.interval.") for name in ours - published)
+    assert {name for name in ours - published if name.startswith(new)} == ours - published
+    assert all(any(name.startswith(prefix) for name in ours) for prefix in new)
 
 
 def test_weights_survive_the_round_trip(tmp_path):
@@ -108,6 +122,8 @@ def test_weights_survive_the_round_trip(tmp_path):
         ({"prediction": PredictData(), "time_scale": 1.0}, "with time_scale"),
         ({"prediction": PredictData(), "context_width": 8}, "text feature width"),
         ({"prediction": PredictData(), "latent_channels": 4}, "latent channels"),
+        ({"prediction": PredictData(), "interval": SummedInterval()}, "with interval"),
+        ({"prediction": PredictData(), "interval": DecoupledInterval(1)}, "with interval"),
     ],
 )
 def test_weights_of_another_configuration_are_refused(tmp_path, settings, named):
@@ -187,3 +203,135 @@ def test_refitting_time_keeps_what_the_embedding_says_at_every_time():
         interval = embedding.interval(t * 2.0, hidden_dtype=t.dtype)[0]
     assert (after - before).square().mean() < 0.1 * (misread - before).square().mean()
     assert torch.equal(interval, after)
+    assert net.transformer.config["_flow_interval"] is None, "what starts from it may choose"
+
+
+# -- Decoupled MeanFlow -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_decoupled_network_equals_its_parent_bit_for_bit_where_r_equals_t(tmp_path, blocks):
+    parent = stock_parent(tmp_path)
+    net = adapted(tmp_path, interval=DecoupledInterval(blocks))
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
+        assert torch.equal(net(z, t, t, context, mask), expected)
+        assert not torch.allclose(net(z, t / 2, t, context, mask), expected, atol=1e-3)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in parent.parameters())
+
+
+def test_decoupled_blocks_see_t_first_and_then_r():
+    net = tiny(interval=DecoupledInterval(1)).eval()
+    z, t, context, mask = inputs()
+    seen = []
+    for block in net.transformer.transformer_blocks:  # a hook behind the network's own sees what that one handed over
+        block.register_forward_pre_hook(lambda block, arguments: seen.append(arguments[4]))
+    norm = net.transformer.norm_out.register_forward_pre_hook(lambda norm, arguments: seen.append(arguments[1]))
+    with torch.no_grad():
+        net(z, t / 3, t, context, mask)
+        start, end = (net.transformer.time_embed.of_time(1000.0 * time, z.dtype) for time in (t, t / 3))
+    norm.remove()
+    for got, expected in zip(seen, (start[0], end[0], end[1]), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+    assert not torch.allclose(start[0], end[0], atol=1e-3)
+
+
+def test_decoupled_network_has_an_exact_derivative_under_checkpointing_and_copies():
+    net = tiny(prediction=PredictData(), time_scale=10.0, interval=DecoupledInterval(1)).double()
+    z, t, context, mask = inputs()
+    z, t, context = z.double(), t.double() * 0.8 + 0.1, context.double()
+    r, v = t / 2, torch.randn_like(z)
+
+    def gradient(net) -> tuple[torch.Tensor, ...]:
+        net.zero_grad()
+        u, dudt = ForwardMode()(lambda z, r, t: net(z, r, t, context, mask), z, r, t, v, len(z))
+        (u + dudt).square().sum().backward()
+        return dudt, *(p.grad.clone() for p in net.parameters())
+
+    plain = gradient(net.train())
+    h = 1e-3
+    with torch.no_grad():
+        ends = [net(z + s * h * v, r, t + s * h, context, mask) for s in (1, -1)]
+    assert (plain[0] - (ends[0] - ends[1]) / (2 * h)).norm() < 2e-3 * plain[0].norm()
+    again = copy.deepcopy(net)
+    again.transformer.enable_gradient_checkpointing()
+    for a, b in zip(plain, gradient(again), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_decoupled_weights_survive_the_round_trip_and_start_from_any_parent(tmp_path):
+    net = tiny(interval=DecoupledInterval(1)).eval()
+    net.save_pretrained(tmp_path / "net")
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        again = adapted(tmp_path, "net", interval=DecoupledInterval(1))
+        assert torch.equal(again(z, t / 3, t, context, mask), net(z, t / 3, t, context, mask))
+    with pytest.raises(ValueError, match="with interval"):
+        adapted(tmp_path, "net", interval=DecoupledInterval(2))
+    parent = tiny(time_scale=10.0).eval()
+    parent.transformer.register_to_config(_flow_interval=None)  # as `refit_time` leaves one that knows no intervals
+    parent.save_pretrained(tmp_path / "parent")
+    with torch.no_grad():
+        child = adapted(tmp_path, time_scale=10.0, interval=DecoupledInterval(1))
+        assert torch.equal(child(z, t, t, context, mask), parent(z, t, t, context, mask))
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_impossible_numbers_of_decoupled_blocks_are_refused(blocks):
+    with pytest.raises(ValueError, match="DecoupledInterval: blocks"):
+        tiny(interval=DecoupledInterval(blocks))
+
+
+# -- Improved MeanFlow ------------------------------------------------------------------------------------------------
+
+
+def some_guidance(t: torch.Tensor) -> torch.Tensor:
+    return Guidance(1 + 3 * t, 0.3 * t, 0.5 + 0.4 * t).conditions
+
+
+@pytest.mark.parametrize("interval", [None, DecoupledInterval(1)])
+@pytest.mark.parametrize("prediction", [PredictVelocity(), PredictData()])
+def test_improved_network_starts_as_its_parent_in_both_heads_with_any_conditions(tmp_path, interval, prediction):
+    parent = stock_parent(tmp_path)
+    net = adapted(tmp_path, improved=True, interval=interval, prediction=prediction)
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
+        u, v = net(z, t, t, context, mask, some_guidance(t)).chunk(2, dim=1)
+        assert torch.allclose(u, prediction(expected, z, t), atol=1e-5)
+        assert torch.allclose(v, prediction(expected, z, t), atol=1e-5)
+
+
+def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip(tmp_path):
+    net = tiny(improved=True).eval()
+    transformer = net.transformer
+    with torch.no_grad():
+        transformer.time_embed.conditions.linear.weight.normal_()
+        transformer.proj_out.velocity.weight.normal_()
+    net.save_pretrained(tmp_path / "net")
+    again = adapted(tmp_path, "net", improved=True)
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        told = net(z, t / 3, t, context, mask, some_guidance(t))
+        assert torch.equal(again(z, t / 3, t, context, mask, some_guidance(t)), told)
+        untold = net(z, t / 3, t, context, mask)
+        assert torch.equal(untold, net(z, t / 3, t, context, mask, Guidance.none(t).conditions))
+        assert not torch.allclose(told, untold, atol=1e-3)
+        u, v = told.chunk(2, dim=1)
+        assert not torch.allclose(u, v, atol=1e-3)
+    with pytest.raises(ValueError, match="surplus"):
+        adapted(tmp_path, "net")
+
+
+def test_heads_keep_apart_in_patches():
+    """Each head's picture is what a network with that projection alone draws."""
+    net = tiny(improved=True).eval()
+    head = net.transformer.proj_out
+    torch.nn.init.normal_(head.velocity.weight)
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        v = net(z, t, t, context, mask)[:, 3:]
+        head.weight.copy_(head.velocity.weight)
+        head.bias.copy_(head.velocity.bias)
+        assert torch.allclose(net(z, t, t, context, mask)[:, :3], v, atol=1e-6)

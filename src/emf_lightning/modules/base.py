@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.guidance import guided
+from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import Weighting
 from emf_lightning.modules.checkpoint import disagreement, first_difference, read_checkpoint
@@ -27,6 +28,11 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 MEANING = "flow_map"
 """Where a checkpoint says what its weights mean."""
 
+NAN_ROWS_LIMIT = 0.5
+"""Share of non-finite rows in one batch from which training stops: nothing is learned from the rest."""
+
+Captioned = TypeVar("Captioned", bound="CaptionedVelocity")
+
 
 @dataclass(frozen=True)
 class CaptionedVelocity:
@@ -35,19 +41,26 @@ class CaptionedVelocity:
     Attributes:
         net: the network.
         text: B captions' features.
+        conditions: ``[B, K]``, what else a network is told that was built for it.
     """
 
     net: FlowMapNetwork
     text: TextFeatures
+    conditions: Tensor | None = None
 
     def __call__(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """u of the B rows, like ``z`` ``[B, C, H, W]``."""
-        u: Tensor = self.net(z, r, t, self.text.context, self.text.mask)
-        return u
+        """u of the B rows, like ``z`` ``[B, C, H, W]``; a velocity beside it is left out."""
+        return self.heads(z, r, t)[:, : z.shape[1]]
 
-    def rows(self, part: slice) -> CaptionedVelocity:
+    def heads(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """All that the network gives of the B rows."""
+        heads: Tensor = self.net(z, r, t, self.text.context, self.text.mask, self.conditions)
+        return heads
+
+    def rows(self: Captioned, part: slice) -> Captioned:
         """The same for a part of the rows."""
-        return CaptionedVelocity(self.net, self.text[part])
+        conditions = None if self.conditions is None else self.conditions[part]
+        return replace(self, text=self.text[part], conditions=conditions)
 
 
 class FlowMapModule(LightningModule):
@@ -164,6 +177,26 @@ class FlowMapModule(LightningModule):
     def velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> CaptionedVelocity:
         """u(z, r, t) of ``net``, or of this module's, given the rows' ``text``."""
         return CaptionedVelocity(net or self.net, text)
+
+    def log_terms(self, terms: FlowMapTerms, n: int) -> None:
+        """Logs what makes learning visible, of ``terms`` whose first ``n`` rows have r < t.
+
+        Raises:
+            ValueError: where most rows are not finite.
+        """
+        rows, bad = len(terms.finite), int((~terms.finite).sum())
+        if bad > NAN_ROWS_LIMIT * rows:
+            raise ValueError(
+                f"{bad} of {rows} rows of the error are not finite at step {self.trainer.global_step}: "
+                "lower the learning rate or net.time_scale, or train in fp32; resume from the last checkpoint"
+            )
+        self.log("train/nan_rows", float(bad), batch_size=rows, reduce_fx="sum")
+        for name, part in (("r_equals_t", slice(n, None)), ("r_below_t", slice(n))):
+            error = terms.squared_error[part][terms.finite[part]]
+            if len(error):
+                self.log(f"train/mse_{name}", error.mean(), batch_size=rows)
+        if len(terms.derivative_norm):
+            self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=rows)
 
     def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
         self._log_error(batch, batch_idx, "validation")

@@ -11,7 +11,7 @@ from torch import Tensor
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.meanflow import MeanFlowObjective
-from emf_lightning.flow.objective import FlowMapTerms, Objective
+from emf_lightning.flow.objective import Objective
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import sample_flow_map
 from emf_lightning.flow.times import LogitNormalTimes, TimeSampler
@@ -19,9 +19,6 @@ from emf_lightning.flow.weighting import AdaptiveWeighting, Weighting
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.networks.base import FlowMapNetwork
-
-NAN_ROWS_LIMIT = 0.5
-"""Share of non-finite rows in one batch from which training stops: nothing is learned from the rest."""
 
 
 class MeanFlow(FlowMapModule):
@@ -82,23 +79,8 @@ class MeanFlow(FlowMapModule):
                 v = self.target_guidance(v, z, times.t, conditional=conditional, unconditional=null, dropped=dropped)
         torch.clear_autocast_cache()  # what was cast without a graph must not serve the pass that needs one
         terms = self.interval_objective(self.velocity(text), z, v, times, self.weighting, self.progress)
-        self._log_terms(terms, times.n_interval)
+        self.log_terms(terms, times.n_interval)
         return terms.loss
-
-    def _log_terms(self, terms: FlowMapTerms, n: int) -> None:
-        rows, bad = len(terms.finite), int((~terms.finite).sum())
-        if bad > NAN_ROWS_LIMIT * rows:
-            raise ValueError(
-                f"{bad} of {rows} rows of the MeanFlow error are not finite at step {self.trainer.global_step}: "
-                "lower the learning rate or net.time_scale, or train in fp32; resume from the last checkpoint"
-            )
-        self.log("train/nan_rows", float(bad), batch_size=rows, reduce_fx="sum")
-        for name, part in (("r_equals_t", slice(n, None)), ("r_below_t", slice(n))):
-            error = terms.squared_error[part][terms.finite[part]]
-            if len(error):
-                self.log(f"train/mse_{name}", error.mean(), batch_size=rows)
-        if len(terms.derivative_norm):
-            self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=rows)
 
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Jumps with the average velocity."""

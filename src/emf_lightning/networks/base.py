@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from emf_lightning.networks.prediction import Prediction
@@ -20,14 +21,15 @@ class FlowMapNetwork(nn.Module, ABC):
     prediction: Prediction
 
     @abstractmethod
-    def backbone(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """The raw output of the network, like ``z``."""
+    def backbone(
+        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
+    ) -> Tensor:
+        """The raw output of the network, like ``z``, or twice its channels where it gives a velocity beside u."""
 
     @property
     def meaning(self) -> dict[str, str | float]:
         """What a reader of saved weights must know beside their shapes."""
-        settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(self.prediction).items()))
-        return {"prediction": f"{type(self.prediction).__name__}({settings})"}
+        return {"prediction": written(self.prediction)}
 
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
@@ -43,8 +45,10 @@ class FlowMapNetwork(nn.Module, ABC):
             f"{type(self).__name__} has no time embedding to fit for time_scale={time_scale}; leave it out"
         )
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """u(z, r, t | context), ``[B, C, H, W]``.
+    def forward(
+        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
+    ) -> Tensor:
+        """u(z, r, t | context), ``[B, C, H, W]``; with a velocity head ``[B, 2 C, H, W]``, u before v.
 
         Args:
             z: ``[B, C, H, W]``, the state at t.
@@ -52,5 +56,14 @@ class FlowMapNetwork(nn.Module, ABC):
             t: ``[B]``, fp32, in [0, 1], 1 is noise.
             context: ``[B, L, D]``, token features.
             mask: ``[B, L]``, bool, True where there is a token.
+            conditions: ``[B, K]``, in [0, 1], what else a network is told that was built for it.
         """
-        return self.prediction(self.backbone(z, r, t, context, mask), z, t)
+        output = self.backbone(z, r, t, context, mask, conditions)
+        heads = [self.prediction(head, z, t) for head in output.chunk(output.shape[1] // z.shape[1], dim=1)]
+        return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+
+
+def written(part: object) -> str:
+    """A setting's object as its class and its own settings, for ``meaning``."""
+    settings = ", ".join(f"{k}={v}" for k, v in sorted(vars(part).items()))
+    return f"{type(part).__name__}({settings})"

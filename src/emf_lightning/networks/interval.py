@@ -1,101 +1,86 @@
-"""The second time input: how a network that knows the time t learns the interval's length t - r."""
+"""The second time input: how a network that knows the time t learns of the interval's end r."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.normalization import AdaLayerNormSingle
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from emf_lightning.networks.interval_embedding import IntervalEmbedding
+    from emf_lightning.networks.sana_transformer import IntervalSanaTransformer
+
+Modulation = tuple[Tensor, Tensor]
+"""What a SANA is modulated by: the blocks' part, ``[B, 6 D]``, and the output norm's, ``[B, D]``."""
 
 
-class IntervalEmbedding(AdaLayerNormSingle, ABC):
-    """SANA's time embedding, with a second one of the same kind for the interval's length.
-
-    The names of the pretrained module's parameters stay (``emb``, ``linear``), so published weights load; the new
-    ones are ``interval.*``. SANA hands ``guidance`` through to this module untouched: it carries r.
-    """
-
-    def __init__(self, embedding_dim: int) -> None:
-        super().__init__(embedding_dim)
-        self.interval = AdaLayerNormSingle(embedding_dim)
-
-    @torch.no_grad()
-    def duplicate(self) -> None:
-        """Makes the interval's embedding a copy of the pretrained time embedding (arXiv 2604.18168, section 3)."""
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("interval.")}
-        self.interval.load_state_dict(own)
-
-    def refit(self, old_scale: float, new_scale: float, steps: int = 1500, rows: int = 256) -> float:
-        """The error left after teaching this module to read ``new_scale`` t as it reads ``old_scale`` t.
-
-        A network trained on 1000 t holds high frequencies in t that flow matching never notices; MeanFlow's du/dt
-        multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
-        (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` and ``linear`` change; no data are needed.
-
-        Args:
-            old_scale: factor on t in [0, 1] that the module was trained with.
-            new_scale: the one it is to be called with from now on.
-            steps: of Adam, some 20 seconds' worth at width 192.
-            rows: times a step.
-
-        Returns:
-            Root mean square error of the modulation, relative to its standard deviation over t.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            grid = torch.linspace(0, 1, 1025, device=self.linear.weight.device)
-            with torch.no_grad():
-                wanted = super().forward(grid * old_scale, hidden_dtype=self.linear.weight.dtype)
-            spread = wanted[0].std(0).norm()
-            own = [p for name, p in self.named_parameters() if not name.startswith("interval.")]
-            adam = torch.optim.Adam(own, lr=2e-3)
-            decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-            for _ in range(steps):
-                i = torch.randint(len(grid), (rows,), device=grid.device)
-                got = super().forward(grid[i] * new_scale, hidden_dtype=self.linear.weight.dtype)
-                loss = sum((a - b[i]).square().mean() / b.var(0).mean() for a, b in zip(got, wanted, strict=True))
-                adam.zero_grad()
-                torch.autograd.backward(loss)
-                adam.step()
-                decay.step()
-            adam.zero_grad()
-            with torch.no_grad():
-                got = super().forward(grid * new_scale, hidden_dtype=self.linear.weight.dtype)
-                return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
+class IntervalInput(ABC):
+    """A rule from (r, t) to what a SANA's blocks and its output norm are modulated by."""
 
     @abstractmethod
-    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
-        """One embedding of three: of the end time t, of the length t - r, of the length 0."""
+    def __call__(self, embedding: IntervalEmbedding, r: Tensor, t: Tensor, dtype: torch.dtype | None) -> Modulation:
+        """The modulation at ``r`` and ``t``, ``[B]``."""
 
-    def forward(
-        self,
-        timestep: Tensor,
-        guidance: Tensor | None = None,
-        batch_size: int | None = None,
-        hidden_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The modulation ``[B, 6 D]`` and the embedding ``[B, D]`` of (r, t) = (guidance, timestep)."""
-        end = super().forward(timestep, hidden_dtype=hidden_dtype)
-        if guidance is None:
-            return end
-        delta = timestep - guidance
-        length = self.interval(delta, hidden_dtype=hidden_dtype)
-        zero = self.interval(torch.zeros_like(delta), hidden_dtype=hidden_dtype)
-        return self.combine(end[0], length[0], zero[0]), self.combine(end[1], length[1], zero[1])
+    def prepare(self, transformer: IntervalSanaTransformer) -> None:  # noqa: B027  # most rules ask for no more
+        """Changes ``transformer`` once, where the rule does not stay within its time embedding."""
 
 
-class AnchoredInterval(IntervalEmbedding):
+class AnchoredInterval(IntervalInput):
     """m(t) + m'(t - r) - m'(0): at r = t it is the pretrained embedding, bit for bit, and stays so in training."""
 
-    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
+    def __call__(self, embedding: IntervalEmbedding, r: Tensor, t: Tensor, dtype: torch.dtype | None) -> Modulation:
         """The sum, with the length's embedding measured from length 0."""
-        return end + (length - zero)
+        end = embedding.of_time(t, dtype)
+        length, zero = (embedding.of_length(d, dtype) for d in (t - r, torch.zeros_like(t)))
+        return end[0] + (length[0] - zero[0]), end[1] + (length[1] - zero[1])
 
 
-class SummedInterval(IntervalEmbedding):
+class SummedInterval(IntervalInput):
     """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
 
-    def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
+    def __call__(self, embedding: IntervalEmbedding, r: Tensor, t: Tensor, dtype: torch.dtype | None) -> Modulation:
         """The plain sum."""
-        return end + length
+        end, length = embedding.of_time(t, dtype), embedding.of_length(t - r, dtype)
+        return end[0] + length[0], end[1] + length[1]
+
+
+class DecoupledInterval(IntervalInput):
+    """m(t) for the first blocks and m(r) for the others and the output norm (Decoupled MeanFlow, arXiv 2510.24474).
+
+    The first blocks read the state where it is, the others draw where it goes. There are no new parameters, and at
+    r = t it is the parent, bit for bit.
+
+    Args:
+        blocks: d, how many blocks see t; the paper has 20 of 28.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        if blocks < 1:
+            raise ValueError(f"DecoupledInterval: blocks must be at least 1, got {blocks}: the first must see t")
+        self.blocks = blocks
+
+    def __call__(self, embedding: IntervalEmbedding, r: Tensor, t: Tensor, dtype: torch.dtype | None) -> Modulation:
+        """Both modulations side by side, ``[B, 12 D]``, for the blocks to take their half of; and r's embedding."""
+        start, end = embedding.of_time(t, dtype), embedding.of_time(r, dtype)
+        return torch.cat([start[0], end[0]], dim=1), end[1]
+
+    def prepare(self, transformer: IntervalSanaTransformer) -> None:
+        """Lets each block take its half of the modulation, and drops the interval's embedding: it has no use here."""
+        blocks = transformer.transformer_blocks
+        if self.blocks > len(blocks):
+            raise ValueError(f"DecoupledInterval: blocks={self.blocks}, but the network has {len(blocks)}")
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(functools.partial(_take_half, half=int(i >= self.blocks)))
+        transformer.time_embed.interval = None
+
+
+_MODULATION = 4
+"""Place of the modulation among a SANA block's arguments, which diffusers hands over by position."""
+
+
+def _take_half(block: nn.Module, arguments: tuple[Any, ...], half: int) -> tuple[Any, ...]:
+    mine = arguments[_MODULATION].chunk(2, dim=1)[half]
+    return (*arguments[:_MODULATION], mine, *arguments[_MODULATION + 1 :])

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.flow.improved_meanflow import Guidance
+from emf_lightning.networks.base import FlowMapNetwork, written
+from emf_lightning.networks.interval import AnchoredInterval, IntervalInput
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
 
 
@@ -54,7 +56,9 @@ class SanaFlowMap(FlowMapNetwork):
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
         math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
             CPU the fused kernel's backward pass alone takes a third of a step.
-        plain_sum: combine the two time embeddings by EMF's plain sum, which does not preserve the parent.
+        interval: how r joins t; by default a second time embedding, anchored so that the parent is preserved.
+        improved: take guidance's scale and interval as conditions and give a velocity beside u, ``[B, 2 C, H, W]``: for
+            ``ImprovedMeanFlow``. Where no conditions are given they are those of no guidance.
         latent_channels: C of the latents.
         latent_size: H = W of the latents.
         context_width: D of the text features.
@@ -70,19 +74,22 @@ class SanaFlowMap(FlowMapNetwork):
         subfolder: str | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
-        plain_sum: bool = False,
+        interval: IntervalInput | None = None,
+        improved: bool = False,
         math_attention: bool = False,
         latent_channels: int = 3,
         latent_size: int = 36,
         context_width: int = 128,
     ) -> None:
-        from emf_lightning.networks.sana_transformer import IntervalSanaTransformer, SummedIntervalSanaTransformer
+        from emf_lightning.networks.sana_transformer import ImprovedSanaTransformer, IntervalSanaTransformer
 
         super().__init__()
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
         self.math_attention = math_attention
-        kind = SummedIntervalSanaTransformer if plain_sum else IntervalSanaTransformer
+        self.interval = interval or AnchoredInterval()
+        self.improved = improved
+        kind = ImprovedSanaTransformer if improved else IntervalSanaTransformer
         if pretrained is None:
             size = architecture or SanaArchitecture()
             _check_patches(latent_size, size.patch_size, "change the data's resolution or architecture.patch_size")
@@ -107,11 +114,12 @@ class SanaFlowMap(FlowMapNetwork):
                 ) from error
             self._check(pretrained, latent_channels, context_width)
             _check_patches(latent_size, self.transformer.config.patch_size, "change the data's resolution")
+        self.transformer.take(self.interval)
 
     @property
     def meaning(self) -> dict[str, str | float]:
-        """The prediction and the time scale."""
-        return super().meaning | {"time_scale": self.time_scale}
+        """The prediction, how r joins t, and the time scale."""
+        return super().meaning | {"interval": written(self.interval), "time_scale": self.time_scale}
 
     def _sign(self) -> None:
         """Puts the meaning into what ``save_pretrained`` writes."""
@@ -122,7 +130,7 @@ class SanaFlowMap(FlowMapNetwork):
         for name, ours, theirs in (
             ("latent channels", latent_channels, config.in_channels),
             ("text feature width", context_width, config.caption_channels),
-            *((name, value, config.get(f"_flow_{name}", value)) for name, value in self.meaning.items()),
+            *((name, value, config.get(f"_flow_{name}") or value) for name, value in self.meaning.items()),
         ):
             if ours != theirs:
                 raise ValueError(
@@ -134,29 +142,37 @@ class SanaFlowMap(FlowMapNetwork):
     def refit_time(self, time_scale: float) -> float:
         """The relative error of reading ``time_scale`` t as the present scale was read (``IntervalEmbedding.refit``).
 
-        The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet.
+        The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet: what
+        starts from it may choose how it takes them.
         """
         error = self.transformer.time_embed.refit(self.time_scale, time_scale)
         self.transformer.time_embed.duplicate()
         self.time_scale = time_scale
         self._sign()
+        self.transformer.register_to_config(_flow_interval=None)
         return error
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes ``config.json`` and safetensors in diffusers' format; ``pretrained=directory`` reads them back."""
         self.transformer.save_pretrained(str(directory))
 
-    def backbone(self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def backbone(
+        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
+    ) -> Tensor:
         """SANA's output; t - r is taken in fp32 inside the time embedding, after scaling."""
         assert t.dtype in (torch.float32, torch.float64)
-        dtype = self.transformer.dtype
+        assert self.improved or conditions is None, "this network takes no conditions: set net.improved"
+        dtype, guidance = self.transformer.dtype, r * self.time_scale
+        if self.improved:
+            conditions = Guidance.none(t).conditions if conditions is None else conditions
+            guidance = torch.cat([guidance[:, None], conditions], dim=1)
         kernel = sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext()
         with kernel:
             output: Tensor = self.transformer(
                 z.to(dtype),
                 context.to(dtype),
                 timestep=t * self.time_scale,
-                guidance=r * self.time_scale,
+                guidance=guidance,
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]

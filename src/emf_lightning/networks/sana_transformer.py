@@ -7,7 +7,10 @@ from typing import Any
 
 from diffusers import SanaTransformer2DModel
 
-from emf_lightning.networks.interval import AnchoredInterval, IntervalEmbedding, SummedInterval
+from emf_lightning.flow.improved_meanflow import Guidance
+from emf_lightning.networks.improved import ConditionEmbedding, VelocityHead
+from emf_lightning.networks.interval import IntervalInput
+from emf_lightning.networks.interval_embedding import IntervalEmbedding
 
 
 class IntervalSanaTransformer(SanaTransformer2DModel):
@@ -16,16 +19,14 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
     Its parameters keep SANA's names; new ones are ``time_embed.interval.*``. It saves and loads in diffusers' format.
     """
 
-    embedding_type: type[IntervalEmbedding] = AnchoredInterval
-
     @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]  # from_pretrained reads the configuration off this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.time_embed = self.embedding_type(self.config.num_attention_heads * self.config.attention_head_dim)
+        self.time_embed = IntervalEmbedding(self.config.num_attention_heads * self.config.attention_head_dim)
 
     @classmethod
     def from_flow(cls, path: str, **kwargs: Any) -> IntervalSanaTransformer:
-        """A model with published or own weights; where they know no interval, its embedding starts as t's copy.
+        """A model with published or own weights; what they do not know starts as if it were not there.
 
         Raises:
             OSError: where ``path`` is no diffusers folder or hub name.
@@ -35,18 +36,45 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
             model, info = cls.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs)
         except RuntimeError as error:  # a line for each weight of another size
             raise _other_weights(path, str(error).partition("\n")[2].partition("\n")[0].strip()) from error
-        missing = [key for key in info["missing_keys"] if not key.startswith("time_embed.interval.")]
+        starts = model.starts()
+        missing = [key for key in info["missing_keys"] if not key.startswith(tuple(starts))]
         if missing or info["unexpected_keys"]:
             raise _other_weights(path, f"missing {sorted(missing)[:3]}, surplus {sorted(info['unexpected_keys'])[:3]}")
-        if info["missing_keys"]:
-            model.time_embed.duplicate()
+        for prefix, start in starts.items():
+            if any(key.startswith(prefix) for key in info["missing_keys"]):
+                start()
         return model.train()  # diffusers hands out models to sample with
 
+    def starts(self) -> dict[str, Any]:
+        """What a flow-matching network's weights lack, by prefix, and what sets it so that they draw as they did."""
+        return {"time_embed.interval.": self.time_embed.duplicate}
 
-class SummedIntervalSanaTransformer(IntervalSanaTransformer):
-    """The same with EMF's plain sum of the two time embeddings."""
+    def take(self, interval: IntervalInput) -> None:
+        """Sets how r and t are combined, once, after the weights are there."""
+        self.time_embed.rule = interval
+        interval.prepare(self)
 
-    embedding_type = SummedInterval
+
+class ImprovedSanaTransformer(IntervalSanaTransformer):
+    """The same with guidance's settings as conditions, in ``guidance`` behind r, and v beside u, twice the channels."""
+
+    proj_out: VelocityHead
+
+    @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width, out = self.proj_out.in_features, self.proj_out.out_features
+        self.time_embed.conditions = ConditionEmbedding(Guidance.CONDITIONS, width)
+        self.proj_out = VelocityHead(width, out, out // self.config.patch_size**2)
+
+    def starts(self) -> dict[str, Any]:
+        """The interval's embedding, the conditions' and the velocity's projection."""
+        conditions, head = self.time_embed.conditions, self.proj_out
+        assert conditions is not None
+        return super().starts() | {
+            "time_embed.conditions.": conditions.start,
+            "proj_out.velocity.": self.proj_out.start,
+        }
 
 
 def _other_weights(path: str, difference: str) -> ValueError:
