@@ -220,6 +220,14 @@ def test_predict_draws_a_file_of_prompts(world: Path) -> None:
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+NESTED_MISTAKE = """
+trainer:
+  callbacks:
+    - class_path: FewStepSampling
+      init_args: {suite: {class_path: ShapesSuite, init_args: {wrold: small}}}
+"""
+
+
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
@@ -232,8 +240,7 @@ def test_predict_draws_a_file_of_prompts(world: Path) -> None:
             "model.optimizer: Muon has no option 'momentun'; did you mean 'momentum'?",
         ),
         (
-            "{trainer: {callbacks: [{class_path: FewStepSampling, init_args: "
-            "{suite: {class_path: ShapesSuite, init_args: {wrold: small}}}}]}}",
+            NESTED_MISTAKE,
             "trainer.callbacks.suite: ShapesSuite has no option 'wrold'; did you mean 'world'?",
         ),
         ("{modle: {class_path: MeanFlow}}", "there is no option 'modle'; did you mean 'model'?"),

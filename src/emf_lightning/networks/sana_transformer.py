@@ -69,7 +69,7 @@ class ImprovedSanaTransformer(IntervalSanaTransformer):
 
     def starts(self) -> dict[str, Any]:
         """The interval's embedding, the conditions' and the velocity's projection."""
-        conditions, head = self.time_embed.conditions, self.proj_out
+        conditions = self.time_embed.conditions
         assert conditions is not None
         return super().starts() | {
             "time_embed.conditions.": conditions.start,
