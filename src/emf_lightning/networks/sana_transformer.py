@@ -71,10 +71,8 @@ class ImprovedSanaTransformer(IntervalSanaTransformer):
         """The interval's embedding, the conditions' and the velocity's projection."""
         conditions = self.time_embed.conditions
         assert conditions is not None
-        return super().starts() | {
-            "time_embed.conditions.": conditions.start,
-            "proj_out.velocity.": self.proj_out.start,
-        }
+        improved = {"time_embed.conditions.": conditions.start, "proj_out.velocity.": self.proj_out.start}
+        return super().starts() | improved
 
 
 def _other_weights(path: str, difference: str) -> ValueError:
