@@ -14,7 +14,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.guidance import guided
+from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import Weighting
 from emf_lightning.modules.checkpoint import disagreement, first_difference, read_checkpoint
@@ -82,6 +84,8 @@ class FlowMapModule(LightningModule):
         self.scheduler = scheduler
         self.caption_dropout = caption_dropout
         self.guidance = guidance
+        self.last_terms: FlowMapTerms | None = None
+        """What the last training step computed, without a graph: for callbacks that look closer."""
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # what a checkpoint that is gone on from says of itself
         if initial is not None:
@@ -105,6 +109,11 @@ class FlowMapModule(LightningModule):
     @abstractmethod
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Latents from noise with this model's sampler."""
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """How this model's objective takes du/dt, where it does."""
+        return None
 
     @property
     def progress(self) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.meanflow import MeanFlowObjective
 from emf_lightning.flow.objective import FlowMapTerms, Objective
@@ -21,7 +22,7 @@ from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.networks.base import FlowMapNetwork
 
 NAN_ROWS_LIMIT = 0.5
-"""Share of non-finite rows in one batch from which training stops: nothing is learned from the rest."""
+"""Share of non-finite rows above which a batch is bad: nothing is learned from the rest."""
 
 
 class MeanFlow(FlowMapModule):
@@ -37,6 +38,8 @@ class MeanFlow(FlowMapModule):
             it starts, frozen: it has averaged the conditional velocity's noise away (arXiv 2512.13006, section 4).
         target_guidance: classifier-free guidance inside the target, by the teacher where the velocity is its own;
             sampling then needs none.
+        nan_patience: consecutive batches with more than half of their rows not finite after which training stops. Rows
+            that are not finite are left out of the loss, so a single such batch does no harm.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class MeanFlow(FlowMapModule):
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
         initial: str | None = None,
+        nan_patience: int = 10,
     ) -> None:
         super().__init__(
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
@@ -62,8 +66,18 @@ class MeanFlow(FlowMapModule):
             raise ValueError(f"MeanFlow: velocity must be conditional, own or teacher, got {velocity!r}")
         self.velocity_source = velocity
         self.target_guidance = target_guidance
+        if nan_patience < 1:
+            raise ValueError(f"MeanFlow: nan_patience must be at least 1, got {nan_patience}")
+        self.nan_patience = nan_patience
+        self._bad_batches = torch.zeros((), dtype=torch.long)
+        self._suspicious = False
         self.teacher = FrozenNetwork(self.net) if velocity == "teacher" else None
         self.save_hyperparameters(logger=False)
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """That of the objective."""
+        return self.interval_objective.derivative
 
     def objective(self, batch: CaptionImageBatch) -> Tensor:
         """The weighted error of u(z, r, t) against the objective's target."""
@@ -82,23 +96,45 @@ class MeanFlow(FlowMapModule):
                 v = self.target_guidance(v, z, times.t, conditional=conditional, unconditional=null, dropped=dropped)
         torch.clear_autocast_cache()  # what was cast without a graph must not serve the pass that needs one
         terms = self.interval_objective(self.velocity(text), z, v, times, self.weighting, self.progress)
-        self._log_terms(terms, times.n_interval)
+        self.last_terms = terms.detached()
+        self._log_terms(terms)
         return terms.loss
 
-    def _log_terms(self, terms: FlowMapTerms, n: int) -> None:
-        rows, bad = len(terms.finite), int((~terms.finite).sum())
-        if bad > NAN_ROWS_LIMIT * rows:
-            raise ValueError(
-                f"{bad} of {rows} rows of the MeanFlow error are not finite at step {self.trainer.global_step}: "
-                "lower the learning rate or net.time_scale, or train in fp32; resume from the last checkpoint"
-            )
-        self.log("train/nan_rows", float(bad), batch_size=rows, reduce_fx="sum")
+    def _log_terms(self, terms: FlowMapTerms) -> None:
+        """Logs without asking the device for a number."""
+        rows, n = len(terms.finite), terms.times.n_interval
+        self.log("train/nan_rows", (~terms.finite).sum().float(), batch_size=rows, reduce_fx="sum")
         for name, part in (("r_equals_t", slice(n, None)), ("r_below_t", slice(n))):
-            error = terms.squared_error[part][terms.finite[part]]
+            error, finite = terms.squared_error[part], terms.finite[part]
             if len(error):
-                self.log(f"train/mse_{name}", error.mean(), batch_size=rows)
+                mean = torch.where(finite, error, 0).sum() / finite.sum()
+                self.log(f"train/mse_{name}", mean, batch_size=rows)
         if len(terms.derivative_norm):
             self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.last_terms is not None:
+            self._stop_where_rows_stay_bad(self.last_terms.finite)
+
+    def _stop_where_rows_stay_bad(self, finite: Tensor) -> None:
+        """Counts bad batches on the device, and asks for the count at the logging interval or while it is not 0.
+
+        Raises:
+            ValueError: where the last ``nan_patience`` batches were bad.
+        """
+        bad = (~finite).float().mean() > NAN_ROWS_LIMIT
+        self._bad_batches = torch.where(bad, self._bad_batches.to(finite.device) + 1, 0)
+        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._suspicious and step % max(interval, 1):
+            return
+        count = int(self._bad_batches)
+        self._suspicious = count > 0
+        if count >= self.nan_patience:
+            raise ValueError(
+                f"at step {step} more than half of the rows of the MeanFlow error are not finite, {count} batches in a "
+                "row: lower the learning rate or net.time_scale, or train in fp32; resume from the last "
+                "checkpoint whose errors are finite"
+            )
 
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Jumps with the average velocity."""
