@@ -4,8 +4,17 @@ from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBa
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
 from emf_lightning.callbacks.sample_writer import SampleWriter
 from emf_lightning.callbacks.save_network import SaveNetwork
+from emf_lightning.callbacks.self_check import SelfCheck
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.weight_ema import WeightEMA
 from emf_lightning.evaluation import shapes_suite  # noqa: F401  YAML may name the suites that are imported
 
-__all__ = ["ExperimentProgressBar", "FewStepSampling", "SampleWriter", "SaveNetwork", "TrainingLog", "WeightEMA"]
+__all__ = [
+    "ExperimentProgressBar",
+    "FewStepSampling",
+    "SampleWriter",
+    "SaveNetwork",
+    "SelfCheck",
+    "TrainingLog",
+    "WeightEMA",
+]

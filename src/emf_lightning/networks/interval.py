@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers.models.normalization import AdaLayerNormSingle
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class IntervalEmbedding(AdaLayerNormSingle, ABC):
@@ -19,6 +21,7 @@ class IntervalEmbedding(AdaLayerNormSingle, ABC):
     def __init__(self, embedding_dim: int) -> None:
         super().__init__(embedding_dim)
         self.interval = AdaLayerNormSingle(embedding_dim)
+        self._silent = False
 
     @torch.no_grad()
     def duplicate(self) -> None:
@@ -77,7 +80,7 @@ class IntervalEmbedding(AdaLayerNormSingle, ABC):
     ) -> tuple[Tensor, Tensor]:
         """The modulation ``[B, 6 D]`` and the embedding ``[B, D]`` of (r, t) = (guidance, timestep)."""
         end = super().forward(timestep, hidden_dtype=hidden_dtype)
-        if guidance is None:
+        if guidance is None or self._silent:
             return end
         delta = timestep - guidance
         length = self.interval(delta, hidden_dtype=hidden_dtype)
@@ -99,3 +102,19 @@ class SummedInterval(IntervalEmbedding):
     def combine(self, end: Tensor, length: Tensor, zero: Tensor) -> Tensor:
         """The plain sum."""
         return end + length
+
+
+@contextmanager
+def interval_left_out(net: nn.Module) -> Iterator[bool]:
+    """A context in which ``net`` is the flow that it was before it knew intervals, whatever r it is given.
+
+    Yields whether there is such a flow: whether its interval's embedding is anchored.
+    """
+    embeddings = [part for part in net.modules() if isinstance(part, AnchoredInterval)]
+    for embedding in embeddings:
+        embedding._silent = True
+    try:
+        yield bool(embeddings)
+    finally:
+        for embedding in embeddings:
+            embedding._silent = False
