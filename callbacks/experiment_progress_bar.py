@@ -68,6 +68,10 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._scores = f"scores {'/'.join(scores)} " + " ".join(_short(score) for score in scores.values())
         self._write(sentence)
 
+    def show_sentence(self, sentence: str) -> None:
+        """Writes ``sentence`` on a line of its own."""
+        self._write(sentence)
+
     def show_at_end(self, text: str) -> None:
         """Keeps ``text`` for the end of the run, where it stands above the last line."""
         self._closing.append(text)

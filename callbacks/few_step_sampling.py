@@ -16,10 +16,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from emf_lightning.callbacks.charts import Layout, plot_charts
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
 from emf_lightning.callbacks.fixed_noise_sampling import settings_of
 from emf_lightning.callbacks.results_file import write_results
-from emf_lightning.callbacks.score_board import Levels, ScoreBoard, Sheet
+from emf_lightning.callbacks.score_board import Levels, ScoreBoard, Sheet, score_charts
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.evaluation.suite import PromptSuite
@@ -115,6 +116,10 @@ class FewStepSampling(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded_step = checkpoint["global_step"]
 
+    def charts(self) -> Layout:
+        """Score by training step, a curve for each step count, for TensorBoard's custom scalars."""
+        return score_charts(self.suite)
+
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,9 +210,7 @@ class FewStepSampling(Callback):
         if trainer.is_global_zero:
             writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._board = ScoreBoard(directory, name, levels, writers)
-        # TensorBoard keeps one layout a run: that of all suites together
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._board.plot_layout([callback.suite for callback in callbacks if isinstance(callback, FewStepSampling)])
+        plot_charts(trainer)
         if fitting:
             self._board.plot(elsewhere)
 

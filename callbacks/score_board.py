@@ -6,11 +6,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from emf_lightning.callbacks.charts import Layout, multiline
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.evaluation.figures import contact_sheet, step_count_figure, step_name, training_curves
 from emf_lightning.evaluation.score import TaskScores, score_table
@@ -73,23 +74,6 @@ class ScoreBoard:
         self.levels = levels
         self.writers = writers
 
-    def plot_layout(self, suites: Sequence[PromptSuite]) -> None:
-        """Writes TensorBoard's custom scalars: for each suite, charts of overall and of each task, then of the rest.
-
-        The lines are regular expressions, the same in every run, whatever its step counts: TensorBoard shows the charts
-        of all runs of a folder together, and those that differ twice.
-        """
-        layout: dict[str, dict[str, list[Any]]] = {}
-        for suite in suites:
-            prompts = suite.prompts()
-            otherwise = ["strict", *(["seen", "held_out"] if any(prompt.held_out for prompt in prompts) else [])]
-            layout[f"{suite.name}: score by network steps"] = {
-                f"{suite.name}, {name}": ["Multiline", [f"^eval/{suite.name}/{name}/{line}$" for line in LINES]]
-                for name in ("overall", *dict.fromkeys(prompt.tag for prompt in prompts), *otherwise)
-            }
-        for writer in self.writers:
-            writer.add_custom_scalars(layout)
-
     def plot(self, records: Sequence[ScoreRecord]) -> None:
         """Adds a point to every curve of each of ``records``, and to the two levels."""
         for writer in self.writers:
@@ -147,6 +131,21 @@ class ScoreBoard:
         pixels = np.asarray(Image.open(png).convert("RGB"))
         for writer in self.writers:
             writer.add_image(f"eval/{self.suite}/{name}", pixels, step, dataformats="HWC")
+
+
+def score_charts(suite: PromptSuite) -> Layout:
+    """Charts of a suite's overall score, of each task, then of the rest.
+
+    The lines are regular expressions, the same in every run, whatever its step counts: TensorBoard shows the charts
+    of all runs of a folder together, and those that differ twice.
+    """
+    prompts = suite.prompts()
+    otherwise = ["strict", *(["seen", "held_out"] if any(prompt.held_out for prompt in prompts) else [])]
+    charts = {
+        f"{suite.name}, {name}": multiline([f"eval/{suite.name}/{name}/{line}" for line in LINES])
+        for name in ("overall", *dict.fromkeys(prompt.tag for prompt in prompts), *otherwise)
+    }
+    return {f"{suite.name}: score by network steps": charts}
 
 
 def heading(record: ScoreRecord) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import numpy as np
@@ -38,14 +38,20 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[bool
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def undisturbed(trainer: Trainer, module: LightningModule, averaged: bool = True) -> Iterator[None]:
     """A context for sampling: averaged weights, eval mode, the trainer's precision, no gradient.
 
     Weights, modes and the random states of torch, CUDA, numpy and Python are afterwards what they were before, also
     when sampling raises.
+
+    Args:
+        trainer: of ``module``.
+        module: what is looked at.
+        averaged: whether to fill in the averaged weights where there are any, or to leave those that are trained.
     """
     modes = {part: part.training for part in module.modules()}
-    with averaged_weights(trainer, module), _random_states_kept(), torch.no_grad():
+    weights = averaged_weights(trainer, module) if averaged else nullcontext()
+    with weights, _random_states_kept(), torch.no_grad():
         module.eval()
         try:
             with trainer.precision_plugin.forward_context():

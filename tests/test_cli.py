@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = (path / CHECKPOINT).read_bytes()
     (path / "half.ckpt").write_bytes(last[: len(last) // 2])
     torch.save({"weight": torch.zeros(2)}, path / "weights.ckpt")
-    for folder, size in (("cut", 1000), ("one_cut", 100_000)):
+    for folder, size in (("cut", 1000), ("one_cut", 20_000)):
         shutil.copytree(path / "shards", path / folder)
         with (path / folder / "shapes-000000.tar").open("r+b") as shard:
             shard.truncate(size)
@@ -286,7 +286,7 @@ def test_a_mistake_in_yaml_names_the_key(capsys: pytest.CaptureFixture[str], mis
         (["--config", "shapes/none.yaml"], "--config shapes/none.yaml: no such file"),
         (["--config", "shards"], "--config shards: no such file"),
         (["--config", "base.yaml", "--ckpt_path", "best"], "give the path of a .ckpt"),
-        (["--config", "base.yaml", "--trainer.devices", "0,9"], "trainer.devices is 0,9, but this machine has"),
+        (["--config", "base.yaml", "--trainer.devices", "0,9"], "trainer.devices is 0,9: on CPUs it is the number of"),
         ([], "arguments are required: data.text, data.autoencoder, data.shards, model; an experiment names them"),
         (["--config", "base.yaml", "--data.shards", "nowhere"], "shards: 'nowhere' matches no file"),
         (
@@ -310,7 +310,10 @@ def pretrained(path: str, **arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"trainer": {"logger": {"init_args": {"save_dir": "file/runs"}}}}, "file/runs/tiny: not a directory; check"),
+        (
+            {"trainer": {"logger": {"init_args": {"save_dir": "file/runs"}}}},
+            "file/runs: not a directory; check the path",
+        ),
         ({"data": {"cache": {"path": "file/cache"}}}, "cannot write to the folder"),
         ({"trainer": {"check_val_every_n_epoch": None, "val_check_interval": 3}}, "val_check_interval 2 or less"),
         (pretrained("nowhere"), "SanaFlowMap: no readable weights at pretrained='nowhere': give a folder"),
@@ -325,12 +328,12 @@ def test_what_cannot_work_is_said_before_training(
 
 
 def test_a_truncated_shard_is_skipped_and_counted(recwarn: pytest.WarningsRecorder) -> None:
-    options = ("--data.shards", "one_cut", "--trainer.logger.init_args.version", "skipping")
+    options = ("--data.shards", "one_cut", "--trainer.max_steps", "3", "--trainer.logger.init_args.version", "skipping")
     main(["fit", "--config", "base.yaml", *options])
 
     assert "shapes-000000.tar: truncated shard; left out" in " ".join(str(warning.message) for warning in recwarn)
     state = torch.load("runs/tiny/skipping/checkpoints/last.ckpt", weights_only=True)["CaptionImageData"]
-    assert state["train"]["ranks"][0]["skipped"] == {"truncated shard": 1}
+    assert state["train"]["ranks"][0]["skipped"].keys() == {"truncated shard"}
 
 
 def test_a_file_without_prompts_is_an_error(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,6 +358,7 @@ def test_devices_that_are_not_there_are_an_error(capsys: pytest.CaptureFixture[s
     options = ("--config", "base.yaml", "--trainer.accelerator", "auto", "--trainer.devices", "8")
 
     assert "trainer.devices is 8, but this machine has" in complaint(capsys, "fit", *options)
+    assert "trainer.devices is 0,9, but this machine has" in complaint(capsys, "fit", *options[:-1], "0,9")
 
 
 LAYERS = "--model.init_args.net.init_args.architecture.num_layers"

@@ -60,3 +60,14 @@ def test_some_intervals_end_at_the_data(sampler):
 def test_more_rows_at_zero_than_intervals_are_refused(share):
     with pytest.raises(ValueError, match="zero_share must lie"):
         UniformTimes(share, zero_share=0.1)
+
+
+@pytest.mark.parametrize("sampler", [EMF, UniformTimes(Schedule(0.5))])
+def test_times_are_fp32_where_another_dtype_is_the_default(sampler):
+    """Lightning's bf16-true makes it so."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        times = sampler(8, 0.5, CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert times.t.dtype == times.r.dtype == torch.float32

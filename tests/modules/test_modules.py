@@ -198,8 +198,45 @@ def test_guidance_doubles_the_evaluations(net):
 
 def test_meanflow_stops_when_most_rows_are_not_finite(tmp_path, net, loader):
     torch.nn.init.constant_(net.transformer.proj_out.bias, float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        trainer(tmp_path).fit(MeanFlow(net, optimizer=optimizer), loader)
+    with pytest.raises(ValueError, match="not finite, 3 batches in a row: lower the learning rate"):
+        trainer(tmp_path).fit(MeanFlow(net, optimizer=optimizer, nan_patience=3), loader)
+
+
+class Hiccup(MeanFlowObjective):
+    """No finite row in two batches of four."""
+
+    calls = 0
+
+    def __call__(self, u, z, v, *rest):
+        self.calls += 1
+        return super().__call__(u, z, v * float("nan") if self.calls % 4 > 1 else v, *rest)
+
+
+def test_meanflow_goes_on_when_bad_batches_pass(tmp_path, net, loader):
+    model = MeanFlow(net, objective=Hiccup(), optimizer=optimizer, nan_patience=3)
+    fit = trainer(tmp_path, max_steps=6)
+    fit.fit(model, loader)
+    assert fit.global_step == 6
+    assert fit.callback_metrics["train/nan_rows"] == 8
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+class Failing(MeanFlowObjective):
+    """No finite row from the second batch on."""
+
+    calls = 0
+
+    def __call__(self, u, z, v, *rest):
+        self.calls += 1
+        return super().__call__(u, z, v * float("nan") if self.calls > 1 else v, *rest)
+
+
+@pytest.mark.parametrize(("patience", "stops_at"), [(2, 3), (3, 4)])
+def test_bad_batches_are_counted_also_where_nobody_looks(tmp_path, net, loader, patience, stops_at):
+    """The bad step 2 is counted on the device; the count is asked for at step 3, and at each step from there on."""
+    model = MeanFlow(net, objective=Failing(), optimizer=optimizer, nan_patience=patience)
+    with pytest.raises(ValueError, match=f"at step {stops_at} .* {patience} batches in a row"):
+        trainer(tmp_path, log_every_n_steps=3).fit(model, loader)
 
 
 def test_schedule_warms_up_and_ends_at_its_final_share():

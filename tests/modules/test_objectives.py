@@ -81,9 +81,9 @@ def test_alpha_flow_takes_derivatives_from_the_end_of_its_schedule_on(tmp_path, 
     steps = []
 
     class Watched(MeanFlow):
-        def log_terms(self, terms, n):
+        def log_terms(self, terms):
             steps.append(len(terms.derivative_norm))
-            super().log_terms(terms, n)
+            super().log_terms(terms)
 
     objective = AlphaFlowObjective(AlphaSchedule(0.0, 0.5))
     fit(Watched(net, objective=objective, times=HALF, optimizer=optimizer), loader, tmp_path)

@@ -122,6 +122,8 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
         wanted = max(map(int, numbers), default=0) + 1  # these very devices
     else:
         wanted = int(numbers[0]) if numbers else 1
+    if accelerator == "cpu" and numbers != [str(devices)] and devices != "auto":
+        raise ValueError(f"trainer.devices is {devices}: on CPUs it is the number of processes, 1 or more")
     there = torch.accelerator.device_count()
     if accelerator in ("gpu", "cuda", "mps") and there == 0:
         raise ValueError(f"trainer.accelerator is {accelerator}, but torch sees no GPU here: leave it at auto")

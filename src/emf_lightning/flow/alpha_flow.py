@@ -74,6 +74,7 @@ class AlphaFlowObjective(Objective):
     ) -> None:
         self.alpha = alpha
         self.meanflow = MeanFlowObjective(derivative, bound)
+        self.derivative = self.meanflow.derivative
 
     def __call__(
         self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float

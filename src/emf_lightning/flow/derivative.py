@@ -33,6 +33,8 @@ class Derivative(ABC):
         if precision not in ("training", "fp32", "bf16"):
             raise ValueError(f"{type(self).__name__}: precision must be training, fp32 or bf16, got {precision!r}")
         self.precision = precision
+        self.clock: AbstractContextManager[object] = nullcontext()
+        """Entered around the passes that only the derivative needs: what measures them sets it, for a while."""
 
     @abstractmethod
     def along(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ class Derivative(ABC):
         if n == 0:
             return u(z, r, t), torch.zeros_like(z[:0])
         before = _random_state(z.device)
-        dudt = self.along(of_rows(u, slice(n)), z[:n], r[:n], t[:n], v[:n])
+        with self.clock:
+            dudt = self.along(of_rows(u, slice(n)), z[:n], r[:n], t[:n], v[:n])
         torch.clear_autocast_cache()  # weights cast without a graph must not serve the pass that needs one
         if before is None or _same(before, after := _random_state(z.device)):
             return u(z, r, t), dudt

@@ -27,7 +27,7 @@ class MeanFlowObjective(Objective):
     def __init__(self, derivative: Derivative | None = None, bound: float | None = None) -> None:
         if bound is not None and bound <= 0:
             raise ValueError(f"MeanFlowObjective: bound must be positive, got {bound}")
-        self.derivative = derivative or ForwardMode()
+        self.derivative: Derivative = derivative or ForwardMode()
         self.bound = bound
 
     def __call__(

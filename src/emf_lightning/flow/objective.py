@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import Weighting
@@ -23,6 +24,7 @@ class FlowMapTerms:
         finite: ``[B]``, False for rows whose error is not finite; they are left out of the loss.
         cosine: ``[B]``, of u and v over all dimensions, detached.
         derivative_norm: ``[N]``, root mean square over dimensions of du/dt; empty where the objective takes none.
+        times: the rows' (r, t).
     """
 
     loss: Tensor
@@ -30,10 +32,21 @@ class FlowMapTerms:
     finite: Tensor
     cosine: Tensor
     derivative_norm: Tensor
+    times: Times
+
+    def detached(self) -> FlowMapTerms:
+        """The same without the loss's graph, to be kept and looked at."""
+        return replace(self, loss=self.loss.detach())
 
 
 class Objective(ABC):
-    """A rule from the average velocity to a regression target."""
+    """A rule from the average velocity to a regression target.
+
+    Attributes:
+        derivative: how du/dt is taken, where it is.
+    """
+
+    derivative: Derivative | None = None
 
     @abstractmethod
     def __call__(
@@ -73,4 +86,5 @@ def regress(
         finite=finite,
         cosine=torch.cosine_similarity(u.detach().float().flatten(1), v.float().flatten(1)),
         derivative_norm=v.new_zeros(0) if dudt is None else dudt.float().square().flatten(1).mean(1).sqrt(),
+        times=times,
     )

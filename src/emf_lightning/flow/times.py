@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class UniformTimes(TimeSampler):
 
     def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two independent uniform vectors."""
-        return torch.rand(rows, device=device), torch.rand(rows, device=device)
+        options = _fp32_on(device)
+        return torch.rand(rows, **options), torch.rand(rows, **options)
 
 
 class LogitNormalTimes(TimeSampler):
@@ -124,6 +126,12 @@ class LogitNormalTimes(TimeSampler):
 
     def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two independent logit-normal vectors at this point of the schedule."""
-        t = torch.sigmoid(self.mu(progress) + self.sigma(progress) * torch.randn(rows, device=device))
-        r = torch.sigmoid(self.r_mu(progress) + self.r_sigma(progress) * torch.randn(rows, device=device))
+        options = _fp32_on(device)
+        t = torch.sigmoid(self.mu(progress) + self.sigma(progress) * torch.randn(rows, **options))
+        r = torch.sigmoid(self.r_mu(progress) + self.r_sigma(progress) * torch.randn(rows, **options))
         return (torch.maximum(t, r), torch.minimum(t, r)) if self.larger else (t, r)
+
+
+def _fp32_on(device: torch.device) -> dict[str, Any]:
+    """How times are drawn: a precision plugin makes bf16 the default dtype, and rounded times are useless."""
+    return {"dtype": torch.float32, "device": device}

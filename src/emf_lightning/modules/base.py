@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.guidance import guided
 from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import Velocity
@@ -29,7 +30,7 @@ MEANING = "flow_map"
 """Where a checkpoint says what its weights mean."""
 
 NAN_ROWS_LIMIT = 0.5
-"""Share of non-finite rows in one batch from which training stops: nothing is learned from the rest."""
+"""Share of non-finite rows above which a batch is bad: nothing is learned from the rest."""
 
 Captioned = TypeVar("Captioned", bound="CaptionedVelocity")
 
@@ -95,6 +96,11 @@ class FlowMapModule(LightningModule):
         self.scheduler = scheduler
         self.caption_dropout = caption_dropout
         self.guidance = guidance
+        self.last_terms: FlowMapTerms | None = None
+        self.nan_patience = 10
+        self._bad_batches = torch.zeros((), dtype=torch.long)
+        self._suspicious = False
+        """What the last training step computed, without a graph: for callbacks that look closer."""
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # what a checkpoint that is gone on from says of itself
         if initial is not None:
@@ -118,6 +124,11 @@ class FlowMapModule(LightningModule):
     @abstractmethod
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Latents from noise with this model's sampler."""
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """How this model's objective takes du/dt, where it does."""
+        return None
 
     @property
     def progress(self) -> float:
@@ -178,25 +189,42 @@ class FlowMapModule(LightningModule):
         """u(z, r, t) of ``net``, or of this module's, given the rows' ``text``."""
         return CaptionedVelocity(net or self.net, text)
 
-    def log_terms(self, terms: FlowMapTerms, n: int) -> None:
-        """Logs what makes learning visible, of ``terms`` whose first ``n`` rows have r < t.
-
-        Raises:
-            ValueError: where most rows are not finite.
-        """
-        rows, bad = len(terms.finite), int((~terms.finite).sum())
-        if bad > NAN_ROWS_LIMIT * rows:
-            raise ValueError(
-                f"{bad} of {rows} rows of the error are not finite at step {self.trainer.global_step}: "
-                "lower the learning rate or net.time_scale, or train in fp32; resume from the last checkpoint"
-            )
-        self.log("train/nan_rows", float(bad), batch_size=rows, reduce_fx="sum")
+    def log_terms(self, terms: FlowMapTerms) -> None:
+        """Keeps and logs what makes learning visible, without asking the device for a number."""
+        self.last_terms = terms.detached()
+        rows, n = len(terms.finite), terms.times.n_interval
+        self.log("train/nan_rows", (~terms.finite).sum().float(), batch_size=rows, reduce_fx="sum")
         for name, part in (("r_equals_t", slice(n, None)), ("r_below_t", slice(n))):
-            error = terms.squared_error[part][terms.finite[part]]
+            error, finite = terms.squared_error[part], terms.finite[part]
             if len(error):
-                self.log(f"train/mse_{name}", error.mean(), batch_size=rows)
+                mean = torch.where(finite, error, 0).sum() / finite.sum()
+                self.log(f"train/mse_{name}", mean, batch_size=rows)
         if len(terms.derivative_norm):
             self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.last_terms is not None:
+            self._stop_where_rows_stay_bad(self.last_terms.finite)
+
+    def _stop_where_rows_stay_bad(self, finite: Tensor) -> None:
+        """Counts bad batches on the device, and asks for the count at the logging interval or while it is not 0.
+
+        Raises:
+            ValueError: where the last ``nan_patience`` batches were bad.
+        """
+        bad = (~finite).float().mean() > NAN_ROWS_LIMIT
+        self._bad_batches = torch.where(bad, self._bad_batches.to(finite.device) + 1, 0)
+        step, interval = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._suspicious and step % max(interval, 1):
+            return
+        count = int(self._bad_batches)
+        self._suspicious = count > 0
+        if count >= self.nan_patience:
+            raise ValueError(
+                f"at step {step} more than half of the rows of the error are not finite, {count} batches in a "
+                "row: lower the learning rate or net.time_scale, or train in fp32; resume from the last "
+                "checkpoint whose errors are finite"
+            )
 
     def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
         self._log_error(batch, batch_idx, "validation")

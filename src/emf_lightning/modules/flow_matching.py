@@ -49,6 +49,7 @@ class FlowMatching(FlowMapModule):
         times = self.times(len(batch), self.progress, x.device)
         e = torch.randn_like(x)
         terms = flow_matching(self.velocity(text), interpolate(x, e, times.t), e - x, times, self.weighting)
+        self.last_terms = terms.detached()
         self.log("train/mse_r_equals_t", terms.squared_error.mean(), batch_size=len(batch))
         return terms.loss
 

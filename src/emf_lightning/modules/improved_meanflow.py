@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.improved_meanflow import Guidance, GuidanceLaw, ImprovedMeanFlowObjective, guided_velocity
 from emf_lightning.flow.path import Velocity, interpolate, over
 from emf_lightning.flow.sampling import sample_flow_map
@@ -82,6 +83,11 @@ class ImprovedMeanFlow(FlowMapModule):
         self.teacher = FrozenNetwork(self.net) if velocity == "teacher" else None
         self.save_hyperparameters(logger=False)
 
+    @property
+    def derivative(self) -> Derivative | None:
+        """That of the objective."""
+        return self.interval_objective.derivative
+
     def objective(self, batch: CaptionImageBatch) -> Tensor:
         """The weighted errors of u and v."""
         x = batch.latents
@@ -93,7 +99,7 @@ class ImprovedMeanFlow(FlowMapModule):
         v_g, v_c = self._velocities(e - x, z, times.t, guidance.at(times.t), text, batch.null, dropped)
         heads = CaptionedHeads(self.net, text, guidance.conditions)
         terms = self.interval_objective(heads, z, v_g, v_c, times, self.weighting)
-        self.log_terms(terms, times.n_interval)
+        self.log_terms(terms)
         return terms.loss
 
     @torch.no_grad()

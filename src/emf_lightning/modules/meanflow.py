@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.meanflow import MeanFlowObjective
 from emf_lightning.flow.objective import Objective
@@ -34,6 +35,8 @@ class MeanFlow(FlowMapModule):
             it starts, frozen: it has averaged the conditional velocity's noise away (arXiv 2512.13006, section 4).
         target_guidance: classifier-free guidance inside the target, by the teacher where the velocity is its own;
             sampling then needs none.
+        nan_patience: consecutive batches with more than half of their rows not finite after which training stops. Rows
+            that are not finite are left out of the loss, so a single such batch does no harm.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MeanFlow(FlowMapModule):
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
         initial: str | None = None,
+        nan_patience: int = 10,
     ) -> None:
         super().__init__(
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
@@ -59,8 +63,16 @@ class MeanFlow(FlowMapModule):
             raise ValueError(f"MeanFlow: velocity must be conditional, own or teacher, got {velocity!r}")
         self.velocity_source = velocity
         self.target_guidance = target_guidance
+        if nan_patience < 1:
+            raise ValueError(f"MeanFlow: nan_patience must be at least 1, got {nan_patience}")
+        self.nan_patience = nan_patience
         self.teacher = FrozenNetwork(self.net) if velocity == "teacher" else None
         self.save_hyperparameters(logger=False)
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """That of the objective."""
+        return self.interval_objective.derivative
 
     def objective(self, batch: CaptionImageBatch) -> Tensor:
         """The weighted error of u(z, r, t) against the objective's target."""
@@ -79,7 +91,7 @@ class MeanFlow(FlowMapModule):
                 v = self.target_guidance(v, z, times.t, conditional=conditional, unconditional=null, dropped=dropped)
         torch.clear_autocast_cache()  # what was cast without a graph must not serve the pass that needs one
         terms = self.interval_objective(self.velocity(text), z, v, times, self.weighting, self.progress)
-        self.log_terms(terms, times.n_interval)
+        self.log_terms(terms)
         return terms.loss
 
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers.models.normalization import AdaLayerNormSingle
-from torch import Tensor
+from torch import Tensor, nn
 
 from emf_lightning.networks.improved import ConditionEmbedding
 from emf_lightning.networks.interval import AnchoredInterval, IntervalInput, Modulation
@@ -23,6 +26,7 @@ class IntervalEmbedding(AdaLayerNormSingle):
         self.interval: AdaLayerNormSingle | None = AdaLayerNormSingle(embedding_dim)
         self.conditions: ConditionEmbedding | None = None
         self.rule: IntervalInput = AnchoredInterval()
+        self._silent = False
 
     def of_time(self, time: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m, the pretrained embedding, of ``time`` ``[B]``."""
@@ -51,6 +55,8 @@ class IntervalEmbedding(AdaLayerNormSingle):
             hidden_dtype: precision of the embeddings.
         """
         r, *conditions = (timestep,) if guidance is None else guidance.reshape(len(timestep), -1).unbind(1)
+        if self._silent:
+            return self.of_time(timestep, hidden_dtype)
         modulation, embedded = self.rule(self, r, timestep, hidden_dtype)
         if not conditions:
             return modulation, embedded
@@ -102,3 +108,20 @@ class IntervalEmbedding(AdaLayerNormSingle):
             with torch.no_grad():
                 got = self.of_time(grid * new_scale, dtype)
                 return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
+
+
+@contextmanager
+def interval_left_out(net: nn.Module) -> Iterator[bool]:
+    """A context in which ``net`` is the flow that it was before it knew intervals, whatever r it is given.
+
+    Yields whether there is such a flow: whether its interval's embedding is anchored.
+    """
+    parts = [part for part in net.modules() if isinstance(part, IntervalEmbedding)]
+    embeddings = [part for part in parts if isinstance(part.rule, AnchoredInterval) and part.conditions is None]
+    for embedding in embeddings:
+        embedding._silent = True
+    try:
+        yield bool(embeddings)
+    finally:
+        for embedding in embeddings:
+            embedding._silent = False

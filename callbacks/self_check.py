@@ -1,0 +1,286 @@
+"""A few seconds at the start of training that find what would otherwise go wrong in silence."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
+from emf_lightning.callbacks.gathering import gathered
+from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative import ForwardMode
+from emf_lightning.flow.float64 import KeepFloat64, central_difference
+from emf_lightning.flow.path import interpolate
+from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.text.base import TextFeatures
+
+log = logging.getLogger(__name__)
+
+R, T = 0.3, 0.7
+"""The interval whose derivative is checked: no numbers of bf16."""
+
+NUDGE = 5e-4
+"""A step from t = .5 that bf16 rounds away at every time scale whose product with .5 it holds, 1 to 1000 among them."""
+
+FLOAT64_STEPS = (1e-6, 1e-5, 1e-4)
+FLOAT64_TOLERANCE = 1e-2
+"""Measured at 1e-6: 4e-6 and less. A network with fp32 parts that KeepFloat64 does not reach: 1e-3 at 1e-4."""
+
+FP32_STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
+"""Measured in fp32: 4e-4 at 1e-3 with times as they are, 1e-3 at 1e-4 with times x 1000."""
+
+
+class SelfCheck(Callback):
+    """Checks the derivative, the network at r = t and the gradients' equality on all ranks, then says so in one line.
+
+    On the first batch's first row, with the weights that are trained, it makes sure that the network sees small steps
+    in t and sees r at all; that du/dt of a float64 copy of the network by forward mode is that by finite differences;
+    that du/dt as training takes it (its kind, its precision) is near the former; and that at r = t an anchored network
+    is the flow it was made from. At the first optimiser step it compares the gradients of all ranks. The copy is gone
+    before training begins. A network that is too large to be copied, or is sharded, is held against its own finite
+    differences in fp32 instead, as far as its weights are fp32.
+
+    Weights, gradients and random states stay as they are.
+
+    Args:
+        tolerance: largest relative error of du/dt as training takes it. bf16 leaves 5e-3 to 4e-2, fp32 4e-7 to 1e-5.
+        largest_copy: parameters up to which the network is copied to float64, at 8 bytes each on its own device.
+
+    Raises:
+        ValueError: on the first batch or at the first optimiser step, where a check fails.
+    """
+
+    def __init__(self, tolerance: float = 0.25, largest_copy: int = 500_000_000) -> None:
+        if tolerance <= 0:
+            raise ValueError(f"SelfCheck: tolerance must be positive, got {tolerance}")
+        self.tolerance = tolerance
+        self.largest_copy = largest_copy
+        self._begun = self._done = False
+        self._figures: list[str] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = self._done = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._begun or not isinstance(pl_module, FlowMapModule):
+            return
+        self._begun = True
+        fault = None
+        with undisturbed(trainer, pl_module, averaged=False):
+            try:
+                self._figures = _check(trainer, pl_module, batch, self.tolerance, self.largest_copy)
+            except _FaultError as error:
+                fault = str(error)
+        for found in gathered(trainer, [fault]):  # on all ranks, or the others would wait for the one that stopped
+            if found is not None:
+                raise ValueError(f"SelfCheck: {found}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._done or not self._begun:
+            return
+        self._done = True
+        if trainer.world_size > 1:
+            parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
+            self._figures.append(_compare_gradients(trainer, parameters))
+        if self._figures and trainer.is_global_zero:
+            sentence = "self-check: " + ", ".join(self._figures)
+            bar = trainer.progress_bar_callback
+            if isinstance(bar, ExperimentProgressBar):
+                bar.show_sentence(sentence)
+            else:
+                log.info(sentence)
+
+
+class _FaultError(Exception):
+    """What a check found wrong, on one rank."""
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One row: where the derivative is taken, and along what."""
+
+    z: Tensor
+    v: Tensor
+    text: TextFeatures
+
+    def times(self, r: float, t: float) -> tuple[Tensor, Tensor]:
+        return self.z.new_full((1,), r), self.z.new_full((1,), t)
+
+    def double(self) -> _Point:
+        return _Point(self.z.double(), self.v.double(), self.text.to(dtype=torch.float64))
+
+
+def _point(batch: CaptionImageBatch) -> _Point:
+    x = batch.latents[:1].float()
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device)
+    return _Point(interpolate(x, e, x.new_full((1,), T)), e - x, batch.text[:1])
+
+
+def _check(
+    trainer: Trainer, module: FlowMapModule, batch: CaptionImageBatch, tolerance: float, largest: int
+) -> list[str]:
+    """Figures for the line.
+
+    Raises:
+        _FaultError: for the first that is not as it must be; what depends on the rows' values comes last, so that ranks
+            that share a sharded network go through it together.
+    """
+    point = _point(batch)
+    derivative = module.derivative
+    figures = _flow_at_r_equals_t(module, point)
+    if derivative is not None:
+        _sees_times(module, point)
+        r, t = point.times(R, T)
+        trained = derivative(module.velocity(point.text), point.z, r, t, point.v, 1)[1]
+        name = f"{type(derivative).__name__}, {trainer.precision}"
+        check = _against_float64 if _copyable(module.net, largest) else _against_itself
+        figures.insert(0, check(module, point, trained, name, tolerance))
+    return figures
+
+
+def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
+    u = module.velocity(point.text)
+    r, t = point.times(T, T)
+    value = u(point.z, r, t)
+    if not value.isfinite().all():
+        raise _FaultError(
+            "u(z, t, t) is not finite before the first step: look at the weights that training starts from"
+        )
+    from emf_lightning.networks.interval_embedding import interval_left_out  # imports diffusers
+
+    with interval_left_out(module.net) as anchored:
+        if not anchored:
+            return []
+        apart = _error(value, u(point.z, r, t))
+    if apart > 1e-3:
+        raise _FaultError(
+            f"u(z, t, t) is {apart:.1e} away from the flow that the network was made from: its interval embedding must "
+            "add nothing at r = t; measure it from length 0, as networks.interval.AnchoredInterval does"
+        )
+    return ["r = t exact" if apart == 0 else f"r = t within {apart:.0e} of its flow"]
+
+
+def _sees_times(module: FlowMapModule, point: _Point) -> None:
+    u = module.velocity(point.text)
+    r, t = point.times(0.25, 0.5)
+    with torch.autocast(point.z.device.type, enabled=False):
+        value, later, longer = u(point.z, r, t), u(point.z, r, t + NUDGE), u(point.z, torch.zeros_like(r), t)
+    if torch.equal(value, later):
+        raise _FaultError(
+            f"the network does not notice a step of {NUDGE} in t: somewhere times are rounded, to bf16 by the look of "
+            "it, and du/dt is then noise. Keep r and t in fp32 up to the sinusoids: no .to(dtype) on them inside the "
+            "network, and cast_forward_inputs=False in a sharding strategy's mixed-precision policy"
+        )
+    if torch.equal(value, longer):
+        raise _FaultError(
+            "u(z, r, t) does not change with r: the network ignores the interval. Its time embedding must take t - r "
+            "(networks.interval); where the interval's embedding starts at zero on purpose, leave SelfCheck out of "
+            "trainer.callbacks"
+        )
+
+
+def _against_float64(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
+    exact, apart = _in_float64(module, point)
+    if not apart <= FLOAT64_TOLERANCE:
+        raise _FaultError(
+            f"du/dt by forward mode is {apart:.1e} of itself away from finite differences, in float64: a tangent is "
+            "lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), .data or numpy on what "
+            "depends on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for t - r "
+            "taken outside the network's call"
+        )
+    error = _error(trained, exact)
+    if error > tolerance:
+        raise _FaultError(_too_far(name, error, tolerance, "its float64 value"))
+    return f"du/dt {error:.0e} of float64 ({name}; forward mode {apart:.0e} of differences)"
+
+
+def _against_itself(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
+    """For a network that is not copied: finite differences of the network as it is, in fp32."""
+    if any(p.dtype != torch.float32 for p in module.net.parameters()):
+        return "du/dt not checked (neither a float64 copy nor fp32 weights)"
+    r, t = point.times(R, T)
+    with torch.autocast(point.z.device.type, enabled=False):
+        u = module.velocity(point.text)
+        error = min(_error(trained, central_difference(u, point.z, r, t, point.v, h)) for h in FP32_STEPS)
+    if error > tolerance:
+        raise _FaultError(_too_far(name, error, tolerance, "finite differences in fp32"))
+    return f"du/dt {error:.0e} of fp32 differences ({name})"
+
+
+def _too_far(name: str, error: float, tolerance: float, reference: str) -> str:
+    return (
+        f"du/dt as training takes it ({name}) is {error:.1e} of itself away from {reference}, more than the tolerance "
+        f"{tolerance}: set the derivative's precision to fp32, take ForwardMode or another step of FiniteDifference, "
+        "or lower net.time_scale"
+    )
+
+
+def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
+    """du/dt by forward mode in float64, and how far it is from finite differences at the best of several steps."""
+    net, point = copy.deepcopy(module.net).double(), point.double()
+    r, t = point.times(R, T)
+    u = module.velocity(point.text, net)
+    with torch.autocast(point.z.device.type, enabled=False), KeepFloat64():
+        exact = ForwardMode().along(u, point.z, r, t, point.v)
+        quotients = (central_difference(u, point.z, r, t, point.v, h) for h in FLOAT64_STEPS)
+        return exact, min(_error(exact, quotient) for quotient in quotients)
+
+
+def _copyable(net: FlowMapNetwork, largest: int) -> bool:
+    parameters = list(net.parameters())
+    return sum(p.numel() for p in parameters) <= largest and not any(isinstance(p, DTensor) for p in parameters)
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    """|value - reference| / |reference|; infinite where either is not finite."""
+    value, reference = value.double(), reference.double()
+    error = float((value - reference).norm() / reference.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def _compare_gradients(trainer: Trainer, parameters: Sequence[tuple[str, nn.Parameter]]) -> str:
+    """The figure for the line.
+
+    Raises:
+        ValueError: where a rank has other gradients than rank 0.
+    """
+    if any(isinstance(p, DTensor) for _, p in parameters):
+        return "gradients not compared (sharded: each rank has its own part)"
+    sums = torch.stack([_checksum(p) for _, p in parameters]).tolist()
+    everyone = gathered(trainer, [sums])
+    for rank, theirs in enumerate(everyone):
+        apart = [name for (name, _), a, b in zip(parameters, everyone[0], theirs, strict=True) if not _alike(a, b)]
+        if apart:
+            raise ValueError(
+                f"SelfCheck: after the first backward pass rank {rank} has other gradients than rank 0 in {len(apart)} "
+                f"of {len(parameters)} parameters, {apart[0]} among them: each rank trains its own network. Call the "
+                "network inside training_step, through the strategy; wrap it in nothing that hides its parameters; "
+                "let every rank use the same ones"
+            )
+    return f"gradients equal on {trainer.world_size} ranks"
+
+
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.tensor([-1.0, -1.0], dtype=torch.float64, device=parameter.device)
+    gradient = gradient.double() if gradient.device.type != "mps" else gradient.float()
+    return torch.stack([gradient.sum(), gradient.norm()]).double()
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two (sum, norm) are equal up to rounding; not finite is alike, for then nothing can be said."""
+    scale = max(abs(a[1]), abs(b[1]))
+    return all(x == y or not abs(x - y) > 1e-5 * scale for x, y in zip(a, b, strict=True))

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from emf_lightning.callbacks import ExperimentProgressBar, SelfCheck
+from emf_lightning.flow.derivative import FiniteDifference, ForwardMode, Fused
+from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.networks.interval import AnchoredInterval, SummedInterval
+from emf_lightning.networks.sana import SanaFlowMap
+from tests.callbacks import tiny
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny.shards(tmp_path_factory.mktemp("shards"))
+
+
+def fit(shards, run, model, *callbacks, **arguments):
+    trainer = tiny.trainer(run, *callbacks, **{"max_steps": 1, **arguments})
+    trainer.fit(model, datamodule=tiny.data(shards))
+
+
+def line(shards, run, capsys, model, check=None, **arguments) -> str:
+    """What the check says."""
+    bar = ExperimentProgressBar(seconds_between_lines=1e6)
+    fit(shards, run, model, check or SelfCheck(), bar, enable_progress_bar=True, **arguments)
+    (said,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("self-check")]
+    return said
+
+
+def figure(said: str) -> float:
+    found = re.search(r"du/dt (\S+) of", said)
+    assert found
+    return float(found.group(1))
+
+
+def test_a_sound_training_gets_one_line_of_figures(shards, tmp_path, capsys):
+    said = line(shards, tmp_path / "run", capsys, tiny.meanflow())
+    assert figure(said) < 1e-3
+    assert "ForwardMode, 32-true" in said
+    assert float(re.search(r"forward mode (\S+) of differences", said).group(1)) < 1e-4
+    assert said.endswith("r = t exact")
+    assert "ranks" not in said
+
+
+@pytest.mark.parametrize("derivative", [Fused(), FiniteDifference(1e-5), ForwardMode("fp32"), ForwardMode("bf16")])
+def test_the_derivative_is_checked_as_training_takes_it(shards, tmp_path, capsys, derivative):
+    model = MeanFlow(tiny.network(), objective=MeanFlowObjective(derivative))
+    said = line(shards, tmp_path / "run", capsys, model, precision="bf16-mixed")
+    assert f"({type(derivative).__name__}, bf16-mixed" in said
+    exact = derivative.precision == "fp32"
+    assert figure(said) < 1e-2 if exact else 1e-4 < figure(said) < 0.25
+
+
+def test_flow_matching_has_no_derivative_to_check(shards, tmp_path, capsys):
+    assert line(shards, tmp_path / "run", capsys, tiny.flow_matching()) == "self-check: r = t exact"
+
+
+def test_a_network_too_large_to_copy_is_held_against_its_own_differences(shards, tmp_path, capsys):
+    said = line(shards, tmp_path / "run", capsys, tiny.meanflow(), SelfCheck(largest_copy=1))
+    assert "of fp32 differences" in said
+    assert figure(said) < 5e-2
+    said = line(shards, tmp_path / "half", capsys, tiny.meanflow(), SelfCheck(largest_copy=1), precision="bf16-true")
+    assert "not checked" in said
+
+
+class Recorder(MeanFlow):
+    """Keeps its losses."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny.network())
+        self.losses: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_is_the_same_with_and_without_it(shards, tmp_path, precision):
+    without, checked = Recorder(), Recorder()
+    for model, callbacks in ((without, ()), (checked, (SelfCheck(),))):
+        torch.manual_seed(5)
+        fit(shards, tmp_path / "run", model, *callbacks, max_steps=3, precision=precision)
+    assert checked.losses == without.losses
+    for name, weight in without.state_dict().items():
+        assert torch.equal(weight, checked.state_dict()[name]), name
+
+
+# -- what it is there for ---------------------------------------------------------------------------------------------
+
+
+class TimesInBf16(SanaFlowMap):
+    """As a mixed-precision policy that casts every input."""
+
+    def backbone(self, z, r, t, *rest):
+        r, t = ((time * self.time_scale).bfloat16().float() / self.time_scale for time in (r, t))
+        return super().backbone(z, r, t, *rest)
+
+
+class IgnoresInterval(SanaFlowMap):
+    def backbone(self, z, r, t, *rest):
+        return super().backbone(z, t, t, *rest)
+
+
+class DetachedLength(SanaFlowMap):
+    """du/dt of u(z, t - r, t) that takes the interval's length for a constant."""
+
+    def backbone(self, z, r, t, *rest):
+        return super().backbone(z, t - (t - r).detach(), t, *rest)
+
+
+class Broken(SanaFlowMap):
+    def backbone(self, z, r, t, *rest):
+        return super().backbone(z, r, t, *rest) * float("nan")
+
+
+class SummedAsAnchored(AnchoredInterval):
+    def __call__(self, *args):
+        return SummedInterval()(*args)
+
+
+class PlainSumCalledAnchored(SanaFlowMap):
+    """An anchored network whose interval embedding does not vanish at length 0."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.transformer.time_embed.rule = SummedAsAnchored()
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        (TimesInBf16, r"times are rounded.*cast_forward_inputs=False"),
+        (IgnoresInterval, r"does not change with r"),
+        (DetachedLength, r"away from finite differences, in float64.*\.detach\(\)"),
+        (Broken, r"not finite before the first step"),
+        (PlainSumCalledAnchored, r"away from the flow.*AnchoredInterval"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_network_that_would_fail_in_silence_is_refused(shards, tmp_path, kind, named, precision):
+    torch.manual_seed(0)
+    model = MeanFlow(kind(tiny.SIZE, context_width=16))
+    with pytest.raises(ValueError, match=f"SelfCheck: .*{named}"):
+        fit(shards, tmp_path / "run", model, SelfCheck(), precision=precision)
+
+
+@pytest.mark.parametrize("kind", [TimesInBf16, IgnoresInterval])
+def test_it_is_refused_without_a_float64_copy_too(shards, tmp_path, kind):
+    with pytest.raises(ValueError, match="SelfCheck"):
+        fit(shards, tmp_path / "run", MeanFlow(kind(tiny.SIZE, context_width=16)), SelfCheck(largest_copy=1))
+
+
+def test_a_derivative_too_coarse_for_the_network_is_refused(shards, tmp_path):
+    model = MeanFlow(tiny.network(), objective=MeanFlowObjective(FiniteDifference(0.1)))
+    with pytest.raises(ValueError, match=r"du/dt as training takes it \(FiniteDifference, 32-true\).*another step"):
+        fit(shards, tmp_path / "run", model, SelfCheck())
+
+
+class OneRankAlone(MeanFlow):
+    """Rank 1 scales its gradients after they were averaged: as good as gradients that were not."""
+
+    def on_after_backward(self):
+        if self.global_rank == 1:
+            for parameter in self.net.transformer.proj_out.parameters():
+                parameter.grad *= 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_equal_on_two_ranks_are_said_to_be(shards, tmp_path, capfd, accumulate):
+    ranks = {"devices": 2, "strategy": "ddp_fork", "accumulate_grad_batches": accumulate}
+    bar = ExperimentProgressBar(seconds_between_lines=1e6)
+    fit(shards, tmp_path / "run", tiny.meanflow(), SelfCheck(), bar, enable_progress_bar=True, **ranks)
+    assert "r = t exact, gradients equal on 2 ranks\n" in capfd.readouterr().out
+
+
+def test_gradients_that_differ_between_ranks_are_refused(shards, tmp_path):
+    with pytest.raises(Exception, match=r"SelfCheck.*rank 1 has other gradients than rank 0 in 2 of .*proj_out"):
+        fit(shards, tmp_path / "run", OneRankAlone(tiny.network()), SelfCheck(), devices=2, strategy="ddp_fork")
