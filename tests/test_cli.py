@@ -270,6 +270,10 @@ trainer:
             "{trainer: {callbacks+: [{class_path: SampleWriter, init_args: {stps: 1}}]}}",
             "trainer.callbacks: SampleWriter has no option 'stps'; did you mean 'steps'?",
         ),
+        (
+            "{trainer: {callbacks: [{class_path: FewStepSampling, init_args: {suite: {init_args: {world: small}}}}]}}",
+            "trainer.callbacks.suite: names no class that fits here; write `class_path: NAME` beside its `init_args`",
+        ),
         ("{trainer: {max_steps: many}}", "trainer.max_steps: must be int, got many"),
         ("{data: {batch_size: '${data.bacth}'}}", "data.batch_size: there is no value ${data.bacth}"),
     ],

@@ -17,6 +17,7 @@ _GROUP = re.compile(r"(?:Group '(.+?)'|Subcommand '.+?') does not accept option 
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _TYPE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_ANY_CLASS = "- a class path (str)"
 _VERB = re.compile(r"\b(?:fit|validate|test|predict)\.")
 _NOT_DEFINITE = (
     "Expected a path but",
@@ -52,6 +53,8 @@ def parser_error(text: str) -> str:
             return _unknown_option(".".join(keys), owner, found[1])
         if found := _NO_CLASS.search(line):
             return f"{'.'.join(keys)}: there is no class {found[1]!r}{_meant(found[1], _class_names())}"
+        if line == _ANY_CLASS and keys:
+            return f"{'.'.join(keys)}: names no class that fits here; write `class_path: NAME` beside its `init_args`"
         leaf = line.removeprefix("- ")
         if (leaf != line or leaf.startswith("Expected")) and not leaf.startswith(_NOT_DEFINITE):
             return f"{'.'.join(keys)}: {_plain(leaf)}" if keys else _plain(leaf)
