@@ -29,6 +29,7 @@ HARMLESS = (
     ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
     "The dirpath has changed from",  # each run has a directory of its own
     ".*LeafSpec",  # Lightning's own business with torch
+    ".torch.jit.script. is deprecated",  # torch's own, in its forward-mode derivatives
     ".*does not have many workers",  # shards are read by as many as the experiment says
 )
 """Beginnings of warnings that say nothing to the user."""
