@@ -265,6 +265,7 @@ trainer:
             "{data: {text: {init_args: {widht: 8}}}}",
             "data.text: WordEncoder has no option 'widht'; did you mean 'width'?",
         ),
+        ("{data: {text: Pixels}}", "data.text: Pixels is a class of another kind; --help lists those that fit"),
         ("{data: {text: WrodEncoder}}", "data.text: there is no class 'WrodEncoder'; did you mean 'WordEncoder'?"),
         (
             "{trainer: {callbacks+: [{class_path: SampleWriter, init_args: {stps: 1}}]}}",

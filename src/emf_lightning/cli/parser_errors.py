@@ -52,7 +52,10 @@ def parser_error(text: str) -> str:
         if found := _OPTION.search(line):
             return _unknown_option(".".join(keys), owner, found[1])
         if found := _NO_CLASS.search(line):
-            return f"{'.'.join(keys)}: there is no class {found[1]!r}{_meant(found[1], _class_names())}"
+            known = _class_names()
+            if found[1] in known:
+                return f"{'.'.join(keys)}: {found[1]} is a class of another kind; --help lists those that fit"
+            return f"{'.'.join(keys)}: there is no class {found[1]!r}{_meant(found[1], known)}"
         if line == _ANY_CLASS and keys:
             return f"{'.'.join(keys)}: names no class that fits here; write `class_path: NAME` beside its `init_args`"
         leaf = line.removeprefix("- ")
