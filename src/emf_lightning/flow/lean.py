@@ -1,4 +1,4 @@
-"""Forward mode without products by zero tangents."""
+"""Forward mode at the price that the mathematics asks: rules that know what has no tangent."""
 
 from __future__ import annotations
 
@@ -8,54 +8,146 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
-class _Affine(torch.autograd.Function):
-    """op(x, w) + b where only x moves."""
-
-    @staticmethod
-    def forward(op: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, options: dict[str, Any]) -> Tensor:
-        return op(x, w, b, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op, _, w, _, ctx.options = inputs
-        ctx.save_for_forward(w)
-
-    @staticmethod
-    def jvp(ctx: Any, _op: None, dx: Tensor, _w: None, _b: None, _options: None) -> Tensor:
-        (w,) = ctx.saved_tensors
-        result: Tensor = ctx.op(dx.contiguous(), w, None, **ctx.options)
-        return result
-
-
-_CONVOLUTION_OPTIONS = ("stride", "padding", "dilation", "groups")
-
-
 class LeanForwardMode(TorchFunctionMode):
-    """While it is entered, linear layers and 2-D convolutions push their input's tangent through and nothing else.
+    """While it is entered, linear layers, 2-D convolutions, layer norm and attention have forward rules of their own.
 
-    Stock forward mode gives weights a zero tangent and multiplies by it: 2.87 forward passes where the mathematics
-    takes 2 (one for u, one for du/dt). The products left are the same ones, so the result is the same bit for bit.
-    Only for passes without a graph: it defines no backward. Weights must be plain tensors, as FSDP2's are inside a
-    forward pass; a tensor-parallel ``DTensor`` takes the stock path.
+    Stock forward mode gives weights a tangent of zeros and multiplies by it: 2.87 forward passes' operations where the
+    mathematics takes 2 (one for u, one for du/dt), and it pushes tangents through layer norm in a dozen elementwise
+    steps. Results differ by rounding only. For dual numbers (``torch.autograd.forward_ad``) in passes without a graph:
+    the rules define no backward. A weight that is a ``DTensor`` (tensor parallelism; FSDP2's are plain inside a forward
+    pass), dropout inside attention, a causal mask and grouped queries take the stock path.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear or func is F.conv2d:
-            x, w, b, options = _arguments(func, args, kwargs)
-            if type(w) in (Tensor, torch.nn.Parameter):
-                return _Affine.apply(func, x, w, b, options)
+        names = _ARGUMENTS.get(func)
+        if names is not None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if (result := _RULES[func](given)) is not None:
+                return result
         return func(*args, **kwargs)
 
 
-def _arguments(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    names = ("input", "weight", "bias", *(_CONVOLUTION_OPTIONS if func is F.conv2d else ()))
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.pop("input"), given.pop("weight"), given.pop("bias", None), given
+class _Affine(torch.autograd.Function):
+    """op(x, w) + b where only x moves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)  # no tensor of zeros for the weights
+        ctx.op, ctx.options = op, options
+        ctx.save_for_forward(w)
+        return op(x, w, b, **options)
+
+    @staticmethod
+    def jvp(ctx: Any, _op: None, dx: Tensor, _w: None, _b: None, _options: None) -> Tensor:
+        (w,) = ctx.saved_tensors
+        # dx lies in memory as x does, and so does the result as u's: another layout would be copied into it
+        result: Tensor = ctx.op(dx, w, None, **ctx.options)
+        return result
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(x - mean) / std, times w plus b, where only x moves.
+
+    Its Jacobian without w is symmetric, (1 - 11'/N - yy'/N) / std, so the one kernel of the backward pass serves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: list[int], w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        ctx.shape = shape
+        ctx.save_for_forward(x, w, mean, rstd)
+        return y
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _shape: None, _w: None, _b: None, _eps: None) -> Tensor:
+        x, w, mean, rstd = ctx.saved_tensors
+        backward = torch.ops.aten.native_layer_norm_backward
+        dy: Tensor = backward(dx, x, ctx.shape, mean, rstd, None, None, [True, False, False])[0]
+        return dy if w is None else dy * w
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k' scale + mask) v, where any of q, k, v may stand still: text does, in cross-attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        logits = (q * scale) @ k.transpose(-2, -1)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        weights = torch._safe_softmax(logits, -1).to(v.dtype)  # a row that sees nothing is 0, as in torch's kernels
+        ctx.scale = scale
+        ctx.save_for_forward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    def jvp(
+        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, _mask: None, _scale: None
+    ) -> Tensor | None:
+        q, k, v, weights = ctx.saved_tensors
+        parts = []
+        if dq is not None:
+            parts.append((dq * ctx.scale) @ k.transpose(-2, -1))
+        if dk is not None:
+            parts.append((q * ctx.scale) @ dk.transpose(-2, -1))
+        terms = [] if dv is None else [weights @ dv]
+        if parts:  # softmax's Jacobian is symmetric: its backward kernel serves
+            dlogits = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            terms.append(torch._softmax_backward_data(dlogits.to(weights), weights, -1, weights.dtype) @ v)
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _affine(op: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Tensor | None]:
+    def rule(given: dict[str, Any]) -> Tensor | None:
+        x, w, b = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        return _Affine.apply(op, x, w, b, given) if _plain(w) else None
+
+    return rule
+
+
+def _layer_norm(given: dict[str, Any]) -> Tensor | None:
+    x, w, b = given["input"], given.get("weight"), given.get("bias")
+    if not (_plain(w) and _plain(b)):
+        return None
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as autocast does for the stock operator
+    return _LayerNorm.apply(x, list(given["normalized_shape"]), w, b, given.get("eps", 1e-5))
+
+
+def _attention(given: dict[str, Any]) -> Tensor | None:
+    q, k, v = given["query"], given["key"], given["value"]
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        return None
+    scale = given.get("scale")
+    return _Attention.apply(q, k, v, given.get("attn_mask"), q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _plain(weight: Any) -> bool:
+    """Whether ``weight`` is an ordinary tensor that stands still."""
+    if type(weight) is Tensor:
+        return forward_ad.unpack_dual(weight).tangent is None  # type: ignore[no-untyped-call]
+    return weight is None or type(weight) is torch.nn.Parameter
+
+
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+}
+_RULES: dict[Any, Callable[[dict[str, Any]], Tensor | None]] = {
+    F.linear: _affine(F.linear),
+    F.conv2d: _affine(F.conv2d),
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
+}
