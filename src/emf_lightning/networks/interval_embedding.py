@@ -87,27 +87,26 @@ class IntervalEmbedding(AdaLayerNormSingle):
         Returns:
             Root mean square error of the modulation, relative to its standard deviation over t.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            grid = torch.linspace(0, 1, 1025, device=self.linear.weight.device)
-            dtype = self.linear.weight.dtype
-            with torch.no_grad():
-                wanted = self.of_time(grid * old_scale, dtype)
-            spread = wanted[0].std(0).norm()
-            adam = torch.optim.Adam([*self.emb.parameters(), *self.linear.parameters()], lr=2e-3)
-            decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-            for _ in range(steps):
-                i = torch.randint(len(grid), (rows,), device=grid.device)
-                got = self.of_time(grid[i] * new_scale, dtype)
-                losses = [(a - b[i]).square().mean() / b.var(0).mean() for a, b in zip(got, wanted, strict=True)]
-                adam.zero_grad()
-                torch.autograd.backward(losses)
-                adam.step()
-                decay.step()
+        draws = torch.Generator().manual_seed(0)
+        grid = torch.linspace(0, 1, 1025, device=self.linear.weight.device)
+        dtype = self.linear.weight.dtype
+        with torch.no_grad():
+            wanted = self.of_time(grid * old_scale, dtype)
+        spread = wanted[0].std(0).norm()
+        adam = torch.optim.Adam([*self.emb.parameters(), *self.linear.parameters()], lr=2e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for _ in range(steps):
+            i = torch.randint(len(grid), (rows,), generator=draws).to(grid.device)
+            got = self.of_time(grid[i] * new_scale, dtype)
+            losses = [(a - b[i]).square().mean() / b.var(0).mean() for a, b in zip(got, wanted, strict=True)]
             adam.zero_grad()
-            with torch.no_grad():
-                got = self.of_time(grid * new_scale, dtype)
-                return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
+            torch.autograd.backward(losses)
+            adam.step()
+            decay.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            got = self.of_time(grid * new_scale, dtype)
+            return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
 
 
 @contextmanager
