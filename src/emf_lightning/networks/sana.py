@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.networks.base import FlowMapNetwork
@@ -55,6 +56,9 @@ class SanaFlowMap(FlowMapNetwork):
         math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
             CPU the fused kernel's backward pass alone takes a third of a step.
         plain_sum: combine the two time embeddings by EMF's plain sum, which does not preserve the parent.
+        gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass: a
+            third more operations for a fraction of the memory. The derivative keeps none anyhow.
+        compile: let torch compile the blocks, which takes a minute or more at the start.
         latent_channels: C of the latents.
         latent_size: H = W of the latents.
         context_width: D of the text features.
@@ -72,6 +76,8 @@ class SanaFlowMap(FlowMapNetwork):
         time_scale: float = 1000.0,
         plain_sum: bool = False,
         math_attention: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         latent_channels: int = 3,
         latent_size: int = 36,
         context_width: int = 128,
@@ -110,6 +116,15 @@ class SanaFlowMap(FlowMapNetwork):
                     "or a hub name that is in the local cache or can be reached"
                 ) from error
             self._check(pretrained, latent_channels, context_width)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if compile:
+            self.compile_blocks()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(self.transformer.transformer_blocks)
 
     @property
     def meaning(self) -> dict[str, str | float]:
