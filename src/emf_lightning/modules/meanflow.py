@@ -28,7 +28,8 @@ class MeanFlow(FlowMapModule):
     """Trains u(z, r, t) to be the average velocity (arXiv 2505.13447; for text-to-image arXiv 2604.18168).
 
     Args:
-        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``.
+        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``,
+            ``gather_once``.
         objective: which regression; MeanFlow's own with an exact derivative, where none is named.
         times: law of (r, t).
         weighting: from summed squared errors to losses; its offset is in units of the sum over all dimensions.
@@ -52,9 +53,10 @@ class MeanFlow(FlowMapModule):
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
         initial: str | None = None,
+        gather_once: bool = False,
     ) -> None:
         super().__init__(
-            net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
+            net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial, gather_once
         )
         self.interval_objective = objective or MeanFlowObjective()
         self.times = times or LogitNormalTimes()
