@@ -25,6 +25,7 @@ CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", 
 
 HARMLESS = (
     ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
+    ".*using the WeightAveraging callback with a model that overrides",  # it shards only where that is refused
     "The dirpath has changed from",  # each run has a directory of its own
     ".*LeafSpec",  # Lightning's own business with torch
     ".*does not have many workers",  # shards are read by as many as the experiment says
@@ -94,9 +95,10 @@ class EMFCLI(LightningCLI):
         config = self.config[self.subcommand]
         _open_link_targets(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
+        sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         checkpoint = config.get("ckpt_path")
-        if checkpoint and checkpoint not in ("best", "last", "hpc", "registry") and not Path(checkpoint).exists():
-            raise ValueError(f"ckpt_path: no checkpoint at {checkpoint}")
+        if checkpoint and checkpoint not in ("best", "last", "hpc", "registry"):
+            _check_checkpoint(Path(checkpoint), sharded)
 
 
 def _open_link_targets(config: Namespace) -> None:
@@ -126,6 +128,37 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
         raise ValueError(
             f"trainer.devices is {devices}, but this machine has {there or 'no'} GPU{'s' if there > 1 else ''}: leave "
             f"it at auto, or run {wanted} processes on its {os.cpu_count()} CPU cores with --trainer.accelerator cpu"
+        )
+
+
+def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
+    """Whether ``strategy`` shards the network.
+
+    Raises:
+        ValueError: where its sizes are not those of data parallelism over all devices: Lightning would make tensor
+            ranks of them, and these would train on different data without a word.
+    """
+    if not isinstance(strategy, Namespace) or not strategy.class_path.endswith(".ModelParallelStrategy"):
+        return False
+    sizes = [strategy.init_args[f"{kind}_parallel_size"] for kind in ("data", "tensor")]
+    there = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
+    if "auto" in sizes or sizes[1] != 1 or (there is not None and sizes[0] != there * num_nodes):
+        wanted = "devices x num_nodes" if there is None else there * num_nodes
+        raise ValueError(
+            f"trainer.strategy: data_parallel_size is {sizes[0]} and tensor_parallel_size {sizes[1]}, on {num_nodes} x "
+            f"{devices} devices; these networks shard over data only: set them to {wanted} and 1 (auto would train "
+            "wrongly, each device for itself)"
+        )
+    return True
+
+
+def _check_checkpoint(path: Path, sharded: bool) -> None:
+    if not path.exists():
+        raise ValueError(f"ckpt_path: no checkpoint at {path}")
+    if path.is_dir() and not sharded:
+        raise ValueError(
+            f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
+            f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
 
 
