@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
 ARGS ?=
-EXPERIMENTS := $(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml))
+# devices/ is what goes on top of one
+EXPERIMENTS := $(filter-out devices/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
 SOURCES := src callbacks tests benchmarks
 
 # the first Python that is new enough
