@@ -97,10 +97,10 @@ class FlowMapModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.guidance = guidance
         self.last_terms: FlowMapTerms | None = None
+        """What the last training step computed, without a graph: for callbacks that look closer."""
         self.nan_patience = 10
         self._bad_batches = torch.zeros((), dtype=torch.long)
         self._suspicious = False
-        """What the last training step computed, without a graph: for callbacks that look closer."""
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # what a checkpoint that is gone on from says of itself
         if initial is not None:
