@@ -37,7 +37,7 @@ def test_precision_is_its_own_whatever_autocast_says(folder):
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(full.encode(images), alone)
     assert alone.dtype == low.dtype == torch.float32
-    assert 0 < (alone - low).norm() < 0.05 * alone.norm()
+    assert 1e-3 * alone.norm() < (alone - low).norm() < 0.2 * alone.norm()
 
 
 def test_it_stays_frozen_and_in_eval_mode(folder):

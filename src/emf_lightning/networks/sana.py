@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+=======
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.flow.improved_meanflow import Guidance
@@ -60,7 +61,7 @@ class SanaFlowMap(FlowMapNetwork):
         prediction: what the network's output stands for.
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
         refit: fit the pretrained time embedding anew where it knows another ``time_scale`` (1000, if the weights do
-            not say): a few seconds on a GPU, a minute or more on a CPU. Without it EMF has to learn t from scratch.
+            not say), in some seconds at the start. Without it EMF's network has to learn t from scratch.
         trainable: parameters that train, by the beginnings of their names; null for all of them. EMF's are
             ``[transformer_blocks, time_embed, scale_shift_table]``.
         math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
@@ -68,6 +69,9 @@ class SanaFlowMap(FlowMapNetwork):
         interval: how r joins t; by default a second time embedding, anchored so that the parent is preserved.
         improved: take guidance's scale and interval as conditions and give a velocity beside u, ``[B, 2 C, H, W]``: for
             ``ImprovedMeanFlow``. Where no conditions are given they are those of no guidance.
+        gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass: a
+            third more operations for a fraction of the memory. The derivative keeps none anyhow.
+        compile: let torch compile the blocks, which takes a minute or more at the start.
         latent_channels: C of the latents.
         latent_size: H = W of the latents.
         context_width: D of the text features.
@@ -88,6 +92,8 @@ class SanaFlowMap(FlowMapNetwork):
         interval: IntervalInput | None = None,
         improved: bool = False,
         math_attention: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         latent_channels: int = 3,
         latent_size: int = 36,
         context_width: int = 128,
@@ -128,6 +134,15 @@ class SanaFlowMap(FlowMapNetwork):
         self.transformer.take(self.interval)
         if trainable is not None:
             self._train_only(trainable)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if compile:
+            self.compile_blocks()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return list(self.transformer.transformer_blocks)
 
     @property
     def meaning(self) -> dict[str, str | float]:
@@ -164,15 +179,10 @@ class SanaFlowMap(FlowMapNetwork):
         self._sign()
 
     def _refit(self, old_scale: float) -> float:
-        embedding = self.transformer.time_embed
-        home = self.transformer.device
-        if home.type == "meta":
+        if self.transformer.device.type == "meta":
             return 0.0
-        if torch.cuda.is_available():  # each rank on its own device, and all with the same result
-            embedding.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        error = embedding.refit(old_scale, self.time_scale)
-        embedding.duplicate()
-        embedding.to(home)
+        error = self.transformer.time_embed.refit(old_scale, self.time_scale)
+        self.transformer.time_embed.duplicate()
         return error
 
     def _train_only(self, beginnings: list[str]) -> None:
