@@ -43,7 +43,7 @@ def test_the_sana_of_a_blip3o_checkpoint_is_the_stock_network_bit_for_bit_where_
 
 
 def test_an_emf_checkpoint_draws_as_its_release_computes(tmp_path, stock, monkeypatch):
-    """Both modulations summed, of raw t and raw t - r, for the blocks and for the output norm (their sana_transformer)."""
+    """Both modulations summed, of raw t and raw t - r, for the blocks and for the output norm."""
     embeds = emf(tmp_path / "emf", stock)
     net = SanaFlowMap(pretrained=str(tmp_path / "emf"), interval=SummedInterval(), time_scale=1, **SIZE).eval()
     z, t, context, mask = inputs()

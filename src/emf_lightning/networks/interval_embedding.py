@@ -101,7 +101,9 @@ class IntervalEmbedding(AdaLayerNormSingle):
 
         # a combination of the sines and cosines that is t itself, so that a step can have any place and width
         waves = _with_ones(self.emb.time_proj(grid * new_scale).double().cpu())
-        *of_waves, constant = torch.linalg.lstsq(waves, grid[:, None].double().cpu(), rcond=1e-6, driver="gelsd").solution
+        *of_waves, constant = torch.linalg.lstsq(
+            waves, grid[:, None].double().cpu(), rcond=1e-6, driver="gelsd"
+        ).solution
         units = embedder.linear_1.out_features
         steepness = _SMOOTHEST * (_STEEPEST / _SMOOTHEST) ** torch.rand(units, generator=draws, dtype=torch.float64)
         steepness = torch.where(torch.rand(units, generator=draws) < 0.5, -steepness, steepness)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-=======
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -161,8 +160,8 @@ class SanaFlowMap(FlowMapNetwork):
         if refit and scale != self.time_scale:
             if theirs["interval"]:
                 raise ValueError(
-                    f"SanaFlowMap: {pretrained} knows intervals at time_scale {scale:g}, and refit would make it forget "
-                    "them; leave refit out and set that time_scale"
+                    f"SanaFlowMap: {pretrained} knows intervals at time_scale {scale:g}, which refit would make it "
+                    "forget; leave refit out and set that time_scale"
                 )
             self._refit(scale)
             theirs["time_scale"] = None
