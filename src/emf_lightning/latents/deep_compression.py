@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -82,3 +83,7 @@ class DeepCompression(Autoencoder):
         with torch.autocast(latents.device.type, enabled=False):
             images: Tensor = self.model.decode((latents / self.scale).to(self.model.dtype), return_dict=False)[0]
         return images.float().clamp(-1, 1)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the autoencoder in diffusers' format."""
+        self.model.save_pretrained(str(directory))
