@@ -123,6 +123,7 @@ class SanaFlowMap(FlowMapNetwork):
         self.transformer.take(self.interval)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+            self.recomputed = True
         if compile:
             self.compile_blocks()
 
