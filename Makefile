@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
 ARGS ?=
-EXPERIMENTS := $(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml))
+# devices/ is what goes on top of one
+EXPERIMENTS := $(filter-out devices/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
+BENCHMARKS := shapes_detector derivative support_table
 SOURCES := src callbacks tests benchmarks
 
 # the first Python that is new enough
@@ -77,8 +79,8 @@ format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY) ## measure speed (never asserted in tests)
-	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(READY) ## measure the detector and the derivative, write docs/*.md (never asserted in tests)
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
 	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }

@@ -14,6 +14,7 @@ from emf_lightning.callbacks.fixed_noise_sampling import datamodule_of, draw_ima
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.sharding import is_sharded
 
 
 class SampleWriter(Callback):
@@ -47,6 +48,8 @@ class SampleWriter(Callback):
         self._rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_sharded(pl_module):  # ranks with different numbers of prompts would wait for each other's weights
+            raise ValueError("SampleWriter: draw with an unsharded network: --trainer.strategy auto, or ddp")
         self._rows.clear()
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # asks all ranks
         self._directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -31,8 +30,9 @@ class SaveNetwork(Callback):
         assert isinstance(pl_module, FlowMapModule)
         run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
         with averaged_weights(trainer, pl_module):
-            if trainer.is_global_zero:
-                net = copy.deepcopy(pl_module.net)
-                if self.time_scale is not None:
-                    net.refit_time(self.time_scale)
-                net.save_pretrained(Path(run) / self.folder)
+            net = pl_module.whole_network()
+        if net is None:  # rank 0 has it
+            return
+        if self.time_scale is not None:
+            net.refit_time(self.time_scale)  # type: ignore[operator]
+        net.save_pretrained(str(Path(run) / self.folder))  # type: ignore[operator]

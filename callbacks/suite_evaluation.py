@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,17 +63,21 @@ def evaluate_suite(
     data = datamodule_of(trainer)
     asked = suite.images(images_per_task)
     kept = _first_of_each_task(asked, shown_per_task)
-    mine = list(enumerate(asked))[trainer.global_rank :: trainer.world_size]
+    numbered = list(enumerate(asked))
+    mine, share = numbered[trainer.global_rank :: trainer.world_size], math.ceil(len(asked) / trainer.world_size)
     metrics = [GenEvalScore(suite.prompts()).to(trainer.strategy.root_device) for _ in settings]
     judged: list[list[JudgedImage]] = [[] for _ in settings]
     seconds = [0.0] * len(settings)
     done, total = 0, len(asked) * len(settings)
     with undisturbed(trainer, module):
-        for first in range(0, len(mine), batch_size):
+        for first in range(0, share, batch_size):  # the same for all ranks: of a sharded network each has a part
             batch = mine[first : first + batch_size]
-            prompts = [image.prompt for _, image in batch]
-            captions, indices = [prompt.prompt for prompt in prompts], [image.index for _, image in batch]
+            drawing = batch or numbered[:1]  # a rank that has drawn its share keeps the others company
+            prompts = [image.prompt for _, image in drawing]
+            captions, indices = [prompt.prompt for prompt in prompts], [image.index for _, image in drawing]
             for k, drawn in enumerate(draw_images(module, data, captions, indices, settings, seed)):
+                if not batch:
+                    continue
                 began = time.perf_counter()
                 judgements = [suite.judge(*pair) for pair in zip(drawn.images, prompts, strict=True)]
                 metrics[k].update(prompts, judgements)

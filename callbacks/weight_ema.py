@@ -1,19 +1,84 @@
-"""Averages of the weights, on the device of the weights."""
+"""Averages of the weights, where the weights are: on the device that trains, sharded where they are sharded."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from emf_lightning.modules.sharding import LIVE, gathered, is_sharded, scattered
 
 
 class WeightEMA(EMAWeightAveraging):
     """Lightning's exponential moving average of the weights, kept where the module trains unless ``device`` is given.
 
     Lightning (2.6) makes the copy in ``setup``, when the module has not been moved yet: on a GPU, every step would send
-    all weights to the CPU.
+    all weights to the CPU. And it copies the whole module, which one sharded by FSDP2 does not allow; here each rank
+    then averages its own shards, without communication.
     """
 
+    averages_shards = True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None and self._device is None:
-            self._average_model.to(trainer.strategy.root_device)
+        if stage == "fit":
+            pl_module.configure_model()  # the averages are of what is trained: of the shards, where there are any
+            super().setup(trainer, _Weights(pl_module), stage)
+            if self._average_model is not None and self._device is None:
+                self._average_model.to(trainer.strategy.root_device)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is None or not is_sharded(pl_module):
+            return
+        if any(isinstance(value, DTensor) for value in checkpoint["current_model_state"].values()):
+            # a sharded checkpoint: of its shards, the strategy writes those in here and the optimiser's
+            live = checkpoint.pop("current_model_state")
+            checkpoint["state_dict"] |= {LIVE + name: value for name, value in live.items()}
+        else:  # one file: the strategy has gathered the live weights
+            checkpoint["state_dict"] = gathered(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is not None and is_sharded(pl_module):
+            # the strategy has filled the module from "state_dict", the averages, and kept that for itself
+            averages = checkpoint["state_dict"] = pl_module.state_dict()
+            if "current_model_state" in checkpoint:
+                checkpoint["current_model_state"] = scattered(checkpoint["current_model_state"], like=averages)
+            elif "averaging_state" in checkpoint:
+                checkpoint["current_model_state"] = _read_live(trainer, like=averages)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The live weights of the sharded checkpoint that ``trainer`` resumes from."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {LIVE + name: torch.empty_like(tensor) for name, tensor in like.items()}
+    load({"state_dict": state}, checkpoint_id=trainer.ckpt_path)
+    return {name.removeprefix(LIVE): tensor for name, tensor in state.items()}
+
+
+class _Weights(LightningModule):
+    """A module's parameters and buffers under their names, and nothing else: all that averaging needs to copy."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self._where = module.device
+        _mirror(module, self)
+
+    @property
+    def device(self) -> torch.device:
+        return self._where
+
+
+def _mirror(source: nn.Module, target: nn.Module) -> nn.Module:
+    for name, parameter in source._parameters.items():
+        target.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        target.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+    for name, child in source.named_children():
+        target.add_module(name, _mirror(child, nn.Module()))
+    return target

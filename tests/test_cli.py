@@ -457,3 +457,36 @@ def test_a_world_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str
     line = complaint(capsys, "shards", "--out", "more", "--world", "large")
 
     assert line == "emf shards: world: must be Literal['small', 'full'], got large"
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+FSDP2 = "{trainer: {strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: %s}}}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "wanted"),
+    [
+        ("{}", "2", "set them to 2 and 1"),
+        ("{data_parallel_size: 2}", "2", "set them to 2 and 1"),
+        ("{data_parallel_size: 1, tensor_parallel_size: 2}", "2", "set them to 2 and 1"),
+        ("{data_parallel_size: 2, tensor_parallel_size: 1}", "4", "set them to 4 and 1"),
+    ],
+)
+def test_sharding_that_would_train_wrongly_is_refused(
+    capsys: pytest.CaptureFixture[str], sizes: str, devices: str, wanted: str
+) -> None:
+    line = complaint(
+        capsys, "fit", "--config", "shapes/child.yaml", "--config", FSDP2 % sizes, "--trainer.devices", devices
+    )
+
+    assert line.startswith("emf fit: trainer.strategy: data_parallel_size is ")
+    assert wanted in line
+
+
+def test_a_sharded_checkpoint_names_the_strategy_that_reads_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sharded.ckpt").mkdir(exist_ok=True)
+
+    line = complaint(capsys, "validate", "--config", "shapes/child.yaml", "--ckpt_path", "sharded.ckpt")
+
+    assert "sharded.ckpt is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml" in line

@@ -143,7 +143,8 @@ def test_a_nested_base_is_an_ordinary_key() -> None:
 # -- the files that are shipped ---------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml"))
+OVERLAYS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/devices/*.yaml"))
+SHIPPED = sorted({str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml")} - {*OVERLAYS})
 
 
 @pytest.mark.parametrize("experiment", SHIPPED)
@@ -164,8 +165,24 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(experiment: str, mon
     assert cli.model.net.transformer.config.caption_channels == cli.datamodule.context_width
 
 
-@pytest.mark.parametrize("experiment", SHIPPED)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_goes_on_top_of_an_experiment(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emf_lightning.cli.emf_cli import EMFCLI
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
+    files = [part for file in (SHIPPED[0], overlay) for part in ("--config", file)]
+    options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32", "--trainer.devices", "3"]
+    cli = EMFCLI.run(expand(["fit", *files, *options]))
+
+    assert cli.trainer.num_devices == 3
+    if "fsdp2" in overlay:
+        assert cli.trainer.strategy._data_parallel_size == 3
+    assert "WeightEMA" in [type(callback).__name__ for callback in cli.trainer.callbacks]
+
+
+@pytest.mark.parametrize("experiment", [*SHIPPED, *OVERLAYS])
 def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
     table = (ROOT / "experiments/README.md").read_text()
 
-    assert f"| `{experiment.removeprefix('experiments/')}` |" in table
+    assert f"`{experiment.removeprefix('experiments/')}`" in table

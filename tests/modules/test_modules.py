@@ -181,6 +181,12 @@ def test_unbounded_training_is_refused(tmp_path, net):
         )
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_of_sixteen_bits_are_refused_for_training(tmp_path, net, loader, precision):
+    with pytest.raises(ValueError, match="set bf16-mixed"):
+        trainer(tmp_path, precision=precision).fit(MeanFlow(net, optimizer=optimizer), loader)
+
+
 def test_flow_matching_refuses_interval_rows(net):
     with pytest.raises(ValueError, match="r < t"):
         FlowMatching(net, times=LogitNormalTimes(interval_share=Schedule(0.25)))

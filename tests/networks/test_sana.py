@@ -189,6 +189,33 @@ def test_published_sizes_build_on_the_meta_device():
     assert 1.59e9 < stock < 1.62e9
 
 
+def gradients(net: SanaFlowMap) -> torch.Tensor:
+    """Of one MeanFlow-like loss."""
+    z, t, context, mask = inputs()
+
+    def u(z, r, t):
+        return net(z, r, t, context, mask)
+
+    value, dudt = ForwardMode()(u, z, t / 3, t, z.flip(0), len(z))
+    (value + dudt).square().mean().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    stored, recomputed = tiny(), tiny(gradient_checkpointing=True)
+    assert recomputed.transformer.is_gradient_checkpointing
+    assert torch.equal(gradients(recomputed), gradients(stored))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_gradient_and_keep_the_names():
+    written, compiled = tiny(), tiny(compile=True)
+    assert compiled.state_dict().keys() == written.state_dict().keys()
+    expected = gradients(written)
+    assert (gradients(compiled) - expected).norm() < 1e-5 * expected.norm()
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)
+
+
 def test_refitting_time_keeps_what_the_embedding_says_at_every_time():
     torch.manual_seed(0)
     net = SanaFlowMap(TINY, time_scale=10.0, latent_size=12, context_width=16).eval()

@@ -27,6 +27,7 @@ CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", 
 
 HARMLESS = (
     ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
+    ".*using the WeightAveraging callback with a model that overrides",  # it shards only where that is refused
     "The dirpath has changed from",  # each run has a directory of its own
     ".*LeafSpec",  # Lightning's own business with torch
     ".torch.jit.script. is deprecated",  # torch's own, in its forward-mode derivatives
@@ -97,9 +98,10 @@ class EMFCLI(LightningCLI):
         config = self.config[self.subcommand]
         _open_link_targets(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
+        sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":
             _check_rhythm(config.trainer)
-        _check_checkpoint(config.get("ckpt_path"))
+        _check_checkpoint(config.get("ckpt_path"), sharded)
 
 
 def _open_link_targets(config: Namespace) -> None:
@@ -135,15 +137,42 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
         )
 
 
-def _check_checkpoint(path: str | None) -> None:
-    """Raises where there is no checkpoint at ``path``: now, rather than after everything is built."""
+def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
+    """Whether ``strategy`` shards the network.
+
+    Raises:
+        ValueError: where its sizes are not those of data parallelism over all devices: Lightning would make tensor
+            ranks of them, and these would train on different data without a word.
+    """
+    if not isinstance(strategy, Namespace) or not strategy.class_path.endswith(".ModelParallelStrategy"):
+        return False
+    sizes = [strategy.init_args[f"{kind}_parallel_size"] for kind in ("data", "tensor")]
+    there = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
+    if "auto" in sizes or sizes[1] != 1 or (there is not None and sizes[0] != there * num_nodes):
+        wanted = "devices x num_nodes" if there is None else there * num_nodes
+        raise ValueError(
+            f"trainer.strategy: data_parallel_size is {sizes[0]} and tensor_parallel_size {sizes[1]}, on {num_nodes} x "
+            f"{devices} devices; these networks shard over data only: set them to {wanted} and 1 (auto would train "
+            "wrongly, each device for itself)"
+        )
+    return True
+
+
+def _check_checkpoint(path: str | None, sharded: bool) -> None:
+    """Raises where no checkpoint at ``path`` suits the strategy: now, rather than after everything is built."""
     if path == "best":
         raise ValueError(
             "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
         )
-    # the other words are Lightning's to look up, and a folder is a checkpoint in several files
-    if path and path not in ("last", "hpc", "registry") and not Path(path).is_dir():
+    if not path or path in ("last", "hpc", "registry"):
+        return  # Lightning's words, and its to look up
+    if not Path(path).is_dir():
         read_checkpoint(path, "ckpt_path")
+    elif not sharded:
+        raise ValueError(
+            f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
+            f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
 
 
 def _check_rhythm(trainer: Namespace) -> None:

@@ -174,7 +174,10 @@ _TOO_COARSE = (
 
 
 def _jvp(u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    value, dudt = torch.func.jvp(lambda z_, t_: u(z_, r, t_), (z, t), (v, torch.ones_like(t)))[:2]
+    # compiled blocks run as they are written, unless all of this is compiled: met inside forward mode, torch gives a
+    # compiled function up for good, and the passes that follow would run uncompiled, too
+    with nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"):
+        value, dudt = torch.func.jvp(lambda z_, t_: u(z_, r, t_), (z, t), (v, torch.ones_like(t)))[:2]
     return value, dudt
 
 

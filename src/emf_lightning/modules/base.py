@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative import Derivative
@@ -20,6 +25,7 @@ from emf_lightning.flow.objective import FlowMapTerms
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import Weighting
 from emf_lightning.modules.checkpoint import disagreement, first_difference, read_checkpoint
+from emf_lightning.modules.sharding import LIVE, data_parallel, is_sharded, shard, whole_network
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
 
@@ -75,6 +81,8 @@ class FlowMapModule(LightningModule):
         caption_dropout: share of the training captions replaced by the null caption, in [0, 1).
         guidance: scale of classifier-free guidance at sampling; 1 is none, anything else doubles the evaluations.
         initial: a Lightning checkpoint (``.ckpt``) whose network weights to start from, its EMA's where it has one.
+        gather_once: where the weights are sharded, keep them whole from a step's first pass to its last: one
+            gathering instead of one a pass, for the memory of the whole network.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class FlowMapModule(LightningModule):
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
         initial: str | None = None,
+        gather_once: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout < 1:
@@ -96,13 +105,15 @@ class FlowMapModule(LightningModule):
         self.scheduler = scheduler
         self.caption_dropout = caption_dropout
         self.guidance = guidance
+        self.gather_once = gather_once
         self.last_terms: FlowMapTerms | None = None
+        """What the last training step computed, without a graph: for callbacks that look closer."""
         self.nan_patience = 10
         self._bad_batches = torch.zeros((), dtype=torch.long)
         self._suspicious = False
-        """What the last training step computed, without a graph: for callbacks that look closer."""
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # what a checkpoint that is gone on from says of itself
+        self._template: tuple[FlowMapNetwork] | None = None  # a tuple, so that it is no part of the module
         if initial is not None:
             self._start_from(initial)
 
@@ -125,6 +136,23 @@ class FlowMapModule(LightningModule):
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Latents from noise with this model's sampler."""
 
+    def configure_model(self) -> None:
+        """Shards the network where the strategy is ``ModelParallelStrategy``."""
+        if self.device_mesh is None or is_sharded(self.net):
+            return
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        for callback in self.trainer.callbacks if fitting else ():  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and not getattr(callback, "averages_shards", False):
+                raise ValueError(
+                    f"{type(callback).__name__} copies the whole module, which a sharded one does not allow: name "
+                    "WeightEMA in trainer.callbacks instead, with the same arguments"
+                )
+        self._template = (shard(self.net, data_parallel(self.device_mesh)),)
+
+    def whole_network(self) -> FlowMapNetwork | None:
+        """A plain copy of the network with all its weights, on rank 0; None on the others. Every rank must call it."""
+        return whole_network(self.net, self._template[0] if self._template else None)
+
     @property
     def derivative(self) -> Derivative | None:
         """How this model's objective takes du/dt, where it does."""
@@ -136,6 +164,11 @@ class FlowMapModule(LightningModule):
         return min(self.trainer.global_step / self._planned_steps, 1.0)
 
     def on_fit_start(self) -> None:
+        if str(self.trainer.precision).endswith("16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: 16-bit weights lose the small updates of fine-tuning; "
+                "set bf16-mixed, with ModelParallelStrategy where memory is short"
+            )
         planned = self.trainer.estimated_stepping_batches
         if not 0 < planned < float("inf"):
             raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
@@ -174,11 +207,27 @@ class FlowMapModule(LightningModule):
         ours = ({} if related else {"model": type(self).__name__}) | self.net.meaning
         if clash := disagreement(self._loaded, ours):
             raise _other_configuration(clash)
+        # a sharded checkpoint that was made one file holds the live weights beside the averages
+        state = checkpoint.get("state_dict", {})
+        checkpoint |= {"state_dict": {k: v for k, v in state.items() if not k.startswith(LIVE)}} if state else {}
 
     def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
-        loss = self.objective(batch)
+        with self._gathered():
+            loss = self.objective(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if not (self.gather_once and is_sharded(self.net)):
+            yield
+            return
+        assert isinstance(self.net, FSDPModule)
+        self.net.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            self.net.set_reshard_after_forward(True)  # the backward pass shards each block again in any case
 
     def drop_captions(self, batch: CaptionImageBatch) -> tuple[TextFeatures, Tensor]:
         """The batch's features with a share of the rows made null, and which rows, ``[B]``."""

@@ -20,7 +20,8 @@ class FlowMatching(FlowMapModule):
     """Trains u(z, t, t) to be the velocity (arXiv 2210.02747): the parent of a few-step model.
 
     Args:
-        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``.
+        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``,
+            ``gather_once``.
         times: law of t; its share of r < t rows must be 0.
         weighting: from summed squared errors to losses.
     """
@@ -35,8 +36,11 @@ class FlowMatching(FlowMapModule):
         caption_dropout: float = 0.1,
         guidance: float = 1.0,
         initial: str | None = None,
+        gather_once: bool = False,
     ) -> None:
-        super().__init__(net, weighting or UniformWeighting(), optimizer, scheduler, caption_dropout, guidance, initial)
+        super().__init__(
+            net, weighting or UniformWeighting(), optimizer, scheduler, caption_dropout, guidance, initial, gather_once
+        )
         self.times = times or LogitNormalTimes(Schedule(0.0), Schedule(1.0), interval_share=Schedule(0.0))
         if self.times.interval_share(0) or self.times.interval_share(1):
             raise ValueError("FlowMatching has no r < t rows: set model.times.interval_share to 0, or train MeanFlow")

@@ -19,6 +19,8 @@ class FrozenNetwork:
 
     def __init__(self, net: FlowMapNetwork) -> None:
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        if net.compiled:
+            self.net.compile_blocks()  # copies are not
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
         return self  # weight averaging copies the whole module; this part of it never changes

@@ -69,9 +69,10 @@ class ImprovedMeanFlow(FlowMapModule):
         guidance: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         initial: str | None = None,
+        gather_once: bool = False,
     ) -> None:
         weighting = weighting or AdaptiveWeighting(offset=0.01)
-        super().__init__(net, weighting, optimizer, scheduler, caption_dropout, guidance, initial)
+        super().__init__(net, weighting, optimizer, scheduler, caption_dropout, guidance, initial, gather_once)
         if not getattr(net, "improved", False):
             raise ValueError("ImprovedMeanFlow: the network takes no guidance and gives no v; set net.improved to true")
         if velocity not in ("conditional", "teacher"):

@@ -26,7 +26,8 @@ class MeanFlow(FlowMapModule):
     """Trains u(z, r, t) to be the average velocity (arXiv 2505.13447; for text-to-image arXiv 2604.18168).
 
     Args:
-        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``.
+        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``caption_dropout``, ``guidance``, ``initial``,
+            ``gather_once``.
         objective: which regression; MeanFlow's own with an exact derivative, where none is named.
         times: law of (r, t).
         weighting: from summed squared errors to losses; its offset is in units of the sum over all dimensions.
@@ -53,9 +54,10 @@ class MeanFlow(FlowMapModule):
         guidance: float = 1.0,
         initial: str | None = None,
         nan_patience: int = 10,
+        gather_once: bool = False,
     ) -> None:
         super().__init__(
-            net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial
+            net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial, gather_once
         )
         self.interval_objective = objective or MeanFlowObjective()
         self.times = times or LogitNormalTimes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,25 @@ class FlowMapNetwork(nn.Module, ABC):
 
     Attributes:
         prediction: what the backbone's output stands for, turned into u.
+        compiled: whether ``compile_blocks`` was called; a deep copy has to call it again.
     """
 
     prediction: Prediction
+    compiled: bool = False
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated parts in the order in which they run: what is sharded, and compiled, one by one."""
+        return ()
+
+    def compile_blocks(self) -> None:
+        """Lets torch compile each block at its first call: one compilation serves all blocks of a kind.
+
+        Names of parameters stay. ``ForwardMode`` runs the blocks as they are written, inside its own pass.
+        """
+        for block in self.blocks:
+            block.compile()
+        self.compiled = True
 
     @abstractmethod
     def backbone(

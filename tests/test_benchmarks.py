@@ -1,0 +1,46 @@
+"""What the benchmark of the derivative compares is the same computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
+from emf_lightning.networks.sana import SanaArchitecture
+
+TINY = SanaArchitecture(
+    num_layers=1,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=8,
+    patch_size=2,
+)
+SIZE = Size("tiny", TINY, channels=3, side=8, rows=4, tokens=3)
+EXACT = ["ForwardMode, not lean 0.5", "Fused 0.5", RECORDED, SEPARATE]
+
+
+def gradients(bench: Bench, name: str) -> torch.Tensor:
+    bench.clear()
+    bench.steps()[name]()
+    parameters = [p for net in (bench.net, bench.half) for p in net.parameters() if p.grad is not None]
+    return torch.cat([p.grad.float().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 5e-2)])
+def test_every_way_gives_the_same_gradient(name, precision, bound):
+    bench = Bench(SIZE, torch.device("cpu"), precision)
+    expected = gradients(bench, "ForwardMode 0.5")
+    assert (gradients(bench, name) - expected).norm() < bound * expected.norm()
+
+
+def test_recording_in_bf16_leaves_the_weights_in_bf16():
+    bench = Bench(SIZE, torch.device("cpu"), "bf16")
+    before = [p.clone() for p in bench.half.parameters()]
+    bench.steps()[RECORDED]()
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.half.parameters(), strict=True))
+
+
+def test_the_least_is_three_passes_and_two_of_the_interval_rows():
+    assert [least(share) for share in (0.0, 0.75)] == pytest.approx([1, 1.5])
