@@ -108,7 +108,7 @@ def test_each_network_moves_in_its_own_turn_alone(tmp_path, net, loader):
         def _update(self, optimizer, batch, objective):
             before = weights(self.net), weights(self.critic)
             super()._update(optimizer, batch, objective)
-            moved.append(tuple(not same(*pair) for pair in zip(before, (weights(self.net), weights(self.critic)))))
+            moved.append((not same(before[0], weights(self.net)), not same(before[1], weights(self.critic))))
 
     trainer(tmp_path, max_steps=1).fit(Watched(net, optimizer=adam, times=ALWAYS), loader)
     assert moved == [(False, True), (True, False)]

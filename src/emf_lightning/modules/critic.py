@@ -27,9 +27,9 @@ class CriticModule(FlowMapModule):
     """Base of the modules that train a second network beside ``net``, each with its own optimiser, in turn.
 
     A batch is one step: ``critic_updates`` of the critic, then one of the network, with the other's parameters frozen.
-    ``trainer.global_step``, and with it ``max_steps``, ``progress``, schedules, averages, scores and checkpoints, counts
-    the network's steps alone; ``critic_steps`` counts the critic's. Both optimisers' states are in the checkpoint, and
-    both schedules move once a batch. A subclass sets ``critic`` and calls ``save_hyperparameters``.
+    ``trainer.global_step`` counts the network's steps alone, and with it ``max_steps``, ``progress``, averages, scores
+    and checkpoints; ``critic_steps`` counts the critic's. Both optimisers' states are in the checkpoint, and both
+    schedules move once a batch. A subclass sets ``critic`` and calls ``save_hyperparameters``.
 
     Args:
         net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``guidance``, ``initial``.
@@ -108,8 +108,8 @@ class CriticModule(FlowMapModule):
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
-        own, critics = self.optimizers()  # type: ignore[misc]
+    def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:  # type: ignore[override]
+        own, critics = self.optimizers()  # type: ignore[attr-defined]
         assert isinstance(own, LightningOptimizer) and isinstance(critics, LightningOptimizer)
         # Lightning counts each step of each optimiser, and resets these at every batch
         critics._on_before_step = critics._on_after_step = do_nothing_closure

@@ -36,7 +36,7 @@ class FGM(CriticModule):
         steps: the most jumps that the generator is trained for; batches take 1, 2, ... up to this in turn.
         generator_time: t*, at which the generator reads its noise, in (0, 1]: it gets t* e. At 1 a teacher that knows
             nothing but the caption starts by drawing the mean of all pictures.
-        teacher_guidance: scale of classifier-free guidance in the teacher's velocity; anything but 1 doubles its passes.
+        teacher_guidance: scale of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
     """
 
     critic: FlowMapNetwork
