@@ -31,6 +31,8 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes_suite import ShapesSuite
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.times import Schedule, Times, TimeSampler
+from emf_lightning.modules.critic import CriticModule
+from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.meanflow import MeanFlow
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
@@ -219,7 +221,47 @@ def stream(out: Path, name: str, *callbacks: Callback, ckpt_path: Path | None = 
         torch.save(found.values, out / f"{name}.pt")
 
 
+class OneTime(TimeSampler):
+    """t = .6 in every row."""
+
+    def __init__(self) -> None:
+        super().__init__(Schedule(0.0))
+
+    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.full((rows,), 0.6), torch.full((rows,), 0.6)
+
+
+def fgm() -> FGM:
+    return FGM(network(), times=OneTime(), generator_time=0.7, optimizer=sgd, critic_updates=2, gradient_clip_val=0.5)
+
+
+def _in_parts(module: CriticModule) -> CriticModule:
+    module.micro_batches = 2
+    return module
+
+
+def in_turn(out: Path, name: str, places: list[Place], module: CriticModule, **settings: Any) -> None:
+    """Trains two networks in turn on ``places``, and leaves the weights of both."""
+    trainer = Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out / name,
+        callbacks=[TrainingLog(), SelfCheck()],
+        **({"devices": 1} | settings),
+    )
+    with patch("torch.randn_like", lambda x: x.roll(1, -1)):  # the noise is the row's
+        trainer.fit(module, DataLoader(Batches(places), batch_size=None))
+    if trainer.is_global_zero:
+        torch.save({"weights": whole(module.named_parameters())}, out / f"{name}.pt")
+
+
 def alone(rank: int, out: Path) -> None:
+    in_turn(out, "fgm-alone", JOINED, fgm())
     train(out, "alone", JOINED, WeightEMA(decay=0.5), SaveNetwork())
     train(out, "alone-lightning", JOINED, EMAWeightAveraging(decay=0.5))
     train(out, "alone-teacher", JOINED, model=TEACHER)
@@ -227,6 +269,8 @@ def alone(rank: int, out: Path) -> None:
 
 def together(rank: int, out: Path) -> None:
     own = OWN[rank]
+    in_turn(out, "fgm-ddp", own, fgm(), **replicated())
+    in_turn(out, "fgm-ddp-parts", own, _in_parts(fgm()), **replicated())
     train(out, "ddp", own, WeightEMA(decay=0.5), SaveNetwork(), **replicated())
     train(out, "ddp-lightning", own, EMAWeightAveraging(decay=0.5), **replicated())
     train(out, "ddp-teacher", own, model=TEACHER, net={"gradient_checkpointing": True}, **replicated())
@@ -281,6 +325,7 @@ def refused(rank: int, out: Path) -> None:
         "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto())),
         "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
+        "critic": complaint(lambda: in_turn(out, "critic", OWN[rank], fgm(), **sharded(2))),
         "prediction": complaint(lambda: drawing.predict(tiny.meanflow(), datamodule=data)),
     }
     if rank == 0:

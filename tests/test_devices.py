@@ -65,6 +65,11 @@ def test_two_ranks_train_as_one_process_does_on_both_batches(out, name, same_as)
     assert two["logged"]["train/gradient_norm"] == pytest.approx(one["logged"]["train/gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("name", "same_as"), [("fgm-ddp", "fgm-alone"), ("fgm-ddp-parts", "fgm-alone")])
+def test_two_ranks_train_two_networks_in_turn_as_one_process_does(out, name, same_as):
+    assert difference(found(out, name)["weights"], found(out, same_as)["weights"]) < 1e-6
+
+
 def test_times_stay_fp32_where_a_sharded_network_computes_in_bf16(out):
     mixed = found(out, "fsdp2-mixed")
     assert set(mixed["times"]) == {"torch.float32"}
@@ -125,3 +130,4 @@ def test_what_cannot_be_sharded_is_refused_with_the_remedy(out):
     assert "name WeightEMA" in said["averages"]
     assert "sharded over 1 of 2 ranks" in said["apart"]
     assert "--trainer.strategy auto, or ddp" in said["prediction"]
+    assert "ModelParallelStrategy shards one network" in said["critic"]
