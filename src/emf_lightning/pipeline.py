@@ -90,7 +90,7 @@ class PipelinePart(ModelMixin):
         spec["init_args"] = {name: _found(value, Path(folder)) for name, value in arguments.items()}
         part = build(spec)
         if torch_dtype is not None and "dtype" not in arguments:
-            part.to(torch_dtype)
+            nn.Module.to(part, dtype=torch_dtype)
         return cls(part.eval(), spec)
 
 

@@ -32,8 +32,8 @@ def count(net: SanaFlowMap, *, trainable: bool = False) -> int:
 @pytest.mark.parametrize(
     ("size", "published", "interval"),
     [
-        # 1.6 B and 4.8 B in its paper (arXiv 2501.18427); exactly: diffusers' class with the configuration of its
-        # conversion script, query-key norms included
+        # 1.6 B and 4.8 B in SANA-1.5's paper (arXiv 2501.18427); exactly: diffusers' class with the configuration of
+        # its conversion script, query-key norms included
         ("1.6B", 1_604_641_952, 35_714_560),
         ("4.8B", 4_721_825_952, 35_714_560),
     ],

@@ -15,7 +15,7 @@ from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 
-DRAWING = ("guidance", "guidance_interval")
+DRAWING = ("guidance", "guidance_interval", "generator_time")
 """Arguments of a LightningModule that concern how it draws."""
 
 _AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}

@@ -26,9 +26,9 @@ pipe = EMFPipeline.from_pretrained("{folder}")  # .to("cuda"), or pipe.enable_mo
 pipe(["a red circle"], num_inference_steps=1, seed=0).images[0]
 ```
 
-`num_inference_steps` is what it was trained to make small; `guidance_scale` other than 1 doubles the evaluations; the noise
-belongs to `seed` and the prompt, so a prompt's picture is the same in any batch. `transformer/` and, where it is a published
-autoencoder, `vae/` are in diffusers' own format.
+`num_inference_steps` is what it was trained to make small; `guidance_scale` other than 1 doubles the evaluations; the
+noise belongs to `seed` and the prompt, so a prompt's picture is the same in any batch. `transformer/` and, where it is a
+published autoencoder, `vae/` are in diffusers' own format.
 
 ## What it is
 | | |
@@ -74,8 +74,7 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
 
 
 def _described(part: Namespace) -> str:
-    arguments = part.get("init_args") or Namespace()
-    name = arguments.get("model") or arguments.get("pretrained")
+    name = part.get("init_args.model") or part.get("init_args.pretrained")
     return part.class_path.rpartition(".")[2] + (f" ({name})" if name else "")
 
 

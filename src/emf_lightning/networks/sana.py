@@ -135,6 +135,7 @@ class SanaFlowMap(FlowMapNetwork):
             self._train_only(trainable)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+            self.recomputed = True
         if compile:
             self.compile_blocks()
 
