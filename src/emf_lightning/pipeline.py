@@ -71,8 +71,9 @@ class PipelinePart(ModelMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         arguments = dict(self.spec.get("init_args", {}))
-        if hasattr(self.part, "save_pretrained"):
-            self.part.save_pretrained(folder)
+        save = getattr(self.part, "save_pretrained", None)
+        if callable(save):
+            save(folder)
             arguments = {name: value for name, value in arguments.items() if name not in _AT_THE_START}
             arguments["pretrained"] = _HERE
             if "subfolder" in self.spec.get("init_args", {}):

@@ -13,6 +13,7 @@ from emf_lightning.cli.emf_cli import LINKED
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 
 DRAWING = ("guidance", "guidance_interval", "generator_time")
@@ -38,6 +39,8 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
     built = BuildingCLI.run(["fit", "--config", str(config), "--model.init_args.initial", str(weights)])
+    if isinstance(built.model, EncoderTuning):
+        raise ValueError("run: its encoder lies in its folder encoder/; export a run that was adapted with it")
     pipeline = pipeline_of(built.model, built.datamodule, built.settings)
     pipeline.save_pretrained(str(out))
     for figure in sorted(run.glob("*/*.png")):

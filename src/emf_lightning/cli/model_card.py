@@ -27,7 +27,7 @@ pipe(["a red circle"], num_inference_steps=1, seed=0).images[0]
 ```
 
 `num_inference_steps` is what it was trained to make small; `guidance_scale` other than 1 doubles the evaluations; the
-noise belongs to `seed` and the prompt, so a prompt's picture is the same in any batch. `transformer/` and, where it is a
+noise belongs to `seed` and the prompt: a prompt's picture is the same in any batch. `transformer/` and, where it is a
 published autoencoder, `vae/` are in diffusers' own format.
 
 ## What it is
