@@ -5,19 +5,13 @@ import torch
 
 from emf_lightning.text.sana_gemma import SanaGemma, sana_instruction
 from tests import published
-from tests.text.test_pretrained import SMALL, save_tokenizer
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     """A folder with a tiny Gemma-2."""
-    from transformers import Gemma2Config, Gemma2Model
-
     folder = tmp_path_factory.mktemp("gemma")
-    torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=32, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, **SMALL)
-    Gemma2Model(config).save_pretrained(folder)
-    save_tokenizer(folder)
+    published.language_model(folder, "Gemma2")
     return folder
 
 
