@@ -25,6 +25,7 @@ PLAN = {"plan": "say what an experiment takes: parameters, memory, disk, time"}
 FUNCTION_VERBS = {
     "export": "write a trained model as a diffusers pipeline",
     "shards": "write caption-image shards of a shapes world",
+    "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 
