@@ -156,18 +156,21 @@ class _Sizes:
         ddp = weights + 2 * gradients + optimiser + average + casts + passes + frozen
         fsdp = (weights + gradients + optimiser + average) // self.devices + 2 * block + casts + passes + frozen
         room = DEVICES[given.device][1]
-        chosen = "FSDP2" if isinstance(trainer.strategy, Namespace) else "DDP" if self.devices > 1 else "one device"
+        sharded = isinstance(trainer.strategy, Namespace)
+        chosen = "set to FSDP2" if sharded else "set to DDP" if self.devices > 1 else "one device"
 
         def fits(size: int) -> str:
             return "fits" if size < 0.9e9 * room else "does not fit"
 
         return [
             "",
-            f"Memory of each of {self.devices} devices, {rows} rows on each ({given.device}: {room} GB; chosen: {chosen})",
+            f"Memory of each of {self.devices} devices, {rows} rows on each ({given.device}: {room} GB; {chosen})",
             _row("weights, gradients, AdamW", _gb(weights + gradients + optimiser), "fp32"),
             *([_row("averages", _gb(average), "fp32")] if average else []),
             _row("frozen", _gb(frozen), "encoder, autoencoder" + (", teacher" if teacher else "")),
-            _row("activations", _gb(passes), "checkpointed" if checkpointing else "all; gradient_checkpointing keeps few"),
+            _row(
+                "activations", _gb(passes), "checkpointed" if checkpointing else "all; gradient_checkpointing keeps few"
+            ),
             *([_row("weights cast to 16 bit", _gb(casts), "autocast's, during a step")] if casts else []),
             _row("in all, one device or DDP", _gb(ddp), fits(ddp)),
             _row(f"in all, FSDP2 over {self.devices}", _gb(fsdp), fits(fsdp)),
@@ -215,7 +218,11 @@ class _Sizes:
                 f"{row / 1e12:.3g} TFLOP",
                 f"{3 + again + teacher} passes, du/dt of {share:.0%} of the rows, encoding the image",
             ),
-            _row("a step", f"{seconds:.3g} s", f"{given.device} at {peak / 1e12:.0f} TFLOP/s, {given.utilisation:.0%} of its peak"),
+            _row(
+                "a step",
+                f"{seconds:.3g} s",
+                f"{given.device} at {peak / 1e12:.0f} TFLOP/s, {given.utilisation:.0%} of its peak",
+            ),
             _row(
                 "in all",
                 f"{days * 24:.3g} h" if days < 2 else f"{days:.3g} days",
@@ -229,7 +236,9 @@ def _share(settings: Namespace) -> float:
     """Mean share of the rows that take a derivative."""
     if settings.model.class_path.endswith((".FlowMatching", ".EncoderTuning")):
         return 0.0
-    share = settings.model.get("init_args.times.init_args.interval_share") or Namespace(start=0.25, end=None)
+    share = settings.model.get("init_args.times.init_args.interval_share")
+    if share is None:
+        return 0.25  # the samplers' own
     return float(share.start if share.end is None else (share.start + share.end) / 2)
 
 

@@ -77,7 +77,7 @@ def encoder_size(part: Namespace) -> EncoderSize:
     Raises:
         ValueError: where its configuration is neither at hand nor known.
     """
-    kind, arguments = class_of(part.class_path), part.get("init_args") or Namespace()
+    kind, arguments = class_of(part.class_path), part.get("init_args")
     try:
         if issubclass(kind, BLIP3oNext):
             return _blip3o_size(arguments)
@@ -178,4 +178,3 @@ def _kept_bytes(net: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-

@@ -43,9 +43,7 @@ class EncoderTuning(FlowMatching):
         gather_once: bool = False,
         encoder_rate: float = 1.0,
     ) -> None:
-        super().__init__(
-            net, times, weighting, optimizer, scheduler, caption_dropout, guidance, initial, gather_once
-        )
+        super().__init__(net, times, weighting, optimizer, scheduler, caption_dropout, guidance, initial, gather_once)
         if encoder_rate <= 0:
             raise ValueError(f"EncoderTuning: encoder_rate must be positive, got {encoder_rate}")
         self.encoder_rate = encoder_rate

@@ -55,6 +55,8 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         lost = [key for key in missing if not key.startswith(tuple(starts))]
         if lost or surplus:
             raise _other_weights(path, f"missing {sorted(lost)[:3]}, surplus {sorted(surplus)[:3]}")
+        if context_width is not None:  # what diffusers leaves there is unset memory
+            model.caption_projection.linear_1.reset_parameters()
         for prefix, start in starts.items():
             if any(key.startswith(prefix) for key in missing):
                 start()
