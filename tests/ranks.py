@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -314,7 +315,9 @@ def together(rank: int, out: Path) -> None:
         batch_size=5,
         figures=False,
     )
-    stream(out, "watched", WeightEMA(decay=0.5), watch, **sharded(2))
+    check = SelfCheck()
+    stream(out, "watched", WeightEMA(decay=0.5), check, watch, **sharded(2))
+    (out / f"check-{rank}.txt").write_text(check.sentence)
     stream(out, "unkilled", WeightEMA(decay=0.5), **replicated())
 
 
@@ -327,13 +330,24 @@ def complaint(attempt: Callable[[], None]) -> str:
     return ""
 
 
+class ShardedByItself(MeanFlow):
+    """A module that trusts the automatic mesh, as ``ModelParallelStrategy``'s documentation shows it."""
+
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def refused(rank: int, out: Path) -> None:
-    auto = {"strategy": ModelParallelStrategy(), "devices": 2}
+    def auto() -> dict[str, Any]:
+        return {"strategy": ModelParallelStrategy(), "devices": 2}
+
     (out / "prompts.txt").write_text("a red circle\na blue square\n")
     data = tiny.data(out / "shards", prompts=out / "prompts.txt")
+    apart = ShardedByItself(tiny.network())
     drawing = tiny.trainer(out / "drawing", SampleWriter(), **sharded(2))
     said = {
-        "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto)),
+        "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto())),
+        "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
         "critic": complaint(lambda: in_turn(out, "critic", OWN[rank], fgm(), **sharded(2))),
         "prediction": complaint(lambda: drawing.predict(tiny.meanflow(), datamodule=data)),

@@ -21,6 +21,7 @@ class FlowMapNetwork(nn.Module, ABC):
         latent_channels: C of the latents that it was built for.
         latent_size: H = W of these.
         context_width: D of the text features.
+        recomputed: whether the blocks keep no activations for the backward pass (gradient checkpointing).
     """
 
     prediction: Prediction
@@ -28,6 +29,7 @@ class FlowMapNetwork(nn.Module, ABC):
     latent_size: int
     context_width: int
     compiled: bool = False
+    recomputed: bool = False
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
