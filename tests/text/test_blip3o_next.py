@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from blip3o_folder import (
+from tests.tiny_blip3o import (
     CODES,
     CONTEXT,
     SETTINGS,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -41,19 +44,38 @@ class _FaultError(Exception):
 
 
 def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; addresses with a scheme (``hf://``, ``https://``, ``s3://``) by fsspec."""
+    """The shard as a seekable binary file; addresses with a scheme (``hf://``, ``https://``, ``s3://``) by fsspec.
+
+    A compressed one is undone on the way. Images do not shrink by it, so that it costs little, but to begin in the
+    middle means to undo all that is before.
+    """
     if "://" not in path:
+        if path.endswith("gz"):
+            return cast(BinaryIO, gzip.open(path, "rb"))
         return open(path, "rb", buffering=1 << 18)
     import fsspec
 
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
+    compression = "gzip" if path.endswith("gz") else None
+    return cast(BinaryIO, fsspec.open(path, "rb", compression=compression).open())
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
+    with _faults(file):
+        data = file.read(size)
     if len(data) < size:
         raise _FaultError("truncated shard", file.tell())
     return data
+
+
+@contextmanager
+def _faults(file: BinaryIO) -> Iterator[None]:
+    """What a compressed file says where it is cut or damaged, as faults."""
+    try:
+        yield
+    except EOFError as error:
+        raise _FaultError("truncated shard", file.tell()) from error
+    except zlib.error as error:
+        raise _FaultError("damaged shard", file.tell()) from error
 
 
 def _pax_path(records: bytes) -> str | None:
@@ -77,7 +99,8 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
     """
     start, long_name = offset, None
     while True:
-        file.seek(offset)
+        with _faults(file):
+            file.seek(offset)
         header = _read(file, BLOCK)
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
