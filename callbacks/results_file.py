@@ -35,7 +35,7 @@ def write_results(path: Path, judged: Sequence[JudgedImage], drawing: dict[str, 
     Args:
         path: of the file, which is replaced; its folder is made.
         judged: in the order of the lines; images of a prompt bear GenEval's names, ``00012/samples/0003.png``.
-        drawing: how the images were drawn, repeated as GenEval's ``details``.
+        drawing: how the images were drawn, repeated in every line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(image.asked.prompt.prompt for image in judged))}
@@ -50,6 +50,7 @@ def write_results(path: Path, judged: Sequence[JudgedImage], drawing: dict[str, 
                 "strict": judgement.strict,
                 "reason": judgement.reason,
                 "metadata": json.dumps(prompt.metadata()),
-                "details": json.dumps(drawing),
+                "details": json.dumps(judgement.boxes),
+                "drawing": json.dumps(drawing),
             }
             file.write(json.dumps(row) + "\n")

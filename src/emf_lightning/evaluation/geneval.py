@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +49,13 @@ class Judgement:
         correct: GenEval's decision.
         strict: correct, and the image holds exactly as many objects as the prompt names, whatever their class.
         reason: what was missing, one line a finding; empty where nothing was.
+        boxes: class -> box and score of each detection that counted, best first: GenEval's ``details``.
     """
 
     correct: bool
     strict: bool
     reason: str
+    boxes: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 ColourReader = Callable[[Sequence[Detection], str], Sequence[str | None]]
@@ -133,4 +135,5 @@ def judge(detections: Sequence[Detection], prompt: Prompt, read_colours: ColourR
     objects = sum(detection.score > THRESHOLD for detection in ranked)
     correct = not reasons
     strict = correct and objects == sum(wanted["count"] for wanted in prompt.include)
-    return Judgement(correct, strict, "\n".join(reasons))
+    boxes = {label: [[*d.box, d.score] for d in seen(label)] for label in dict.fromkeys(d.label for d in ranked)}
+    return Judgement(correct, strict, "\n".join(reasons), {label: found for label, found in boxes.items() if found})

@@ -29,6 +29,7 @@ class ShapesSuite(PromptSuite):
     """
 
     name = "shapes"
+    title = "shapes world"
 
     def __init__(self, world: str = "small", per_task: int = 100, scenes_per_task: int = 100) -> None:
         if world not in WORLDS:

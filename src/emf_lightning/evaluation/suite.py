@@ -27,9 +27,11 @@ class PromptSuite(ABC):
 
     Attributes:
         name: the word that stands for the suite in tags and file names.
+        title: what reports call it; the judge's limits are part of it.
     """
 
     name: str
+    title: str
 
     @abstractmethod
     def prompts(self) -> Sequence[Prompt]:

@@ -18,10 +18,12 @@ class FlowMapNetwork(nn.Module, ABC):
     Attributes:
         prediction: what the backbone's output stands for, turned into u.
         compiled: whether ``compile_blocks`` was called; a deep copy has to call it again.
+        recomputed: whether the blocks keep no activations for the backward pass (gradient checkpointing).
     """
 
     prediction: Prediction
     compiled: bool = False
+    recomputed: bool = False
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

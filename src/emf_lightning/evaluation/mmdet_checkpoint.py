@@ -1,0 +1,186 @@
+"""mmdetection's Mask2Former checkpoints under the names of transformers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWIN = "model.pixel_level_module.encoder.encoder.layers"
+PIXELS = "model.pixel_level_module.decoder"
+QUERIES = "model.transformer_module"
+LAYERS = r"panoptic_head\.transformer_decoder\.layers"
+ENCODER = r"panoptic_head\.pixel_decoder\.encoder\.layers"
+
+NAMES: tuple[tuple[str, str], ...] = (
+    (r"backbone\.patch_embed\.projection", "model.pixel_level_module.encoder.embeddings.patch_embeddings.projection"),
+    (r"backbone\.patch_embed\.norm", "model.pixel_level_module.encoder.embeddings.norm"),
+    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
+    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.relative_position_bias_table",
+        rf"{SWIN}.\1.blocks.\2.attention.self.relative_position_bias_table",
+    ),
+    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj", rf"{SWIN}.\1.blocks.\2.attention.output.dense"),
+    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0", rf"{SWIN}.\1.blocks.\2.intermediate.dense"),
+    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
+    (r"backbone\.stages\.(\d+)\.downsample\.(norm|reduction)", rf"{SWIN}.\1.downsample.\2"),
+    (r"backbone\.norm0", "model.pixel_level_module.encoder.hidden_states_norms.stage1"),
+    (r"backbone\.norm1", "model.pixel_level_module.encoder.hidden_states_norms.stage2"),
+    (r"backbone\.norm2", "model.pixel_level_module.encoder.hidden_states_norms.stage3"),
+    (r"backbone\.norm3", "model.pixel_level_module.encoder.hidden_states_norms.stage4"),
+    (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv", rf"{PIXELS}.input_projections.\1.0"),
+    (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn", rf"{PIXELS}.input_projections.\1.1"),
+    (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", rf"{PIXELS}.level_embed"),
+    (rf"{ENCODER}\.(\d+)\.attentions\.0", rf"{PIXELS}.encoder.layers.\1.self_attn"),
+    (
+        rf"{ENCODER}\.(\d+)\.norms\.0",
+        rf"{PIXELS}.encoder.layers.\1.self_attn_layer_norm",
+    ),
+    (rf"{ENCODER}\.(\d+)\.norms\.1", rf"{PIXELS}.encoder.layers.\1.final_layer_norm"),
+    (rf"{ENCODER}\.(\d+)\.ffns\.0\.layers\.0\.0", rf"{PIXELS}.encoder.layers.\1.fc1"),
+    (rf"{ENCODER}\.(\d+)\.ffns\.0\.layers\.1", rf"{PIXELS}.encoder.layers.\1.fc2"),
+    (r"panoptic_head\.pixel_decoder\.lateral_convs\.0\.conv", f"{PIXELS}.adapter_1.0"),
+    (r"panoptic_head\.pixel_decoder\.lateral_convs\.0\.gn", f"{PIXELS}.adapter_1.1"),
+    (r"panoptic_head\.pixel_decoder\.output_convs\.0\.conv", f"{PIXELS}.layer_1.0"),
+    (r"panoptic_head\.pixel_decoder\.output_convs\.0\.gn", f"{PIXELS}.layer_1.1"),
+    (r"panoptic_head\.pixel_decoder\.mask_feature", f"{PIXELS}.mask_projection"),
+    (
+        # the queries look at the picture first, then at one another
+        rf"{LAYERS}\.(\d+)\.attentions\.0\.attn",
+        rf"{QUERIES}.decoder.layers.\1.cross_attn",
+    ),
+    (
+        rf"{LAYERS}\.(\d+)\.attentions\.1\.attn",
+        rf"{QUERIES}.decoder.layers.\1.self_attn",
+    ),
+    (rf"{LAYERS}\.(\d+)\.norms\.0", rf"{QUERIES}.decoder.layers.\1.cross_attn_layer_norm"),
+    (rf"{LAYERS}\.(\d+)\.norms\.1", rf"{QUERIES}.decoder.layers.\1.self_attn_layer_norm"),
+    (rf"{LAYERS}\.(\d+)\.norms\.2", rf"{QUERIES}.decoder.layers.\1.final_layer_norm"),
+    (rf"{LAYERS}\.(\d+)\.ffns\.0\.layers\.0\.0", rf"{QUERIES}.decoder.layers.\1.fc1"),
+    (rf"{LAYERS}\.(\d+)\.ffns\.0\.layers\.1", rf"{QUERIES}.decoder.layers.\1.fc2"),
+    (r"panoptic_head\.transformer_decoder\.post_norm", f"{QUERIES}.decoder.layernorm"),
+    (r"panoptic_head\.query_embed", f"{QUERIES}.queries_embedder"),
+    (r"panoptic_head\.query_feat", f"{QUERIES}.queries_features"),
+    (r"panoptic_head\.level_embed", f"{QUERIES}.level_embed"),
+    (r"panoptic_head\.mask_embed\.0", f"{QUERIES}.decoder.mask_predictor.mask_embedder.0.0"),
+    (r"panoptic_head\.mask_embed\.2", f"{QUERIES}.decoder.mask_predictor.mask_embedder.1.0"),
+    (r"panoptic_head\.mask_embed\.4", f"{QUERIES}.decoder.mask_predictor.mask_embedder.2.0"),
+    (r"panoptic_head\.cls_embed", "class_predictor"),
+)
+"""mmdetection 2's names and the hub's; .weight and .bias follow."""
+
+IGNORED = re.compile(r".*\.relative_position_index|panoptic_head\.loss_.*|panoptic_fusion_head\..*")
+"""Constants that either side computes for itself, and what only training needs."""
+
+
+def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the weights, for transformers, of the Mask2Former in mmdetection's checkpoint at ``path``.
+
+    Raises:
+        ValueError: where the file holds something else.
+    """
+    remedy = "give mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth or its like"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"Mask2FormerDetector: no file {path}; {remedy}") from None
+    except Exception as error:  # of many kinds, according to which bytes are wrong
+        raise ValueError(
+            f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({type(error).__name__}); {remedy}"
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
+    try:
+        return configuration(weights), renamed(weights)
+    except KeyError as error:
+        raise ValueError(
+            f"Mask2FormerDetector: {path} is no Mask2Former of mmdetection 2, it has {error.args[0]}; {remedy}"
+        ) from error
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of the hub's checkpoints.
+
+    Joint projections of queries, keys and values are split. A patch merging's channels change their order: mmdetection
+    unfolds 2 x 2 patches channel by channel and row by row, Swin's authors stack them position by position, columns
+    outside.
+
+    Raises:
+        KeyError: for a name that no such checkpoint has.
+    """
+    result: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if IGNORED.fullmatch(name):
+            continue
+        if match := re.fullmatch(r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.qkv\.(weight|bias)", name):
+            stem = f"{SWIN}.{match[1]}.blocks.{match[2]}.attention.self"
+            for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+                result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
+            continue
+        new = _renamed(name)
+        if ".downsample." in new:
+            weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3).contiguous()
+        if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new):
+            for part, rows in zip("qkv", weight.chunk(3), strict=True):
+                result[f"{match[1]}.{part}_proj.{match[2]}"] = rows.contiguous()
+            continue
+        result[new] = weight
+    return result
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in NAMES:
+        if match := re.match(rf"{pattern}(?=[._]|$)", name):
+            return match.expand(replacement) + name[match.end() :]
+    raise KeyError(f"a weight called {name}")
+
+
+def configuration(weights: dict[str, Tensor]) -> Any:
+    """The architecture that the shapes of ``weights``, under mmdetection's names, say; windows and heads are Swin's.
+
+    Raises:
+        KeyError: for weights of something else.
+    """
+    from transformers import Mask2FormerConfig, SwinConfig
+
+    def shape(name: str) -> torch.Size:
+        if name not in weights:
+            raise KeyError(f"no {name}")
+        return weights[name].shape
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in weights if (match := re.match(pattern, name))})
+
+    stages = count(r"backbone\.stages\.(\d+)\.")
+    tables = [
+        shape(f"backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table") for i in range(max(stages, 1))
+    ]
+    width = shape("backbone.patch_embed.projection.weight")[0]
+    classes, hidden = shape("panoptic_head.cls_embed.weight")
+    decoder = rf"{LAYERS}\.(\d+)\."
+    encoder = rf"{ENCODER}\.(\d+)\."
+    offsets = shape("panoptic_head.pixel_decoder.encoder.layers.0.attentions.0.sampling_offsets.weight")[0]
+    return Mask2FormerConfig(
+        backbone_config=SwinConfig(
+            embed_dim=width,
+            depths=[count(rf"backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(stages)],
+            num_heads=[table[1] for table in tables],
+            window_size=(int(tables[0][0] ** 0.5) + 1) // 2,
+            mlp_ratio=shape("backbone.stages.0.blocks.0.ffn.layers.0.0.weight")[0] / width,
+            drop_path_rate=0.0,
+            out_features=[f"stage{i + 1}" for i in range(stages)],
+        ),
+        num_labels=classes - 1,
+        num_queries=shape("panoptic_head.query_embed.weight")[0],
+        hidden_dim=hidden,
+        feature_size=shape("panoptic_head.pixel_decoder.level_encoding.weight")[1],
+        mask_feature_size=shape("panoptic_head.pixel_decoder.mask_feature.weight")[0],
+        num_attention_heads=offsets // (3 * 4 * 2),  # three levels, four points, two coordinates
+        encoder_layers=count(encoder),
+        decoder_layers=count(decoder) + 1,  # transformers counts the queries' first look at the masks
+        encoder_feedforward_dim=shape("panoptic_head.pixel_decoder.encoder.layers.0.ffns.0.layers.0.0.weight")[0],
+        dim_feedforward=shape("panoptic_head.transformer_decoder.layers.0.ffns.0.layers.0.0.weight")[0],
+        dropout=0.0,
+    )
