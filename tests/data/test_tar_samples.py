@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tars import picture, write_numbered, write_tar
 
-from emf_lightning.data.tar_samples import read_samples
+from emf_lightning.data.tar_samples import count_samples, read_samples
 
 
 def test_members_are_grouped_by_the_name_up_to_the_first_dot_of_its_last_part(tmp_path: Path) -> None:
@@ -148,3 +148,14 @@ def test_a_damaged_compressed_shard_ends_in_a_fault(tmp_path: Path) -> None:
     Path(packed).write_bytes(b"no gzip at all")
     (fault,) = read_samples(packed)
     assert fault.fault == "unreadable shard (BadGzipFile)"
+
+
+def test_samples_are_counted_exactly_where_that_is_cheap_and_guessed_elsewhere(tmp_path: Path) -> None:
+    members = {f"{number}.png": picture(number, (40, 40)) for number in range(150)}
+    path = write_tar(tmp_path / "x.tar", members)
+    assert count_samples(path) == 150
+    for other in (compressed(path), f"file://{path}"):
+        assert 0.7 * 150 < count_samples(other) < 1.3 * 150
+    (few,) = write_numbered(tmp_path / "few", [7])
+    assert count_samples(few) == count_samples(compressed(few)) == 7
+    assert count_samples(str(tmp_path / "none.tar")) == 0

@@ -125,10 +125,7 @@ class CaptionImageData(LightningDataModule):
     # -- loaders -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if self.cache is not None:
-            self.cache.open(self.text)
-        if self.latent_cache is not None and stage != "predict":
-            self.latent_cache.open(self.autoencoder, self.latent_size, str(self.transform))
+        self.open_caches()
         if stage == "fit":
             self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
         if stage in ("validate", "test") and self.validation_shards is None:
@@ -139,6 +136,13 @@ class CaptionImageData(LightningDataModule):
             self._validation = self._loader(self.validation_shards, "validation_shards", workers, limit=samples)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
+
+    def open_caches(self) -> None:
+        """Binds the caches to the encoder and the autoencoder."""
+        if self.cache is not None:
+            self.cache.open(self.text)
+        if self.latent_cache is not None:
+            self.latent_cache.open(self.autoencoder, self.latent_size, str(self.transform))
 
     def _loader(
         self,
@@ -196,15 +200,13 @@ class CaptionImageData(LightningDataModule):
         """A worker's batch, encoded; anything else as it is."""
         if not isinstance(batch, RawBatch):
             return batch
-        self._move(batch.images.device)
+        self.move(batch.images.device)
         for cache, found in ((self.cache, batch.found), (self.latent_cache, batch.latents_found)):
             if cache is not None and self.num_workers > 0:
                 cache.hits += int(found.sum())  # the worker that looked up counts for itself only
-        return CaptionImageBatch(
-            self._latents_of(batch), self._features_of(batch), self.null_features(), batch.captions
-        )
+        return CaptionImageBatch(self.latents_of(batch), self.features_of(batch), self.null_features(), batch.captions)
 
-    def _latents_of(self, batch: RawBatch) -> Tensor:
+    def latents_of(self, batch: RawBatch) -> Tensor:
         """The batch's latents: what its worker found in the cache, and the rest encoded."""
         hits = None if batch.latents is None else batch.latents.float()
         if not len(batch.images) and hits is not None:
@@ -214,7 +216,7 @@ class CaptionImageData(LightningDataModule):
             fresh = self.latent_cache.keep(_left_over(batch.pictures, batch.latents_found), fresh)
         return fresh if hits is None else torch.cat([hits, fresh])[_order(batch.latents_found).to(fresh.device)]
 
-    def _features_of(self, batch: RawBatch) -> TextFeatures:
+    def features_of(self, batch: RawBatch) -> TextFeatures:
         """The batch's features: what its worker found in the cache, and the rest encoded."""
         hits = None if batch.features is None else batch.features.to(dtype=torch.float32)
         if hits is not None and bool(batch.found.all()):
@@ -234,7 +236,7 @@ class CaptionImageData(LightningDataModule):
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of ``captions`` on the training device; through the cache, where there is one."""
-        device = self._move()
+        device = self.move()
         unique = list(dict.fromkeys(captions))
         features = self.cache.features(unique, self.text) if self.cache is not None else self.text(unique)
         rows = {caption: row for row, caption in enumerate(unique)}
@@ -242,7 +244,7 @@ class CaptionImageData(LightningDataModule):
 
     def null_features(self) -> TextFeatures:
         """The null caption's features, one row, on the training device."""
-        device = self._move()
+        device = self.move()
         if self._null is None or self._null.context.device != device:
             with torch.inference_mode(False):  # what validation computes is kept for training
                 self._null = self.text_features([NULL_CAPTION])
@@ -251,11 +253,11 @@ class CaptionImageData(LightningDataModule):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
-        self._move(latents.device)
+        self.move(latents.device)
         images = self.autoencoder.decode(latents.float())
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _move(self, device: torch.device | None = None) -> torch.device:
+    def move(self, device: torch.device | None = None) -> torch.device:
         """The device of the frozen parts, after they moved to ``device`` (default: the trainer's)."""
         if device is None:
             device = self.trainer.strategy.root_device if self.trainer else self._device or torch.device("cpu")

@@ -57,16 +57,17 @@ class EntryCache:
             raise ValueError(f"{type(self).__name__}: {error}") from error
         self._format = EntryFormat(length, width, self.dtype)
         self._salt = f"{fingerprint} {self.dtype} ".encode()
-        if self._room() < self._store.map_size:
+        if self.room() < self._store.map_size:
             warnings.warn(
                 f"{type(self).__name__}: max_gb={self.max_gb:g}, but the disk of {str(self.path)!r} has room for "
-                f"{readable(self._room())}: lower max_gb, or choose a path on a larger disk",
+                f"{readable(self.room())}: lower max_gb, or choose a path on a larger disk",
                 stacklevel=3,
             )
 
-    def size(self, samples: int) -> int:
-        """Bytes that ``samples`` entries take on disk at most, masked tokens included."""
-        page, entry = self._store.page_size(), self.entries.largest + 50  # with its key and LMDB's own
+    def size(self, samples: int, entries: EntryFormat | None = None) -> int:
+        """Bytes that ``samples`` entries take on disk at most, masked tokens included, in this or another format."""
+        largest = (entries or self.entries).largest
+        page, entry = self._store.page_size(), largest + 50  # with its key and LMDB's own
         # LMDB gives an entry beyond half a page whole pages; smaller ones share pages, 7 of 10 places taken.
         each = -(-(entry - 34) // page) * page + 80 if entry > page // 2 else page * 10 // (7 * (page // entry))
         return samples * each
@@ -77,7 +78,7 @@ class EntryCache:
         Raises:
             ValueError: if they do not fit the disk.
         """
-        each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self._room()
+        each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.room()
         sentence = (
             f"{samples:,} samples x {readable(each)} = {readable(needed)}; "
             f"free: {readable(room - self._store.used())}, limit {readable(limit)}"
@@ -151,7 +152,7 @@ class EntryCache:
     def _key(self, name: str) -> bytes:
         return hashlib.sha256(self._salt + name.encode()).digest()
 
-    def _room(self) -> int:
+    def room(self) -> int:
         """Bytes that the cache may occupy on its disk, those that it does included."""
         return shutil.disk_usage(self.path).free + self._store.used()
 

@@ -26,6 +26,9 @@ from emf_lightning.data.latent_cache import LatentCache
 from emf_lightning.data.tar_samples import TarSample, read_samples
 from emf_lightning.text.base import TextFeatures
 
+CACHED = "in the caches already"
+"""The reason for which a sample is left out where only missing ones are wanted."""
+
 
 class Position(NamedTuple):
     """Where a lane stands: at the beginning of a block, and how many samples of the block's permutation are out."""
@@ -156,6 +159,7 @@ class ShardStream(IterableDataset[RawBatch]):
         features: a feature cache that is open; None leaves all captions to the encoder.
         latents: a latent cache that is open; None leaves all images to the autoencoder.
         view_side: side of the pictures from which features are made, too (``TextEncoder.view_side``).
+        only_missing: leaves out samples that the caches hold, and decodes nothing but what they lack: to fill them.
     """
 
     def __init__(
@@ -175,6 +179,7 @@ class ShardStream(IterableDataset[RawBatch]):
         features: FeatureCache | None = None,
         latents: LatentCache | None = None,
         view_side: int | None = None,
+        only_missing: bool = False,
     ) -> None:
         self.shards = tuple(shards)
         self.transform = SquareTransform(transform) if isinstance(transform, int) else transform
@@ -190,6 +195,7 @@ class ShardStream(IterableDataset[RawBatch]):
         self.features = features
         self.latents = latents
         self.view_side = view_side
+        self.only_missing = only_missing
         self.start(0, [Position()] * lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
@@ -226,7 +232,8 @@ class ShardStream(IterableDataset[RawBatch]):
                 samples.append(self._taken(sample, flipped))
             except UnusableSampleError as reason:
                 skipped[str(reason)] += 1
-                examples.setdefault(str(reason), sample.where)
+                if str(reason) != CACHED:
+                    examples.setdefault(str(reason), sample.where)
                 continue
             if len(samples) == self.batch_size:
                 yield batch(position)
@@ -248,16 +255,23 @@ class ShardStream(IterableDataset[RawBatch]):
         pairs = self.view_side is not None
         named = self.latents is not None or (pairs and self.features is not None)
         picture = picture_name(sample, flipped) if named else ""
-        latents = self.latents.fetch(picture) if self.latents is not None else None
         key = pair_name(caption, picture) if pairs else caption
+        if self.only_missing and self._is_cached(key, picture):
+            raise UnusableSampleError(CACHED)
+        latents = self.latents.fetch(picture) if self.latents is not None else None
         features = self.features.fetch(key) if self.features is not None else None
+        needs_pixels = latents is None and not (self.only_missing and self.latents is None)
+        needs_view = pairs and features is None and not (self.only_missing and self.features is None)
         pixels = view = None
-        if latents is None or (pairs and features is None):
+        if needs_pixels or needs_view:
             image = image_of(sample)
-            pixels = _turned(self.transform(image), flipped) if latents is None else None
-            if self.view_side is not None and features is None:
-                view = _turned(view_of(image, self.view_side), flipped)
+            pixels = _turned(self.transform(image), flipped) if needs_pixels else None
+            view = _turned(view_of(image, self.view_side or 0), flipped) if needs_view else None
         return _Sample(caption, picture, pixels, view, latents, features)
+
+    def _is_cached(self, key: str, picture: str) -> bool:
+        features = self.features is None or self.features.holds(key)
+        return features and (self.latents is None or self.latents.holds(picture))
 
     def _samples(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample, bool]]:
         """The lane's samples from ``position`` on, each with the position behind it and whether it is mirrored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import BinaryIO, cast
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGES = ("jpg", "jpeg", "png", "webp")
+COUNTED = 64
+"""Samples from which the size of the others is guessed."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,13 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
     try:
         with open_shard(path) as file:
             for start, name, size in _members(file, offset):
-                folder, _, base = name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
+                name, extension = _key(name)
                 if name != key:
                     if key is not None:
                         if number % parts == part:
                             yield TarSample(f"{path}/{key}", number, start, **found)  # type: ignore[arg-type]
                         number += 1
                     key, found = name, {}
-                extension = extension.lower()
                 kind = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
                 if kind is not None and kind not in found and number % parts == part:
                     found[kind] = _read(file, size)
@@ -166,3 +166,37 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
         number += 1
     if fault is not None and number % parts == part:
         yield TarSample(path, number, start, fault=fault)
+
+
+def count_samples(path: str) -> int:
+    """How many samples a shard has: a plain local one by its headers, others by their size and their first samples."""
+    keys: list[str] = []
+    start = 0
+    try:
+        with open_shard(path) as file:
+            for start, name, _ in _members(file, 0):
+                key = _key(name)[0]
+                if not keys or key != keys[-1]:
+                    keys.append(key)
+                if len(keys) > COUNTED and ("://" in path or path.endswith("gz")):
+                    return round(_size(path) / start * COUNTED)  # images do not shrink by compression
+    except (_FaultError, OSError):
+        pass  # said when it is read
+    return len(keys)
+
+
+def _size(path: str) -> int:
+    """Bytes of the file, compressed or not."""
+    if "://" not in path:
+        return os.stat(path).st_size
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(path)
+    return int(system.size(inside) or 0)
+
+
+def _key(name: str) -> tuple[str, str]:
+    """The sample that a member belongs to, and its extension in small letters."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
