@@ -29,11 +29,14 @@ from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, 
 from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.flow.consistency import ConsistencyObjective, ConsistencyTerms
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.times import Schedule, Times, TimeSampler
 from emf_lightning.modules.critic import CriticModule
 from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.scflow import SCFlow
+from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.text.words import WordEncoder
@@ -235,6 +238,25 @@ def fgm() -> FGM:
     return FGM(network(), times=OneTime(), generator_time=0.7, optimizer=sgd, critic_updates=2, gradient_clip_val=0.5)
 
 
+def scflow() -> SCFlow:
+    return SCFlow(
+        network(),
+        lambda net: ConvDiscriminator(net, 4, 8, group=1),
+        OneStep(truncation=0.0),
+        OneTime(),
+        optimizer=sgd,
+        gradient_clip_val=0.5,
+    )
+
+
+class OneStep(ConsistencyObjective):
+    """Steps of one length, whichever row it is."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> ConsistencyTerms:
+        with patch("torch.rand", torch.ones):
+            return super().__call__(*arguments, **settings)
+
+
 def _in_parts(module: CriticModule) -> CriticModule:
     module.micro_batches = 2
     return module
@@ -262,6 +284,7 @@ def in_turn(out: Path, name: str, places: list[Place], module: CriticModule, **s
 
 def alone(rank: int, out: Path) -> None:
     in_turn(out, "fgm-alone", JOINED, fgm())
+    in_turn(out, "scflow-alone", JOINED, scflow())
     train(out, "alone", JOINED, WeightEMA(decay=0.5), SaveNetwork())
     train(out, "alone-lightning", JOINED, EMAWeightAveraging(decay=0.5))
     train(out, "alone-teacher", JOINED, model=TEACHER)
@@ -270,6 +293,7 @@ def alone(rank: int, out: Path) -> None:
 def together(rank: int, out: Path) -> None:
     own = OWN[rank]
     in_turn(out, "fgm-ddp", own, fgm(), **replicated())
+    in_turn(out, "scflow-ddp", own, scflow(), **replicated())
     in_turn(out, "fgm-ddp-parts", own, _in_parts(fgm()), **replicated())
     train(out, "ddp", own, WeightEMA(decay=0.5), SaveNetwork(), **replicated())
     train(out, "ddp-lightning", own, EMAWeightAveraging(decay=0.5), **replicated())

@@ -65,7 +65,10 @@ def test_two_ranks_train_as_one_process_does_on_both_batches(out, name, same_as)
     assert two["logged"]["train/gradient_norm"] == pytest.approx(one["logged"]["train/gradient_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "same_as"), [("fgm-ddp", "fgm-alone"), ("fgm-ddp-parts", "fgm-alone")])
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [("fgm-ddp", "fgm-alone"), ("fgm-ddp-parts", "fgm-alone"), ("scflow-ddp", "scflow-alone")],
+)
 def test_two_ranks_train_two_networks_in_turn_as_one_process_does(out, name, same_as):
     assert difference(found(out, name)["weights"], found(out, same_as)["weights"]) < 1e-6
 

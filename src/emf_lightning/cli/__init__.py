@@ -21,6 +21,7 @@ TRAINER_VERBS = {
 
 FUNCTION_VERBS = {
     "shards": "write caption-image shards of a shapes world",
+    "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 

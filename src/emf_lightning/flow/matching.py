@@ -9,7 +9,7 @@ z into u and v, and through c; their parameters stay as they are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,10 +87,6 @@ class MatchingTerms:
     gap: Tensor
     cosine: Tensor
     finite: Tensor
-
-    def detached(self) -> MatchingTerms:
-        """The same without the loss's graph, to be kept and looked at."""
-        return replace(self, loss=self.loss.detach())
 
 
 def generator_matching(

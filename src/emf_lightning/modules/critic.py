@@ -1,4 +1,4 @@
-"""Training of two networks in turn: the one that draws, and a critic that follows or judges it."""
+"""Distillation with two networks in turn: the one that draws, and a critic that follows or judges it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.guidance import guided
+from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import UniformWeighting
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.networks.base import FlowMapNetwork
 
 CRITIC_STEPS = "critic_steps"
@@ -24,7 +27,7 @@ CRITIC_STEPS = "critic_steps"
 
 
 class CriticModule(FlowMapModule):
-    """Base of the modules that train a second network beside ``net``, each with its own optimiser, in turn.
+    """Base of the modules that distil ``net`` as it starts, and train a second network beside it, in turn.
 
     A batch is one step: ``critic_updates`` of the critic, then one of the network, with the other's parameters frozen.
     ``trainer.global_step`` counts the network's steps alone, and with it ``max_steps``, ``progress``, averages, scores
@@ -38,6 +41,7 @@ class CriticModule(FlowMapModule):
         critic_updates: of the critic before each of the network, at least 1.
         gradient_clip_val: largest norm of either network's gradient; None does not clip.
         micro_batches: parts of a batch whose gradients are accumulated, one part's activations in memory at a time.
+        teacher_guidance: scale of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
     """
 
     critic: nn.Module
@@ -52,6 +56,7 @@ class CriticModule(FlowMapModule):
         critic_updates: int = 1,
         gradient_clip_val: float | None = 1.0,
         micro_batches: int = 1,
+        teacher_guidance: float = 1.0,
         guidance: float = 1.0,
         initial: str | None = None,
     ) -> None:
@@ -65,11 +70,28 @@ class CriticModule(FlowMapModule):
         self.critic_updates = critic_updates
         self.gradient_clip_val = gradient_clip_val
         self.micro_batches = micro_batches
+        self.teacher_guidance = teacher_guidance
+        self.teacher = FrozenNetwork(self.net)
         self.critic_steps = 0
+        self.last_finite: Tensor | None = None
+        """``[B]``, which rows of the network's last loss were finite: a subclass sets it."""
 
     @abstractmethod
     def critic_objective(self, batch: CaptionImageBatch) -> Tensor:
         """The critic's loss of one batch, a scalar; logs what makes learning visible."""
+
+    def teacher_velocity(self, batch: CaptionImageBatch) -> Velocity:
+        """The frozen teacher's, of the batch's captions, with guidance where there is any."""
+        net = self.teacher.on(batch.latents.device)
+        text = self.velocity(batch.text, net)
+        if self.teacher_guidance == 1:
+            return text
+        return guided(text, self.velocity(batch.null.expand(len(batch)), net), self.teacher_guidance)
+
+    @property
+    def critic_turns(self) -> int:
+        """Updates of the critic in this step."""
+        return self.critic_updates
 
     # -- what the trainer is told -------------------------------------------------------------------------------------
 
@@ -113,7 +135,7 @@ class CriticModule(FlowMapModule):
         assert isinstance(own, LightningOptimizer) and isinstance(critics, LightningOptimizer)
         # Lightning counts each step of each optimiser, and resets these at every batch
         critics._on_before_step = critics._on_after_step = do_nothing_closure
-        for _ in range(self.critic_updates):
+        for _ in range(self.critic_turns):
             self._update(critics, batch, self.critic_objective)
             self.critic_steps += 1
         self._update(own, batch, self.objective)
@@ -140,6 +162,10 @@ class CriticModule(FlowMapModule):
         # after the callbacks, who log the norm before it is clipped
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, "norm")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.last_finite is not None:
+            self._stop_where_rows_stay_bad(self.last_finite)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.flow_matching import flow_matching
-from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.matching import AlphaMatching, MatchingLoss, MatchingTerms, TimeWeight, generator_matching
+from emf_lightning.flow.matching import AlphaMatching, MatchingLoss, TimeWeight, generator_matching
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import renoised, sample_renoised
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler
 from emf_lightning.modules.base import VALIDATION_TIMES
 from emf_lightning.modules.critic import CriticModule
-from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.networks.base import FlowMapNetwork
 
 
@@ -29,14 +27,13 @@ class FGM(CriticModule):
 
     Args:
         net: a flow-matching model; see ``FlowMapModule`` for ``guidance`` and ``initial``, ``CriticModule`` for the
-            optimisers, schedulers, ``critic_updates``, ``gradient_clip_val`` and ``micro_batches``.
+            optimisers, schedulers, ``critic_updates``, ``gradient_clip_val``, ``micro_batches``, ``teacher_guidance``.
         loss: of the generator's and the teacher's velocities.
         weight: of times in the generator's loss.
         times: law of t for generator and critic; its share of r < t rows must be 0.
         steps: the most jumps that the generator is trained for; batches take 1, 2, ... up to this in turn.
         generator_time: t*, at which the generator reads its noise, in (0, 1]: it gets t* e. At 1 a teacher that knows
             nothing but the caption starts by drawing the mean of all pictures.
-        teacher_guidance: scale of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
     """
 
     critic: FlowMapNetwork
@@ -49,7 +46,6 @@ class FGM(CriticModule):
         times: TimeSampler | None = None,
         steps: int = 1,
         generator_time: float = 1.0,
-        teacher_guidance: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         critic_optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -57,6 +53,7 @@ class FGM(CriticModule):
         critic_updates: int = 1,
         gradient_clip_val: float | None = 1.0,
         micro_batches: int = 1,
+        teacher_guidance: float = 1.0,
         guidance: float = 1.0,
         initial: str | None = None,
     ) -> None:
@@ -69,6 +66,7 @@ class FGM(CriticModule):
             critic_updates,
             gradient_clip_val,
             micro_batches,
+            teacher_guidance,
             guidance,
             initial,
         )
@@ -83,11 +81,7 @@ class FGM(CriticModule):
             raise ValueError(f"FGM: generator_time must lie in (0, 1], got {generator_time}")
         self.steps = steps
         self.generator_time = generator_time
-        self.teacher_guidance = teacher_guidance
         self.critic = copy.deepcopy(self.net)
-        self.teacher = FrozenNetwork(self.net)
-        self.last_matching: MatchingTerms | None = None
-        """What the generator's last step computed, without a graph."""
         self.save_hyperparameters(logger=False)
 
     def objective(self, batch: CaptionImageBatch) -> Tensor:
@@ -95,8 +89,10 @@ class FGM(CriticModule):
         x = self._generate(batch)
         t = self.times(len(batch), self.progress, x.device).t
         critic = self.velocity(batch.text, self.critic)
-        terms = generator_matching(self._teacher(batch), critic, x, torch.randn_like(x), t, self.loss, self.weight)
-        self.last_matching = terms.detached()
+        terms = generator_matching(
+            self.teacher_velocity(batch), critic, x, torch.randn_like(x), t, self.loss, self.weight
+        )
+        self.last_finite = terms.finite
         rows, finite = len(batch), terms.finite
         self.log("train/loss", terms.loss.detach(), batch_size=rows)
         self.log("train/velocity_gap", torch.where(finite, terms.gap, 0).sum() / finite.sum(), batch_size=rows)
@@ -122,27 +118,16 @@ class FGM(CriticModule):
         e = torch.randn_like(batch.latents)
         return renoised(self.velocity(batch.text), e, steps, lambda k: torch.randn_like(e), self.generator_time)
 
-    def _teacher(self, batch: CaptionImageBatch) -> Velocity:
-        net = self.teacher.on(batch.latents.device)
-        text = self.velocity(batch.text, net)
-        if self.teacher_guidance == 1:
-            return text
-        return guided(text, self.velocity(batch.null.expand(len(batch)), net), self.teacher_guidance)
-
     def draw(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
         """Jumps to the data, with fresh noise in between."""
         return sample_renoised(u, noise, steps, self.generator_time)
-
-    def on_train_batch_end(self, outputs: object, batch: CaptionImageBatch, batch_idx: int) -> None:
-        if self.last_matching is not None:
-            self._stop_where_rows_stay_bad(self.last_matching.finite)
 
     def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
         """Logs |u - v|^2 at fixed times on samples of the batch's captions, with noise fixed by the batch's index."""
         generator = torch.Generator().manual_seed(batch_idx)
         e, fresh = (torch.randn(batch.latents.shape, generator=generator).to(batch.latents) for _ in range(2))
         x = self.draw(self.velocity(batch.text), e, 1)
-        teacher, critic = self._teacher(batch), self.velocity(batch.text, self.critic)
+        teacher, critic = self.teacher_velocity(batch), self.velocity(batch.text, self.critic)
         for time in VALIDATION_TIMES:
             t = torch.full((len(batch),), time, device=x.device)
             z = interpolate(x, fresh, t)

@@ -102,6 +102,7 @@ class SanaFlowMap(FlowMapNetwork):
         super().__init__()
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
+        self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         self.math_attention = math_attention
         self.interval = interval or AnchoredInterval()
         self.improved = improved
