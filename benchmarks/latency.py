@@ -1,7 +1,7 @@
 """Measures drawing at full size by its parts: network steps and decoding; and a training step with the derivative.
 
-Writes docs/latency.md; `python -m benchmarks.latency --help` names the options. Weights are random: time and memory do not
-depend on them. What writing BLIP3o-NEXT's image tokens takes is measured apart, it is most of a picture's time there.
+Writes docs/latency.md; `python -m benchmarks.latency --help` names the options. Weights are random: time and memory do
+not depend on them. What writing BLIP3o-NEXT's image tokens takes, most of a picture's time there, is measured apart.
 """
 
 from __future__ import annotations
@@ -174,12 +174,15 @@ def main() -> None:
     latency = Latency(SETTINGS[options.size], device, dtype, options.batch, options.compile, options.repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     compared = options.size == "1.6B"
+    compiled, tokens = ", blocks compiled" if options.compile else "", SETTINGS[options.size].tokens
+    conditions = (
+        f"SANA {options.size} with random weights on {name}, bf16, batch {options.batch}{compiled}, {tokens} text tokens, "
+        f"torch {torch.__version__}; medians of {options.repeats}. Written by `python -m benchmarks.latency`."
+    )
     lines = [
         "# Latency",
         "",
-        f"SANA {options.size} with random weights on {name}, bf16, batch {options.batch}"
-        f"{', blocks compiled' if options.compile else ''}, {SETTINGS[options.size].tokens} text tokens, torch "
-        f"{torch.__version__}; medians of {options.repeats}. Written by `python -m benchmarks.latency`.",
+        conditions,
         "",
         "| network steps | seconds | with guidance |" + " the paper, H200 |" * compared,
         "|---|---|---|" + "---|" * compared,

@@ -10,7 +10,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.normalization import AdaLayerNormSingle
 from safetensors.torch import save_file
 
-from tests.text import blip3o_folder
+from tests import tiny_blip3o
 from tests.text.test_pretrained import save_tokenizer
 
 SANA = {
@@ -87,10 +87,10 @@ def language_model(folder: Path, kind: str) -> None:
 
 def blip3o_next(folder: Path) -> None:
     """``folder``/diffusers with SANA and DC-AE, and ``folder``/blip3o, a whole BLIP3o-NEXT around that SANA."""
-    stock = sana(folder / "diffusers", caption_channels=blip3o_folder.CONTEXT)
+    stock = sana(folder / "diffusers", caption_channels=tiny_blip3o.CONTEXT)
     dc_ae(folder / "diffusers")
     inside = {f"model.sana.{name}": tensor.contiguous() for name, tensor in stock.state_dict().items()}
-    blip3o_folder.save_checkpoint(folder / "blip3o", shards=2, **inside)
+    tiny_blip3o.save_checkpoint(folder / "blip3o", shards=2, **inside)
     config = json.loads((folder / "blip3o/config.json").read_text())
     config["diffusion_name_or_path"] = str(folder / "diffusers")
     (folder / "blip3o/config.json").write_text(json.dumps(config))

@@ -37,7 +37,8 @@ def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
     assert rows["network"].startswith("1,640,356,512  1,630,025,600 train")
     assert rows["autoencoder"].startswith("312,250,275")
     assert rows["patch_embed"].endswith("  0 train")
-    assert rows["features"].startswith("572 GB  3.36 MB each in bfloat16; within max_gb")  # 730 x 2304 x 2 bytes
+    assert rows["data.cache"].startswith("572 GB  3.36 MB each in bfloat16; within max_gb")  # 730 x 2304 x 2 bytes
+    assert rows["data.latent_cache"].startswith("11.1 GB  0.0655 MB each")
     assert rows["steps"] == "200,000  of 128 rows: 150.6 passes"
     # 26.1 GB: 4 bytes of each weight, 12 of each that trains
     assert rows["weights, gradients, AdamW"].startswith("26.1 GB")
@@ -53,7 +54,7 @@ def test_overlays_and_the_plans_own_options_count(capsys):
     two = planned(capsys, *options, *size, "--samples", "1000", "--device", "A100", "--utilisation", "0.6")
 
     assert one["steps"].startswith("200,000  of 128 rows")
-    assert one["features"].startswith("1.38 GB")
+    assert one["data.cache"].startswith("1.38 GB")
     assert "in all, FSDP2 over 16" in one
     seconds = [float(rows["a step"].split()[0]) for rows in (one, two)]
     assert seconds[1] / seconds[0] == pytest.approx(989 / 312, rel=0.01)

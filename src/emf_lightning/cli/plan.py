@@ -16,6 +16,17 @@ from emf_lightning.networks.base import FlowMapNetwork
 DEVICES = {"A100": (312, 80), "H100": (989, 80), "H200": (989, 141), "B200": (2250, 180)}
 """Name -> dense bf16 TFLOP/s and GB of memory, from the makers' data sheets."""
 
+HELP = f"""\
+usage: emf plan --config FILE [--device H100] [--utilisation 0.3] [--samples 170000] [options of emf fit]
+
+Say what an experiment takes, before anything is downloaded or rented: parameters by part, memory of a device by
+strategy, caches and checkpoints on disk, operations, time. Counted on the network as it is built, without its weights.
+
+--device          {", ".join(DEVICES)}: whose peak speed and memory
+--utilisation     share of that peak that training reaches
+--samples         in the training data
+"""
+
 _DERIVATIVE = 1.99
 """Forward passes that du/dt of a row costs (`make bench` counts them)."""
 
@@ -43,10 +54,7 @@ class Assumptions:
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Prints what the experiment of ``arguments``, those of `emf fit`, takes.
-
-    Three are the plan's own: ``--device H100``, ``--utilisation 0.3``, ``--samples 170000``.
-    """
+    """Runs the verb on what stands behind ``emf plan``, experiments expanded."""
     parser = argparse.ArgumentParser(prog="emf plan", exit_on_error=False, add_help=False)
     parser.add_argument("--device", choices=DEVICES, default="H100")
     parser.add_argument("--utilisation", type=float, default=0.3)
@@ -55,7 +63,7 @@ def plan(arguments: Sequence[str]) -> None:
     if not 0 < own.utilisation <= 1 or own.samples < 1:
         raise ValueError(f"utilisation must lie in (0, 1], samples be positive; got {own.utilisation}, {own.samples}")
     if not rest or {"-h", "--help"} & set(rest):
-        print("usage: emf plan --config FILE [--device H100] [--utilisation 0.3] [--samples 170000] [options of fit]")
+        print(HELP, end="")
         return
     settings = PlanningCLI.run(["fit", *rest]).settings
     for line in report(settings, Assumptions(own.device, own.utilisation, own.samples)):
@@ -178,17 +186,18 @@ class _Sizes:
         ]
 
     def disk(self, given: Assumptions) -> list[str]:
-        cache = self.settings.data.get("cache")
+        data = self.settings.data
+        side = data.resolution // self.autoencoder.downsampling
+        sizes = {"cache": self.text.length * self.text.width, "latent_cache": self.autoencoder.channels * side**2}
         lines = ["", f"Disk ({given.samples:,} samples)"]
-        if cache is None:
-            lines.append(_row("features", "none", "every caption is encoded each time it comes"))
-        else:
-            kind = cache.get("dtype") or cache.get("init_args.dtype") or "float32"
-            each = self.text.length * self.text.width * {"float32": 4, "float8": 1}.get(kind, 2)
-            limit = cache.get("max_gb") or cache.get("init_args.max_gb") or 16
+        for name, numbers in sizes.items():
+            if (cache := data.get(name)) is None:
+                lines.append(_row(f"data.{name}", "none", "computed each time"))
+                continue
+            each = numbers * {"float32": 4, "float8": 1}.get(cache.dtype, 2)
             needed = each * given.samples / 1e9
-            room = "within max_gb" if needed < limit else f"max_gb is {limit:g}: --data.cache.max_gb {needed:.0f}"
-            lines.append(_row("features", _gb(each * given.samples), f"{each / 1e6:.2f} MB each in {kind}; {room}"))
+            room = "within max_gb" if needed < cache.max_gb else f"--data.{name}.max_gb {needed * 1.02:.0f} holds them"
+            lines.append(_row(f"data.{name}", _gb(needed * 1e9), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
         saved = 4 * self.total + 8 * self.trainable + (4 * self.total if self.averages else 0)
         return [*lines, _row("a checkpoint", _gb(saved), "with the optimiser; two are kept")]
 
@@ -198,7 +207,9 @@ class _Sizes:
         images, share = trainer.max_steps * batch, _share(self.settings)
         again = bool(self.settings.model.init_args.net.get("init_args.gradient_checkpointing"))
         teacher = self.settings.model.init_args.get("velocity") == "teacher"
-        row = self.cost.flops * (3 + again + teacher + share * _DERIVATIVE) + encoding
+        row = self.cost.flops * (3 + again + teacher + share * _DERIVATIVE)
+        encoded = "latents from the cache" if data.get("latent_cache") else "encoding the image"
+        row += 0 if data.get("latent_cache") else encoding
         peak = DEVICES[given.device][0] * 1e12 * given.utilisation
         seconds = row * data.batch_size * trainer.accumulate_grad_batches / peak
         patch = getattr(getattr(self.net, "transformer", None), "config", {}).get("patch_size", 1)
@@ -216,7 +227,7 @@ class _Sizes:
             _row(
                 "a row",
                 f"{row / 1e12:.3g} TFLOP",
-                f"{3 + again + teacher} passes, du/dt of {share:.0%} of the rows, encoding the image",
+                f"{3 + again + teacher} passes, du/dt of {share:.0%} of the rows, {encoded}",
             ),
             _row(
                 "a step",
