@@ -176,8 +176,8 @@ def main() -> None:
     compared = options.size == "1.6B"
     compiled, tokens = ", blocks compiled" if options.compile else "", SETTINGS[options.size].tokens
     conditions = (
-        f"SANA {options.size} with random weights on {name}, bf16, batch {options.batch}{compiled}, {tokens} text tokens, "
-        f"torch {torch.__version__}; medians of {options.repeats}. Written by `python -m benchmarks.latency`."
+        f"SANA {options.size} with random weights on {name}, bf16, batch {options.batch}{compiled}, {tokens} text "
+        f"tokens, torch {torch.__version__}; medians of {options.repeats}. Written by `python -m benchmarks.latency`."
     )
     lines = [
         "# Latency",

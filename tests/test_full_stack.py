@@ -22,6 +22,8 @@ trainer:
     class_path: lightning.pytorch.loggers.TensorBoardLogger
     init_args: {save_dir: runs}
   callbacks+:
+    - class_path: ModelCheckpoint
+      init_args: {every_n_train_steps: 1, save_top_k: -1, filename: "kept-{step}"}
     - class_path: FewStepSampling
       init_args:
         suite: {class_path: ShapesSuite, init_args: {world: small}}
@@ -75,7 +77,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["cache", *experiment])
         main(["fit", *experiment])
         run = "runs/emf/blip3o_next/version_0"
-        half = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/step=2.ckpt"]
+        half = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/kept-step=2.ckpt"]
         main(["fit", *half, *version("again")])
         trained = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
         main(["test", *trained, *version("tested")])
