@@ -17,6 +17,8 @@ SHOWN = {
     "train/images_per_second": "img/s",
     "train/mse_r_equals_t": "mse r=t",
     "train/mse_r_below_t": "mse r<t",
+    "train/velocity_gap": "|u-v|^2",
+    "train/critic_mse": "critic mse",
 }
 """Logged tag -> what it is called in the bar, where it is logged at all."""
 

@@ -23,6 +23,7 @@ from emf_lightning.flow.derivative import ForwardMode
 from emf_lightning.flow.float64 import KeepFloat64, central_difference
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.sharding import is_sharded
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
 
@@ -70,6 +71,11 @@ class SelfCheck(Callback):
         self._begun = self._done = False
         self._figures: list[str] = []
 
+    @property
+    def sentence(self) -> str:
+        """What was found, from the first optimiser step on."""
+        return "self-check: " + ", ".join(self._figures)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = self._done = False
 
@@ -95,7 +101,7 @@ class SelfCheck(Callback):
             parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
             self._figures.append(_compare_gradients(trainer, parameters))
         if self._figures and trainer.is_global_zero:
-            sentence = "self-check: " + ", ".join(self._figures)
+            sentence = self.sentence
             bar = trainer.progress_bar_callback
             if isinstance(bar, ExperimentProgressBar):
                 bar.show_sentence(sentence)
@@ -239,8 +245,7 @@ def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
 
 
 def _copyable(net: FlowMapNetwork, largest: int) -> bool:
-    parameters = list(net.parameters())
-    return sum(p.numel() for p in parameters) <= largest and not any(isinstance(p, DTensor) for p in parameters)
+    return not is_sharded(net) and sum(p.numel() for p in net.parameters()) <= largest
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
@@ -254,9 +259,16 @@ def _compare_gradients(trainer: Trainer, parameters: Sequence[tuple[str, nn.Para
     """The figure for the line.
 
     Raises:
-        ValueError: where a rank has other gradients than rank 0.
+        ValueError: where a rank has other gradients than rank 0, or a part of the ranks shards for itself.
     """
-    if any(isinstance(p, DTensor) for _, p in parameters):
+    meshes = [p.device_mesh.size() for _, p in parameters if isinstance(p, DTensor)]
+    if any(size < trainer.world_size for size in meshes):
+        raise ValueError(
+            f"SelfCheck: the network is sharded over {min(meshes)} of {trainer.world_size} ranks, and each such group "
+            "trains for itself: give ModelParallelStrategy data_parallel_size: devices x num_nodes and "
+            "tensor_parallel_size: 1 (auto takes the devices of a node for tensor ranks)"
+        )
+    if meshes:
         return "gradients not compared (sharded: each rank has its own part)"
     sums = torch.stack([_checksum(p) for _, p in parameters]).tolist()
     everyone = gathered(trainer, [sums])

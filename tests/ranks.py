@@ -21,16 +21,22 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, TrainingLog, WeightEMA
+from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, SelfCheck, TrainingLog, WeightEMA
 from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.flow.consistency import ConsistencyObjective, ConsistencyTerms
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.times import Schedule, Times, TimeSampler
+from emf_lightning.modules.critic import CriticModule
+from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.scflow import SCFlow
+from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.text.words import WordEncoder
@@ -218,7 +224,67 @@ def stream(out: Path, name: str, *callbacks: Callback, ckpt_path: Path | None = 
         torch.save(found.values, out / f"{name}.pt")
 
 
+class OneTime(TimeSampler):
+    """t = .6 in every row."""
+
+    def __init__(self) -> None:
+        super().__init__(Schedule(0.0))
+
+    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.full((rows,), 0.6), torch.full((rows,), 0.6)
+
+
+def fgm() -> FGM:
+    return FGM(network(), times=OneTime(), generator_time=0.7, optimizer=sgd, critic_updates=2, gradient_clip_val=0.5)
+
+
+def scflow() -> SCFlow:
+    return SCFlow(
+        network(),
+        lambda net: ConvDiscriminator(net, 4, 8, group=1),
+        OneStep(truncation=0.0),
+        OneTime(),
+        optimizer=sgd,
+        gradient_clip_val=0.5,
+    )
+
+
+class OneStep(ConsistencyObjective):
+    """Steps of one length, whichever row it is."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> ConsistencyTerms:
+        with patch("torch.rand", torch.ones):
+            return super().__call__(*arguments, **settings)
+
+
+def _in_parts(module: CriticModule) -> CriticModule:
+    module.micro_batches = 2
+    return module
+
+
+def in_turn(out: Path, name: str, places: list[Place], module: CriticModule, **settings: Any) -> None:
+    """Trains two networks in turn on ``places``, and leaves the weights of both."""
+    trainer = Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out / name,
+        callbacks=[TrainingLog(), SelfCheck()],
+        **({"devices": 1} | settings),
+    )
+    with patch("torch.randn_like", lambda x: x.roll(1, -1)):  # the noise is the row's
+        trainer.fit(module, DataLoader(Batches(places), batch_size=None))
+    if trainer.is_global_zero:
+        torch.save({"weights": whole(module.named_parameters())}, out / f"{name}.pt")
+
+
 def alone(rank: int, out: Path) -> None:
+    in_turn(out, "fgm-alone", JOINED, fgm())
+    in_turn(out, "scflow-alone", JOINED, scflow())
     train(out, "alone", JOINED, WeightEMA(decay=0.5), SaveNetwork())
     train(out, "alone-lightning", JOINED, EMAWeightAveraging(decay=0.5))
     train(out, "alone-teacher", JOINED, model=TEACHER)
@@ -226,6 +292,9 @@ def alone(rank: int, out: Path) -> None:
 
 def together(rank: int, out: Path) -> None:
     own = OWN[rank]
+    in_turn(out, "fgm-ddp", own, fgm(), **replicated())
+    in_turn(out, "scflow-ddp", own, scflow(), **replicated())
+    in_turn(out, "fgm-ddp-parts", own, _in_parts(fgm()), **replicated())
     train(out, "ddp", own, WeightEMA(decay=0.5), SaveNetwork(), **replicated())
     train(out, "ddp-lightning", own, EMAWeightAveraging(decay=0.5), **replicated())
     train(out, "ddp-teacher", own, model=TEACHER, net={"gradient_checkpointing": True}, **replicated())
@@ -246,7 +315,9 @@ def together(rank: int, out: Path) -> None:
         batch_size=5,
         figures=False,
     )
-    stream(out, "watched", WeightEMA(decay=0.5), watch, **sharded(2))
+    check = SelfCheck()
+    stream(out, "watched", WeightEMA(decay=0.5), check, watch, **sharded(2))
+    (out / f"check-{rank}.txt").write_text(check.sentence)
     stream(out, "unkilled", WeightEMA(decay=0.5), **replicated())
 
 
@@ -259,14 +330,26 @@ def complaint(attempt: Callable[[], None]) -> str:
     return ""
 
 
+class ShardedByItself(MeanFlow):
+    """A module that trusts the automatic mesh, as ``ModelParallelStrategy``'s documentation shows it."""
+
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def refused(rank: int, out: Path) -> None:
-    auto = {"strategy": ModelParallelStrategy(), "devices": 2}
+    def auto() -> dict[str, Any]:
+        return {"strategy": ModelParallelStrategy(), "devices": 2}
+
     (out / "prompts.txt").write_text("a red circle\na blue square\n")
     data = tiny.data(out / "shards", prompts=out / "prompts.txt")
+    apart = ShardedByItself(tiny.network())
     drawing = tiny.trainer(out / "drawing", SampleWriter(), **sharded(2))
     said = {
-        "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto)),
+        "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto())),
+        "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
+        "critic": complaint(lambda: in_turn(out, "critic", OWN[rank], fgm(), **sharded(2))),
         "prediction": complaint(lambda: drawing.predict(tiny.meanflow(), datamodule=data)),
     }
     if rank == 0:

@@ -65,6 +65,14 @@ def test_two_ranks_train_as_one_process_does_on_both_batches(out, name, same_as)
     assert two["logged"]["train/gradient_norm"] == pytest.approx(one["logged"]["train/gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [("fgm-ddp", "fgm-alone"), ("fgm-ddp-parts", "fgm-alone"), ("scflow-ddp", "scflow-alone")],
+)
+def test_two_ranks_train_two_networks_in_turn_as_one_process_does(out, name, same_as):
+    assert difference(found(out, name)["weights"], found(out, same_as)["weights"]) < 1e-6
+
+
 def test_times_stay_fp32_where_a_sharded_network_computes_in_bf16(out):
     mixed = found(out, "fsdp2-mixed")
     assert set(mixed["times"]) == {"torch.float32"}
@@ -100,6 +108,12 @@ def test_few_step_sampling_leaves_sharded_training_as_it_was(out):
     assert all(sum(record["scores"]["images"].values()) == 11 for record in records), "each image once"
 
 
+def test_the_self_check_goes_through_a_sharded_network_on_all_ranks_together(out):
+    for rank in range(2):
+        said = (out / f"check-{rank}.txt").read_text()
+        assert "of fp32 differences" in said and "r = t exact" in said and "each rank has its own part" in said
+
+
 @pytest.mark.parametrize("resumed", ["one-from-one", "two-from-one", "one-from-parts", "two-from-parts"])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_or_two(out, resumed):
     whole, part = found(out, "alone"), found(out, resumed)
@@ -117,4 +131,6 @@ def test_what_cannot_be_sharded_is_refused_with_the_remedy(out):
     said = json.loads((out / "refused.json").read_text())
     assert "set data_parallel_size: 2, tensor_parallel_size: 1" in said["auto"]
     assert "name WeightEMA" in said["averages"]
+    assert "sharded over 1 of 2 ranks" in said["apart"]
     assert "--trainer.strategy auto, or ddp" in said["prediction"]
+    assert "ModelParallelStrategy shards one network" in said["critic"]

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from emf_lightning.flow.derivative import Fused
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
@@ -259,3 +260,9 @@ def test_schedule_warms_up_and_ends_at_its_final_share():
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.2)
     with pytest.raises(ValueError, match="max_steps"):
         WarmupCosine(sgd, total=-1)
+
+
+def test_the_fused_derivative_and_gradient_checkpointing_are_refused_together(net):
+    net.recomputed = True
+    with pytest.raises(ValueError, match="take ForwardMode, or set net"):
+        MeanFlow(net, MeanFlowObjective(Fused()))

@@ -362,3 +362,41 @@ def test_heads_keep_apart_in_patches():
         head.weight.copy_(head.velocity.weight)
         head.bias.copy_(head.velocity.bias)
         assert torch.allclose(net(z, t, t, context, mask)[:, :3], v, atol=1e-6)
+
+
+# -- settings of a start from published weights -----------------------------------------------------------------------
+
+
+def test_refit_reads_the_new_scale_as_the_parent_read_its_own(tmp_path):
+    parent = stock_parent(tmp_path)
+    with torch.no_grad():  # as smooth in t as a trained embedding: of the waves only those slower than 1 in 60
+        waves = parent.time_embed.emb.timestep_embedder.linear_1.weight
+        waves[:, :60] = waves[:, 128:188] = 0
+    parent.save_pretrained(str(tmp_path / "parent"))
+    raw, net = adapted(tmp_path, time_scale=1.0), adapted(tmp_path, time_scale=1.0, refit=True)
+    z, t, context, mask = inputs(16)
+    with torch.no_grad():
+        expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
+        unfitted, fitted = ((each(z, t, t, context, mask) - expected).norm() for each in (raw, net))
+    assert fitted < 0.1 * unfitted
+    embedding = net.transformer.time_embed
+    assert torch.equal(embedding.linear.weight, embedding.interval.linear.weight)
+
+
+def test_refit_at_the_pretrained_scale_changes_nothing(tmp_path):
+    parent = stock_parent(tmp_path)
+    net = adapted(tmp_path, refit=True)
+    assert torch.equal(net.transformer.time_embed.linear.weight, parent.time_embed.linear.weight)
+
+
+def test_only_what_is_named_trains():
+    net = tiny(trainable=["transformer_blocks.1", "time_embed", "scale_shift_table"])
+    trained = {name for name, p in net.transformer.named_parameters() if p.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"transformer_blocks", "time_embed", "scale_shift_table"}
+    assert all(name.startswith("transformer_blocks.1.") for name in trained if name.startswith("transformer_blocks"))
+    assert any(name.startswith("time_embed.interval.") for name in trained)
+
+
+def test_a_name_of_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match=r"trainable='time_embed_t' is the beginning of no .* there are .*time_embed"):
+        tiny(trainable=["time_embed_t"])

@@ -37,3 +37,9 @@ class CaptionImageBatch:
             self.null.to(device),
             self.captions,
         )
+
+    def parts(self, count: int) -> list[CaptionImageBatch]:
+        """The rows in ``count`` batches, as equal as can be; fewer where there are fewer rows."""
+        size = -(-len(self) // count)
+        slices = [slice(first, first + size) for first in range(0, len(self), size)]
+        return [CaptionImageBatch(self.latents[s], self.text[s], self.null, self.captions[s]) for s in slices]

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative import Derivative
+from emf_lightning.flow.derivative import Derivative, Fused
 from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.meanflow import MeanFlowObjective
 from emf_lightning.flow.objective import Objective
@@ -60,6 +60,11 @@ class MeanFlow(FlowMapModule):
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial, gather_once
         )
         self.interval_objective = objective or MeanFlowObjective()
+        if net.recomputed and isinstance(self.derivative, Fused):
+            raise ValueError(
+                "MeanFlow: the Fused derivative does not go together with gradient checkpointing (torch counts the "
+                "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"
+            )
         self.times = times or LogitNormalTimes()
         if velocity not in ("conditional", "own", "teacher"):
             raise ValueError(f"MeanFlow: velocity must be conditional, own or teacher, got {velocity!r}")

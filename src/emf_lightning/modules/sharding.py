@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from emf_lightning.networks.base import FlowMapNetwork
@@ -17,8 +18,8 @@ LIVE = "current_model_state."
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a parameter is spread over ranks: then forward passes are collective, and so is reading weights."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    """Whether weights are spread over ranks (FSDP2): then forward passes are collective, and so is reading weights."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def data_parallel(mesh: DeviceMesh) -> DeviceMesh:

@@ -18,10 +18,18 @@ class FlowMapNetwork(nn.Module, ABC):
     Attributes:
         prediction: what the backbone's output stands for, turned into u.
         compiled: whether ``compile_blocks`` was called; a deep copy has to call it again.
+        latent_channels: C of the latents that it was built for.
+        latent_size: H = W of these.
+        context_width: D of the text features.
+        recomputed: whether the blocks keep no activations for the backward pass (gradient checkpointing).
     """
 
     prediction: Prediction
+    latent_channels: int
+    latent_size: int
+    context_width: int
     compiled: bool = False
+    recomputed: bool = False
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

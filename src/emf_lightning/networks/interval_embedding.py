@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from emf_lightning.networks.improved import ConditionEmbedding
 from emf_lightning.networks.interval import AnchoredInterval, IntervalInput, Modulation
 
+_SMOOTHEST, _STEEPEST, _RIDGE = 2.0, 16.0, 1e-4
+"""Slopes of ``refit``'s steps, per unit of t, and its ridge relative to the kernel's diagonal.
+
+On the shapes world's parent, 100 t to t: 5 % error, du/dt 14 % smaller in the mean and 30 % at its worst.
+"""
+
 
 class IntervalEmbedding(AdaLayerNormSingle):
     """SANA's time embedding, with a second one of the same kind for the interval's length.
@@ -71,43 +77,53 @@ class IntervalEmbedding(AdaLayerNormSingle):
             own = {k: v for k, v in self.state_dict().items() if k.startswith(("emb.", "linear."))}
             self.interval.load_state_dict(own)
 
-    def refit(self, old_scale: float, new_scale: float, steps: int = 1500, rows: int = 256) -> float:
+    @torch.no_grad()
+    def refit(self, old_scale: float, new_scale: float) -> float:
         """The error left after teaching this module to read ``new_scale`` t as it reads ``old_scale`` t.
 
         A network trained on 1000 t holds high frequencies in t that flow matching never notices; MeanFlow's du/dt
         multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
-        (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` and ``linear`` change; no data are needed.
+        (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` changes, and no data are needed: its first
+        layer becomes smooth steps spread over t, its second the ridge regression of the old values on them.
 
         Args:
             old_scale: factor on t in [0, 1] that the module was trained with.
             new_scale: the one it is to be called with from now on.
-            steps: of Adam, some 20 seconds' worth at width 192.
-            rows: times a step.
 
         Returns:
             Root mean square error of the modulation, relative to its standard deviation over t.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            grid = torch.linspace(0, 1, 1025, device=self.linear.weight.device)
-            dtype = self.linear.weight.dtype
-            with torch.no_grad():
-                wanted = self.of_time(grid * old_scale, dtype)
-            spread = wanted[0].std(0).norm()
-            adam = torch.optim.Adam([*self.emb.parameters(), *self.linear.parameters()], lr=2e-3)
-            decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-            for _ in range(steps):
-                i = torch.randint(len(grid), (rows,), device=grid.device)
-                got = self.of_time(grid[i] * new_scale, dtype)
-                losses = [(a - b[i]).square().mean() / b.var(0).mean() for a, b in zip(got, wanted, strict=True)]
-                adam.zero_grad()
-                torch.autograd.backward(losses)
-                adam.step()
-                decay.step()
-            adam.zero_grad()
-            with torch.no_grad():
-                got = self.of_time(grid * new_scale, dtype)
-                return float((got[0] - wanted[0]).square().mean(0).sum().sqrt() / spread)
+        draws = torch.Generator().manual_seed(0)
+        embedder = self.emb.timestep_embedder
+        dtype, device = self.linear.weight.dtype, self.linear.weight.device
+        grid = torch.linspace(0, 1, 1025, device=device)
+        wanted = self.of_time(grid * old_scale, dtype)
+
+        # a combination of the sines and cosines that is t itself, so that a step can have any place and width
+        waves = _with_ones(self.emb.time_proj(grid * new_scale).double().cpu())
+        *of_waves, constant = torch.linalg.lstsq(
+            waves, grid[:, None].double().cpu(), rcond=1e-6, driver="gelsd"
+        ).solution
+        units = embedder.linear_1.out_features
+        steepness = _SMOOTHEST * (_STEEPEST / _SMOOTHEST) ** torch.rand(units, generator=draws, dtype=torch.float64)
+        steepness = torch.where(torch.rand(units, generator=draws) < 0.5, -steepness, steepness)
+        place = 1.2 * torch.rand(units, generator=draws, dtype=torch.float64) - 0.1
+        embedder.linear_1.weight.copy_(steepness[:, None] * torch.cat(of_waves))
+        embedder.linear_1.bias.copy_(steepness * (constant - place))
+
+        steps = _with_ones(embedder.act(embedder.linear_1(waves[:, :-1].to(device, dtype))).double().cpu())
+        kernel = steps @ steps.T
+        kernel.diagonal().add_(_RIDGE * kernel.diagonal().mean())
+        solution = steps.T @ torch.linalg.solve(kernel, wanted[1].double().cpu())
+        embedder.linear_2.weight.copy_(solution[:-1].T)
+        embedder.linear_2.bias.copy_(solution[-1])
+
+        error = self.of_time(grid * new_scale, dtype)[0] - wanted[0]
+        return float(error.square().mean(0).sum().sqrt() / wanted[0].std(0).norm())
+
+
+def _with_ones(features: Tensor) -> Tensor:
+    return torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from emf_lightning.networks.base import FlowMapNetwork, written
 from emf_lightning.networks.interval import AnchoredInterval, IntervalInput
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
 
+PRETRAINED_TIME_SCALE = 1000.0
+"""The factor on t that SANA's published weights were trained with."""
+
 
 @dataclass(frozen=True)
 class SanaArchitecture:
@@ -51,10 +54,15 @@ class SanaFlowMap(FlowMapNetwork):
 
     Args:
         architecture: its size, where it starts from scratch.
-        pretrained: folder or hub name in diffusers' format to start from instead; ``subfolder`` as there.
+        pretrained: folder or hub name to start from instead: in diffusers' format, or a whole BLIP3o-NEXT or EMF
+            checkpoint, whose SANA is taken.
         subfolder: e.g. ``transformer`` for a whole pipeline's repository.
         prediction: what the network's output stands for.
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
+        refit: fit the pretrained time embedding anew where it knows another ``time_scale`` (1000, if the weights do
+            not say), in some seconds at the start. Without it EMF's network has to learn t from scratch.
+        trainable: parameters that train, by the beginnings of their names; null for all of them. EMF's are
+            ``[transformer_blocks, time_embed, scale_shift_table]``.
         math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
             CPU the fused kernel's backward pass alone takes a third of a step.
         interval: how r joins t; by default a second time embedding, anchored so that the parent is preserved.
@@ -78,6 +86,8 @@ class SanaFlowMap(FlowMapNetwork):
         subfolder: str | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
+        refit: bool = False,
+        trainable: list[str] | None = None,
         interval: IntervalInput | None = None,
         improved: bool = False,
         math_attention: bool = False,
@@ -92,6 +102,7 @@ class SanaFlowMap(FlowMapNetwork):
         super().__init__()
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
+        self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         self.math_attention = math_attention
         self.interval = interval or AnchoredInterval()
         self.improved = improved
@@ -118,11 +129,14 @@ class SanaFlowMap(FlowMapNetwork):
                     f"SanaFlowMap: no readable weights at pretrained={pretrained!r}: give a folder in diffusers' "
                     "format, or a hub name that is in the local cache or can be reached"
                 ) from error
-            self._check(pretrained, latent_channels, context_width)
+            self._check(pretrained, latent_channels, context_width, refit)
             _check_patches(latent_size, self.transformer.config.patch_size, "change the data's resolution")
         self.transformer.take(self.interval)
+        if trainable is not None:
+            self._train_only(trainable)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+            self.recomputed = True
         if compile:
             self.compile_blocks()
 
@@ -140,19 +154,48 @@ class SanaFlowMap(FlowMapNetwork):
         """Puts the meaning into what ``save_pretrained`` writes."""
         self.transformer.register_to_config(**{f"_flow_{name}": value for name, value in self.meaning.items()})
 
-    def _check(self, pretrained: str, latent_channels: int, context_width: int) -> None:
+    def _check(self, pretrained: str, latent_channels: int, context_width: int, refit: bool) -> None:
+        """Compares what the weights mean with what the settings say, and refits their time embedding if asked to."""
         config = self.transformer.config
-        for name, ours, theirs in (
+        theirs = {name: config.get(f"_flow_{name}") for name in self.meaning}
+        scale = theirs["time_scale"] or PRETRAINED_TIME_SCALE
+        if refit and scale != self.time_scale:
+            if theirs["interval"]:
+                raise ValueError(
+                    f"SanaFlowMap: {pretrained} knows intervals at time_scale {scale:g}, which refit would make it "
+                    "forget; leave refit out and set that time_scale"
+                )
+            self._refit(scale)
+            theirs["time_scale"] = None
+        for name, ours, there in (
             ("latent channels", latent_channels, config.in_channels),
             ("text feature width", context_width, config.caption_channels),
-            *((name, value, config.get(f"_flow_{name}") or value) for name, value in self.meaning.items()),
+            *((name, value, theirs[name] or value) for name, value in self.meaning.items()),
         ):
-            if ours != theirs:
+            if ours != there:
                 raise ValueError(
-                    f"SanaFlowMap: {pretrained} was trained with {name} {theirs!r}, this experiment has {ours!r}; "
+                    f"SanaFlowMap: {pretrained} was trained with {name} {there!r}, this experiment has {ours!r}; "
                     "make the data, encoder or net settings agree, or start from other weights"
                 )
         self._sign()
+
+    def _refit(self, old_scale: float) -> float:
+        if self.transformer.device.type == "meta":
+            return 0.0
+        error = self.transformer.time_embed.refit(old_scale, self.time_scale)
+        self.transformer.time_embed.duplicate()
+        return error
+
+    def _train_only(self, beginnings: list[str]) -> None:
+        names = [name for name, _ in self.transformer.named_parameters()]
+        for beginning in beginnings:
+            if not any(_begins(name, beginning) for name in names):
+                raise ValueError(
+                    f"SanaFlowMap: trainable={beginning!r} is the beginning of no parameter's name; there are "
+                    f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+                )
+        for name, parameter in self.transformer.named_parameters():
+            parameter.requires_grad_(any(_begins(name, beginning) for beginning in beginnings))
 
     def refit_time(self, time_scale: float) -> float:
         """The relative error of reading ``time_scale`` t as the present scale was read (``IntervalEmbedding.refit``).
@@ -160,9 +203,8 @@ class SanaFlowMap(FlowMapNetwork):
         The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet: what
         starts from it may choose how it takes them.
         """
-        error = self.transformer.time_embed.refit(self.time_scale, time_scale)
-        self.transformer.time_embed.duplicate()
-        self.time_scale = time_scale
+        old_scale, self.time_scale = self.time_scale, time_scale
+        error = self._refit(old_scale)
         self._sign()
         self.transformer.register_to_config(_flow_interval=None)
         return error
@@ -192,6 +234,10 @@ class SanaFlowMap(FlowMapNetwork):
                 return_dict=False,
             )[0]
         return output
+
+
+def _begins(name: str, beginning: str) -> bool:
+    return name == beginning or name.startswith(f"{beginning}.")
 
 
 def _check_patches(latent_size: int, patch_size: int, remedy: str) -> None:

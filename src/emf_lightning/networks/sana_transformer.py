@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from diffusers import SanaTransformer2DModel
 
 from emf_lightning.flow.improved_meanflow import Guidance
 from emf_lightning.networks.improved import ConditionEmbedding, VelocityHead
 from emf_lightning.networks.interval import IntervalInput
 from emf_lightning.networks.interval_embedding import IntervalEmbedding
+from emf_lightning.networks.released import is_released, read_released, released_config
+from emf_lightning.published import config_of
 
 
 class IntervalSanaTransformer(SanaTransformer2DModel):
@@ -25,25 +28,46 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         self.time_embed = IntervalEmbedding(self.config.num_attention_heads * self.config.attention_head_dim)
 
     @classmethod
-    def from_flow(cls, path: str, **kwargs: Any) -> IntervalSanaTransformer:
+    def from_flow(cls, path: str, subfolder: str | None = None) -> IntervalSanaTransformer:
         """A model with published or own weights; what they do not know starts as if it were not there.
 
+        On the meta device only its configuration is read.
+
+        Args:
+            path: a folder or hub name in diffusers' format, or one with a BLIP3o-NEXT or EMF checkpoint.
+            subfolder: of ``path``, in diffusers' format.
+
         Raises:
-            OSError: where ``path`` is no diffusers folder or hub name.
+            OSError: where ``path`` is none of these.
             ValueError: where its weights are not those that its configuration speaks of.
         """
         try:
-            model, info = cls.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=False, **kwargs)
+            model, missing, surplus = cls._load(path, subfolder)
         except RuntimeError as error:  # a line for each weight of another size
             raise _other_weights(path, str(error).partition("\n")[2].partition("\n")[0].strip()) from error
         starts = model.starts()
-        missing = [key for key in info["missing_keys"] if not key.startswith(tuple(starts))]
-        if missing or info["unexpected_keys"]:
-            raise _other_weights(path, f"missing {sorted(missing)[:3]}, surplus {sorted(info['unexpected_keys'])[:3]}")
+        lost = [key for key in missing if not key.startswith(tuple(starts))]
+        if lost or surplus:
+            raise _other_weights(path, f"missing {sorted(lost)[:3]}, surplus {sorted(surplus)[:3]}")
         for prefix, start in starts.items():
-            if any(key.startswith(prefix) for key in info["missing_keys"]):
+            if any(key.startswith(prefix) for key in missing):
                 start()
         return model.train()  # diffusers hands out models to sample with
+
+    @classmethod
+    def _load(cls, path: str, subfolder: str | None) -> tuple[IntervalSanaTransformer, list[str], list[str]]:
+        """The model, and the names that its weights lack and that they have too many."""
+        released = subfolder is None and is_released(path)
+        if torch.get_default_device().type == "meta":
+            return cls.from_config(released_config(path) if released else config_of(path, subfolder)), [], []
+        if not released:
+            model, info = cls.from_pretrained(
+                path, subfolder=subfolder, output_loading_info=True, low_cpu_mem_usage=False, use_safetensors=True
+            )
+            return model, info["missing_keys"], info["unexpected_keys"]
+        weights = read_released(path)
+        model = cls.from_config(weights.config)
+        return model, *model.load_state_dict(weights.tensors, strict=False)
 
     def starts(self) -> dict[str, Any]:
         """What a flow-matching network's weights lack, by prefix, and what sets it so that they draw as they did."""

@@ -57,10 +57,13 @@ class TextEncoder(nn.Module, ABC):
     Attributes:
         width: D, channels of a token's features.
         length: L, the fixed number of token positions; shorter captions are padded, longer ones cut and counted.
+        view_side: side of the square picture of the whole image from which training features are made, beside the
+            caption; None where the caption is all there is.
     """
 
     width: int
     length: int
+    view_side: int | None = None
 
     @property
     @abstractmethod
@@ -70,6 +73,13 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """The features of ``captions``, ``[B, L, D]``; the null caption is the empty string."""
+
+    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
+        """The features of ``captions`` that training sees, given pictures ``[B, 3, S, S]`` in [-1, 1] of their images.
+
+        Only for encoders with a ``view_side``, S; the others have one kind of features.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads captions alone")
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextFeatures:

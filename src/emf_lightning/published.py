@@ -1,0 +1,153 @@
+"""Where published weights lie, on the hub or in a folder, and how large they are where they are not at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SANA = {
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "patch_size": 1,
+    "sample_size": 32,
+    "interpolation_scale": None,
+    "qk_norm": "rms_norm_across_heads",
+}
+_DC_AE = {
+    "latent_channels": 32,
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+_GEMMA = {
+    "model_type": "gemma2",
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+_BLIP3O_NEXT = {
+    "model_type": "blip3o_qwen",
+    "vocab_size": 151_669 + 2 + 3 + 65_536,  # Qwen3's tokens, two tags, the scales and the image codes
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_image_tokens": 65_536,
+    "num_scale_tokens": 3,
+    "diffusion_name_or_path": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer": _SANA,
+    "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers/transformer": _SANA | {"num_layers": 60},
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/vae": _DC_AE,
+    "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers/vae": _DC_AE,
+    "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers": _DC_AE,
+    "BLIP3o/BLIP3o-NEXT-SFT-3B": _BLIP3O_NEXT,
+    "Efficient-Large-Model/gemma-2-2b-it": _GEMMA,
+    "google/gemma-2-2b-it": _GEMMA,
+}
+"""Sizes of what the experiments name, in diffusers' and transformers' words, for planning without a download.
+
+SANA's and DC-AE's are those of diffusers' conversion scripts, Gemma's and Qwen3-1.7B's those of their release. That
+BLIP3o-NEXT's language model is Qwen3-1.7B is inferred from its name (3B with a SANA of 1.6B): not checked against its
+weights. What is loaded says its own size; these only plan.
+"""
+
+
+def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
+    """The ``config.json`` of a folder or hub name, or what is known of its size where it cannot be read.
+
+    Raises:
+        OSError: where neither is to be had.
+    """
+    try:
+        config = json.loads(_file(name, "config.json", subfolder).read_text())
+    except OSError:
+        known = CONFIGS.get("/".join(filter(None, (name, subfolder))))
+        if known is None:
+            raise
+        return dict(known)
+    assert isinstance(config, dict)
+    return config
+
+
+def tensors_of(name: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it, from a folder's or hub name's safetensors.
+
+    Only the files that hold one of them are read, or downloaded.
+
+    Raises:
+        OSError: where there are no safetensors.
+        ValueError: where a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for path in _weight_files(name, prefix):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # no mapping
+                    if key.startswith(prefix):
+                        tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
+    return tensors
+
+
+def _weight_files(name: str, prefix: str) -> Iterator[Path]:
+    try:
+        index = json.loads(_file(name, "model.safetensors.index.json").read_text())
+    except OSError:
+        yield _file(name, "model.safetensors")
+        return
+    for file in sorted({file for key, file in index["weight_map"].items() if key.startswith(prefix)}):
+        yield _file(name, file)
+
+
+def _file(name: str, file: str, subfolder: str | None = None) -> Path:
+    """A file of a folder, or of a hub repository, from the local cache where it is there.
+
+    Raises:
+        OSError: where it is not to be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        path = folder / (subfolder or "") / file
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, subfolder=subfolder))
+    except HFValidationError as error:  # a path that is not there
+        raise FileNotFoundError(f"no folder {name}") from error

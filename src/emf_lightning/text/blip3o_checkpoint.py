@@ -1,0 +1,139 @@
+"""The published BLIP3o-NEXT checkpoint: one folder with five models in it, of which three make the conditioning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LANGUAGE = ""
+IMAGES = "model.vision_tower.vision_tower."
+CONNECTOR = "model.diffusion_connector."
+"""Where the language model, the image tokenizer and the connector stand."""
+
+OTHERS = (
+    "model.sana.",  # the diffusion model, which SanaFlowMap loads
+    "model.sana_vae.",  # the autoencoder
+    f"{IMAGES}decoder.",  # from codes back to features
+    f"{IMAGES}decode_task_layer.",
+    f"{IMAGES}bottleneck.out_linear.",
+    f"{IMAGES}scale_layer.",
+    f"{IMAGES}encoder.head.",  # behind the layer whose features are read
+    f"{IMAGES}encoder.post_layernorm.",
+)
+"""What else stands in the file, by name."""
+
+FIELDS = (
+    "image_start_tag_id",
+    "image_start_token_id",
+    "scale_start_token_id",
+    "num_image_tokens",
+    "vocab_size",
+    "hidden_size",
+)
+"""What ``config.json`` must say."""
+
+
+class BLIP3oCheckpoint:
+    """The names, shapes and values of a checkpoint's tensors, and its configuration.
+
+    Args:
+        pretrained: name on the Hugging Face hub, or the local folder with ``config.json``, safetensors and tokenizer.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: if it is not there, is no BLIP3o-NEXT, or is not in safetensors.
+    """
+
+    def __init__(self, pretrained: str, revision: str | None = None) -> None:
+        self.pretrained = pretrained
+        self.folder = _folder(pretrained, revision)
+        try:
+            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise self.fault(f"has no readable config.json ({error})") from error
+        if missing := [field for field in FIELDS if field not in self.config]:
+            raise self.fault(f"is no BLIP3o-NEXT: its config.json does not say {', '.join(missing)}")
+        self.shapes = self._shapes()
+
+    def fault(self, what: str) -> ValueError:
+        """An error about this checkpoint."""
+        return ValueError(
+            f"BLIP3oNext: {self.pretrained!r} {what}; give the hub name or folder of a published BLIP3o-NEXT, e.g. "
+            "BLIP3o/BLIP3o-NEXT-SFT-3B"
+        )
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        index = self.folder / "model.safetensors.index.json"
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+            for name in sorted(files) or ["model.safetensors"]:
+                with safe_open(self.folder / name, "pt") as file:
+                    for key in file.keys():  # noqa: SIM118 - not a mapping
+                        self._files[key] = self.folder / name
+                        shapes[key] = tuple(file.get_slice(key).get_shape())
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise self.fault(f"has no whole set of safetensors ({error})") from error
+        return shapes
+
+    def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
+        """Raises unless the tensors are ``expected``, perhaps ``optional``, and those of the parts that are not read.
+
+        Raises:
+            ValueError: naming what is missing, or what nobody knows.
+        """
+        wanted, known = set(expected), set(optional)
+        present = {name for name in self.shapes if not name.startswith(OTHERS)}
+        if missing := sorted(wanted - known - present):
+            raise self.fault(f"lacks {_some(missing)}")
+        if surplus := sorted(present - wanted - known):
+            raise self.fault(f"holds {_some(surplus)}, which no part of BLIP3o-NEXT is called")
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+        """Gives ``module`` the tensors below ``prefix``, as ``dtype``.
+
+        Raises:
+            ValueError: naming the first one of another shape.
+        """
+        from safetensors import safe_open
+
+        weights = {}
+        for file in sorted({self._files[prefix + name] for name in module.state_dict()}):
+            with safe_open(file, "pt") as opened:
+                for name, ours in module.state_dict().items():
+                    if self._files[prefix + name] != file:
+                        continue
+                    if (theirs := self.shapes[prefix + name]) != tuple(ours.shape):
+                        raise self.fault(f"has {prefix + name} of shape {theirs}, not {tuple(ours.shape)}")
+                    weights[name] = opened.get_tensor(prefix + name).to(dtype)
+        module.load_state_dict(weights, assign=True)
+
+
+def _folder(pretrained: str, revision: str | None) -> Path:
+    """The local folder, downloaded first if it is a name on the hub."""
+    if (folder := Path(pretrained).expanduser()).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=wanted))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"BLIP3oNext: cannot load pretrained={pretrained!r} ({reason}); download it first with `hf download "
+            f"{pretrained}`, or give the path of a local folder"
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

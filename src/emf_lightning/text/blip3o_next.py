@@ -1,0 +1,326 @@
+"""BLIP3o-NEXT as a frozen encoder: a language model that first writes the image's tokens, then is read at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+from emf_lightning.text.blip3o_checkpoint import CONNECTOR, IMAGES, LANGUAGE, BLIP3oCheckpoint
+from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.ta_tok import TextAlignedTokenizer
+from emf_lightning.text.token_sampling import TokenSampler
+from emf_lightning.text.truncation import Truncation
+
+QUESTION = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nPlease generate image based on the following caption: {caption}"
+)
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+"""The chat, up to where the image's tokens begin."""
+
+
+class BLIP3oNext(TextEncoder):
+    """The hidden states of BLIP3o-NEXT's language model at an image's tokens, through its connector (arXiv 2510.15857).
+
+    The image is 730 tokens of the model's own vocabulary: one for its scale, 729 for its patches. For training they
+    are those of the target image (``encode_pairs``), as the tokenizer inside the checkpoint gives them; for drawing the
+    model writes them itself (``encode``). They come from ``seed`` and the caption alone, so that a caption has one set
+    of features; other blueprints of the same caption need another seed. The null condition is the connector's answer
+    to hidden states of zero, as in training (not zero itself), and no position is masked.
+
+    Where the released code differs: it attends to padding once a batch holds more than one prompt, and its training
+    reads the last 730 positions of the sequence, three behind the image's. Tokens that are none of the image's are not
+    sampled here.
+
+    Args:
+        pretrained: name on the Hugging Face hub, or a local folder with ``config.json``, safetensors and tokenizer.
+        dtype: of the weights and the arithmetic; the image tokenizer's choice among its codes is float32.
+        sampler: how the image's tokens are chosen.
+        caption_tokens: tokens kept of a caption, the instruction before it included.
+        batch_size: captions that are written for together; each takes 0.1 GB for keys and values.
+        compiled: compile the step that writes one token, over keys and values of a fixed size: worth it from some
+            hundred captions on.
+        image_size: side of the pictures that are tokenized; SigLIP2's, the checkpoint does not say.
+        image_heads: attention heads of the image tokenizer; likewise.
+        revision: branch, tag or commit on the hub; name one to be sure of the same features next year.
+
+    Raises:
+        ValueError: if the checkpoint is not to be had, or its tensors or its tokenizer are not what is expected.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        sampler: TokenSampler | None = None,
+        caption_tokens: int = 512,
+        batch_size: int = 16,
+        compiled: bool = False,
+        image_size: int = 384,
+        image_heads: int = 16,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("caption_tokens", caption_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"BLIP3oNext: {name} must be at least 1, got {value}")
+        self.dtype = dtype
+        self.sampler = sampler or TokenSampler()
+        self.caption_tokens = caption_tokens
+        self.batch_size = batch_size
+        self.compiled = compiled
+        checkpoint = BLIP3oCheckpoint(pretrained, revision)
+        config = checkpoint.config
+        self.codes = config["num_image_tokens"]
+        self.first_code = config["image_start_token_id"]
+        self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
+        self.tokenizer = _load_tokenizer(checkpoint)
+        self._load_models(checkpoint, image_size, image_heads)
+        self.view_side = image_size
+        self.length = 1 + self.images.tokens
+        self.width = len(self._weight)
+        self._truncation = Truncation(type(self).__name__, caption_tokens)
+        self._room: tuple[tuple[int, int], Any] = ((0, 0), None)
+        self.freeze()
+
+    def _load_models(self, checkpoint: BLIP3oCheckpoint, image_size: int, image_heads: int) -> None:
+        vision = vision_config(checkpoint, image_size, image_heads)
+        width = checkpoint.shapes.get(f"{CONNECTOR}0.weight", (2304,))[0]
+        code_width = checkpoint.shapes.get(f"{IMAGES}bottleneck.in_linear.weight", (1536,))[0]
+        with torch.device("meta"):  # names and shapes first
+            language = _language_model(checkpoint.config)
+        self.images = TextAlignedTokenizer(vision, self.codes, code_width)
+        self.connector = make_connector(checkpoint.config["hidden_size"], width)
+        last = f"{IMAGES}encoder.encoder.layers.{vision.num_hidden_layers - 1}."
+        parts = {LANGUAGE: language, IMAGES: self.images, CONNECTOR: self.connector}
+        checkpoint.check(
+            (prefix + name for prefix, part in parts.items() for name in part.state_dict()),
+            optional=[name for name in checkpoint.shapes if name.startswith(last)]
+            + ["lm_head.weight"] * checkpoint.config.get("tie_word_embeddings", False),
+        )
+        self.language = _load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
+        checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
+        checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lost their end so far."""
+        return self._truncation.cut
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of weights, tokenizer and settings; the folder or name they came from is not part."""
+        return fingerprint(
+            encoder=type(self).__name__,
+            weights=weights_digest(self),
+            heads=[self.images.heads, self.language.config.num_attention_heads],
+            rope=self.language.config.to_dict().get(
+                "rope_parameters", self.language.config.to_dict().get("rope_theta")
+            ),
+            epsilon=self.language.config.rms_norm_eps,
+            tokenizer=tokenizer_digest(self.tokenizer),
+            chat=[QUESTION, ANSWER, self.opening, self.first_code],
+            dtype=self.dtype,
+            sampler=vars(self.sampler),
+            caption_tokens=self.caption_tokens,
+        )
+
+    # -- the two ways to features ------------------------------------------------------------------------------------
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, 730, D]``, float32, of image tokens that the model writes itself."""
+        parts = []
+        for start in range(0, len(captions), self.batch_size):
+            batch = captions[start : start + self.batch_size]
+            states = self._weight.new_zeros(len(batch), self.length, self._weight.shape[1])
+            rows = [row for row, caption in enumerate(batch) if caption != NULL_CAPTION]
+            if rows:
+                states[rows] = self.write([batch[row] for row in rows])[1]
+            parts.append(self._features(states))
+        return TextFeatures.cat(parts)
+
+    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
+        """Features ``[B, 730, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
+        with torch.autocast(views.device.type, enabled=False):
+            return self._features(self.read(captions, self.images(views)))
+
+    @property
+    def _weight(self) -> Tensor:
+        """The connector's first weight ``[D, H]``: for width, dtype and device."""
+        return next(self.connector.parameters())
+
+    def _features(self, states: Tensor) -> TextFeatures:
+        """The connector's answer to hidden states ``[B, 730, H]``."""
+        with torch.autocast(states.device.type, enabled=False):
+            context = self.connector(states).float()
+        if not context.isfinite().all():
+            raise ValueError(
+                f"BLIP3oNext: the features are not finite with dtype={self.dtype!r}; use dtype: bfloat16 or float32"
+            )
+        return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=context.device))
+
+    @torch.no_grad()
+    def read(self, captions: Sequence[str], codes: Tensor) -> Tensor:
+        """Last hidden states ``[B, 730, H]`` at the scale token and ``codes`` ``[B, 729]``, all tokens given."""
+        ids, mask, positions = self._prompts(captions)
+        ids = torch.cat([ids, codes + self.first_code], dim=1)
+        mask = nn.functional.pad(mask, (0, codes.shape[1]), value=True)
+        positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(codes.shape[1], device=ids.device)], 1)
+        states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+        return states.last_hidden_state[:, -self.length :]  # prompts are padded on the left: images end together
+
+    @torch.no_grad()
+    def write(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Codes ``[B, 729]`` that the model writes for captions, and last hidden states ``[B, 730, H]``.
+
+        One step a token, over the keys and values of those before; the state at a token is that of the step which
+        reads it.
+        """
+        steps = self.length - 1
+        ids, mask, positions = self._prompts(captions)
+        start = ids.shape[1]
+        cache = self._cache(len(ids), start + steps)
+        step = self._compiled_step if self.compiled else self._step
+        head = self.language.lm_head.weight[self.first_code : self.first_code + self.codes]
+        chances = self.sampler.chances(captions, steps).to(ids.device)
+        mask = nn.functional.pad(mask, (0, steps), value=True).long()
+        states, codes, position = [], [], positions[:, -1:]
+        with torch.autocast(ids.device.type, enabled=False):
+            state = self._step(ids, mask if self.compiled else mask[:, :start], positions, cache)[:, -1:]
+            for number in range(steps):
+                states.append(state)
+                codes.append(self.sampler.draw(state[:, 0] @ head.T, chances[:, number]))
+                position = position + 1
+                seen = mask if self.compiled else mask[:, : start + number + 1]
+                state = step(codes[-1][:, None] + self.first_code, seen, position, cache)
+                state = state.clone() if self.compiled else state  # the next step of a CUDA graph overwrites it
+        return torch.stack(codes, dim=1), torch.cat([*states, state], dim=1)
+
+    def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Last hidden states of ``ids`` ``[B, n]`` behind those in ``cache``, which gets them, too."""
+        output = self.language.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state
+
+    @cached_property
+    def _compiled_step(self) -> Callable[..., Tensor]:
+        return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
+
+    def _cache(self, rows: int, tokens: int) -> Any:
+        """Room for keys and values; where the step is compiled the room of before, if it has the size."""
+        from transformers import DynamicCache, StaticCache
+
+        if not self.compiled:
+            return DynamicCache(config=self.language.config)
+        if self._room[0] == (rows, tokens):
+            self._room[1].reset()
+        else:
+            self._room = (rows, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
+        return self._room[1]
+
+    def _prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and positions ``[B, n]`` of all that comes before the codes, padded on the left."""
+        questions = [QUESTION.replace("{caption}", caption) for caption in captions]
+        rows: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
+        self._truncation.add(len(rows), sum(len(row) > self.caption_tokens for row in rows))
+        # apart from the question, lest a caption that is too long cut it off; no token crosses the seam
+        answer: list[int] = self.tokenizer(ANSWER, add_special_tokens=False)["input_ids"] + self.opening
+        rows = [row[: self.caption_tokens] + answer for row in rows]
+        longest = max(map(len, rows))
+        if self.compiled:  # few different sizes: each is compiled anew
+            longest = -(-longest // 64) * 64
+        device = self._weight.device
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+        return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def make_connector(hidden: int, width: int) -> nn.Sequential:
+    """From hidden states to SANA's context: two linear layers and a norm."""
+    from diffusers.models.normalization import RMSNorm
+
+    norm = RMSNorm(width, eps=1e-5)
+    return nn.Sequential(nn.Linear(hidden, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), norm)
+
+
+def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
+    """The configuration of the checkpoint's vision tower, read off its tensors.
+
+    Raises:
+        ValueError: if there is none, or it does not fit ``image_size`` and ``heads``.
+    """
+    from transformers import SiglipVisionConfig
+
+    place, shapes = f"{IMAGES}encoder.", checkpoint.shapes
+    try:
+        width, _, patch, _ = shapes[f"{place}embeddings.patch_embedding.weight"]
+        positions = shapes[f"{place}embeddings.position_embedding.weight"][0]
+        inner = shapes[f"{place}encoder.layers.0.mlp.fc1.weight"][0]
+    except KeyError as error:
+        raise checkpoint.fault(f"lacks the image tokenizer: there is no {error}") from error
+    if (image_size // patch) ** 2 != positions or width % heads:
+        raise checkpoint.fault(
+            f"has an image tokenizer of {positions} patches of {patch} pixels and width {width}, which fits neither "
+            f"image_size={image_size} nor image_heads={heads} as it should"
+        )
+    layers = {name[len(place) :].split(".")[2] for name in shapes if name.startswith(f"{place}encoder.layers.")}
+    return SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=patch,
+    )
+
+
+def _load_tokenizer(checkpoint: BLIP3oCheckpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    config = checkpoint.config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, config=_qwen_config(config))
+    except (OSError, ValueError) as error:
+        raise checkpoint.fault(f"has no readable tokenizer ({str(error).strip().splitlines()[0]})") from error
+    for token, number in (
+        ("<im_start>", config["image_start_tag_id"]),
+        ("<S0>", config["scale_start_token_id"]),
+        ("<I0>", config["image_start_token_id"]),
+        (f"<I{config['num_image_tokens'] - 1}>", config["image_start_token_id"] + config["num_image_tokens"] - 1),
+    ):
+        if (found := tokenizer.convert_tokens_to_ids(token)) != number:
+            raise checkpoint.fault(f"says that {token} is token {number}, its tokenizer that it is {found}")
+    return tokenizer
+
+
+def _qwen_config(config: dict[str, Any]) -> Any:
+    """The configuration of the language model alone, whatever the whole is called."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})
+
+
+def _language_model(config: dict[str, Any]) -> Any:
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(_qwen_config(config))
+
+
+def _load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list each tensor of the other parts
+    try:
+        return Qwen3ForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype, use_safetensors=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise checkpoint.fault(f"holds another language model than its config.json says ({error})") from error
+    finally:
+        logging.set_verbosity(level)

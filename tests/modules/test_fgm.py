@@ -1,0 +1,245 @@
+"""FGM as Lightning runs it; its mathematics is in tests/flow/test_matching.py."""
+
+from __future__ import annotations
+
+import copy
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from emf_lightning.flow.matching import AlphaMatching, ExactMatching
+from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
+from emf_lightning.modules.fgm import FGM
+from emf_lightning.modules.schedules import WarmupCosine
+from tests.callbacks import tiny
+from tests.modules.conftest import Batches
+from tests.modules.test_modules import trainer
+
+ALWAYS = LogitNormalTimes(interval_share=Schedule(0.0))
+
+
+def sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def adam(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.999))
+
+
+def weights(module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Watch(Callback):
+    """Who has gradients, and how large, when an optimiser steps; and the learning rates after each batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.norms: list[float] = []
+        self.rates: list[tuple[float, ...]] = []
+        self.others: list[bool] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        networks = {"net": module.net, "critic": module.critic}
+        own = "net" if optimizer is trainer.optimizers[0] else "critic"
+        self.steps.append(own)
+        self.others.append(
+            any(p.grad is not None for name, n in networks.items() if name != own for p in n.parameters())
+        )
+        self.norms.append(float(torch.nn.utils.get_total_norm(p.grad for p in networks[own].parameters())))
+
+    def on_train_batch_end(self, trainer, module, *rest):
+        self.rates.append(tuple(optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("settings", [{}, {"steps": 3, "loss": ExactMatching(), "teacher_guidance": 2.0}])
+def test_both_networks_learn_and_the_teacher_stays_bit_for_bit(tmp_path, net, loader, precision, settings):
+    start = weights(net)
+    model = FGM(net, optimizer=adam, times=ALWAYS, generator_time=0.7, **settings)
+    fit = trainer(tmp_path, precision=precision)
+    fit.fit(model, loader)
+    for network in (model.net, model.critic):
+        still = [name for name, value in network.state_dict().items() if torch.equal(value, start[name])]
+        assert all(".interval." in name for name in still), "a critic knows no intervals, and a bias cancels"
+    assert same(weights(model.teacher.net), start)
+    assert all(p.grad is None for p in model.teacher.net.parameters())
+    logged = fit.callback_metrics
+    assert logged["train/velocity_gap"] > 0
+    assert logged["train/critic_mse"] > 0
+    assert logged["train/nan_rows"] == 0
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert {name.partition(".")[0] for name in saved["state_dict"]} == {"net", "critic"}
+
+
+def test_steps_are_the_generators_and_the_critic_has_its_own_count(tmp_path, net, loader):
+    watch = Watch()
+    model = FGM(
+        net,
+        optimizer=adam,
+        times=ALWAYS,
+        critic_updates=2,
+        scheduler=lambda optimizer: WarmupCosine(optimizer, total=4, warmup=2),
+    )
+    fit = trainer(tmp_path, max_steps=4, callbacks=[watch])
+    fit.fit(model, loader)
+    assert (fit.global_step, model.critic_steps) == (4, 8)
+    assert watch.steps == ["critic", "critic", "net"] * 4
+    assert not any(watch.others), "a network has gradients in its own turn alone"
+    expected = [1e-3 * share for share in (2 / 3, 1, 0.51, 0.02)]
+    assert [rates[0] for rates in watch.rates] == pytest.approx(expected)
+    assert [rates[1] for rates in watch.rates] == pytest.approx(expected)
+
+
+def test_each_network_moves_in_its_own_turn_alone(tmp_path, net, loader):
+    moved = []
+
+    class Watched(FGM):
+        def _update(self, optimizer, batch, objective):
+            before = weights(self.net), weights(self.critic)
+            super()._update(optimizer, batch, objective)
+            moved.append((not same(before[0], weights(self.net)), not same(before[1], weights(self.critic))))
+
+    trainer(tmp_path, max_steps=1).fit(Watched(net, optimizer=adam, times=ALWAYS), loader)
+    assert moved == [(False, True), (True, False)]
+
+
+def test_gradients_are_clipped_after_they_were_logged(tmp_path, net, loader):
+    clipped = []
+
+    class Watched(FGM):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            clipped.append(float(torch.nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]])))
+
+    watch = Watch()
+    model = Watched(net, optimizer=adam, times=ALWAYS, generator_time=0.7, gradient_clip_val=1e-4)
+    trainer(tmp_path, max_steps=2, callbacks=[watch]).fit(model, loader)
+    assert all(norm > 1.1e-4 for norm in watch.norms)
+    assert clipped == pytest.approx([1e-4] * len(clipped), rel=0.02)
+
+
+class RowTimes(UniformTimes):
+    """The same time for every row, so that a part of a batch has those of its rows."""
+
+    def __call__(self, rows, progress, device) -> Times:
+        t = torch.full((rows,), 0.6)
+        return Times(r=t, t=t, n_interval=0)
+
+
+NEVER = Schedule(0.0)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_batch_train_as_the_batch_does(tmp_path, net, loader, parts):
+    found = []
+    for count in (1, parts):
+        model = FGM(copy.deepcopy(net), optimizer=sgd, times=RowTimes(NEVER), generator_time=0.7, micro_batches=count)
+        with patch("torch.randn_like", lambda x: x.roll(1, -1)):
+            trainer(tmp_path, max_steps=2).fit(model, loader)
+        found.append(weights(model))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-6), name
+
+
+def test_weights_cast_for_one_update_do_not_serve_the_next(tmp_path, net):
+    """Lightning keeps one autocast context open over all updates of a step, and with it the weights cast to bf16."""
+    batch = Batches(1)[0]
+    model = FGM(copy.deepcopy(net), optimizer=sgd, times=RowTimes(NEVER), critic_updates=3, gradient_clip_val=None)
+    by_hand = copy.deepcopy(model)
+    with patch("torch.randn_like", lambda x: x.roll(1, -1)):
+        trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(model, DataLoader([batch], batch_size=None))
+        optimizer = sgd(by_hand.critic.parameters())
+        by_hand.log = lambda *args, **kwargs: None
+        by_hand.trainer = trainer(tmp_path)
+        by_hand._planned_steps = 1
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = by_hand.critic_objective(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert same(weights(model.critic), weights(by_hand.critic))
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    tiny.shards(tmp_path / "shards")
+
+    def run(name: str, steps: int, **resumed) -> tuple[FGM, dict]:
+        model = FGM(
+            tiny.network(),
+            optimizer=adam,
+            critic_updates=2,
+            steps=2,
+            scheduler=lambda optimizer: WarmupCosine(optimizer, total=6, warmup=1),
+        )
+        saver = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
+        averages = EMAWeightAveraging(decay=0.5)
+        fit = tiny.trainer(tmp_path / f"run-{name}", averages, saver, max_steps=steps, enable_checkpointing=True)
+        fit.fit(model, datamodule=tiny.data(tmp_path / "shards"), **resumed)
+        return model, torch.load(tmp_path / name / f"step={steps}.ckpt", weights_only=True)
+
+    whole, expected = run("whole", 6)
+    run("part", 3)
+    resumed, found = run("part", 6, ckpt_path=tmp_path / "part" / "step=3.ckpt")
+    assert (resumed.critic_steps, whole.critic_steps) == (12, 12)
+    for kind in ("state_dict", "current_model_state"):
+        assert same(found[kind], expected[kind])
+    for one, other in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
+        for number, state in other["state"].items():
+            assert same(one["state"][number], state)
+
+
+def test_few_steps_are_drawn_with_noise_of_the_row_alone(net):
+    model = FGM(net, steps=4, generator_time=0.7)
+    batch = Batches(1)[0]
+    noise = torch.randn(8, 3, 8, 8)
+    whole = model.sample(batch.text, batch.null, noise, 3)
+    part = model.sample(batch.text[2:5], batch.null, noise[2:5], 3)
+    assert torch.allclose(whole[2:5], part, atol=1e-6)
+    assert model.nfe(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gradient_clip_val": 1.0}, "model.init_args.gradient_clip_val to 1.0"),
+        ({"accumulate_grad_batches": 2}, "model.init_args.micro_batches to 2"),
+    ],
+)
+def test_what_lightning_does_for_one_optimiser_is_refused_with_the_remedy(tmp_path, net, loader, settings, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, **settings).fit(FGM(net, optimizer=adam), loader)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"generator_time": 0.0}, "generator_time must lie in"),
+        ({"critic_updates": 0}, "critic_updates must be at least 1"),
+        ({"micro_batches": 0}, "micro_batches must be at least 1"),
+        ({"times": LogitNormalTimes()}, "interval_share to 0"),
+    ],
+)
+def test_impossible_settings_are_refused(net, settings, said):
+    with pytest.raises(ValueError, match=said):
+        FGM(net, **settings)
+
+
+def test_training_stops_where_rows_stay_bad(tmp_path, net, loader):
+    torch.nn.init.constant_(net.transformer.proj_out.bias, float("nan"))
+    model = FGM(net, optimizer=adam, loss=AlphaMatching(1.0))
+    model.nan_patience = 2
+    with pytest.raises(ValueError, match="not finite, 2 batches in a row"):
+        trainer(tmp_path).fit(model, loader)

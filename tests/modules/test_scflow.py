@@ -1,0 +1,141 @@
+"""SCFlow as Lightning runs it; its mathematics is in tests/flow/test_consistency.py and test_adversarial.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from emf_lightning.flow.times import LogitNormalTimes, Schedule, UniformTimes
+from emf_lightning.modules.scflow import SCFlow, Term
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.discriminator import ConvDiscriminator
+from tests.callbacks import tiny
+from tests.modules.test_fgm import adam, same, weights
+from tests.modules.test_modules import trainer
+
+TERMS = ("consistency", "backward", "alignment", "adversarial")
+
+
+def judge(net: FlowMapNetwork) -> ConvDiscriminator:
+    torch.manual_seed(0)
+    return ConvDiscriminator(net, 4, 8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("settings", [{}, {"teacher_guidance": 1.5, "judged_times": UniformTimes(Schedule(0.0))}])
+def test_both_networks_learn_and_the_teacher_stays_bit_for_bit(tmp_path, net, loader, precision, settings):
+    model = SCFlow(net, judge, optimizer=adam, **settings)
+    start, opinion = weights(net), weights(model.critic)
+    fit = trainer(tmp_path, precision=precision)
+    fit.fit(model, loader)
+    still = [name for name, value in model.net.state_dict().items() if torch.equal(value, start[name])]
+    assert all(".interval." in name for name in still), "u(z, t, t) knows no intervals"
+    assert not any(torch.equal(value, opinion[name]) for name, value in model.critic.state_dict().items())
+    assert same(weights(model.teacher.net), start)
+    logged = fit.callback_metrics
+    assert all(logged[f"train/{name}"] > 0 for name in (*TERMS, "r1", "discriminator_loss"))
+    assert 0 <= logged["train/discriminator_accuracy"] <= 1
+    assert logged["train/nan_rows"] == 0
+    assert (fit.global_step, model.critic_steps) == (6, 6)
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert {name.partition(".")[0] for name in saved} == {"net", "critic"}
+
+
+def test_a_term_and_the_discriminator_wait_for_their_time(tmp_path, net, loader):
+    logged, judged = [], []
+
+    class Watched(SCFlow):
+        def training_step(self, batch, batch_idx):
+            logged.append(set())
+            before = weights(self.critic)
+            super().training_step(batch, batch_idx)
+            judged.append(not same(before, weights(self.critic)))
+
+        def log(self, name, *rest, **settings):
+            logged[-1].add(name.removeprefix("train/"))
+
+    model = Watched(
+        net,
+        judge,
+        optimizer=adam,
+        backward=Term(0.1, after=1),
+        alignment=Term(0.1, after=2),
+        adversarial=Term(0.1, after=3),
+    )
+    trainer(tmp_path, max_steps=4).fit(model, loader)
+    assert [terms & set(TERMS) for terms in logged] == [set(TERMS[: n + 1]) for n in range(4)]
+    assert judged == [False, False, False, True]
+    assert model.critic_steps == 1
+
+
+def test_the_target_is_the_moving_average_of_the_weights(tmp_path, net, loader):
+    seen = [weights(net)]
+
+    class Watched(SCFlow):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            seen.append(weights(self.net))
+
+    model = Watched(net, judge, optimizer=adam, target_decay=0.9)
+    trainer(tmp_path, max_steps=3).fit(model, loader)
+    for name, value in model.target.net.state_dict().items():
+        expected = seen[0][name]
+        for later in seen[1:]:
+            expected = 0.9 * expected + 0.1 * later[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
+        assert not value.requires_grad
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
+    tiny.shards(tmp_path / "shards")
+
+    def run(name: str, steps: int, **resumed) -> dict:
+        model = SCFlow(tiny.network(), judge, optimizer=adam, alignment=Term(0.1, after=4), critic_updates=2)
+        saver = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
+        averages = EMAWeightAveraging(decay=0.5)
+        fit = tiny.trainer(tmp_path / f"run-{name}", averages, saver, max_steps=steps, enable_checkpointing=True)
+        fit.fit(model, datamodule=tiny.data(tmp_path / "shards"), **resumed)
+        return torch.load(tmp_path / name / f"step={steps}.ckpt", weights_only=True)
+
+    expected = run("whole", 6)
+    run("part", 3)
+    found = run("part", 6, ckpt_path=tmp_path / "part" / "step=3.ckpt")
+    assert found["critic_steps"] == expected["critic_steps"] == 12
+    for kind in ("state_dict", "current_model_state", "target"):
+        assert same(found[kind], expected[kind])
+    assert not same(
+        expected["target"], {name[4:]: v for name, v in expected["state_dict"].items() if name[:3] == "net"}
+    )
+
+
+def test_few_steps_are_eulers(net):
+    model = SCFlow(net, judge)
+    batch_text = tiny_text()
+    noise = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        u, half, one = model.velocity(batch_text), torch.full((2,), 0.5), torch.ones(2)
+        middle = noise - 0.5 * u(noise, one, one)
+        expected = middle - 0.5 * u(middle, half, half)
+    assert torch.allclose(model.sample(batch_text, batch_text[:1], noise, 2), expected, atol=1e-6)
+
+
+def tiny_text():
+    from emf_lightning.text.words import WordEncoder
+
+    return WordEncoder(width=16, length=4)(["a red circle", "two circles"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r1": -1.0}, "r1 must not be negative"),
+        ({"target_decay": 1.0}, "decay must lie in"),
+        ({"times": LogitNormalTimes()}, "times.init_args.interval_share to 0"),
+        ({"judged_times": LogitNormalTimes()}, "judged_times.init_args.interval_share to 0"),
+    ],
+)
+def test_impossible_settings_are_refused(net, settings, said):
+    with pytest.raises(ValueError, match=said):
+        SCFlow(net, judge, **settings)

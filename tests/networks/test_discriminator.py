@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emf_lightning.flow.adversarial import judges_loss
+from emf_lightning.networks.discriminator import ConvDiscriminator
+from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+
+
+def drawer(side: int = 8) -> SanaFlowMap:
+    torch.manual_seed(1)
+    size = SanaArchitecture(num_layers=1, num_attention_heads=1, attention_head_dim=8, patch_size=1)
+    return SanaFlowMap(size, latent_size=side, context_width=16)
+
+
+def inputs(side: int, rows: int = 8):
+    torch.manual_seed(0)
+    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1))
+    return torch.randn(rows, 3, side, side), torch.zeros(rows), torch.randn(rows, 5, 16), mask
+
+
+@pytest.mark.parametrize("side", [8, 36, 33])
+def test_logits_are_one_a_row_and_unbounded(side):
+    net = ConvDiscriminator(drawer(side), 8, 32)
+    z, t, context, mask = inputs(side)
+    logits = net(100 * z, t, context, mask)
+    assert logits.shape == (8,)
+    assert (logits > 1).any() and (logits < -1).any()
+    assert 0.05 < net(z, t, context, mask).std() < 20, "neither faded nor blown up by the layers"
+
+
+def test_captions_count_and_masked_tokens_do_not():
+    net = ConvDiscriminator(drawer(), 8, 32)
+    z, t, context, mask = inputs(8)
+    logits = net(z, t, context, mask)
+    assert torch.equal(net(z, t, context.masked_fill(~mask[..., None], 9.0), mask), logits)
+    assert not torch.allclose(net(z, t, context.flip(0), mask), logits, atol=1e-3)
+    alone = ConvDiscriminator(drawer(), 8, 32, captioned=False)
+    assert torch.equal(alone(z, t, context, mask), alone(z, t, context.flip(0), mask))
+
+
+def test_rows_that_are_all_alike_look_different_together():
+    net = ConvDiscriminator(drawer(), 8, 32, captioned=False, group=4)
+    z, t, context, mask = inputs(8)
+    alike = z[:1].expand(4, -1, -1, -1)
+    mixed = torch.cat([z[:1], z[1:4]])
+    assert not torch.allclose(net(alike, t[:4], context[:4], mask[:4])[0], net(mixed, t[:4], context[:4], mask[:4])[0])
+    halves = (
+        net(z, t, context, mask),
+        torch.cat([net(*(x[s] for x in (z, t, context, mask))) for s in (slice(4), slice(4, 8))]),
+    )
+    assert torch.allclose(*halves, atol=1e-6), "groups know nothing of each other"
+
+
+def test_it_learns_to_tell_two_laws_apart_under_its_penalty():
+    torch.manual_seed(0)
+    net = ConvDiscriminator(drawer(), 8, 16)
+    _, t, context, mask = inputs(8, 32)
+    adam = torch.optim.Adam(net.parameters(), lr=2e-3)
+    accuracies = []
+    for _ in range(30):
+        data, drawn = 1.0 + torch.randn(32, 3, 8, 8), torch.randn(32, 3, 8, 8)
+        terms = judges_loss(lambda z: net(z, t, context, mask), data, drawn, 0.1)
+        adam.zero_grad()
+        terms.loss.backward()
+        adam.step()
+        accuracies.append(float(terms.accuracy))
+    assert sum(accuracies[-5:]) / 5 > 0.95
+
+
+@pytest.mark.parametrize("settings", [{"width": 8, "most": 4}, {"group": 0}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="ConvDiscriminator"):
+        ConvDiscriminator(drawer(), **settings)
