@@ -90,6 +90,7 @@ class CacheFilling:
             latents=data.latent_cache,
             view_side=data.text.view_side,
             only_missing=True,
+            captions=data.caption_files,
         )
 
     @property
@@ -110,7 +111,9 @@ class CacheFilling:
             ValueError: if the shards give no batch.
         """
         data = self.data
-        stream = ShardStream(self.shards, data.transform, data.batch_size, view_side=data.text.view_side)
+        stream = ShardStream(
+            self.shards, data.transform, data.batch_size, view_side=data.text.view_side, captions=data.caption_files
+        )
         batch = next(iter(stream)).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.caption_files import CaptionFiles
 from emf_lightning.data.decoding import SquareTransform
 from emf_lightning.data.feature_cache import FeatureCache, pair_name
 from emf_lightning.data.latent_cache import LatentCache
@@ -34,6 +36,8 @@ class CaptionImageData(LightningDataModule):
         autoencoder: the frozen autoencoder.
         shards: training shards: files, folders, globs, ranges ``data-{000000..000012}.tar``, addresses, or a list.
         validation_shards: likewise; none, no validation.
+        captions: JSON or JSON-lines files of captions by image, for shards that hold images alone, in the folders below
+            theirs: as ShareGPT-4o-Image and Echo-4o-Image are published.
         cache: of the text features; none encodes every caption anew.
         latent_cache: of the latents; none encodes every image anew.
         resolution: side of the square images; others are resized and cropped about their centre.
@@ -57,6 +61,7 @@ class CaptionImageData(LightningDataModule):
         shards: str | list[str],
         *,
         validation_shards: str | list[str] | None = None,
+        captions: str | list[str] | None = None,
         cache: FeatureCache | None = None,
         latent_cache: LatentCache | None = None,
         resolution: int = 36,
@@ -83,6 +88,7 @@ class CaptionImageData(LightningDataModule):
         self.autoencoder = autoencoder
         self.shards = shards
         self.validation_shards = validation_shards
+        self.captions = captions
         self.cache = cache
         self.latent_cache = latent_cache
         self.resolution = resolution
@@ -144,6 +150,11 @@ class CaptionImageData(LightningDataModule):
         if self.latent_cache is not None:
             self.latent_cache.open(self.autoencoder, self.latent_size, str(self.transform))
 
+    @cached_property
+    def caption_files(self) -> CaptionFiles | None:
+        """The captions beside the shards, where there are some."""
+        return None if self.captions is None else CaptionFiles(self.captions)
+
     def _loader(
         self,
         shards: str | list[str],
@@ -168,6 +179,7 @@ class CaptionImageData(LightningDataModule):
             features=self.cache,
             latents=self.latent_cache,
             view_side=self.text.view_side,
+            captions=self.caption_files,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from emf_lightning.data.caption_files import CaptionFiles
 from emf_lightning.data.decoding import (
     SquareTransform,
     UnusableSampleError,
@@ -160,6 +161,7 @@ class ShardStream(IterableDataset[RawBatch]):
         latents: a latent cache that is open; None leaves all images to the autoencoder.
         view_side: side of the pictures from which features are made, too (``TextEncoder.view_side``).
         only_missing: leaves out samples that the caches hold, and decodes nothing but what they lack: to fill them.
+        captions: from files beside the shards; they come before those in the shards.
     """
 
     def __init__(
@@ -180,6 +182,7 @@ class ShardStream(IterableDataset[RawBatch]):
         latents: LatentCache | None = None,
         view_side: int | None = None,
         only_missing: bool = False,
+        captions: CaptionFiles | None = None,
     ) -> None:
         self.shards = tuple(shards)
         self.transform = SquareTransform(transform) if isinstance(transform, int) else transform
@@ -196,6 +199,7 @@ class ShardStream(IterableDataset[RawBatch]):
         self.latents = latents
         self.view_side = view_side
         self.only_missing = only_missing
+        self.captions = captions
         self.start(0, [Position()] * lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
@@ -251,7 +255,8 @@ class ShardStream(IterableDataset[RawBatch]):
         """
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
-        caption = caption_of(sample)
+        caption = self.captions.of(sample.where) if self.captions is not None else None
+        caption = caption or caption_of(sample)
         pairs = self.view_side is not None
         named = self.latents is not None or (pairs and self.features is not None)
         picture = picture_name(sample, flipped) if named else ""
