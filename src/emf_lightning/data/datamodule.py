@@ -262,6 +262,10 @@ class CaptionImageData(LightningDataModule):
                 self._null = self.text_features([NULL_CAPTION])
         return self._null
 
+    def forget_null(self) -> None:
+        """Lets the null caption be encoded again: the encoder is another one than it was."""
+        self._null = None
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
