@@ -16,8 +16,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from emf_lightning.data.entry_format import EntryFormat
 from emf_lightning.evaluation.noise import fixed_noise
-from emf_lightning.text.base import NULL_CAPTION
+from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 
 Spec = dict[str, Any]
 """A class and its arguments as experiments write them: ``class_path`` and ``init_args``."""
@@ -135,6 +136,7 @@ class EMFPipeline(DiffusionPipeline):
         model: class of the LightningModule, whose sampler this is, and the arguments that concern drawing.
         latent_size: H = W of the latents.
         autocast: precision of the network's passes where it is not that of the weights, e.g. ``bfloat16``.
+        features: what the network's training had its text features rounded to, by their cache, e.g. ``bfloat16``.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -147,12 +149,13 @@ class EMFPipeline(DiffusionPipeline):
         model: Spec | None = None,
         latent_size: int = 32,
         autocast: str | None = None,
+        features: str | None = None,
     ) -> None:
         super().__init__()
         if model is None:  # diffusers takes arguments without a default for parts
             raise ValueError("EMFPipeline: model is not set; from_pretrained reads it from an exported folder")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder)
-        self.register_to_config(model=model, latent_size=latent_size, autocast=autocast)
+        self.register_to_config(model=model, latent_size=latent_size, autocast=autocast, features=features)
         self.image_processor = VaeImageProcessor()
         # its sampler and guidance; the passes themselves go through `transformer`, which may be moved about
         self._module = build({**model, "init_args": {**model.get("init_args", {}), "net": transformer.part}})
@@ -197,9 +200,9 @@ class EMFPipeline(DiffusionPipeline):
         captions = [caption for caption in prompts for _ in range(num_images_per_prompt)]
         indices = list(range(num_images_per_prompt)) * len(prompts)
         noise = self._noise(captions, indices, seed, generator, latents).to(device)
-        text = self.text_encoder(prompts).to(device)
+        text = self._features(prompts).to(device)
         text = text[torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)]
-        null = self.text_encoder([NULL_CAPTION]).to(device)
+        null = self._features([NULL_CAPTION]).to(device)
         if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: its passes are called on the part itself
             hook.pre_forward(self.transformer)
         with self._progress(num_inference_steps, guidance_scale) as nfe, self._precision(device):
@@ -209,6 +212,13 @@ class EMFPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(self.vae(drawn.float()), output_type=output_type)
         self.maybe_free_model_hooks()
         return EMFPipelineOutput(images=images, nfe=nfe) if return_dict else (images,)
+
+    def _features(self, captions: Sequence[str]) -> TextFeatures:
+        features: TextFeatures = self.text_encoder(captions)
+        if self.config.features is None:
+            return features
+        stored = EntryFormat(features.context.shape[1], features.context.shape[2], self.config.features)
+        return TextFeatures(stored.rounded(features.context), features.mask)
 
     def _noise(
         self,

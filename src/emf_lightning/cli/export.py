@@ -73,6 +73,7 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
         model=model,
         latent_size=data.latent_size,
         autocast=_AUTOCAST.get(str(settings.trainer.precision)),
+        features=data.cache.dtype if data.cache is not None else None,
     )
 
 

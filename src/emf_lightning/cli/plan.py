@@ -194,6 +194,7 @@ class _Sizes:
             if (cache := data.get(name)) is None:
                 lines.append(_row(f"data.{name}", "none", "computed each time"))
                 continue
+            cache = cache.get("init_args", cache)  # with a class_path where it was named, or could have been
             each = numbers * {"float32": 4, "float8": 1}.get(cache.dtype, 2)
             needed = each * given.samples / 1e9
             room = "within max_gb" if needed < cache.max_gb else f"--data.{name}.max_gb {needed * 1.02:.0f} holds them"
