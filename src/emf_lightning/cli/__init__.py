@@ -14,7 +14,7 @@ from importlib.metadata import version
 TRAINER_VERBS = {
     "fit": "train an experiment",
     "validate": "score a checkpoint: the step sweep on the validation prompts",
-    "test": "the same for a final score",
+    "test": "score it for good: step counts, guidance, averaged and not, in one report",
     "predict": "draw images for a file of prompts",
 }
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
@@ -22,6 +22,8 @@ TRAINER_VERBS = {
 FUNCTION_VERBS = {
     "shards": "write caption-image shards of a shapes world",
     "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
+    "encoders": "study text encoders: retrieval, removed words, and controls",
+    "report": "put several runs into one table and one figure",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 
