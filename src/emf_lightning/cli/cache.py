@@ -77,10 +77,10 @@ def _announce(filling: CacheFilling, samples: int) -> None:
     for name, choices in options.items():
         print(f"{name} of {samples:,} samples, by dtype:")
         for choice in choices:
-            mark = "<- chosen" if choice.dtype == filling.caches[name].dtype else ""
-            print(
-                f"  {choice.dtype:<9} {readable(choice.size):>9}   relative error {choice.error:.2%}  {mark}".rstrip()
-            )
+            chosen = choice.dtype == filling.caches[name].dtype and choice.token_pool == 1
+            how = choice.dtype if choice.token_pool == 1 else f"{choice.dtype}, token_pool {choice.token_pool}"
+            mark = "  <- chosen" if chosen else ""
+            print(f"  {how:<22} {readable(choice.size):>9}   relative error {choice.error:.2%}{mark}")
     print(f"one batch of {filling.data.batch_size} took {time.perf_counter() - began:.3g} s on {filling.device}")
     for name, sentence in filling.check(samples).items():
         print(f"{name}: {sentence}")
