@@ -127,13 +127,13 @@ class CacheFilling:
         found: dict[str, tuple[EntryCache, Tensor, Tensor]] = {}
         if data.cache is not None:
             features = (
-                data.text(batch.captions)
+                data.placed(data.text)(batch.captions)
                 if batch.views is None
-                else data.text.encode_pairs(batch.captions, batch.views.float() / 127.5 - 1)
+                else data.placed(data.text).encode_pairs(batch.captions, batch.views.float() / 127.5 - 1)
             )
             found["features"] = (data.cache, features.context.cpu(), features.mask.cpu())
         if data.latent_cache is not None:
-            latents = data.autoencoder.encode(batch.images.float() / 127.5 - 1).float().flatten(2).cpu()
+            latents = data.placed(data.autoencoder).encode(batch.images.float() / 127.5 - 1).float().flatten(2).cpu()
             found["latents"] = (data.latent_cache, latents, torch.ones(latents.shape[:2], dtype=torch.bool))
         options = {}
         for name, (cache, context, mask) in found.items():
