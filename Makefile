@@ -10,7 +10,7 @@ SHARDS := data/shapes/small/.complete
 ARGS ?=
 # devices/ is what goes on top of one
 EXPERIMENTS := $(filter-out devices/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
-BENCHMARKS := shapes_detector derivative support_table
+BENCHMARKS := shapes_detector derivative support_table feature_cache token_sampling
 SOURCES := src callbacks tests benchmarks
 
 # the first Python that is new enough
@@ -79,7 +79,7 @@ format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY) ## measure the detector and the derivative, write docs/*.md (never asserted in tests)
+bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 objectives: $(READY) $(SHARDS) ## train all objectives from the shapes world's parent, 3 seeds, write docs/objectives.md (a night; resumes)
