@@ -28,6 +28,11 @@ FUNCTION_VERBS = {
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 
+EXPERIMENT_VERBS = {
+    "cache": "compute an experiment's text features and latents ahead of training",
+}
+"""Verbs that read an experiment without running it: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
+
 _HELP = """\
 usage: emf VERB [options]
 
@@ -52,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        verbs = {**TRAINER_VERBS, **FUNCTION_VERBS}
+        verbs = {**TRAINER_VERBS, **EXPERIMENT_VERBS, **FUNCTION_VERBS}
         print(_HELP.format(verbs="\n".join(f"  {name:<10} {line}" for name, line in verbs.items())), end="")
     elif verb == "--version":
         print(f"emf_lightning {version('emf_lightning')}")
@@ -76,9 +81,13 @@ def _run(verb: str, arguments: list[str]) -> None:
         from emf_lightning.cli.emf_cli import EMFCLI
 
         EMFCLI.run(expand(arguments))
+    elif verb in EXPERIMENT_VERBS:
+        getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(expand(arguments)[1:])
     elif verb in FUNCTION_VERBS:
         from emf_lightning.cli.function_verb import call
 
         call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), expand(arguments))
     else:
-        raise ValueError(f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *FUNCTION_VERBS))}")
+        raise ValueError(
+            f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS))}"
+        )

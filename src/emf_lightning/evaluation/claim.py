@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -152,10 +152,9 @@ class Claim:
             values = [value(run) for run in runs]
             error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
             points.append((runs[0].discriminability.mean, float(np.mean(values)), error, runs[0].graded))
-        for graded, style in (
-            (True, {"marker": "o", "label": label}),
-            (False, {"marker": "o", "mfc": "none", "ls": "none"}),
-        ):
+        filled: dict[str, Any] = {"marker": "o", "label": label}
+        hollow: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}
+        for graded, style in ((True, filled), (False, hollow)):
             chosen = sorted(point for point in points if point[3] == graded)
             if chosen:
                 x, y, errors, _ = zip(*chosen, strict=True)
