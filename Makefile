@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 .PHONY: help venv demo shards parent encoders encoders-claim curves test test-slow lint format bench objectives lock clean $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo "  experiments: $(EXPERIMENTS)"
 	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 

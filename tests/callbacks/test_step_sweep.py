@@ -11,12 +11,14 @@ from PIL import Image
 from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distribution_distance import FrechetDistance
+from emf_lightning.evaluation.dpg_bench import DpgBench
 from emf_lightning.evaluation.image_features import RandomFeatures
 from emf_lightning.evaluation.report import Report
 from emf_lightning.evaluation.shapes_suite import ShapesSuite
 from emf_lightning.evaluation.suite_metric import SuiteScore
 from tests.callbacks import tiny
 from tests.callbacks.oracle import Oracle
+from tests.evaluation.test_dpg_bench import Scripted, write
 
 SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
 
@@ -114,6 +116,22 @@ def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shar
     ]
     assert report.rows[1].scores["images"] == len(SUITE.prompts())
     assert fid.images == 0, "the metric itself stays fresh"
+
+
+def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
+    table = tmp_path / "dpg_bench.csv"
+    texts = [prompt.prompt for prompt in SUITE.prompts()[:3]]
+    rows = [(f"item{i}", text, 1, "0", "entity - whole", "is it there?") for i, text in enumerate(texts)]
+    rows += [("item0", texts[0], 2, "1", "attribute - color", "is it red?")]
+    write(table, rows)
+    benchmark = DpgBench(table, Scripted({"is it red?"}))
+    report = evaluated(tmp_path / "run", shards, sweep(benchmarks=[benchmark], steps=[1]))
+
+    (row,) = report.rows
+    assert (row.metric, row.images) == ("dpg_scripted", 6)
+    assert row.scores["score"] == pytest.approx(100 * (0.5 + 1 + 1) / 3)
+    assert row.scores["attribute"] == 0
+    assert "## DPG-Bench and HPS v2.1" in (tmp_path / "run/report.md").read_text()
 
 
 def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
