@@ -171,7 +171,7 @@ def _verdict(mean: float, error: float) -> str:
     """What a slope says, at two standard errors."""
     if math.isnan(error):
         return "undecided, for it takes two seeds or more"
-    if abs(mean) <= 2 * error:
+    if abs(mean) <= max(2 * error, 1e-6):  # rounding is no slope
         return "undecided: within two standard errors of none"
     if mean > 0:
         return "for the claim: with better features a larger share of the parent's score survives"
