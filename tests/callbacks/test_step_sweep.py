@@ -57,7 +57,7 @@ def rows_of(path) -> list[dict]:
 def test_an_oracle_scores_one_at_every_step_count_and_its_lines_agree(shards, tmp_path):
     report = evaluated(tmp_path / "run", shards, sweep(), Oracle(SUITE, lambda prompt: prompt))
 
-    assert [(row.steps, row.weights, row.nfe) for row in report.rows] == [(1, "averaged", 1), (2, "averaged", 2)]
+    assert [(row.steps, row.weights, row.nfe) for row in report.rows] == [(1, "trained", 1), (2, "trained", 2)]
     assert all(row.scores["score"] == 1 for row in report.rows)
     assert all(row.images == 2 * len(SUITE.prompts()) for row in report.rows)
     rows = rows_of(tmp_path / "run/results/shapes-2step.jsonl")
