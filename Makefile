@@ -17,10 +17,10 @@ SOURCES := src callbacks tests benchmarks
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent curves test test-slow lint format bench objectives lock clean $(addprefix fit-,$(EXPERIMENTS))
+.PHONY: help venv demo shards parent encoders encoders-claim curves test test-slow lint format bench objectives lock clean $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo "  experiments: $(EXPERIMENTS)"
 	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 
@@ -58,6 +58,12 @@ fit-%: ## train experiments/%.yaml, e.g. make fit-shapes/emf
 
 $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 	$(BIN)/emf fit --config experiments/$*.yaml $(ARGS)
+
+encoders: $(READY) ## study the text encoders of the shapes world, with controls (1 minute)
+	$(BIN)/emf encoders --config experiments/encoders/shapes.yaml $(ARGS)
+
+encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (15 trainings of half an hour on 2 cores)
+	$(BIN)/emf claim $(ARGS)
 
 curves: $(READY) ## open TensorBoard on all runs
 	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"

@@ -144,7 +144,9 @@ def test_a_nested_base_is_an_ordinary_key() -> None:
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/devices/*.yaml"))
-STUDIES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/encoders/*.yaml"))
+STUDIES = sorted(
+    str(path.relative_to(ROOT)) for kind in ("encoders", "scores") for path in ROOT.glob(f"experiments/{kind}/*.yaml")
+)
 SHIPPED = sorted({str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml")} - {*OVERLAYS, *STUDIES})
 
 
