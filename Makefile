@@ -17,7 +17,7 @@ SOURCES := src callbacks tests benchmarks
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent curves test test-slow lint format bench lock clean $(addprefix fit-,$(EXPERIMENTS))
+.PHONY: help venv demo shards parent compare curves test test-slow lint format bench lock clean $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ fit-%: ## train experiments/%.yaml, e.g. make fit-shapes/emf
 
 $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 	$(BIN)/emf fit --config experiments/$*.yaml $(ARGS)
+
+COMPARED := emf alpha_flow split_meanflow transition decoupled improved_meanflow flow_matching_continued fgm scflow
+compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (9 x 30 minutes; ARGS='--minutes 10')
+	$(BIN)/emf compare --out runs/compare --experiments "[$$(printf 'experiments/shapes/%s.yaml,' $(COMPARED))]" $(ARGS)
 
 curves: $(READY) ## open TensorBoard on all runs
 	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"

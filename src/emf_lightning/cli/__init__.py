@@ -20,6 +20,7 @@ TRAINER_VERBS = {
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
 
 FUNCTION_VERBS = {
+    "compare": "train experiments for the same time, and compare what they draw",
     "shards": "write caption-image shards of a shapes world",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""

@@ -123,7 +123,9 @@ class ShardStream(IterableDataset[RawBatch]):
         flip: bool = False,
         limit: int | None = None,
         lookup: Callable[[Sequence[str]], Sequence[TextFeatures | None]] | None = None,
+        pictures: bool = True,
     ) -> None:
+        self.pictures = pictures
         self.shards = tuple(shards)
         self.resolution = resolution
         self.batch_size = batch_size
