@@ -17,7 +17,7 @@ SOURCES := src callbacks tests benchmarks
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare curves test test-slow lint format bench lock clean $(addprefix fit-,$(EXPERIMENTS))
+.PHONY: help venv demo shards parent compare curves test test-slow lint format bench objectives lock clean $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ format: $(READY) ## put the sources into shape
 
 bench: $(READY) ## measure the detector and the derivative, write docs/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+objectives: $(READY) $(SHARDS) ## train all objectives from the shapes world's parent, 3 seeds, write docs/objectives.md (a night; resumes)
+	$(BIN)/python -m benchmarks.objectives $(ARGS)
 
 lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
 	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }

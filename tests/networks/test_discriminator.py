@@ -9,6 +9,7 @@ from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 
 
 def drawer(side: int = 8) -> SanaFlowMap:
+    torch.manual_seed(1)
     size = SanaArchitecture(num_layers=1, num_attention_heads=1, attention_head_dim=8, patch_size=1)
     return SanaFlowMap(size, latent_size=side, context_width=16)
 

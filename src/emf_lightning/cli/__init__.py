@@ -22,6 +22,7 @@ TRAINER_VERBS = {
 FUNCTION_VERBS = {
     "compare": "train experiments for the same time, and compare what they draw",
     "shards": "write caption-image shards of a shapes world",
+    "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -14,9 +16,14 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
 
     Args:
         function: typed, with a Google docstring.
-        arguments: the verb, then the options.
+        arguments: the verb, then the options; words before the first option are the first parameter's.
     """
     verb, *options = arguments
+    if words := list(takewhile(lambda word: not word.startswith("-"), options)):
+        name, parameter = next(iter(inspect.signature(function).parameters.items()))
+        several = str(parameter.annotation).startswith("list")
+        taken = words if several else words[:1]
+        options = [f"--{name}={json.dumps(taken) if several else taken[0]}", *options[len(taken) :]]
     description = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")[0]
     parser = ArgumentParser(prog=f"emf {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")

@@ -41,6 +41,8 @@ class CaptionImageData(LightningDataModule):
         validation_samples: how many, the same ones each time.
         flip: mirrors half of the training images; wrong where captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
+        pictures: whether pictures are decoded and encoded. FGM learns from captions alone, and without them its shards
+            need hold nothing else; latents are then zeros of the right shape.
 
     Raises:
         ValueError: for arguments out of range; in ``setup``, for shards or prompts that are not there.
@@ -62,6 +64,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | None = None,
+        pictures: bool = True,
     ) -> None:
         super().__init__()
         lowest = {"resolution": 1, "batch_size": 1, "num_workers": 0, "shuffle_block": 1, "validation_samples": 1}
@@ -86,6 +89,7 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
+        self.pictures = pictures
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
@@ -152,6 +156,7 @@ class CaptionImageData(LightningDataModule):
             flip=flip,
             limit=limit,
             lookup=self.cache.lookup if self.cache is not None else None,
+            pictures=self.pictures,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
@@ -187,8 +192,11 @@ class CaptionImageData(LightningDataModule):
         self._move(batch.images.device)
         if self.cache is not None and self.num_workers > 0:
             self.cache.hits += int(batch.found.sum())  # the worker that looked up counts for itself only
-        images = batch.images.to(torch.float32) / 127.5 - 1
-        latents = self.autoencoder.encode(images).float()
+        if self.pictures:
+            latents = self.autoencoder.encode(batch.images.to(torch.float32) / 127.5 - 1).float()
+        else:
+            shape = (len(batch), self.latent_channels, self.latent_size, self.latent_size)
+            latents = torch.zeros(shape, device=batch.images.device)
         return CaptionImageBatch(latents, self._features_of(batch), self.null_features(), batch.captions)
 
     def _features_of(self, batch: RawBatch) -> TextFeatures:

@@ -48,7 +48,7 @@ def caption_of(sample: TarSample) -> str:
     return caption
 
 
-def _fit(image: Image, resolution: int) -> Image:
+def fit(image: Image, resolution: int) -> Image:
     """The centre square of ``image`` after its shorter side became ``resolution``."""
     from PIL.Image import Resampling
 
@@ -72,7 +72,7 @@ def pixels_of(sample: TarSample, resolution: int) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(sample.image)) as opened:
             image = opened.convert("RGB")
         if image.size != (resolution, resolution):
-            image = _fit(image, resolution)
+            image = fit(image, resolution)
     except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, zlib.error, ...
         raise UnusableSampleError("corrupt image") from error
     return np.asarray(image)

@@ -80,6 +80,9 @@ class RawBatch:
         return self
 
 
+_NO_PICTURE = np.zeros((1, 1, 3), np.uint8)
+
+
 class ShardStream(IterableDataset[RawBatch]):
     """One rank's batches of one pass over the shards.
 
@@ -106,6 +109,7 @@ class ShardStream(IterableDataset[RawBatch]):
         flip: mirrors half of the images; captions with "left" and "right" then lie.
         limit: reads the first ``limit`` samples only, all dealt one by one.
         lookup: the feature cache's; None leaves all captions to the encoder.
+        pictures: whether they are decoded; without, samples need none, and each comes with one black pixel.
     """
 
     def __init__(
@@ -125,7 +129,6 @@ class ShardStream(IterableDataset[RawBatch]):
         lookup: Callable[[Sequence[str]], Sequence[TextFeatures | None]] | None = None,
         pictures: bool = True,
     ) -> None:
-        self.pictures = pictures
         self.shards = tuple(shards)
         self.resolution = resolution
         self.batch_size = batch_size
@@ -138,6 +141,7 @@ class ShardStream(IterableDataset[RawBatch]):
         self.flip = flip
         self.limit = limit
         self.lookup = lookup
+        self.pictures = pictures
         self.start(0, [Position()] * lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
@@ -187,7 +191,7 @@ class ShardStream(IterableDataset[RawBatch]):
                 if sample.fault is not None:
                     raise UnusableSampleError(sample.fault)
                 caption = caption_of(sample)
-                image = pixels_of(sample, self.resolution)
+                image = pixels_of(sample, self.resolution) if self.pictures else _NO_PICTURE
             except UnusableSampleError as reason:
                 skipped[str(reason)] += 1
                 examples.setdefault(str(reason), sample.where)

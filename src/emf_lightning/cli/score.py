@@ -1,0 +1,62 @@
+"""`emf score`: a folder of images, scored."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+import emf_lightning.evaluation
+from emf_lightning.evaluation.image_folder import drawn_images
+from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.scoring import Rank, score_images
+
+for _module in iter_modules(emf_lightning.evaluation.__path__, "emf_lightning.evaluation."):
+    import_module(_module.name)  # the parser resolves the short names of metrics and judges that it can find
+
+
+def score(
+    folder: Path,
+    metric: ImageMetric,
+    out: Path | None = None,
+    files: str = "*",
+    partial: bool = False,
+    batch_size: int = 16,
+) -> None:
+    """Score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID, or the shapes world's tasks.
+
+    Several processes share the work: `torchrun --nproc_per_node 2 -m emf_lightning score ...`. A call that was
+    interrupted is repeated; it goes on where it stopped.
+
+    Args:
+        folder: with the images; prompts in prompts.jsonl, as `emf predict` writes it, in GenEval's layout, or in a
+            text file beside each image.
+        metric: what to score with, e.g. SuiteScore with a suite, ClipScore, HpsScore, DpgBench, FrechetDistance.
+        out: directory for scores.json and results.jsonl; by default FOLDER-scores/METRIC beside the folder.
+        files: pattern that an image's path below the folder must match, e.g. '*-4step*'.
+        partial: score a benchmark some of whose prompts have no image.
+        batch_size: images in memory at once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    images = drawn_images(folder, metric, files, partial)
+    rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if rank.count > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")  # what is summed are a few numbers on the CPU
+    directory = out or folder.with_name(f"{folder.resolve().name}-scores") / metric.name
+    with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        found = score_images(images, metric, directory, rank=rank, batch_size=batch_size, report=show)
+    if rank.number == 0:
+        print(f"{found['title']}, {found['images']:,} images: {directory}")
+        for name, value in found["scores"].items():
+            print(f"  {name:<14} {value:.4f}")
+    if rank.count > 1:
+        dist.destroy_process_group()

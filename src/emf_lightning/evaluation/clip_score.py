@@ -1,0 +1,164 @@
+"""How close CLIP sees an image and its prompt, and the scores built on such a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from emf_lightning.evaluation.clip_model import load_clip
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
+from emf_lightning.text.fingerprint import weights_digest
+
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+"""The parts of HPS's benchmark, in the order of published tables."""
+
+
+class ClipScore(ImageMetric):
+    """100 times the cosine between OpenCLIP's features of image and prompt, averaged over images; never cut at 0.
+
+    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14.
+
+    Args:
+        model: OpenCLIP's name; for OpenAI's weights the one that ends in ``-quickgelu``.
+        pretrained: path of its weights, or a tag of OpenCLIP's.
+        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+    """
+
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(
+        self, model: str = "ViT-L-14-quickgelu", pretrained: str = "openai", device: str | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.title = "clip", f"CLIP score ({model})"
+        self._model = model
+        self._scorer = _Cosine("ClipScore", model, pretrained, device)
+        for name in ("total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
+        from PIL import Image
+
+        pictures = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
+        values = 100 * self._scorer(pictures, prompts).double().to(self.total.device)
+        self.rows = [{"prompt": p, "clip": round(v, 4)} for p, v in zip(prompts, values.tolist(), strict=True)]
+        self.total += values.sum()
+        self.squares += values.square().sum()
+        self.count += len(values)
+
+    def compute(self) -> dict[str, Tensor]:
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean**2).clamp(min=0) * self.count / (self.count - 1).clamp(min=1)
+        return {"score": mean, "se": (variance / self.count).sqrt()}
+
+    def settings(self) -> dict[str, Any]:
+        return {"model": self._model, "weights": self._scorer.digest}
+
+
+class HpsScore(PromptMeans):
+    """HPS v2.1 (arXiv 2306.09341): 100 times the cosine of a ViT-H-14 trained on people's preferences.
+
+    ``score`` is the mean over all images, beside it the four styles'. A folder may have the benchmark's layout,
+    ``photo/00012.jpg``.
+
+    Args:
+        weights: path of ``HPS_v2.1_compressed.pt``; v2.0 gives other numbers.
+        benchmark: folder with the prompts, ``anime.json``, ``concept-art.json``, ``paintings.json``, ``photo.json``.
+        antialias: how images are made small. False is what torchvision did when the scores were published; today's
+            default gives about two points less for SDXL.
+        device: see ``ClipScore``.
+        model: OpenCLIP's name of the architecture.
+
+    Raises:
+        ValueError: for weights or prompts that are not there or something else.
+    """
+
+    def __init__(
+        self,
+        weights: Path,
+        benchmark: Path,
+        antialias: bool = False,
+        device: str | None = None,
+        model: str = "ViT-H-14",
+    ) -> None:
+        styles = {style: _prompts_of(benchmark / f"{style}.json") for style in HPS_STYLES}
+        # a text that comes twice counts once, for the style where it comes first
+        style_of = {text: style for style in reversed(HPS_STYLES) for text in styles[style]}
+        texts = list(dict.fromkeys(text for style in HPS_STYLES for text in styles[style]))
+        super().__init__(texts, [style_of[text] for text in texts], scale=100.0)
+        self._styles = styles
+        self.name, self.title = "hps", "HPS v2.1"
+        self.antialias = antialias
+        self._scorer = _Cosine("HpsScore", model, str(weights), device)
+
+    def prompt_of(self, path: PurePath) -> str | None:
+        texts = self._styles.get(path.parts[0], []) if len(path.parts) == 2 else []
+        return texts[int(path.stem)] if path.stem.isdigit() and int(path.stem) < len(texts) else None
+
+    def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
+        size, mean, std = self._scorer.size, self._scorer.mean, self._scorer.std
+        pictures = torch.stack([fitted(image, size, self.antialias) for image in images])
+        pictures = (pictures - mean[:, None, None]) / std[:, None, None]
+        return self._scorer(pictures, prompts).double().tolist()
+
+    def settings(self) -> dict[str, Any]:
+        return {"weights": self._scorer.digest, "antialias": self.antialias, "prompts": len(self.prompts())}
+
+
+def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
+    """``image`` ``[H, W, 3]`` as ``[3, size, size]`` in [0, 1]: the longer side scaled, black beside the shorter."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 255
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    shape = (round(height * scale), round(width * scale))
+    if shape != (height, width):
+        pixels = nn.functional.interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=antialias)
+    above, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+    return nn.functional.pad(pixels[0], (left, size - shape[1] - left, above, size - shape[0] - above))
+
+
+class _Cosine:
+    """OpenCLIP's cosines of images and texts, in fp32."""
+
+    def __init__(self, asker: str, model: str, pretrained: str, device: str | None) -> None:
+        clip = load_clip(asker, model, pretrained)
+        self.device = device_of(device)
+        self.digest = weights_digest(clip.model)[:12]
+        self.model, self.transform, self.tokenizer = clip.model.to(self.device), clip.transform, clip.tokenizer
+        self.size: int = clip.model.visual.image_size[0]
+        self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """``[B]``, of pictures as the model is shown them."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = self.model.encode_image(pictures.to(self.device), normalize=True)
+            texts = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
+        return (images * texts).sum(1)
+
+
+def _prompts_of(path: Path) -> list[str]:
+    """The list of prompts in a JSON file of HPS's benchmark."""
+    try:
+        texts = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"HpsScore: cannot read {str(path)!r} ({error.strerror}); give the benchmark folder of HPDv2, with "
+            f"{', '.join(f'{style}.json' for style in HPS_STYLES)}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"HpsScore: {str(path)!r} is no JSON ({error})") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"HpsScore: {str(path)!r} must be a list of prompts")
+    return texts

@@ -1,0 +1,188 @@
+"""DPG-Bench: long prompts as graphs of questions (arXiv 2403.05135)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emf_lightning.evaluation.image_metric import PromptMeans
+from emf_lightning.evaluation.vqa_judge import VqaJudge
+
+COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a prompt's image.
+
+    Attributes:
+        number: within the prompt, from 1.
+        parents: questions that must be answered with yes for this one to count.
+        category: its kind, e.g. ``entity``, ``attribute``; behind a dash the finer kind.
+        text: the question.
+    """
+
+    number: int
+    parents: tuple[int, ...]
+    category: str
+    text: str
+
+    @property
+    def kind(self) -> str:
+        """The coarse category, which published tables show."""
+        return self.category.split("-")[0].strip()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and its questions, in the order of their numbers."""
+
+    name: str
+    text: str
+    questions: tuple[Question, ...]
+
+
+class DpgBench(PromptMeans):
+    """DPG-Bench: the share of a prompt's questions that its image answers with yes, in per cent, averaged over prompts.
+
+    A question whose parent was answered with no counts as no, down the whole graph. An image may be a 2 x 2 grid of
+    four, as the benchmark stores it. Scores of another judge than mPLUG are no DPG-Bench scores, and bear its name.
+
+    Args:
+        benchmark: path of ``dpg_bench.csv``.
+        judge: answers the questions.
+        tile: side in pixels of one of the four images of a grid; None where files hold one image each.
+        official: count as the published script does: the table's first question is dropped, and its prompt with it
+            where others depend on it; categories take the last of the four images, and questions without their
+            parents' say.
+
+    Raises:
+        ValueError: for a table that is not there or something else.
+    """
+
+    asked: Tensor
+    yes: Tensor
+
+    def __init__(self, benchmark: Path, judge: VqaJudge, tile: int | None = None, official: bool = False) -> None:
+        items = read_items(benchmark, official)
+        self._kinds = tuple(dict.fromkeys(question.kind for item in items for question in item.questions))
+        texts = list(dict.fromkeys(item.text for item in items))
+        super().__init__(texts, scale=100.0)
+        self._items = {text: [item for item in items if item.text == text] for text in texts}
+        self._of_name = {item.name: item.text for item in items}
+        self.judge, self.tile, self.official = judge, tile, official
+        self.name = f"dpg_{judge.name}" if judge.name else "dpg"
+        self.title = f"DPG-Bench ({judge.name} as judge)" if judge.name else "DPG-Bench"
+        for name in ("asked", "yes"):
+            self.add_state(name, torch.zeros(len(self._kinds), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def prompt_of(self, path: PurePath) -> str | None:
+        return self._of_name.get(path.stem)
+
+    def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
+        return [self._value(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _value(self, image: NDArray[np.uint8], prompt: str) -> float:
+        """The share of questions answered with yes, averaged over the image's tiles and the prompt's items."""
+        shares = []
+        for item in self._items[prompt]:
+            tiles = tiles_of(image, self.tile)
+            for number, picture in enumerate(tiles):
+                answers = self.judge.answer(picture, [question.text for question in item.questions])
+                plain = {q.number: answer == "yes" for q, answer in zip(item.questions, answers, strict=True)}
+                gated = gate(item.questions, plain)
+                shares.append(sum(gated.values()) / len(gated))
+                if not self.official:
+                    self._count(item, gated)
+                elif number == len(tiles) - 1:
+                    self._count(item, plain)
+        return float(np.mean(shares))
+
+    def _count(self, item: Item, answers: dict[int, bool]) -> None:
+        for question in item.questions:
+            kind = self._kinds.index(question.kind)
+            self.asked[kind] += 1
+            self.yes[kind] += answers[question.number]
+
+    def compute(self) -> dict[str, Tensor]:
+        shares = 100 * self.yes / self.asked
+        return super().compute() | {kind: shares[i] for i, kind in enumerate(self._kinds) if self.asked[i]}
+
+    def settings(self) -> dict[str, Any]:
+        judge = type(self.judge).__name__
+        return {"judge": judge, "prompts": len(self.prompts()), "tile": self.tile, "official": self.official}
+
+
+def gate(questions: Sequence[Question], answers: dict[int, bool]) -> dict[int, bool]:
+    """Answers that are yes and whose parents' are: in the order of the numbers, so that a no goes down the graph."""
+    gated = dict(answers)
+    for question in sorted(questions, key=lambda question: question.number):
+        if not all(gated[parent] for parent in question.parents):
+            gated[question.number] = False
+    return gated
+
+
+def tiles_of(image: NDArray[np.uint8], tile: int | None) -> list[NDArray[np.uint8]]:
+    """The four images of a 2 x 2 grid, row by row; the image itself where ``tile`` is None.
+
+    Raises:
+        ValueError: for a grid of another size.
+    """
+    if tile is None:
+        return [image]
+    if image.shape[:2] != (2 * tile, 2 * tile):
+        height, width = image.shape[:2]
+        raise ValueError(
+            f"DpgBench: an image of {width} x {height} is no grid of four of side tile={tile}; set tile to half the "
+            "grid's side, or leave it out where each file holds one image"
+        )
+    return [image[y : y + tile, x : x + tile] for y in (0, tile) for x in (0, tile)]
+
+
+def read_items(path: Path, official: bool = False) -> list[Item]:
+    """The benchmark's prompts with their questions.
+
+    Args:
+        path: of ``dpg_bench.csv``.
+        official: leave out the first question of the table as the published script does, and its whole prompt where
+            another question depends on it.
+
+    Raises:
+        ValueError: for a file that is not there, lacks columns, or has questions whose parents do not exist.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"DpgBench: cannot read benchmark {path} ({error.strerror}); give dpg_bench.csv") from error
+    absent = [column for column in COLUMNS if not rows or column not in rows[0]]
+    if absent:
+        raise ValueError(f"DpgBench: {path} has no column {absent[0]!r}; give DPG-Bench's own dpg_bench.csv")
+    found: dict[str, list[Question]] = {}
+    texts: dict[str, str] = {}
+    for row in rows[1:] if official else rows:
+        parents = tuple(int(number) for number in row["dependency"].split(",") if int(number) != 0)
+        category = row["tuple"].split("(")[0].strip()
+        question = Question(int(row["proposition_id"]), parents, category, row["question_natural_language"])
+        found.setdefault(row["item_id"], []).append(question)
+        texts.setdefault(row["item_id"], row["text"])
+    items = [Item(n, texts[n], tuple(sorted(q, key=lambda question: question.number))) for n, q in found.items()]
+    orphans = [item for item in items if not _is_whole(item)]
+    if official:
+        return [item for item in items if item not in orphans]
+    if orphans:
+        raise ValueError(f"DpgBench: {path}: a question of {orphans[0].name} depends on one that is not there")
+    return items
+
+
+def _is_whole(item: Item) -> bool:
+    numbers = {question.number for question in item.questions}
+    return all(numbers.issuperset(question.parents) for question in item.questions)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from emf_lightning.evaluation.distribution_distance import KernelDistance
+from emf_lightning.evaluation.image_features import RandomFeatures
+from emf_lightning.evaluation.image_folder import drawn_images
+from emf_lightning.evaluation.score import TaskScores
+from emf_lightning.evaluation.scoring import Rank, score_images
+from emf_lightning.evaluation.suite_metric import SuiteScore
+from tests.evaluation.test_image_folder import PROMPTS, SUITE, write_listed
+
+
+class KilledError(Exception):
+    """What stops a scoring in the middle."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two images a prompt; every third is another prompt's."""
+    folder = tmp_path_factory.mktemp("images")
+    write_listed(folder, per_prompt=2)
+    files = sorted(folder.glob("*.png"))
+    for file, other in zip(files[::3], files[3::3], strict=False):
+        file.write_bytes(other.read_bytes())
+    return folder
+
+
+def run(folder, out, **arguments):
+    metric = SuiteScore(SUITE)
+    return score_images(drawn_images(folder, metric), metric, out, **{"batch_size": 4, **arguments})
+
+
+def rows(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_scores_and_lines_agree_with_judging_image_by_image(folder, tmp_path):
+    found = run(folder, tmp_path)
+    by_text = {prompt.prompt: prompt for prompt in PROMPTS}
+    judged = []
+    for image in drawn_images(folder, SuiteScore(SUITE)):
+        prompt = by_text[image.prompt]
+        judged.append((prompt, SUITE.judge(np.array(Image.open(image.path)), prompt)))
+    expected = TaskScores.of(judged)
+
+    assert found["scores"]["score"] == pytest.approx(expected.overall)
+    assert {task: found["scores"][task] for task in expected.correct} == pytest.approx(expected.correct)
+    assert 0.3 < found["scores"]["score"] < 1
+    assert [row["correct"] for row in rows(tmp_path)] == [judgement.correct for _, judgement in judged]
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == found["scores"]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
+
+
+def test_a_killed_run_goes_on_where_it_was_saved_and_counts_nothing_twice(folder, tmp_path):
+    whole = run(folder, tmp_path / "whole")
+
+    def kill(done, total):
+        if done >= 20:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(folder, tmp_path / "killed", save_seconds=0, report=kill)
+    seen = []
+    resumed = run(folder, tmp_path / "killed", report=lambda done, total: seen.append(done))
+
+    assert seen[0] == 20
+    assert resumed["scores"] == whole["scores"]
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_lines_behind_the_last_save_are_written_again(folder, tmp_path):
+    def kill(done, total):
+        if done >= 20:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(folder, tmp_path, save_seconds=1e9, report=kill)
+    assert sum(1 for _ in next(tmp_path.glob(".results*")).open()) == 20
+    run(folder, tmp_path)
+    assert len(rows(tmp_path)) == 2 * len(PROMPTS)
+
+
+def test_a_metric_that_keeps_features_resumes_too(folder, tmp_path):
+    features = RandomFeatures(width=8)
+
+    def metric():
+        return KernelDistance(features, folder, subsets=3, subset_size=16)
+
+    def kill(done, total):
+        if done >= 12:
+            raise KilledError
+
+    images = drawn_images(folder, metric())
+    whole = score_images(images, metric(), tmp_path / "whole", batch_size=4)
+    with pytest.raises(KilledError):
+        score_images(images, metric(), tmp_path / "killed", batch_size=4, save_seconds=0, report=kill)
+    assert score_images(images, metric(), tmp_path / "killed", batch_size=4)["scores"] == whole["scores"]
+
+
+def test_the_beginnings_of_something_else_are_refused(folder, tmp_path):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path, save_seconds=0, report=stop)
+    metric = SuiteScore(SUITE)
+    with pytest.raises(ValueError, match=r"holds the beginnings of other images or another score"):
+        score_images(drawn_images(folder, metric)[:10], metric, tmp_path)
+    with pytest.raises(ValueError, match=r"was begun by 1 processes, this is one of 2"):
+        score_images(drawn_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=Rank(1, 2))
+
+
+def _worker(number: int, folder: str, out: str, port_file: str) -> None:
+    from pathlib import Path
+
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
+    torch.set_num_threads(1)
+    found = run(Path(folder), Path(out), rank=Rank(number, 2))
+    (Path(out) / f"of-{number}.json").write_text(json.dumps(found["scores"]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(folder, tmp_path):
+    alone = run(folder, tmp_path / "alone")
+    mp.start_processes(
+        _worker, (str(folder), str(tmp_path / "two"), str(tmp_path / "port")), nprocs=2, start_method="fork"
+    )
+    both = [json.loads((tmp_path / f"two/of-{number}.json").read_text()) for number in range(2)]
+
+    assert both[0] == both[1] == alone["scores"]
+    assert rows(tmp_path / "two") == rows(tmp_path / "alone")
+
+
+def test_memory_holds_a_batch_and_no_more(folder, tmp_path, monkeypatch):
+    from emf_lightning.evaluation import scoring
+
+    alive = []
+
+    class Metric(SuiteScore):
+        def update(self, images, prompts):
+            alive.append(len(images))
+            super().update(images, prompts)
+
+    metric = Metric(SUITE)
+    images = drawn_images(folder, metric)
+    scoring.score_images(images, metric, tmp_path, batch_size=5)
+    assert max(alive) == 5
+    assert sum(alive) == len(images)
+    assert sum(tensor.numel() for name in metric._defaults for tensor in [getattr(metric, name)]) == 3 * len(PROMPTS)

@@ -1,0 +1,80 @@
+"""`emf score`, called in this process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from emf_lightning.cli import main
+from tests.evaluation.test_image_folder import write_listed
+
+SUITE = """
+metric:
+  class_path: SuiteScore
+  init_args:
+    suite:
+      class_path: ShapesSuite
+      init_args: {per_task: 3, scenes_per_task: 3}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    write_listed(tmp_path / "images")
+    (tmp_path / "shapes.yaml").write_text(SUITE)
+    return tmp_path / "images"
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["score", *arguments])
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("emf ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_folder_is_scored_with_a_suite_from_a_file(folder, capsys):
+    main(["score", str(folder), "--config", str(folder.parent / "shapes.yaml")])
+
+    printed = capsys.readouterr().out
+    assert "shapes world, " in printed
+    scores = json.loads((folder.parent / "images-scores/shapes/scores.json").read_text())
+    assert scores["scores"]["score"] == 1
+    assert f"score          {scores['scores']['score']:.4f}" in printed
+
+
+def test_a_distance_needs_no_prompts_and_is_set_by_short_names(folder, capsys):
+    (folder / "prompts.jsonl").unlink()
+    options = ["--metric", "FrechetDistance", "--metric.features", "RandomFeatures", "--metric.reference", str(folder)]
+    main(["score", str(folder), *options, "--out", str(folder.parent / "out")])
+
+    scores = json.loads((folder.parent / "out/scores.json").read_text())
+    assert scores["metric"] == "fid_random"
+    assert scores["scores"]["score"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nowhere", "--config", "{config}"], "folder: no folder nowhere"),
+        (["{folder}", "--config", "{config}", "--files", "*.jpg"], r"no image in .* matches files='\*.jpg'"),
+        (["{folder}", "--config", "{config}", "--batch_size", "0"], "batch_size must be at least 1"),
+        (
+            ["{folder}", "--metric", "ClipScore", "--metric.model", "no-model", "--metric.pretrained", "x"],
+            "ClipScore: cannot load model='no-model'",
+        ),
+        (
+            ["{folder}", "--metric", "DpgBench", "--metric.benchmark", "no.csv", "--metric.judge", "BlipJudge"],
+            "BlipJudge: cannot load|cannot read benchmark",
+        ),
+        (["{folder}"], "metric"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(folder, capsys, options, said):
+    import re
+
+    words = [word.format(folder=folder, config=folder.parent / "shapes.yaml") for word in options]
+    assert re.search(said, complaint(capsys, *words))
