@@ -78,7 +78,7 @@ def distribution(
     from torchmetrics.image.kid import KernelInceptionDistance
 
     pictures = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (drawn, real)]
-    fid = FrechetInceptionDistance(network, input_img_size=tuple(pictures[0].shape[1:]))
+    fid = FrechetInceptionDistance(network, input_img_size=(3, *drawn.shape[1:3]))
     kid = KernelInceptionDistance(network, subsets=50, subset_size=min(500, len(drawn) // 2))
     for images, is_real in zip(pictures, (False, True), strict=True):
         fid.update(images, real=is_real)

@@ -11,7 +11,7 @@ from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
 
 
 class KLAutoencoder(PublishedAutoencoder):
-    """A KL-regularised autoencoder (diffusers' ``AutoencoderKL``, arXiv 2112.10752), ``stabilityai/sd-vae-ft-mse``'s kind.
+    """A KL-regularised autoencoder (diffusers' ``AutoencoderKL``, arXiv 2112.10752), as ``sd-vae-ft-mse`` is one.
 
     Latents are the posterior's mean, shifted and scaled to unit order of magnitude by its configuration's
     ``shift_factor`` and ``scaling_factor``. The mean rather than a sample: a picture then has one latent, and the

@@ -32,12 +32,12 @@ class StableDiffusionTextEncoder(TextEncoder):
     """
 
     def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import AutoTokenizer, CLIPTextModel
 
         super().__init__()
         self.dtype = dtype
         self.tower = _tower(self, CLIPTextModel, pretrained, "text_encoder", dtype)
-        self.tokenizer = _tokenizer(self, CLIPTokenizer, pretrained, "tokenizer")
+        self.tokenizer = _tokenizer(self, AutoTokenizer, pretrained, "tokenizer")
         self.width, self.length = self.tower.config.hidden_size, CLIP_LENGTH
         self._truncation = Truncation(type(self).__name__, CLIP_LENGTH)
         self.freeze()
@@ -79,7 +79,7 @@ class SD3TextEncoder(TextEncoder):
     def __init__(
         self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ) -> None:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
         super().__init__()
         if t5_length < 1:
@@ -91,12 +91,10 @@ class SD3TextEncoder(TextEncoder):
             _tower(self, kind, pretrained, f"text_encoder{name}", dtype)
             for kind, name in zip(kinds, names, strict=True)
         )
-        self.tokenizers = [
-            _tokenizer(self, kind, pretrained, f"tokenizer{name}")
-            for kind, name in zip((CLIPTokenizer, CLIPTokenizer, AutoTokenizer), names, strict=True)
-        ]
+        self.tokenizers = [_tokenizer(self, AutoTokenizer, pretrained, f"tokenizer{name}") for name in names]
         self.t5_length = t5_length
-        self.width = self.towers[2].config.d_model
+        t5: Any = self.towers[2]
+        self.width: int = t5.config.d_model
         self.length = 1 + CLIP_LENGTH + t5_length
         self._truncation = Truncation(type(self).__name__, t5_length)
         self._clip_truncation = Truncation(f"{type(self).__name__} (its CLIPs)", CLIP_LENGTH)
