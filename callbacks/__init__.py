@@ -7,6 +7,7 @@ from emf_lightning.callbacks.run_summary import RunSummary
 from emf_lightning.callbacks.sample_writer import SampleWriter
 from emf_lightning.callbacks.save_network import SaveNetwork
 from emf_lightning.callbacks.self_check import SelfCheck
+from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.weight_ema import WeightEMA
 from emf_lightning.evaluation import geneval_suite, mask2former, shapes_suite  # noqa: F401  YAML may name what is imported
@@ -19,6 +20,7 @@ __all__ = [
     "SampleWriter",
     "SaveNetwork",
     "SelfCheck",
+    "StepSweep",
     "TrainingLog",
     "WeightEMA",
 ]

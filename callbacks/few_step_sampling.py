@@ -22,6 +22,7 @@ from emf_lightning.callbacks.fixed_noise_sampling import settings_of
 from emf_lightning.callbacks.results_file import write_results
 from emf_lightning.callbacks.score_board import Levels, ScoreBoard, Sheet, score_charts
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.evaluation.suite import PromptSuite
 from emf_lightning.modules.base import FlowMapModule
@@ -35,10 +36,11 @@ SCORES = "scores.jsonl"
 class FewStepSampling(Callback):
     """Draws a suite's prompts at several step counts, judges the images, and keeps the curves.
 
-    Runs before the first step, every ``every_n_steps`` optimiser steps, at the end of ``fit``, and in ``emf validate``
-    and ``emf test``. Image i of a prompt starts from the same noise at every step count, checkpoint, rank and batch
-    size; training goes on exactly as if nothing had been drawn. Put it behind the weight averaging in the list of
-    callbacks, so that it sees the averages of the step just taken. All files are in ``<run directory>/<suite>/``.
+    Runs before the first step, every ``every_n_steps`` optimiser steps, at the end of ``fit``, in ``emf validate`` and,
+    where no ``StepSweep`` does it more thoroughly, in ``emf test``. Image i of a prompt starts from the same noise at
+    every step count, checkpoint, rank and batch size; training goes on exactly as if nothing had been drawn. Put it
+    behind the weight averaging in the list of callbacks, so that it sees the averages of the step just taken. All files
+    are in ``<run directory>/<suite>/``.
 
     Args:
         suite: the prompts and their judge.
@@ -147,8 +149,9 @@ class FewStepSampling(Callback):
             self._evaluate(trainer, pl_module, "validate")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open(trainer)
-        self._evaluate(trainer, pl_module, "test")
+        if not any(isinstance(callback, StepSweep) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._open(trainer)
+            self._evaluate(trainer, pl_module, "test")
 
     # -- what ---------------------------------------------------------------------------------------------------------
 

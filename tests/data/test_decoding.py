@@ -7,12 +7,23 @@ import pytest
 from PIL import Image
 from tars import SIDE, picture
 
-from emf_lightning.data.decoding import UnusableSampleError, caption_of, pixels_of
+from emf_lightning.data.decoding import (
+    SquareTransform,
+    UnusableSampleError,
+    caption_of,
+    image_of,
+    picture_name,
+    view_of,
+)
 from emf_lightning.data.tar_samples import TarSample
 
 
 def sample(image: bytes | None = None, text: bytes | None = None, json: bytes | None = None) -> TarSample:
     return TarSample("x.tar/0", 0, 0, image, text, json)
+
+
+def pixels_of(sample: TarSample, side: int) -> np.ndarray:
+    return SquareTransform(side)(image_of(sample))
 
 
 def test_image_of_the_right_size_passes_through_exactly() -> None:
@@ -41,6 +52,34 @@ def test_shrinking_averages_instead_of_picking_pixels() -> None:
     file = io.BytesIO()
     Image.fromarray(board.astype(np.uint8)).save(file, "png")
     assert (abs(pixels_of(sample(file.getvalue()), 8).astype(int) - 127) < 12).all()
+
+
+@pytest.mark.parametrize("size", [(31, 20), (20, 31), (57, 33), (8, 200), (5, 7), (16, 16)])
+def test_the_bilinear_square_is_what_the_published_training_makes(size: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    image = image_of(sample(picture(3, size)))
+    published = v2.Compose([v2.Resize(16), v2.CenterCrop(16)])
+    assert np.array_equal(SquareTransform(16, "bilinear")(image), np.asarray(published(image)))
+
+
+@pytest.mark.parametrize("size", [(31, 20), (20, 31), (14, 14)])
+def test_the_view_of_the_whole_image_is_what_siglip_s_preprocessing_makes(size: tuple[int, int]) -> None:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    image = image_of(sample(picture(3, size)))
+    processor = SiglipImageProcessorPil(size={"height": 14, "width": 14})
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    ours = view_of(image, 14).astype(np.float32) / 127.5 - 1
+    assert np.abs(ours.transpose(2, 0, 1) - expected).max() < 1e-6
+
+
+def test_a_picture_s_name_is_that_of_its_file_and_side() -> None:
+    first, other = sample(picture(1)), sample(picture(2))
+    assert picture_name(first, False) == picture_name(TarSample("y.tar/7", 7, 9, picture(1), b"?"), False)
+    assert len({picture_name(first, False), picture_name(first, True), picture_name(other, False)}) == 3
+    with pytest.raises(UnusableSampleError, match="missing image"):
+        picture_name(sample(), False)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])

@@ -86,27 +86,29 @@ def test_misses_are_encoded_once_each_in_one_call(tmp_path):
     assert (cache.hits, cache.misses) == (2, 4)
 
 
-def test_lookup_gives_rows_in_order_and_none_for_misses(tmp_path):
-    cache = opened(tmp_path)
+def test_entries_are_fetched_one_by_one_and_unpacked_together(tmp_path):
+    cache = opened(tmp_path, dtype="bfloat16")
     cache.store(CAPTIONS, WordEncoder(width=16)(CAPTIONS))
-    rows = cache.lookup(["two blue rings", "never seen", NULL_CAPTION])
-    assert rows[1] is None
-    assert [len(rows[0]), len(rows[2])] == [1, 1]
+    entries = [cache.fetch(caption) for caption in ("two blue rings", "never seen", NULL_CAPTION)]
+    assert entries[1] is None
+    assert (cache.hits, cache.misses) == (2, 1)
     expected = WordEncoder(width=16)(["two blue rings", NULL_CAPTION])
-    found = TextFeatures.cat([rows[0], rows[2]])
-    assert torch.equal(found.context, expected.context)
+    found = cache.unpack([entries[0], entries[2]])
+    assert found.context.dtype == torch.bfloat16  # as stored: half of what goes between processes and to the device
+    assert torch.equal(found.context, expected.context.bfloat16())
     assert torch.equal(found.mask, expected.mask)
-    assert cache.lookup([]) == []
+    assert cache.holds("two blue rings")
+    assert not cache.holds("never seen")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8"])
 def test_the_first_pass_is_rounded_as_the_second_one_comes_back(tmp_path, dtype):
     cache = opened(tmp_path, dtype=dtype)
     encoder = WordEncoder(width=16)
     first, second = cache.features(CAPTIONS, encoder), cache.features(CAPTIONS, refuse)
     assert first.context.dtype == second.context.dtype == torch.float32
     assert torch.equal(first.context, second.context)
-    assert torch.equal(second.context, encoder(CAPTIONS).context.to(getattr(torch, dtype)).float())
+    assert torch.equal(second.context, cache.entries.rounded(encoder(CAPTIONS).context))
     assert not torch.equal(second.context, encoder(CAPTIONS).context)
 
 
@@ -114,7 +116,7 @@ def test_another_fingerprint_or_dtype_finds_nothing_and_disturbs_nothing(tmp_pat
     opened(tmp_path).features(CAPTIONS, WordEncoder(width=16))
     other = WordEncoder(width=16, seed=1)
     for cache in (opened(tmp_path, other), opened(tmp_path, dtype="float16")):
-        assert cache.lookup(CAPTIONS) == [None] * 4
+        assert [cache.fetch(caption) for caption in CAPTIONS] == [None] * 4
         assert cache.corrupt == 0
     opened(tmp_path, other).features(CAPTIONS, other)
     assert_holds_exactly(opened(tmp_path), CAPTIONS)
@@ -142,7 +144,7 @@ def test_an_entry_of_the_wrong_shape_is_counted_and_replaced(tmp_path):
     narrow.open(WordEncoder(width=8))
     narrow._salt = cache._salt  # an encoder that lies about itself
     narrow.store(CAPTIONS, WordEncoder(width=8)(CAPTIONS))
-    assert cache.lookup(CAPTIONS) == [None] * 4
+    assert [cache.fetch(caption) for caption in CAPTIONS] == [None] * 4
     assert cache.corrupt == 4
     cache.store(CAPTIONS, WordEncoder(width=16)(CAPTIONS))
     assert_holds_exactly(opened(tmp_path), CAPTIONS)
@@ -192,7 +194,7 @@ def test_killed_writers_leave_whole_entries_and_a_writable_file(tmp_path):
         assert writer.exitcode == -signal.SIGKILL
         size = (tmp_path / "data.mdb").stat().st_size
         survivors = opened(tmp_path)
-        present = [row is not None for row in survivors.lookup([f"caption {start + i}" for i in range(2000)])]
+        present = [survivors.fetch(f"caption {start + i}") is not None for i in range(2000)]
         assert survivors.corrupt == 0
         assert 0 < sum(present) < 2000
         assert sum(present) % 8 == 0  # whole transactions
@@ -209,7 +211,7 @@ def test_a_full_cache_warns_once_and_goes_on_encoding(tmp_path):
         features = TextFeatures.cat([cache.features(part, encoder) for part in parts])
     assert len(warned) == 1
     assert torch.equal(features.context, encoder(captions).context)
-    held = sum(row is not None for row in cache.lookup(captions))
+    held = sum(cache.fetch(caption) is not None for caption in captions)
     assert 0 < held < 1200
     assert cache.full == 1200 - held
     assert cache.corrupt == 0
@@ -229,7 +231,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_the_estimate_says_what_is_needed_and_what_there_is(tmp_path):
     cache = opened(tmp_path, WordEncoder(width=192), max_gb=16)
     # 12 x 192 x 4 bytes take three pages of 4096.
-    assert cache.estimate(170_000).startswith("170,000 captions x 12.4 kB = 2.1 GB; free: ")
+    assert cache.estimate(170_000).startswith("170,000 samples x 12.4 kB = 2.1 GB; free: ")
     assert cache.estimate(170_000).endswith("limit 16 GB")
     small = opened(tmp_path, WordEncoder(width=192), max_gb=0.1)
     assert small.estimate(170_000).endswith("limit 100 MB, which holds about 8,085: raise max_gb to 2.1")
@@ -251,14 +253,14 @@ def test_the_estimate_is_what_full_captions_take(tmp_path, width):
 def test_a_disk_smaller_than_asked_is_said_at_once(tmp_path):
     with pytest.warns(UserWarning, match=r"max_gb=.*, but the disk of .* has room for .*lower max_gb"):
         cache = opened(tmp_path, max_gb=2 * shutil.disk_usage(tmp_path).free / 1e9)
-    with pytest.raises(ValueError, match=r"too small: 1,000,000,000,000 captions x .*dtype: bfloat16"):
+    with pytest.raises(ValueError, match=r"too small: 1,000,000,000,000 samples x .*dtype: bfloat16"):
         cache.estimate(10**12)
 
 
 def test_nothing_is_written_before_it_is_opened(tmp_path):
     cache = FeatureCache(tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"call open\(encoder\) first"):
-        cache.lookup(["a red cube"])
+    with pytest.raises(ValueError, match=r"call open first"):
+        cache.fetch("a red cube")
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="max_gb must be at least"):
         FeatureCache(tmp_path, max_gb=0)

@@ -26,6 +26,12 @@ def test_file_folder_glob_and_range_stand_for_their_shards_in_order(folder: Path
     assert names(shard_paths([f"{folder}/b-*.tar", str(folder / "a-000.tar")])) == ["b-000.tar", "a-000.tar"]
 
 
+def test_compressed_shards_of_a_folder_are_taken_too(tmp_path: Path) -> None:
+    for name in ("b.tgz", "a.tar.gz", "c.tar", "list.txt.gz"):
+        (tmp_path / name).touch()
+    assert names(shard_paths(tmp_path)) == ["a.tar.gz", "b.tgz", "c.tar"]
+
+
 def test_addresses_are_taken_as_they_are_or_listed(folder: Path) -> None:
     assert shard_paths("https://host/x-{00..01}.tar") == ("https://host/x-00.tar", "https://host/x-01.tar")
     assert names(shard_paths(f"file://{folder}/a-*.tar")) == ["a-000.tar", "a-001.tar", "a-002.tar"]
@@ -37,8 +43,8 @@ def test_entry_that_stands_for_nothing_is_named(folder: Path, missing: str) -> N
         shard_paths([str(folder / "a-000.tar"), str(folder / missing)], "validation_shards")
 
 
-def test_nothing_at_all_and_compressed_shards_are_refused(folder: Path) -> None:
+def test_nothing_at_all_and_other_files_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="shards is empty"):
         shard_paths([])
-    with pytest.raises(ValueError, match=r"notes\.txt' is not a \.tar shard"):
+    with pytest.raises(ValueError, match=r"notes\.txt' is not a shard; they end in \.tar, \.tar\.gz, \.tgz"):
         shard_paths(folder / "notes.txt")

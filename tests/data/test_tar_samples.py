@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from tars import picture, write_numbered, write_tar
 
-from emf_lightning.data.tar_samples import read_samples
+from emf_lightning.data.tar_samples import count_samples, read_samples
 
 
 def test_members_are_grouped_by_the_name_up_to_the_first_dot_of_its_last_part(tmp_path: Path) -> None:
@@ -97,3 +98,64 @@ def test_shards_behind_an_address_are_read_alike(tmp_path: Path) -> None:
     (path,) = write_numbered(tmp_path, [4])
     local, remote = list(read_samples(path)), list(read_samples(f"file://{path}"))
     assert [(s.image, s.text, s.end) for s in local] == [(s.image, s.text, s.end) for s in remote]
+
+
+def compressed(path: str) -> str:
+    """The path of the same shard behind gzip."""
+    with open(path, "rb") as plain, gzip.open(f"{path}.gz", "wb") as file:
+        file.write(plain.read())
+    return f"{path}.gz"
+
+
+def contents(samples) -> list[tuple]:
+    return [(s.number, s.end, s.image, s.text, s.fault) for s in samples]
+
+
+def test_a_compressed_shard_has_the_same_samples_at_the_same_offsets(tmp_path: Path) -> None:
+    (path,) = write_numbered(tmp_path, [6])
+    samples, packed = list(read_samples(path)), compressed(path)
+    assert contents(read_samples(packed)) == contents(samples)
+    for sample in samples:
+        rest = read_samples(packed, sample.end, sample.number + 1)
+        assert contents(rest) == contents(samples[sample.number + 1 :])
+    assert contents(read_samples(packed, part=1, parts=3)) == contents(samples[1::3])
+    assert contents(read_samples(f"file://{packed}")) == contents(samples)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
+def test_a_compressed_shard_that_is_cut_ends_in_a_fault_behind_which_nothing_comes_twice(
+    tmp_path: Path, kept: float
+) -> None:
+    (path,) = write_numbered(tmp_path, [6])
+    whole, packed = list(read_samples(path)), compressed(path)
+    data = Path(packed).read_bytes()
+    Path(packed).write_bytes(data[: int(len(data) * kept)])
+    *samples, fault = read_samples(packed)
+    assert fault.fault == "truncated shard"
+    assert 0 < len(samples) < 6
+    assert contents(samples) == contents(whole[: len(samples)])
+    (again,) = read_samples(packed, fault.end, fault.number + 1)
+    assert again.fault == "truncated shard"
+
+
+def test_a_damaged_compressed_shard_ends_in_a_fault(tmp_path: Path) -> None:
+    packed = compressed(write_numbered(tmp_path, [6])[0])
+    data = bytearray(Path(packed).read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 200] = b"\xff" * 200
+    Path(packed).write_bytes(data)
+    *_, fault = read_samples(packed)
+    assert fault.fault in ("damaged shard", "truncated shard")
+    Path(packed).write_bytes(b"no gzip at all")
+    (fault,) = read_samples(packed)
+    assert fault.fault == "unreadable shard (BadGzipFile)"
+
+
+def test_samples_are_counted_exactly_where_that_is_cheap_and_guessed_elsewhere(tmp_path: Path) -> None:
+    members = {f"{number}.png": picture(number, (40, 40)) for number in range(150)}
+    path = write_tar(tmp_path / "x.tar", members)
+    assert count_samples(path) == 150
+    for other in (compressed(path), f"file://{path}"):
+        assert 0.7 * 150 < count_samples(other) < 1.3 * 150
+    (few,) = write_numbered(tmp_path / "few", [7])
+    assert count_samples(few) == count_samples(compressed(few)) == 7
+    assert count_samples(str(tmp_path / "none.tar")) == 0

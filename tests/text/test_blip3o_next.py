@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from blip3o_folder import (
+from tests.tiny_blip3o import (
     CODES,
     CONTEXT,
     SETTINGS,
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from emf_lightning.text.base import NULL_CAPTION
 from emf_lightning.text.blip3o_next import BLIP3oNext
-from emf_lightning.text.token_sampling import TokenSampler
 
 SHORT, LONG = "a red cube", "a photo of two blue ball on a green ring"
 
@@ -139,13 +138,13 @@ def test_a_caption_s_tokens_and_features_do_not_depend_on_the_batch(encoder, fol
 def test_the_seed_and_the_caption_choose_the_tokens(encoder, folder):
     first, again = encoder.write([SHORT])[0], encoder.write([SHORT])[0]
     assert torch.equal(first, again)
-    other = BLIP3oNext(str(folder), **SETTINGS, sampler=TokenSampler(seed=1))
+    other = BLIP3oNext(str(folder), **SETTINGS, seed=1)
     assert not torch.equal(other.write([SHORT])[0], first)
 
 
 def test_greedy_tokens_are_the_likeliest_codes(folder, published):
     model, tokenizer, _ = published
-    codes = BLIP3oNext(str(folder), **SETTINGS, sampler=TokenSampler(top_k=1)).write([LONG])[0][0]
+    codes = BLIP3oNext(str(folder), **SETTINGS, top_k=1).write([LONG])[0][0]
     first = make_config()["image_start_token_id"]
     ids = prompt_ids(tokenizer, LONG)
     for code in codes.tolist():
@@ -211,7 +210,7 @@ def test_one_file_several_files_and_tied_embeddings_load(tmp_path, encoder):
 
 @pytest.mark.parametrize(
     "other",
-    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"sampler": TokenSampler(top_p=0.9)}, {"image_heads": 4}],
+    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"top_p": 0.9}, {"image_heads": 4}],
     ids=str,
 )
 def test_every_setting_is_in_the_fingerprint(folder, encoder, other):
@@ -319,6 +318,24 @@ def published_names() -> dict[str, tuple[int, ...]]:
     return sizes
 
 
+def test_on_the_meta_device_it_has_its_size_and_no_weights(folder, encoder):
+    with torch.device("meta"):
+        tiny = BLIP3oNext(str(folder), **SETTINGS)
+        full = BLIP3oNext("BLIP3o/BLIP3o-NEXT-SFT-3B")
+    assert {p.device.type for part in (tiny, full) for p in part.parameters()} == {"meta"}
+    assert {k: v.shape for k, v in tiny.state_dict().items()} == {k: v.shape for k, v in encoder.state_dict().items()}
+    assert (full.length, full.width, full.view_side) == (730, 2304, 384)
+    assert {p.dtype for p in full.parameters()} == {torch.bfloat16}
+    ignored = sum(size_of(v) for k, v in published_names().items() if "encoder.layers.26." in k)
+    assert sum(p.numel() for p in full.parameters()) == sum(map(size_of, published_names().values())) - ignored
+    with torch.device("meta"), pytest.raises(ValueError, match="not at hand, and of no published size"):
+        BLIP3oNext("somebody/no-such-model")
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
 def test_full_size_names_and_shapes_are_the_published_ones():
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
@@ -346,6 +363,6 @@ def test_full_size_names_and_shapes_are_the_published_ones():
     backbone = sum(p.numel() for name, p in language.model.named_parameters() if "embed" not in name)
     assert backbone == 1_409_410_048
     place = "model.vision_tower.vision_tower.encoder."
-    tower = sum(torch.Size(v).numel() for k, v in published_names().items() if k.startswith(place))
+    tower = sum(size_of(v) for k, v in published_names().items() if k.startswith(place))
     assert tower + 2 * 1152 == 428_225_600 - 15_238_352
     assert images.tokens == 729

@@ -14,7 +14,7 @@ from importlib.metadata import version
 TRAINER_VERBS = {
     "fit": "train an experiment",
     "validate": "score a checkpoint: the step sweep on the validation prompts",
-    "test": "the same for a final score",
+    "test": "score it for good: step counts, guidance, averaged and not, in one report",
     "predict": "draw images for a file of prompts",
 }
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
@@ -25,8 +25,15 @@ FUNCTION_VERBS = {
     "captions": "write a file of prompts as shards without pictures",
     "shards": "write caption-image shards of a shapes world",
     "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
+    "encoders": "study text encoders: retrieval, removed words, and controls",
+    "report": "put several runs into one table and one figure",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
+
+EXPERIMENT_VERBS = {
+    "cache": "compute an experiment's text features and latents ahead of training",
+}
+"""Verbs that read an experiment without running it: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
 
 _HELP = """\
 usage: emf VERB [options]
@@ -52,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        verbs = {**TRAINER_VERBS, **FUNCTION_VERBS}
+        verbs = {**TRAINER_VERBS, **EXPERIMENT_VERBS, **FUNCTION_VERBS}
         print(_HELP.format(verbs="\n".join(f"  {name:<10} {line}" for name, line in verbs.items())), end="")
     elif verb == "--version":
         print(f"emf_lightning {version('emf_lightning')}")
@@ -76,9 +83,13 @@ def _run(verb: str, arguments: list[str]) -> None:
         from emf_lightning.cli.emf_cli import EMFCLI
 
         EMFCLI.run(expand(arguments))
+    elif verb in EXPERIMENT_VERBS:
+        getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(expand(arguments)[1:])
     elif verb in FUNCTION_VERBS:
         from emf_lightning.cli.function_verb import call
 
         call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), expand(arguments))
     else:
-        raise ValueError(f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *FUNCTION_VERBS))}")
+        raise ValueError(
+            f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS))}"
+        )

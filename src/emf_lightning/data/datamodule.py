@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.data.feature_cache import FeatureCache
+from emf_lightning.data.caption_files import CaptionFiles
+from emf_lightning.data.decoding import SquareTransform
+from emf_lightning.data.feature_cache import FeatureCache, pair_name
+from emf_lightning.data.latent_cache import LatentCache
 from emf_lightning.data.loader import ShardLoader
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.data.shard_paths import shard_paths
@@ -32,8 +36,12 @@ class CaptionImageData(LightningDataModule):
         autoencoder: the frozen autoencoder.
         shards: training shards: files, folders, globs, ranges ``data-{000000..000012}.tar``, addresses, or a list.
         validation_shards: likewise; none, no validation.
+        captions: JSON or JSON-lines files of captions by image, for shards that hold images alone, in the folders below
+            theirs: as ShareGPT-4o-Image and Echo-4o-Image are published.
         cache: of the text features; none encodes every caption anew.
+        latent_cache: of the latents; none encodes every image anew.
         resolution: side of the square images; others are resized and cropped about their centre.
+        resize_filter: of that resizing; "bilinear" is what BLIP3o-NEXT and EMF train with.
         batch_size: samples a batch, on each rank.
         num_workers: processes that read, on each rank.
         shuffle_block: samples shuffled among each other, held in memory by each worker; 1 shuffles shards only.
@@ -41,7 +49,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: how many, the same ones each time.
         flip: mirrors half of the training images; wrong where captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
-        pictures: whether pictures are decoded and encoded. FGM learns from captions alone, and without them its shards
+        pictures: whether images are decoded and encoded. FGM learns from captions alone, and without them its shards
             need hold nothing else; latents are then zeros of the right shape.
 
     Raises:
@@ -55,8 +63,11 @@ class CaptionImageData(LightningDataModule):
         shards: str | list[str],
         *,
         validation_shards: str | list[str] | None = None,
+        captions: str | list[str] | None = None,
         cache: FeatureCache | None = None,
+        latent_cache: LatentCache | None = None,
         resolution: int = 36,
+        resize_filter: Literal["bicubic", "bilinear"] = "bicubic",
         batch_size: int = 128,
         num_workers: int = 1,
         shuffle_block: int = 1024,
@@ -80,8 +91,11 @@ class CaptionImageData(LightningDataModule):
         self.autoencoder = autoencoder
         self.shards = shards
         self.validation_shards = validation_shards
+        self.captions = captions
         self.cache = cache
+        self.latent_cache = latent_cache
         self.resolution = resolution
+        self.transform = SquareTransform(resolution, resize_filter)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.shuffle_block = shuffle_block
@@ -121,8 +135,7 @@ class CaptionImageData(LightningDataModule):
     # -- loaders -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        if self.cache is not None:
-            self.cache.open(self.text)
+        self.open_caches()
         if stage == "fit":
             self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
         if stage in ("validate", "test") and self.validation_shards is None:
@@ -133,6 +146,18 @@ class CaptionImageData(LightningDataModule):
             self._validation = self._loader(self.validation_shards, "validation_shards", workers, limit=samples)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
+
+    def open_caches(self) -> None:
+        """Binds the caches to the encoder and the autoencoder."""
+        if self.cache is not None:
+            self.cache.open(self.text)
+        if self.latent_cache is not None:
+            self.latent_cache.open(self.autoencoder, self.latent_size, str(self.transform))
+
+    @cached_property
+    def caption_files(self) -> CaptionFiles | None:
+        """The captions beside the shards, where there are some."""
+        return None if self.captions is None else CaptionFiles(self.captions)
 
     def _loader(
         self,
@@ -145,7 +170,7 @@ class CaptionImageData(LightningDataModule):
     ) -> ShardLoader:
         stream = ShardStream(
             shard_paths(shards, f"CaptionImageData: {argument}"),
-            self.resolution,
+            self.transform,
             self.batch_size,
             shuffle_block=shuffle_block,
             seed=self.seed,
@@ -155,7 +180,10 @@ class CaptionImageData(LightningDataModule):
             drop_last=limit is None,
             flip=flip,
             limit=limit,
-            lookup=self.cache.lookup if self.cache is not None else None,
+            features=self.cache,
+            latents=self.latent_cache,
+            view_side=self.text.view_side,
+            captions=self.caption_files,
             pictures=self.pictures,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
@@ -189,33 +217,46 @@ class CaptionImageData(LightningDataModule):
         """A worker's batch, encoded; anything else as it is."""
         if not isinstance(batch, RawBatch):
             return batch
-        self._move(batch.images.device)
-        if self.cache is not None and self.num_workers > 0:
-            self.cache.hits += int(batch.found.sum())  # the worker that looked up counts for itself only
-        if self.pictures:
-            latents = self.autoencoder.encode(batch.images.to(torch.float32) / 127.5 - 1).float()
-        else:
-            shape = (len(batch), self.latent_channels, self.latent_size, self.latent_size)
-            latents = torch.zeros(shape, device=batch.images.device)
-        return CaptionImageBatch(latents, self._features_of(batch), self.null_features(), batch.captions)
+        self.move(batch.images.device)
+        for cache, found in ((self.cache, batch.found), (self.latent_cache, batch.latents_found)):
+            if cache is not None and self.num_workers > 0:
+                cache.hits += int(found.sum())  # the worker that looked up counts for itself only
+        return CaptionImageBatch(self.latents_of(batch), self.features_of(batch), self.null_features(), batch.captions)
 
-    def _features_of(self, batch: RawBatch) -> TextFeatures:
-        """The batch's features: what its worker found in the cache, and the rest encoded, each caption once."""
-        if batch.features is not None and bool(batch.found.all()):
-            return batch.features
-        missing = [caption for caption, found in zip(batch.captions, batch.found.tolist(), strict=True) if not found]
-        encoded = self.text_features(missing)
-        if batch.features is None:
-            return encoded
-        # row i of the batch is the next one of the hits or of the misses
-        order = torch.cat([batch.found.nonzero().flatten(), (~batch.found).nonzero().flatten()]).argsort()
-        hits = batch.features.to(dtype=encoded.context.dtype)
-        return TextFeatures.cat([hits, encoded])[order.to(encoded.context.device)]
+    def latents_of(self, batch: RawBatch) -> Tensor:
+        """The batch's latents: what its worker found in the cache, and the rest encoded."""
+        if not self.pictures:
+            shape = (len(batch), self.latent_channels, self.latent_size, self.latent_size)
+            return torch.zeros(shape, device=batch.images.device)
+        hits = None if batch.latents is None else batch.latents.float()
+        if not len(batch.images) and hits is not None:
+            return hits
+        fresh = self.autoencoder.encode(batch.images.to(torch.float32) / 127.5 - 1).float()
+        if self.latent_cache is not None:
+            fresh = self.latent_cache.keep(_left_over(batch.pictures, batch.latents_found), fresh)
+        return fresh if hits is None else torch.cat([hits, fresh])[_order(batch.latents_found).to(fresh.device)]
+
+    def features_of(self, batch: RawBatch) -> TextFeatures:
+        """The batch's features: what its worker found in the cache, and the rest encoded."""
+        hits = None if batch.features is None else batch.features.to(dtype=torch.float32)
+        if hits is not None and bool(batch.found.all()):
+            return hits
+        missing = _left_over(batch.captions, batch.found)
+        if batch.views is None:
+            fresh = self.text_features(missing)
+        else:
+            fresh = self.text.encode_pairs(missing, batch.views.to(torch.float32) / 127.5 - 1)
+            if self.cache is not None:
+                names = map(pair_name, missing, _left_over(batch.pictures, batch.found))
+                fresh = self.cache.keep(list(names), fresh).to(batch.views.device)
+        if hits is None:
+            return fresh
+        return TextFeatures.cat([hits, fresh])[_order(batch.found).to(fresh.context.device)]
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of ``captions`` on the training device; through the cache, where there is one."""
-        device = self._move()
+        device = self.move()
         unique = list(dict.fromkeys(captions))
         features = self.cache.features(unique, self.text) if self.cache is not None else self.text(unique)
         rows = {caption: row for row, caption in enumerate(unique)}
@@ -223,7 +264,7 @@ class CaptionImageData(LightningDataModule):
 
     def null_features(self) -> TextFeatures:
         """The null caption's features, one row, on the training device."""
-        device = self._move()
+        device = self.move()
         if self._null is None or self._null.context.device != device:
             with torch.inference_mode(False):  # what validation computes is kept for training
                 self._null = self.text_features([NULL_CAPTION])
@@ -232,11 +273,11 @@ class CaptionImageData(LightningDataModule):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
-        self._move(latents.device)
+        self.move(latents.device)
         images = self.autoencoder.decode(latents.float())
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _move(self, device: torch.device | None = None) -> torch.device:
+    def move(self, device: torch.device | None = None) -> torch.device:
         """The device of the frozen parts, after they moved to ``device`` (default: the trainer's)."""
         if device is None:
             device = self.trainer.strategy.root_device if self.trainer else self._device or torch.device("cpu")
@@ -261,3 +302,13 @@ class CaptionImageData(LightningDataModule):
         # number would be lost and the next epoch repeat the first one's order
         if self._train is not None and "train" in state_dict:
             self._train.load_state_dict(state_dict["train"])
+
+
+def _left_over(row_names: Sequence[str], found: Tensor) -> list[str]:
+    """The names of the rows that were not found."""
+    return [name for name, hit in zip(row_names, found.tolist(), strict=True) if not hit]
+
+
+def _order(found: Tensor) -> Tensor:
+    """Which of [hits, misses] each row of the batch is: the next one of its kind."""
+    return torch.cat([found.nonzero().flatten(), (~found).nonzero().flatten()]).argsort()

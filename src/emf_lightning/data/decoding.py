@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,18 +50,52 @@ def caption_of(sample: TarSample) -> str:
     return caption
 
 
-def fit(image: Image, resolution: int) -> Image:
-    """The centre square of ``image`` after its shorter side became ``resolution``."""
+@dataclass(frozen=True)
+class SquareTransform:
+    """The centre square of an image after its shorter side became ``side``.
+
+    Attributes:
+        side: of the square.
+        filter: of the resizing, which averages where it shrinks. "bilinear" is that of torchvision's ``Resize`` and
+            ``CenterCrop``, which EMF and BLIP3o train with.
+    """
+
+    side: int
+    filter: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __call__(self, image: Image) -> NDArray[np.uint8]:
+        """Pixels ``[side, side, 3]``; untouched where the image has that size already."""
+        from PIL.Image import Resampling
+
+        width, height = image.size
+        shorter = min(width, height)
+        size = (int(self.side * width / shorter), int(self.side * height / shorter))
+        if size != image.size:
+            image = image.resize(size, Resampling[self.filter.upper()])
+        left, top = round((size[0] - self.side) / 2), round((size[1] - self.side) / 2)
+        return np.asarray(image.crop((left, top, left + self.side, top + self.side)))
+
+
+def view_of(image: Image, side: int) -> NDArray[np.uint8]:
+    """The whole image as a square ``[side, side, 3]``, its aspect lost: what SigLIP's preprocessing gives."""
     from PIL.Image import Resampling
 
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((resolution, resolution), Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image.resize((side, side), Resampling.BICUBIC))
 
 
-def pixels_of(sample: TarSample, resolution: int) -> NDArray[np.uint8]:
-    """The sample's image ``[resolution, resolution, 3]``; untouched where it has that size already.
+def picture_name(sample: TarSample, flipped: bool) -> str:
+    """By which the sample's image is known whatever shard it is in: a digest of its file, and whether it is mirrored.
+
+    Raises:
+        UnusableSampleError: missing image.
+    """
+    if sample.image is None:
+        raise UnusableSampleError("missing image")
+    return hashlib.sha256(sample.image).hexdigest() + ("-flipped" if flipped else "")
+
+
+def image_of(sample: TarSample) -> Image:
+    """The sample's image, RGB.
 
     Raises:
         UnusableSampleError: missing image or corrupt image.
@@ -70,9 +106,6 @@ def pixels_of(sample: TarSample, resolution: int) -> NDArray[np.uint8]:
         raise UnusableSampleError("missing image")
     try:
         with Image.open(io.BytesIO(sample.image)) as opened:
-            image = opened.convert("RGB")
-        if image.size != (resolution, resolution):
-            image = fit(image, resolution)
+            return opened.convert("RGB")
     except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, zlib.error, ...
         raise UnusableSampleError("corrupt image") from error
-    return np.asarray(image)

@@ -7,6 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+ENDINGS = (".tar", ".tar.gz", ".tgz")
+"""Of the names of shards; gzip is undone while reading."""
+
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -14,20 +17,21 @@ def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shar
     """The shards' files or addresses, in order.
 
     Args:
-        shards: a tar file, a folder of them, a glob, a range like ``data-{000000..000012}.tar``, an address with a
-            scheme (``hf://``, ``https://``, ``s3://``), or a list of these.
+        shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a folder of them, a glob, a range like
+            ``data-{000000..000012}.tar``, an address with a scheme (``hf://``, ``https://``, ``s3://``), or a list of
+            these.
         argument: what the user calls it.
 
     Raises:
-        ValueError: naming the entry that stands for no shard, or for a compressed one.
+        ValueError: naming the entry that stands for no shard, or for something else.
     """
     entries = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if not entries:
         raise ValueError(f"{argument} is empty; give at least one tar shard")
     paths = [path for entry in entries for part in _ranges(str(entry)) for path in _expand(part, argument)]
     for path in paths:
-        if not path.endswith(".tar"):
-            raise ValueError(f"{argument}: {path!r} is not a .tar shard; unpack compressed shards first")
+        if not path.endswith(ENDINGS):
+            raise ValueError(f"{argument}: {path!r} is not a shard; they end in {', '.join(ENDINGS)}")
     return tuple(paths)
 
 
@@ -49,7 +53,7 @@ def _expand(entry: str, argument: str) -> list[str]:
         system, pattern = fsspec.core.url_to_fs(entry)
         found = sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
     elif Path(entry).expanduser().is_dir():
-        found = sorted(str(path) for path in Path(entry).expanduser().glob("*.tar"))
+        found = sorted(str(path) for path in Path(entry).expanduser().iterdir() if path.name.endswith(ENDINGS))
     elif Path(entry).expanduser().is_file():
         found = [str(Path(entry).expanduser())]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,9 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from emf_lightning.data.decoding import UnusableSampleError, caption_of, pixels_of
+from emf_lightning.data.caption_files import CaptionFiles
+from emf_lightning.data.decoding import (
+    SquareTransform,
+    UnusableSampleError,
+    caption_of,
+    image_of,
+    picture_name,
+    view_of,
+)
+from emf_lightning.data.feature_cache import FeatureCache, pair_name
+from emf_lightning.data.latent_cache import LatentCache
 from emf_lightning.data.tar_samples import TarSample, read_samples
 from emf_lightning.text.base import TextFeatures
+
+CACHED = "in the caches already"
+"""The reason for which a sample is left out where only missing ones are wanted."""
 
 
 class Position(NamedTuple):
@@ -34,13 +47,18 @@ class Position(NamedTuple):
 class RawBatch:
     """B samples as they leave a worker, not yet encoded.
 
-    Not a dataclass: Lightning's precision plugins and movers take dataclasses apart.
+    Not a dataclass: Lightning's precision plugins and movers take dataclasses apart. What a cache had is here as it was
+    stored, and what the others are made from is here only for the others, both in the order of the rows.
 
     Attributes:
-        images: ``[B, 3, H, W]``, uint8.
         captions: the B captions.
-        found: ``[B]``, bool, True where the feature cache had the caption.
-        features: the rows that were found, None if there are none.
+        pictures: the B images' names; empty where nothing is kept or made by them.
+        images: ``[rows without latents, 3, H, W]``, uint8.
+        latents: ``[rows with latents, C, h, w]``, None if there are none.
+        latents_found: ``[B]``, bool, True where the latent cache had the picture.
+        views: ``[rows without features, 3, S, S]``, uint8, where features are made from the image, too; else None.
+        features: of the rows that the feature cache had, None if there are none.
+        found: ``[B]``, bool, True where the feature cache had the caption, or the caption with this image.
         lane: which of the rank's lanes it comes from.
         position: of the lane behind this batch.
         skipped: reason -> samples left out since the lane's last batch.
@@ -50,17 +68,27 @@ class RawBatch:
 
     def __init__(
         self,
-        images: Tensor,
-        captions: tuple[str, ...],
-        found: Tensor,
-        features: TextFeatures | None,
+        samples: Sequence[_Sample],
+        stream: ShardStream,
         *,
         lane: int,
         position: Position,
         skipped: dict[str, int],
         examples: dict[str, str],
     ) -> None:
-        self.images, self.captions, self.found, self.features = images, captions, found, features
+        self.captions = tuple(sample.caption for sample in samples)
+        self.pictures = tuple(sample.picture for sample in samples)
+        self.images = _stack([sample.pixels for sample in samples], stream.transform.side)
+        entries = [sample.latents for sample in samples]
+        self.latents_found = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
+        kept = [entry for entry in entries if entry is not None]
+        self.latents = stream.latents.unpack(kept) if stream.latents is not None and kept else None
+        side = stream.view_side
+        self.views = None if side is None else _stack([sample.view for sample in samples], side)
+        entries = [sample.features for sample in samples]
+        self.found = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
+        kept = [entry for entry in entries if entry is not None]
+        self.features = stream.features.unpack(kept) if stream.features is not None and kept else None
         self.lane, self.position, self.skipped, self.examples = lane, position, skipped, examples
         self.ticket = 0
 
@@ -70,17 +98,38 @@ class RawBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RawBatch:
         """This batch, its tensors on ``device``."""
         self.images = self.images.to(device, non_blocking=non_blocking)
+        if self.latents is not None:
+            self.latents = self.latents.to(device, non_blocking=non_blocking)
+        if self.views is not None:
+            self.views = self.views.to(device, non_blocking=non_blocking)
         if self.features is not None:
             self.features = self.features.to(device)
         return self
 
     def pin_memory(self) -> RawBatch:
-        """This batch, its images in page-locked memory."""
+        """This batch, its images and features in page-locked memory."""
         self.images = self.images.pin_memory()
+        if self.features is not None:
+            self.features = TextFeatures(self.features.context.pin_memory(), self.features.mask)
         return self
 
 
-_NO_PICTURE = np.zeros((1, 1, 3), np.uint8)
+class _Sample(NamedTuple):
+    """A sample that will be used: what the caches had of it, and what the rest is made from."""
+
+    caption: str
+    picture: str
+    pixels: NDArray[np.uint8] | None
+    view: NDArray[np.uint8] | None
+    latents: bytes | None
+    features: bytes | None
+
+
+def _stack(images: Sequence[NDArray[np.uint8] | None], side: int) -> Tensor:
+    """``[n, 3, side, side]`` of the n images that are there."""
+    there = [image for image in images if image is not None]
+    stacked = torch.from_numpy(np.stack(there)) if there else torch.empty(0, side, side, 3, dtype=torch.uint8)
+    return stacked.permute(0, 3, 1, 2).contiguous()
 
 
 class ShardStream(IterableDataset[RawBatch]):
@@ -99,7 +148,7 @@ class ShardStream(IterableDataset[RawBatch]):
 
     Args:
         shards: files or addresses, in a fixed order.
-        resolution: side of the square images.
+        transform: makes images square; a number stands for the plain one of that side.
         batch_size: samples a batch.
         shuffle_block: samples a block; 1 shuffles the shards only, 0 nothing.
         seed: of the shuffle.
@@ -108,14 +157,18 @@ class ShardStream(IterableDataset[RawBatch]):
         drop_last: leaves out a lane's last batch where it is smaller.
         flip: mirrors half of the images; captions with "left" and "right" then lie.
         limit: reads the first ``limit`` samples only, all dealt one by one.
-        lookup: the feature cache's; None leaves all captions to the encoder.
-        pictures: whether they are decoded; without, samples need none, and each comes with one black pixel.
+        features: a feature cache that is open; None leaves all captions to the encoder.
+        latents: a latent cache that is open; None leaves all images to the autoencoder.
+        view_side: side of the pictures from which features are made, too (``TextEncoder.view_side``).
+        only_missing: leaves out samples that the caches hold, and decodes nothing but what they lack: to fill them.
+        captions: from files beside the shards; they come before those in the shards.
+        pictures: whether images are wanted; without, samples need none.
     """
 
     def __init__(
         self,
         shards: Sequence[str],
-        resolution: int,
+        transform: SquareTransform | int,
         batch_size: int,
         *,
         shuffle_block: int = 0,
@@ -126,11 +179,15 @@ class ShardStream(IterableDataset[RawBatch]):
         drop_last: bool = False,
         flip: bool = False,
         limit: int | None = None,
-        lookup: Callable[[Sequence[str]], Sequence[TextFeatures | None]] | None = None,
+        features: FeatureCache | None = None,
+        latents: LatentCache | None = None,
+        view_side: int | None = None,
+        only_missing: bool = False,
+        captions: CaptionFiles | None = None,
         pictures: bool = True,
     ) -> None:
         self.shards = tuple(shards)
-        self.resolution = resolution
+        self.transform = SquareTransform(transform) if isinstance(transform, int) else transform
         self.batch_size = batch_size
         self.shuffle_block = shuffle_block
         self.seed = seed
@@ -140,7 +197,11 @@ class ShardStream(IterableDataset[RawBatch]):
         self.drop_last = drop_last
         self.flip = flip
         self.limit = limit
-        self.lookup = lookup
+        self.features = features
+        self.latents = latents
+        self.view_side = view_side
+        self.only_missing = only_missing
+        self.captions = captions
         self.pictures = pictures
         self.start(0, [Position()] * lanes, 0)
 
@@ -162,50 +223,63 @@ class ShardStream(IterableDataset[RawBatch]):
         """The batches of this process's lane; the last one is empty and carries what was skipped since the last."""
         worker = get_worker_info()
         lane = (self._first + (worker.id if worker else 0)) % self.lanes
-        pixels: list[NDArray[np.uint8]] = []
-        captions: list[str] = []
+        samples: list[_Sample] = []
         skipped: Counter[str] = Counter()
         examples: dict[str, str] = {}
 
         def batch(position: Position) -> RawBatch:
-            found, features = self._look_up(captions)
-            side = self.resolution
-            images = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, side, side, 3, dtype=torch.uint8)
-            made = RawBatch(
-                images.permute(0, 3, 1, 2).contiguous(),
-                tuple(captions),
-                found,
-                features,
-                lane=lane,
-                position=position,
-                skipped=dict(skipped),
-                examples=dict(examples),
-            )
-            for collected in (pixels, captions, skipped, examples):
+            made = RawBatch(samples, self, lane=lane, position=position, skipped=dict(skipped), examples=dict(examples))
+            for collected in (samples, skipped, examples):
                 collected.clear()
             return made
 
         position = start = self._positions[lane]
         for position, sample, flipped in self._samples(lane, start):
             try:
-                if sample.fault is not None:
-                    raise UnusableSampleError(sample.fault)
-                caption = caption_of(sample)
-                image = pixels_of(sample, self.resolution) if self.pictures else _NO_PICTURE
+                samples.append(self._taken(sample, flipped))
             except UnusableSampleError as reason:
                 skipped[str(reason)] += 1
-                examples.setdefault(str(reason), sample.where)
+                if str(reason) != CACHED:
+                    examples.setdefault(str(reason), sample.where)
                 continue
-            captions.append(caption)
-            pixels.append(image[:, ::-1] if flipped else image)
-            if len(pixels) == self.batch_size:
+            if len(samples) == self.batch_size:
                 yield batch(position)
         if self.drop_last:
-            pixels.clear()
-            captions.clear()
-        if pixels:
+            samples.clear()
+        if samples:
             yield batch(position)
         yield batch(position)
+
+    def _taken(self, sample: TarSample, flipped: bool) -> _Sample:
+        """What is needed of ``sample``: its image is decoded only for what the caches do not have.
+
+        Raises:
+            UnusableSampleError: for a sample that is left out.
+        """
+        if sample.fault is not None:
+            raise UnusableSampleError(sample.fault)
+        caption = self.captions.of(sample.where) if self.captions is not None else None
+        caption = caption or caption_of(sample)
+        pairs = self.view_side is not None
+        named = self.latents is not None or (pairs and self.features is not None)
+        picture = picture_name(sample, flipped) if named else ""
+        key = pair_name(caption, picture) if pairs else caption
+        if self.only_missing and self._is_cached(key, picture):
+            raise UnusableSampleError(CACHED)
+        latents = self.latents.fetch(picture) if self.latents is not None else None
+        features = self.features.fetch(key) if self.features is not None else None
+        needs_pixels = self.pictures and latents is None and not (self.only_missing and self.latents is None)
+        needs_view = pairs and features is None and not (self.only_missing and self.features is None)
+        pixels = view = None
+        if needs_pixels or needs_view:
+            image = image_of(sample)
+            pixels = _turned(self.transform(image), flipped) if needs_pixels else None
+            view = _turned(view_of(image, self.view_side or 0), flipped) if needs_view else None
+        return _Sample(caption, picture, pixels, view, latents, features)
+
+    def _is_cached(self, key: str, picture: str) -> bool:
+        features = self.features is None or self.features.holds(key)
+        return features and (self.latents is None or self.latents.holds(picture))
 
     def _samples(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample, bool]]:
         """The lane's samples from ``position`` on, each with the position behind it and whether it is mirrored."""
@@ -235,9 +309,6 @@ class ShardStream(IterableDataset[RawBatch]):
                 yield position._replace(turn=turn, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
 
-    def _look_up(self, captions: Sequence[str]) -> tuple[Tensor, TextFeatures | None]:
-        if self.lookup is None or not captions:
-            return torch.zeros(len(captions), dtype=torch.bool), None
-        rows = self.lookup(captions)
-        hits = [row for row in rows if row is not None]
-        return torch.tensor([row is not None for row in rows]), TextFeatures.cat(hits) if hits else None
+
+def _turned(image: NDArray[np.uint8], flipped: bool) -> NDArray[np.uint8]:
+    return image[:, ::-1] if flipped else image

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGES = ("jpg", "jpeg", "png", "webp")
+COUNTED = 64
+"""Samples from which the size of the others is guessed."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,38 @@ class _FaultError(Exception):
 
 
 def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; addresses with a scheme (``hf://``, ``https://``, ``s3://``) by fsspec."""
+    """The shard as a seekable binary file; addresses with a scheme (``hf://``, ``https://``, ``s3://``) by fsspec.
+
+    A compressed one is undone on the way. Images do not shrink by it, so that it costs little, but to begin in the
+    middle means to undo all that is before.
+    """
     if "://" not in path:
+        if path.endswith("gz"):
+            return cast(BinaryIO, gzip.open(path, "rb"))
         return open(path, "rb", buffering=1 << 18)
     import fsspec
 
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
+    compression = "gzip" if path.endswith("gz") else None
+    return cast(BinaryIO, fsspec.open(path, "rb", compression=compression).open())
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
+    with _faults(file):
+        data = file.read(size)
     if len(data) < size:
         raise _FaultError("truncated shard", file.tell())
     return data
+
+
+@contextmanager
+def _faults(file: BinaryIO) -> Iterator[None]:
+    """What a compressed file says where it is cut or damaged, as faults."""
+    try:
+        yield
+    except EOFError as error:
+        raise _FaultError("truncated shard", file.tell()) from error
+    except zlib.error as error:
+        raise _FaultError("damaged shard", file.tell()) from error
 
 
 def _pax_path(records: bytes) -> str | None:
@@ -77,7 +102,8 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
     """
     start, long_name = offset, None
     while True:
-        file.seek(offset)
+        with _faults(file):
+            file.seek(offset)
         header = _read(file, BLOCK)
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -118,16 +144,13 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
     try:
         with open_shard(path) as file:
             for start, name, size in _members(file, offset):
-                folder, _, base = name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
+                name, extension = _key(name)
                 if name != key:
                     if key is not None:
                         if number % parts == part:
                             yield TarSample(f"{path}/{key}", number, start, **found)  # type: ignore[arg-type]
                         number += 1
                     key, found = name, {}
-                extension = extension.lower()
                 kind = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
                 if kind is not None and kind not in found and number % parts == part:
                     found[kind] = _read(file, size)
@@ -143,3 +166,37 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
         number += 1
     if fault is not None and number % parts == part:
         yield TarSample(path, number, start, fault=fault)
+
+
+def count_samples(path: str) -> int:
+    """How many samples a shard has: a plain local one by its headers, others by their size and their first samples."""
+    keys: list[str] = []
+    start = 0
+    try:
+        with open_shard(path) as file:
+            for start, name, _ in _members(file, 0):
+                key = _key(name)[0]
+                if not keys or key != keys[-1]:
+                    keys.append(key)
+                if len(keys) > COUNTED and ("://" in path or path.endswith("gz")):
+                    return round(_size(path) / start * COUNTED)  # images do not shrink by compression
+    except (_FaultError, OSError):
+        pass  # said when it is read
+    return len(keys)
+
+
+def _size(path: str) -> int:
+    """Bytes of the file, compressed or not."""
+    if "://" not in path:
+        return os.stat(path).st_size
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(path)
+    return int(system.size(inside) or 0)
+
+
+def _key(name: str) -> tuple[str, str]:
+    """The sample that a member belongs to, and its extension in small letters."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()

@@ -197,9 +197,9 @@ def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint
         return image
     from PIL import Image
 
-    from emf_lightning.data.decoding import fit
+    from emf_lightning.data.decoding import SquareTransform
 
-    return np.asarray(fit(Image.fromarray(image), resolution))
+    return SquareTransform(resolution)(Image.fromarray(image))
 
 
 def _statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:

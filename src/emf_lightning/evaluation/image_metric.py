@@ -74,6 +74,15 @@ class ImageMetric(Metric):
         other._computed, other._update_count = None, 0
         return other
 
+    def absorb(self: Self, other: Self) -> None:
+        """Adds what ``other`` counted, on the same rank."""
+        for name, default in self._defaults.items():
+            if isinstance(default, list):
+                getattr(self, name).extend(getattr(other, name))
+            else:
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._computed, self._update_count = None, self._update_count + other._update_count
+
 
 class PromptMeans(ImageMetric):
     """Base of the scores that are means over prompts known beforehand, each of the mean over its images.

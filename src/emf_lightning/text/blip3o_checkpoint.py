@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from emf_lightning.published import config_of
+
 LANGUAGE = ""
 IMAGES = "model.vision_tower.vision_tower."
 CONNECTOR = "model.diffusion_connector."
@@ -38,8 +40,20 @@ FIELDS = (
 """What ``config.json`` must say."""
 
 
+PUBLISHED = {
+    f"{IMAGES}encoder.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
+    f"{IMAGES}encoder.embeddings.position_embedding.weight": (729, 1152),
+    **{f"{IMAGES}encoder.encoder.layers.{layer}.mlp.fc1.weight": (4304, 1152) for layer in range(27)},
+    f"{IMAGES}bottleneck.in_linear.weight": (1536, 1152),
+    f"{CONNECTOR}0.weight": (2304, 2048),
+}
+"""What tells the sizes of the image tokenizer (SigLIP2 so400m) and the connector, where there is no file to ask."""
+
+
 class BLIP3oCheckpoint:
     """The names, shapes and values of a checkpoint's tensors, and its configuration.
+
+    On the meta device a checkpoint that is not at hand has the published sizes, and no values.
 
     Args:
         pretrained: name on the Hugging Face hub, or the local folder with ``config.json``, safetensors and tokenizer.
@@ -51,6 +65,10 @@ class BLIP3oCheckpoint:
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:
         self.pretrained = pretrained
+        self.planned = torch.get_default_device().type == "meta"
+        if self.planned and not Path(pretrained).expanduser().is_dir():
+            self._plan()
+            return
         self.folder = _folder(pretrained, revision)
         try:
             self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
@@ -58,7 +76,14 @@ class BLIP3oCheckpoint:
             raise self.fault(f"has no readable config.json ({error})") from error
         if missing := [field for field in FIELDS if field not in self.config]:
             raise self.fault(f"is no BLIP3o-NEXT: its config.json does not say {', '.join(missing)}")
-        self.shapes = self._shapes()
+        self.shapes: dict[str, tuple[int, ...]] = self._shapes()
+
+    def _plan(self) -> None:
+        try:
+            self.config = dict.fromkeys(FIELDS, 0) | config_of(self.pretrained)
+        except OSError as error:
+            raise self.fault(f"is not at hand, and of no published size ({error})") from error
+        self.shapes = dict(PUBLISHED)
 
     def fault(self, what: str) -> ValueError:
         """An error about this checkpoint."""

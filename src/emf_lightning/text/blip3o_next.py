@@ -40,7 +40,11 @@ class BLIP3oNext(TextEncoder):
     Args:
         pretrained: name on the Hugging Face hub, or a local folder with ``config.json``, safetensors and tokenizer.
         dtype: of the weights and the arithmetic; the image tokenizer's choice among its codes is float32.
-        sampler: how the image's tokens are chosen.
+        top_p: share of the probability among the ``top_k`` likeliest tokens that a token is drawn from; 0.95 and 1200
+            are those of the released inference.
+        top_k: see there.
+        temperature: divides the logits.
+        seed: of the numbers that choose.
         caption_tokens: tokens kept of a caption, the instruction before it included.
         batch_size: captions that are written for together; each takes 0.1 GB for keys and values.
         compiled: compile the step that writes one token, over keys and values of a fixed size: worth it from some
@@ -48,6 +52,8 @@ class BLIP3oNext(TextEncoder):
         image_size: side of the pictures that are tokenized; SigLIP2's, the checkpoint does not say.
         image_heads: attention heads of the image tokenizer; likewise.
         revision: branch, tag or commit on the hub; name one to be sure of the same features next year.
+
+    On the meta device it has its size, by name as published, and no weights.
 
     Raises:
         ValueError: if the checkpoint is not to be had, or its tensors or its tokenizer are not what is expected.
@@ -57,7 +63,10 @@ class BLIP3oNext(TextEncoder):
         self,
         pretrained: str,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-        sampler: TokenSampler | None = None,
+        top_p: float = 0.95,
+        top_k: int = 1200,
+        temperature: float = 1.0,
+        seed: int = 0,
         caption_tokens: int = 512,
         batch_size: int = 16,
         compiled: bool = False,
@@ -70,7 +79,7 @@ class BLIP3oNext(TextEncoder):
             if value < 1:
                 raise ValueError(f"BLIP3oNext: {name} must be at least 1, got {value}")
         self.dtype = dtype
-        self.sampler = sampler or TokenSampler()
+        self.sampler = TokenSampler(top_k, top_p, temperature, seed)
         self.caption_tokens = caption_tokens
         self.batch_size = batch_size
         self.compiled = compiled
@@ -79,7 +88,7 @@ class BLIP3oNext(TextEncoder):
         self.codes = config["num_image_tokens"]
         self.first_code = config["image_start_token_id"]
         self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
-        self.tokenizer = _load_tokenizer(checkpoint)
+        self.tokenizer: Any = None if checkpoint.planned else _load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
         self.view_side = image_size
         self.length = 1 + self.images.tokens
@@ -96,6 +105,10 @@ class BLIP3oNext(TextEncoder):
             language = _language_model(checkpoint.config)
         self.images = TextAlignedTokenizer(vision, self.codes, code_width)
         self.connector = make_connector(checkpoint.config["hidden_size"], width)
+        if checkpoint.planned:
+            self.language = language
+            self.to(getattr(torch, self.dtype))
+            return
         last = f"{IMAGES}encoder.encoder.layers.{vision.num_hidden_layers - 1}."
         parts = {LANGUAGE: language, IMAGES: self.images, CONNECTOR: self.connector}
         checkpoint.check(

@@ -1,0 +1,243 @@
+"""`emf test`: every step count, guidance scale and weights of a checkpoint, scored into one report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+
+from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
+from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of, draw_images, settings_of
+from emf_lightning.callbacks.gathering import gathered
+from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.report import Report, ReportRow
+from emf_lightning.evaluation.report_figures import steps_figure
+from emf_lightning.modules.base import FlowMapModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tally:
+    """What one way of drawing has earned so far with one benchmark."""
+
+    setting: Setting
+    metrics: list[ImageMetric]  # of all seeds
+    of_seeds: list[list[float]]  # metric -> score of each seed
+    seconds: float = 0.0
+    images: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class StepSweep(Callback):
+    """In `emf test`: draws benchmarks at each step count and guidance scale, averaged and not, and writes one report.
+
+    The images of a benchmark may be scored by further metrics as well. Noise is that of ``FewStepSampling`` with the
+    same seed. ``report.json``, ``report.md`` and ``report.png`` are written into the run's directory, and a line for
+    each image of the averaged weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary reads.
+
+    Args:
+        benchmarks: metrics that know their prompts, e.g. ``SuiteScore`` with a suite, ``DpgBench``, ``HpsScore``.
+        also: metrics of any images, e.g. ``ClipScore``, ``FrechetDistance``.
+        steps: network steps from noise to data.
+        guidance: scales of classifier-free guidance; by default the module's own.
+        images_per_prompt: published GenEval scores take four.
+        seeds: of the noise; each draws all images anew.
+        batch_size: images drawn at once, on each rank.
+        trained: whether to score, beside the averaged weights, those that the optimiser left, where the checkpoint has
+            both.
+        run: what to call the checkpoint; by default the run's directory.
+
+    Raises:
+        ValueError: for no benchmark, one without prompts, or senseless numbers.
+    """
+
+    def __init__(
+        self,
+        benchmarks: list[ImageMetric],
+        also: list[ImageMetric] | None = None,
+        steps: Sequence[int] = (1, 2, 4, 8, 30),
+        guidance: list[float] | float | None = None,
+        images_per_prompt: int = 4,
+        seeds: Sequence[int] = (0,),
+        batch_size: int = 64,
+        trained: bool = True,
+        run: str | None = None,
+    ) -> None:
+        if not benchmarks:
+            raise ValueError("StepSweep: benchmarks is empty; give SuiteScore with a suite, DpgBench or HpsScore")
+        for benchmark in benchmarks:
+            if not benchmark.prompts():
+                raise ValueError(f"StepSweep: {type(benchmark).__name__} has no prompts of its own; put it into `also`")
+        for name, value in (
+            ("images_per_prompt", images_per_prompt),
+            ("batch_size", batch_size),
+            ("seeds", len(seeds)),
+        ):
+            if value < 1:
+                raise ValueError(f"StepSweep: {name} must be at least 1, got {value}")
+        self.benchmarks = benchmarks
+        self.also = also or []
+        self.settings = settings_of(steps, guidance)
+        self.images_per_prompt = images_per_prompt
+        self.seeds = tuple(seeds)
+        self.batch_size = batch_size
+        self.trained = trained
+        self.run = run
+        self._step = 0
+        self._trained_weights: dict[str, torch.Tensor] | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._step = checkpoint["global_step"]
+        self._trained_weights = checkpoint.get("current_model_state")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FlowMapModule)
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        name = self.run or str(directory)
+        rows = []
+        variants = ["averaged", "trained"] if self.trained and self._trained_weights is not None else ["averaged"]
+        for weights in variants:
+            with undisturbed(trainer, pl_module), self._weights(pl_module, weights):
+                for benchmark in self.benchmarks:
+                    tallies = self._sweep(trainer, pl_module, benchmark)
+                    for tally in tallies:
+                        found = [
+                            self._row(tally, i, metric, pl_module, name, weights)
+                            for i, metric in enumerate(tally.metrics)
+                        ]
+                        rows += found
+                        images = gathered(trainer, tally.rows)
+                        if weights == "averaged" and trainer.is_global_zero:
+                            _write_lines(directory / f"results/{benchmark.name}-{tally.setting.label}.jsonl", images)
+        if trainer.is_global_zero:
+            self._publish(trainer, directory, rows)
+
+    @contextmanager
+    def _weights(self, module: FlowMapModule, which: str) -> Iterator[None]:
+        """The module with the weights that the optimiser left, or as the checkpoint filled it."""
+        if which == "averaged" or self._trained_weights is None:
+            yield
+            return
+        kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        module.load_state_dict(self._trained_weights)
+        try:
+            yield
+        finally:
+            module.load_state_dict(kept)
+
+    def _sweep(self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric) -> list[_Tally]:
+        """What each setting earns with one benchmark; all ranks share its images."""
+        data, device = datamodule_of(trainer), trainer.strategy.root_device
+        prompts = list(benchmark.prompts())
+        per_prompt = 1 if trainer.fast_dev_run else self.images_per_prompt  # type: ignore[attr-defined]
+        asked = [(prompt, index) for index in range(per_prompt) for prompt in prompts]
+        mine = asked[trainer.global_rank :: trainer.world_size]
+        share = math.ceil(len(asked) / trainer.world_size)
+        metrics = [benchmark, *self.also]
+        for metric in metrics:
+            metric.check_count(len(asked) * len(self.seeds))
+        tallies = [_Tally(s, [m.twin().to(device) for m in metrics], [[] for _ in metrics]) for s in self.settings]
+        done, total = 0, len(asked) * len(self.settings) * len(self.seeds)
+        for seed in self.seeds:
+            fresh = [[m.twin().to(device) for m in metrics] for _ in tallies]
+            for first in range(
+                0, share, self.batch_size
+            ):  # the same for all ranks: of a sharded network each has a part
+                batch = mine[first : first + self.batch_size]
+                captions, indices = zip(*(batch or asked[:1]), strict=True)
+                for k, drawn in enumerate(draw_images(module, data, captions, indices, self.settings, seed)):
+                    if not batch:
+                        continue
+                    self._count(tallies[k], fresh[k], list(drawn.images), captions, indices, seed)
+                    tallies[k].seconds += drawn.seconds
+                    done += len(batch) * trainer.world_size
+                    _show(trainer, benchmark.title, min(done, total), total)
+            for tally, parts in zip(tallies, fresh, strict=True):
+                tally.images += len(asked)
+                for i, part in enumerate(parts):
+                    tally.metrics[i].absorb(part)
+                    if len(self.seeds) > 1:
+                        tally.of_seeds[i].append(float(part.compute()["score"]))
+        return tallies
+
+    def _count(
+        self,
+        tally: _Tally,
+        metrics: Sequence[ImageMetric],
+        images: Sequence[NDArray[np.uint8]],
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        seed: int,
+    ) -> None:
+        began = time.perf_counter()
+        for metric in metrics:
+            metric.update(images, prompts)
+        tally.seconds += time.perf_counter() - began
+        names = metrics[0].prompts()
+        for row, prompt, index in zip(metrics[0].rows, prompts, indices, strict=True):
+            file = f"{names.index(prompt):05d}/samples/{index:04d}.png"
+            tally.rows.append({"filename": file, **row, "seed": seed})
+
+    def _row(
+        self, tally: _Tally, index: int, metric: ImageMetric, module: FlowMapModule, run: str, weights: str
+    ) -> ReportRow:
+        setting, seeds = tally.setting, tally.of_seeds[index]
+        return ReportRow(
+            run=run,
+            metric=metric.name,
+            title=metric.title,
+            weights=weights,
+            step=self._step,
+            steps=setting.steps,
+            guidance=module.guidance if setting.guidance is None else setting.guidance,
+            nfe=module.nfe(setting.steps, setting.guidance),
+            images=tally.images,
+            seeds=self.seeds,
+            scores={name: float(value) for name, value in metric.compute().items()},  # asks all ranks
+            seed_spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan,
+            seconds=round(tally.seconds, 3),
+            settings=metric.settings() | {"images_per_prompt": self.images_per_prompt},
+        )
+
+    def _publish(self, trainer: Trainer, directory: Path, rows: Sequence[ReportRow]) -> None:
+        libraries = {name: version(name) for name in ("torch", "lightning", "diffusers", "transformers")}
+        about = {
+            "checkpoint": str(trainer.ckpt_path or "none"),
+            "optimiser steps": self._step,
+            "libraries": ", ".join(f"{name} {number}" for name, number in libraries.items()),
+        }
+        report = Report(tuple(rows), about)
+        report.write(directory)
+        steps_figure(report).savefig(directory / "report.png")
+        text = report.markdown() + f"\nreport.md, report.json and report.png: {directory}"
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, ExperimentProgressBar):
+            bar.show_at_end(text)
+        else:
+            log.info(text)
+
+
+def _show(trainer: Trainer, title: str, done: int, total: int) -> None:
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, ExperimentProgressBar):
+        bar.show_sampling(f"{title} images", done, total)
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

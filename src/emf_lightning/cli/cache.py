@@ -1,0 +1,99 @@
+"""`emf cache`: features and latents of an experiment's shards, computed ahead of training."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+from emf_lightning.cli.emf_cli import EMFCLI
+from emf_lightning.data.cache_filling import CacheFilling
+from emf_lightning.data.entry_cache import readable
+
+HELP = """\
+usage: emf cache --config FILE [--dry_run] [options of emf fit]
+
+Compute the text features and the latents that the experiment will train on, into data.cache and data.latent_cache.
+Says first what they will take, in each dtype and with the error that it costs; then writes what is not there yet, so
+that a call that was interrupted is repeated. `emf fit` then reads them, and computes what is missing on its way.
+
+On several GPUs:  torchrun --nproc_per_node 8 -m emf_lightning cache --config FILE
+Each process takes its part of the samples; all of them write into the same folder on a local disk.
+
+--dry_run         look at one batch, say what it takes, write nothing
+--data.cache.path, --data.cache.max_gb, --data.cache.dtype, --data.latent_cache.path, ...: as for emf fit --help
+"""
+
+
+class DataCLI(EMFCLI):
+    """Builds the data of an experiment as `emf fit` does, and nothing else."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: devices, rhythm and checkpoint are the training's."""
+
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        for section in ("model", "trainer"):
+            del config[self.subcommand][section]
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule = self._get(self.config_init, "data")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def cache(arguments: list[str]) -> None:
+    """Runs the verb on what stands behind ``emf cache``, experiments expanded."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(HELP, end="")
+        return
+    dry = "--dry_run" in arguments
+    data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
+    rank, ranks = _number("RANK", "SLURM_PROCID", 0), _number("WORLD_SIZE", "SLURM_NTASKS", 1)
+    filling = CacheFilling(data, _device(), rank, ranks)
+    samples = filling.count()
+    if rank == 0:
+        _announce(filling, samples)
+    filling.check(samples)
+    if not dry:
+        _fill(filling, samples // ranks, rank)
+
+
+def _number(torchrun: str, slurm: str, default: int) -> int:
+    return int(os.environ.get(torchrun, os.environ.get(slurm, default)))
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", _number("LOCAL_RANK", "SLURM_LOCALID", 0) % torch.cuda.device_count())
+
+
+def _announce(filling: CacheFilling, samples: int) -> None:
+    began = time.perf_counter()
+    options = filling.options(samples)
+    for name, choices in options.items():
+        print(f"{name} of {samples:,} samples, by dtype:")
+        for choice in choices:
+            mark = "<- chosen" if choice.dtype == filling.caches[name].dtype else ""
+            print(
+                f"  {choice.dtype:<9} {readable(choice.size):>9}   relative error {choice.error:.2%}  {mark}".rstrip()
+            )
+    print(f"one batch of {filling.data.batch_size} took {time.perf_counter() - began:.3g} s on {filling.device}")
+    for name, sentence in filling.check(samples).items():
+        print(f"{name}: {sentence}")
+
+
+def _fill(filling: CacheFilling, samples: int, rank: int) -> None:
+    state = None
+    with tqdm(desc="caches", total=samples, unit="sample", disable=rank > 0, delay=0.1) as bar:
+        for state in filling.fill():
+            bar.update(state.done + state.present - bar.n)
+    if state is None:
+        return
+    left_out = ", ".join(f"{count} x {reason}" for reason, count in sorted(state.skipped.items()))
+    rate = f", {state.done / state.seconds:.3g} a second" if state.done else ""
+    who = f"rank {rank}: " if rank else ""
+    print(f"{who}{state.done:,} samples written{rate}; {state.present:,} were there; left out: {left_out or 'none'}")

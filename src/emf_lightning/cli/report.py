@@ -1,0 +1,90 @@
+"""`emf report`: several runs in one table and one figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.evaluation.report import REPORT, Report, ReportRow
+from emf_lightning.evaluation.report_figures import steps_figure, training_figure
+
+Curves = dict[str, dict[int, list[tuple[int, float]]]]
+
+
+def report(runs: list[Path], out: Path = Path("report")) -> None:
+    """Put several runs into one table and one figure: score by network steps, and by training.
+
+    Args:
+        runs: directories of runs, with the report.json of `emf test` or the scores.jsonl of training.
+        out: directory for report.json, report.md, steps.png and, for suites watched in training, training-SUITE.png.
+    """
+    if not runs:
+        raise ValueError("runs: give the directories of one or more runs")
+    names = _names(runs)
+    rows: list[ReportRow] = []
+    curves: dict[str, Curves] = {}
+    for run, name in zip(runs, names, strict=True):
+        if not run.is_dir():
+            raise ValueError(f"runs: no directory {run}")
+        histories = {path.parent.name: ScoreHistory.read(path, "runs") for path in sorted(run.glob("*/scores.jsonl"))}
+        if (run / REPORT).is_file():
+            found = Report.read(run / REPORT).rows
+            rows += [ReportRow(**{**vars(row), "run": name}) for row in found]
+        else:
+            rows += [row for suite, history in histories.items() for row in _rows(name, suite, history)]
+        if not histories and not (run / REPORT).is_file():
+            raise ValueError(f"runs: {run} has no scores; `emf fit` and `emf test` write them into a run's directory")
+        for suite, history in histories.items():
+            curves.setdefault(suite, {})[name] = _curves(history)
+    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)})
+    everything.write(out)
+    steps_figure(everything).savefig(out / "steps.png")
+    for suite, of_run in curves.items():
+        training_figure({run: lines for run, lines in of_run.items() if lines}, suite).savefig(
+            out / f"training-{suite}.png"
+        )
+    print(everything.markdown())
+    print(f"report.md, report.json and figures: {out}")
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """Short names that tell the runs apart: their paths without what all of them share."""
+    parts = [run.resolve().parts for run in runs]
+    if len(runs) == 1:
+        return ["/".join(parts[0][-2:])]
+    shared = 0
+    while len({part[shared : shared + 1] for part in parts}) == 1 and shared < min(map(len, parts)) - 1:
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
+
+
+def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
+    """The last scores of each way of drawing that training left."""
+    rows = []
+    for record in history.latest():
+        values = record.scores.values()
+        values["score"] = values.pop("overall")
+        rows.append(
+            ReportRow(
+                run=run,
+                metric=suite,
+                title=suite,
+                weights="averaged",
+                step=record.step,
+                steps=record.steps,
+                guidance=record.guidance,
+                nfe=record.nfe,
+                images=sum(record.scores.images.values()),
+                seeds=(),
+                scores=values,
+                seconds=record.seconds,
+            )
+        )
+    return rows
+
+
+def _curves(history: ScoreHistory) -> dict[int, list[tuple[int, float]]]:
+    """Network steps -> points of the main guidance scale, where there are several."""
+    counts = {record.steps for record in history.records if record.label == f"{record.steps}step"}
+    lines = {n: [(r.step, r.scores.overall) for r in history.curve(f"{n}step")] for n in counts}
+    return {steps: points for steps, points in lines.items() if len(points) > 1}

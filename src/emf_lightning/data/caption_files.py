@@ -1,0 +1,75 @@
+"""Captions that lie beside the shards rather than in them, as ShareGPT-4o-Image and Echo-4o-Image publish theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+CAPTIONS = ("caption", "prompt", "text", "txt", "instruction", "input_prompt")
+IMAGES = ("output_image", "image_path", "image", "file_name")
+"""What published files call a caption and the image that it belongs to."""
+
+
+class CaptionFiles:
+    """The captions of JSON or JSON-lines files, by the names of their images.
+
+    A file holds for the shards in its folder and below, since many sets number their images from 0: Echo-4o-Image's
+    ``Instruction-Following-Image/*.jsonl`` ("instruction", "output_image") for ``images/*.tar.gz`` there,
+    ShareGPT-4o-Image's ``text_to_image.json`` ("input_prompt", "output_image") for ``text_to_image_part_*.tar``.
+
+    Args:
+        files: their paths.
+
+    Raises:
+        ValueError: for a file that is not there, no JSON, or without captions and images.
+    """
+
+    def __init__(self, files: str | Path | Sequence[str | Path]) -> None:
+        self._folders: dict[str, dict[str, str]] = {}
+        for file in [files] if isinstance(files, (str, Path)) else files:
+            path = Path(file).expanduser()
+            folder = os.path.abspath(path.parent)
+            self._folders.setdefault(folder, {}).update(_captions(path))
+
+    def of(self, where: str) -> str | None:
+        """The caption of the sample at ``shard/name``; None where the files do not know it."""
+        place, _, name = os.path.abspath(where).rpartition("/")
+        for folder, captions in self._folders.items():
+            if f"{place}/".startswith(f"{folder}/") and name in captions:
+                return captions[name]
+        return None
+
+
+def _captions(path: Path) -> dict[str, str]:
+    try:
+        captions = dict(filter(None, map(_entry, _records(path))))
+    except OSError as error:
+        raise ValueError(f"captions: cannot read {str(path)!r} ({error.strerror}); give a JSON file") from error
+    except ValueError as error:
+        raise ValueError(f"captions: {str(path)!r} is neither JSON nor JSON lines ({error})") from error
+    if not captions:
+        raise ValueError(
+            f"captions: {str(path)!r} holds no record with one of {', '.join(CAPTIONS)} and one of {', '.join(IMAGES)}"
+        )
+    return captions
+
+
+def _records(path: Path) -> Iterable[Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix != ".jsonl" and text.lstrip().startswith("["):
+        records: list[Any] = json.loads(text)
+        return records
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _entry(record: Any) -> tuple[str, str] | None:
+    """The image's name without folder and extension, and its caption."""
+    if not isinstance(record, dict):
+        return None
+    caption = next((record[key] for key in CAPTIONS if isinstance(record.get(key), str)), "")
+    image = next((record[key] for key in IMAGES if isinstance(record.get(key), str)), "")
+    name = image.rpartition("/")[2].partition(".")[0]
+    return (name, caption.strip()) if name and caption.strip() else None

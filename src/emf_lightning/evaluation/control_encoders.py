@@ -1,0 +1,33 @@
+"""Encoders without merit: what an encoder study's numbers are held against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from emf_lightning.text.base import TextEncoder, TextFeatures
+
+
+class ConstantEncoder(TextEncoder):
+    """The same token for every caption: as disentangled as can be, and without any use.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.width, self.length = width, 1
+        self.freeze()
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the width."""
+        return hashlib.sha256(f"{type(self).__name__} {self.width}".encode()).hexdigest()
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Ones."""
+        mask = torch.ones(len(captions), 1, dtype=torch.bool)
+        return TextFeatures(torch.ones(len(captions), 1, self.width), mask)

@@ -1,0 +1,248 @@
+"""How discriminative and how disentangled text encoders are, with what their numbers have to be held against.
+
+The protocol is that of EMF's section 3 (arXiv 2604.18168), where it says one: captions retrieve captions by mean-pooled
+token features, and the retrieved images are compared with the query's; a part of a prompt is removed, and its feature
+compared with the whole prompt's. Mean-pooled features of language models share a large common direction, so both raw
+numbers say little alone: a constant encoder has a disentanglement of 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emf_lightning.evaluation.pair_corpus import PairCorpus
+from emf_lightning.text.base import TextEncoder
+
+VARIANTS = ("raw", "centred", "whitened")
+"""Pooled features as they are; without their mean over the corpus; moreover scaled to unit covariance."""
+RESAMPLES = 1000
+SHRINKAGE = 0.05
+"""Share of the mean variance that whitening adds to every direction: rare ones hold noise."""
+
+Features = NDArray[np.float32]
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, bootstrapped over captions."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating], seed: int = 0) -> Estimate:
+        """The estimate of independent ``values`` ``[N]``."""
+        n, rng = len(values), np.random.default_rng(seed)
+        means = [values[rng.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
+        low, high = np.quantile(means, (0.025, 0.975))
+        return cls(float(values.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Discriminability:
+    """Mean similarity of the retrieved images to the query's.
+
+    Attributes:
+        score: by variant of the features.
+        shuffled: of the same features dealt out to other captions: chance, by the same code.
+        chance: mean similarity of images at random; NaN where that is costly.
+        best: of the most similar images there are; likewise.
+        retrieved: pairs that the raw features retrieved for the first queries, query -> pairs.
+    """
+
+    score: dict[str, Estimate]
+    shuffled: Estimate
+    chance: float
+    best: float
+    retrieved: dict[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Disentanglement:
+    """Cosine of a prompt and of what is left of it.
+
+    Attributes:
+        ablated: by variant of the features; the raw one is what the paper prints.
+        unrelated: cosine of prompts that have nothing to do with one another, by variant.
+        contrast: (ablated - unrelated) / (1 - unrelated), by variant: 1 is unmoved, 0 as far as any other prompt.
+        unseen: share of removals that changed no feature at all, e.g. because the encoder had cut the prompt off.
+        truncated: share of whole prompts that the encoder cut; NaN where it does not count them.
+    """
+
+    ablated: dict[str, Estimate]
+    unrelated: dict[str, float]
+    contrast: dict[str, float]
+    unseen: float
+    truncated: float
+
+
+def pooled_features(
+    encoder: TextEncoder, captions: Sequence[str], batch_size: int = 64, report: Report = lambda done, total: None
+) -> Features:
+    """The mean over each caption's tokens, padding left out, ``[N, D]``; a caption that comes again is encoded once."""
+    unique = list(dict.fromkeys(captions))
+    rows = []
+    for first in range(0, len(unique), batch_size):
+        text = encoder(unique[first : first + batch_size])
+        mask = text.mask[..., None].float()
+        rows.append(((text.context.float() * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
+        report(min(first + batch_size, len(unique)), len(unique))
+    numbers = {caption: number for number, caption in enumerate(unique)}
+    return np.concatenate(rows)[[numbers[caption] for caption in captions]]
+
+
+def variants_of(features: Features, fitted_on: Features) -> dict[str, Features]:
+    """The features in each of ``VARIANTS``, rows of unit length; mean and covariance are those of ``fitted_on``."""
+    mean = fitted_on.mean(0)
+    centred = features - mean
+    covariance = np.cov((fitted_on - mean).T.astype(np.float64))
+    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
+    floor = SHRINKAGE * max(values.mean(), 1e-12)
+    whitened = centred @ (vectors / np.sqrt(np.maximum(values, 0) + floor)).astype(np.float32)
+    return {name: _unit(rows) for name, rows in zip(VARIANTS, (features, centred, whitened), strict=True)}
+
+
+def discriminability(
+    features: Features, corpus: PairCorpus, queries: int = 1000, k: int = 2, seed: int = 0, shown: int = 6
+) -> Discriminability:
+    """What ``k`` nearest captions of each of ``queries`` random ones show.
+
+    Left out are the query's own image, and captions equal to the query's: any encoder finds those. Ties are broken at
+    random: captions of equal features are no better than chance between them.
+
+    Args:
+        features: ``[N, D]``, pooled, of the corpus's captions.
+        corpus: the pairs.
+        queries: how many captions ask; all of them where there are fewer.
+        k: captions retrieved.
+        seed: of the queries, the ties and the shuffle.
+        shown: queries whose retrieved pairs are kept.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(corpus.captions)
+    asked = rng.permutation(n)[: min(queries, n)]
+    order = rng.permutation(n)
+    numbers = {caption: number for number, caption in enumerate(corpus.captions)}
+    own = np.stack([corpus.owners, [numbers[caption] for caption in corpus.captions]])
+    scores, retrieved = {}, {}
+    for name, rows in variants_of(features, features).items():
+        found = _nearest(rows, asked, own, k, order)
+        scores[name] = Estimate.of(_similarities(corpus, asked, found))
+        if name == "raw":
+            retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:shown])}
+    shuffled = _nearest(_unit(features[rng.permutation(n)]), asked, own, k, order)
+    chance = best = float("nan")
+    if corpus.exhaustive:
+        alike = [corpus.similarity(q, np.flatnonzero((own != own[:, [q]]).all(0))) for q in asked]
+        chance = float(np.mean([row.mean() for row in alike]))
+        best = float(np.mean([np.sort(row)[-k:].mean() for row in alike]))
+    shuffled_score = Estimate.of(_similarities(corpus, asked, shuffled))
+    return Discriminability(scores, shuffled_score, chance, best, retrieved)
+
+
+def disentanglement(
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    unit: str = "word",
+    fraction: float = 0.5,
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 64,
+    report: Report = lambda done, total: None,
+) -> Disentanglement:
+    """How much of a prompt's feature survives the removal of a share of its words or sentences.
+
+    Args:
+        encoder: of the prompts.
+        prompts: P of them, of two units or more; others are left out.
+        unit: ``word`` or ``sentence``.
+        fraction: share of the units that is removed, at least one and never all.
+        seeds: of the removals; each removes others.
+        batch_size: prompts encoded at once.
+        report: called with (texts encoded, texts in all).
+
+    Raises:
+        ValueError: for fewer than two prompts that anything can be removed from.
+    """
+    usable = [prompt for prompt in dict.fromkeys(prompts) if len(units_of(prompt, unit)) > 1]
+    if len(usable) < 2:
+        raise ValueError(f"disentanglement: fewer than two of {len(prompts)} prompts have two {unit}s or more")
+    cut = getattr(encoder, "truncated", None)
+    total, done = len(usable) * (1 + len(seeds)), 0
+
+    def encode(texts: Sequence[str]) -> Features:
+        nonlocal done
+        start = done
+        features = pooled_features(encoder, texts, batch_size, lambda n, _: report(start + n, total))
+        done += len(texts)
+        return features
+
+    whole = encode(usable)
+    truncated = float("nan") if cut is None else (encoder.truncated - cut) / len(usable)  # type: ignore[operator]
+    parts = [
+        encode([without(p, unit, fraction, np.random.default_rng((s, i))) for i, p in enumerate(usable)]) for s in seeds
+    ]
+    unseen = float(np.mean([(part == whole).all(1).mean() for part in parts]))
+    of_whole = variants_of(whole, whole)
+    others = np.roll(np.arange(len(usable)), max(len(usable) // 3, 1))
+    ablated, unrelated, contrast = {}, {}, {}
+    for name, rows in of_whole.items():
+        cosines = np.mean([(variants_of(part, whole)[name] * rows).sum(1) for part in parts], axis=0)
+        ablated[name] = Estimate.of(cosines)
+        unrelated[name] = float((rows[others] * rows).sum(1).mean())
+        room = 1 - unrelated[name]
+        contrast[name] = (ablated[name].mean - unrelated[name]) / room if room > 1e-6 else float("nan")
+    return Disentanglement(ablated, unrelated, contrast, unseen, truncated)
+
+
+def units_of(prompt: str, unit: str) -> list[str]:
+    """The words or sentences of ``prompt``."""
+    if unit == "sentence":
+        return [part for part in re.split(r"(?<=[.!?])\s+", prompt.strip()) if part]
+    return prompt.split()
+
+
+def without(prompt: str, unit: str, fraction: float, rng: np.random.Generator) -> str:
+    """``prompt`` without a random ``fraction`` of its units; the others keep their order."""
+    units = units_of(prompt, unit)
+    removed = min(max(round(fraction * len(units)), 1), len(units) - 1)
+    kept = np.sort(rng.permutation(len(units))[removed:])
+    return " ".join(units[i] for i in kept)
+
+
+def _unit(rows: Features) -> Features:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    # what is left of equal rows without their mean is rounding, not a direction
+    return np.where(lengths > 1e-6, rows / np.maximum(lengths, 1e-6), 0).astype(np.float32)
+
+
+def _nearest(
+    rows: Features, asked: NDArray[np.int64], own: NDArray[np.int64], k: int, order: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The ``k`` pairs of the largest cosine to each of ``asked``, ``[Q, k]``; ties go by ``order``.
+
+    Pairs that share a query's number in a row of ``own`` ``[R, N]``, its image's or its caption's, are left out.
+    """
+    shuffled, found = torch.from_numpy(rows[order]), []
+    owner = torch.from_numpy(own[:, order])
+    for first in range(0, len(asked), 128):
+        part = asked[first : first + 128]
+        cosines = torch.from_numpy(rows[part]) @ shuffled.T
+        cosines = (cosines * 1e5).round()  # equal but for rounding is equal
+        cosines[(owner[:, None] == torch.from_numpy(own[:, part])[:, :, None]).any(0)] = -torch.inf
+        found.append(order[cosines.sort(dim=1, descending=True, stable=True).indices[:, :k].numpy()])
+    return np.concatenate(found)
+
+
+def _similarities(corpus: PairCorpus, asked: NDArray[np.int64], found: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.array([corpus.similarity(q, row).mean() for q, row in zip(asked, found, strict=True)])

@@ -1,0 +1,61 @@
+"""Scores that papers print, to stand beside one's own: Tables 3 and 4 of EMF (arXiv 2604.18168)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One line of a published table.
+
+    Attributes:
+        model: its name there.
+        steps: network steps; evaluations are not said there.
+        scores: metric's name -> number's name -> value, shares for GenEval, per cent for DPG and HPS.
+    """
+
+    model: str
+    steps: int
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "score")
+_STYLES = ("anime", "concept-art", "paintings", "photo", "score")
+
+
+def _row(
+    model: str,
+    steps: int,
+    geneval: tuple[float, ...] = (),
+    dpg: float | None = None,
+    hps: tuple[float, ...] = (),
+) -> PublishedRow:
+    scores: dict[str, dict[str, float]] = {}
+    if geneval:
+        scores["geneval"] = dict(zip(_TASKS, geneval, strict=True))
+    if dpg is not None:
+        scores["dpg"] = {"score": dpg}
+    if hps:
+        scores["hps"] = dict(zip(_STYLES, hps, strict=True))
+    return PublishedRow(model, steps, scores)
+
+
+PUBLISHED = (
+    _row("BLIP3o-NEXT 3B", 30, (0.99, 0.95, 0.88, 0.90, 0.92, 0.79, 0.91), 82.05, (30.27, 29.15, 28.99, 29.26, 29.42)),
+    _row("BLIP3o-NEXT 3B", 4, (0.99, 0.93, 0.84, 0.84, 0.86, 0.70, 0.86), 78.15, (28.13, 26.22, 27.18, 26.30, 26.96)),
+    _row("BLIP3o-NEXT 3B", 2, (0.92, 0.68, 0.55, 0.66, 0.60, 0.40, 0.63), 67.38, (23.51, 21.70, 22.78, 21.82, 22.45)),
+    _row("BLIP3o-NEXT 3B", 1, (0.81, 0.40, 0.40, 0.56, 0.38, 0.23, 0.46), 57.05, (19.77, 17.54, 18.23, 18.64, 18.54)),
+    _row("EMF", 8, dpg=81.94),
+    _row("EMF", 4, (1.00, 0.94, 0.88, 0.92, 0.91, 0.76, 0.90), 81.20, (30.03, 29.02, 29.09, 28.86, 29.25)),
+    _row("EMF", 2, (0.99, 0.91, 0.81, 0.86, 0.86, 0.66, 0.85), 79.44, (28.02, 26.83, 27.03, 26.96, 27.21)),
+    _row("EMF", 1, (0.98, 0.86, 0.66, 0.69, 0.80, 0.47, 0.74), 77.36, (26.64, 25.60, 25.53, 25.32, 25.77)),
+    _row("SANA-1.5 4.8B", 20, (0.99, 0.93, 0.86, 0.84, 0.59, 0.65, 0.81)),
+    _row("SANA-Sprint 0.6B", 4, (1.00, 0.90, 0.71, 0.89, 0.61, 0.54, 0.77)),
+    _row("SANA-Sprint 1.6B", 4, (1.00, 0.92, 0.59, 0.91, 0.54, 0.55, 0.75), 81.08),
+    _row("FLUX-schnell", 4, (0.99, 0.88, 0.64, 0.78, 0.30, 0.52, 0.69), 84.94),
+    _row("SD3.5-L-Turbo", 4, (0.99, 0.89, 0.68, 0.78, 0.23, 0.54, 0.68), 81.97),
+    _row("SDXL-DMD2", 4, (1.00, 0.76, 0.52, 0.88, 0.11, 0.24, 0.58), 74.24),
+    _row("SDXL-Lightning", 4, (0.98, 0.61, 0.44, 0.84, 0.11, 0.21, 0.53)),
+)
+"""What the paper's Tables 3, 4 and 6 say; no seeds, guidance, images per prompt or standard errors are given there."""

@@ -1,0 +1,98 @@
+"""Figures of a report: score against network steps, and against training, for one run or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from emf_lightning.evaluation.figures import OTHER_COLOUR, STYLE, step_colour, step_name
+from emf_lightning.evaluation.published import PUBLISHED
+from emf_lightning.evaluation.report import FAMILIES, Report, ReportRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#1f8a83", "#c8443c", "#3d5a98", "#e39a2d", "#6b4c8f", "#555555")
+"""One for each run."""
+MARKERS = ("o", "s", "^", "v", "D", "P")
+
+
+def steps_figure(report: Report) -> Figure:
+    """Score against network steps, a panel for each metric, a line for each run, weights and guidance.
+
+    Weights without averaging are dashed. The paper's EMF and its parent are grey where the tasks are the same; their
+    judge may be another, see the tables.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = report.metrics()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * max(len(names), 1), 2.6), layout="constrained")
+        panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+        runs = list(dict.fromkeys(row.run for row in report.rows))
+        for axes, (name, title) in zip(panels, names.items(), strict=True):
+            counts = sorted({row.steps for row in report.of(name)})
+            for model, rows in _lines(report.of(name)).items():
+                number = runs.index(rows[0].run)
+                axes.errorbar(
+                    [row.steps for row in rows],
+                    [row.scores["score"] for row in rows],
+                    yerr=[row.scores.get("se", 0.0) for row in rows],
+                    label=model,
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    linestyle="-" if rows[0].weights == "averaged" else "--",
+                    capsize=2,
+                    elinewidth=0.8,
+                )
+            family = FAMILIES.get(name, name)
+            for model, marker in (("EMF", "o"), ("BLIP3o-NEXT 3B", "s")):
+                known = [
+                    (r.steps, r.scores[family]["score"]) for r in PUBLISHED if r.model == model and family in r.scores
+                ]
+                if known:
+                    label = f"{model} (published)"
+                    style = {"color": "#aaaaaa", "linestyle": ":", "marker": marker, "markersize": 3}
+                    axes.plot(*zip(*sorted(known), strict=True), label=label, **style)
+                    counts = sorted({*counts, *(steps for steps, _ in known)})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.minorticks_off()
+            axes.set(title=title, xlabel="network steps", ylabel="score")
+            axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
+    return figure
+
+
+def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str) -> Figure:
+    """Score against optimiser steps, a colour for each step count, a line style for each run: the paper's Figure 4.
+
+    Args:
+        curves: run -> network steps -> (optimiser step, score) points in order.
+        title: what the score is.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    styles = ("-", "--", "-.", ":")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for number, (run, lines) in enumerate(curves.items()):
+            style = styles[number % len(styles)]
+            for steps, points in sorted(lines.items()):
+                axes.plot(*zip(*points, strict=True), color=step_colour(steps), linestyle=style)
+            axes.plot([], [], color=OTHER_COLOUR, linestyle=style, label=run)
+        for steps in sorted({steps for lines in curves.values() for steps in lines}):
+            axes.plot([], [], color=step_colour(steps), label=step_name(steps))
+        axes.set(title=title, xlabel="optimiser steps", ylabel="score", ylim=(-0.02, 1.04))
+        axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
+    return figure
+
+
+def _lines(rows: Sequence[ReportRow]) -> dict[str, list[ReportRow]]:
+    """The rows of each line, fewest steps first."""
+    lines: dict[str, list[ReportRow]] = {}
+    for row in sorted(rows, key=lambda row: row.steps):
+        lines.setdefault(row.model, []).append(row)
+    return lines

@@ -1,0 +1,62 @@
+"""An encoder made worse by degrees, to learn what its quality is worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from emf_lightning.text.base import TextEncoder, TextFeatures
+
+
+class DegradedEncoder(TextEncoder):
+    """Another encoder's features with noise and a common vector added; deterministic.
+
+    Token i of caption c becomes ``(x + noise * n(c, i)) / sqrt(1 + noise^2) + shared * s``, n and s in units of the
+    token's root mean square: n belongs to the caption and says nothing else about it, so that captions of like meaning
+    lose what they have in common; s belongs to all, so that all captions become alike.
+
+    Args:
+        encoder: the good one.
+        noise: weight of n; what a caption's mean over L tokens keeps of its meaning falls as 1 / (1 + noise^2 / L).
+        shared: weight of s.
+        seed: of n and s.
+    """
+
+    def __init__(self, encoder: TextEncoder, noise: float = 0.0, shared: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        if noise < 0 or shared < 0:
+            raise ValueError(f"DegradedEncoder: noise and shared must not be negative, got {noise} and {shared}")
+        self.encoder = encoder
+        self.width, self.length = encoder.width, encoder.length
+        self.noise, self.shared, self.seed = noise, shared, seed
+        self.freeze()
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the encoder's and of the settings."""
+        settings = f"{type(self).__name__} 1 {self.encoder.fingerprint} {self.noise} {self.shared} {self.seed}"
+        return hashlib.sha256(settings.encode()).hexdigest()
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lost their end so far."""
+        return int(getattr(self.encoder, "truncated", 0))
+
+    def _normal(self, name: str, rows: int) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        rng = np.random.default_rng(np.frombuffer(digest[:16], np.uint64))
+        return torch.from_numpy(rng.standard_normal((rows, self.width), np.float32))
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, L, D]``, zero behind the captions' ends, and the encoder's own mask."""
+        text = self.encoder.encode(captions)
+        scale = text.context.square().mean(-1, keepdim=True).sqrt()
+        noise = torch.stack([self._normal(f"caption {caption}", self.length) for caption in captions]).to(text.context)
+        shared = self._normal("shared", 1).to(text.context)
+        context = (text.context + self.noise * scale * noise) / (
+            1 + self.noise**2
+        ) ** 0.5 + self.shared * scale * shared
+        return TextFeatures(context.masked_fill(~text.mask[..., None], 0.0), text.mask)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
+from emf_lightning.data.shapes.scenes import scene_for
+from emf_lightning.evaluation.distribution_distance import FrechetDistance
+from emf_lightning.evaluation.image_features import RandomFeatures
+from emf_lightning.evaluation.report import Report
+from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.suite_metric import SuiteScore
+from tests.callbacks import tiny
+from tests.callbacks.oracle import Oracle
+
+SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny.shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, shards):
+    """Of two steps, with averages that differ from what was trained."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    saver = ModelCheckpoint(run / "checkpoints", save_last=True, every_n_train_steps=2)
+    trainer = tiny.trainer(run, WeightEMA(decay=0.5), saver, max_steps=2, enable_checkpointing=True)
+    trainer.fit(tiny.meanflow(), datamodule=tiny.data(shards))
+    return run / "checkpoints/last.ckpt"
+
+
+def sweep(**arguments) -> StepSweep:
+    small = {"benchmarks": [SuiteScore(SUITE)], "steps": [1, 2], "images_per_prompt": 2}
+    return StepSweep(**{**small, **arguments})
+
+
+def evaluated(run, shards, callback, model=None, checkpoint=None, **arguments) -> Report:
+    data = tiny.data(shards, validation_shards=str(shards), validation_samples=8)
+    trainer = tiny.trainer(run, callback, **arguments)
+    trainer.test(model or tiny.meanflow(), datamodule=data, ckpt_path=checkpoint, verbose=False)
+    return Report.read(run / "report.json")
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_oracle_scores_one_at_every_step_count_and_its_lines_agree(shards, tmp_path):
+    report = evaluated(tmp_path / "run", shards, sweep(), Oracle(SUITE, lambda prompt: prompt))
+
+    assert [(row.steps, row.weights, row.nfe) for row in report.rows] == [(1, "averaged", 1), (2, "averaged", 2)]
+    assert all(row.scores["score"] == 1 for row in report.rows)
+    assert all(row.images == 2 * len(SUITE.prompts()) for row in report.rows)
+    rows = rows_of(tmp_path / "run/results/shapes-2step.jsonl")
+    assert len(rows) == len({row["filename"] for row in rows}) == 2 * len(SUITE.prompts())
+    assert all(row["correct"] for row in rows)
+
+
+def test_rows_agree_with_an_independent_count_of_the_lines(shards, tmp_path):
+    odd = SUITE.prompts()[1::2]
+    model = Oracle(SUITE, lambda prompt: prompt if prompt in odd else None)
+    report = evaluated(tmp_path / "run", shards, sweep(), model)
+
+    shares: dict[str, list[bool]] = {}
+    for row in rows_of(tmp_path / "run/results/shapes-1step.jsonl"):
+        shares.setdefault(row["tag"], []).append(row["correct"])
+    assert report.rows[0].scores["score"] == pytest.approx(np.mean([np.mean(values) for values in shares.values()]))
+    assert f"**{report.rows[0].scores['score']:.3f}**" in (tmp_path / "run/report.md").read_text()
+    assert (tmp_path / "run/report.png").stat().st_size > 5000
+
+
+def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_path):
+    drawn: dict[str, list[torch.Tensor]] = {}
+
+    class Recorder(type(tiny.meanflow())):
+        def sample(self, *arguments, **options):
+            key = next(self.net.parameters()).detach().double().sum().item()
+            drawn.setdefault(key, [])
+            return super().sample(*arguments, **options)
+
+    model = Recorder(tiny.network())
+    report = evaluated(tmp_path / "run", shards, sweep(steps=[1]), model, checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)
+    name = "net." + next(iter(dict(model.net.named_parameters())))
+    expected = [saved[key][name].double().sum().item() for key in ("state_dict", "current_model_state")]
+
+    assert [(row.weights, row.step) for row in report.rows] == [("averaged", 2), ("trained", 2)]
+    assert list(drawn) == pytest.approx(expected)
+    assert expected[0] != expected[1]
+    assert next(model.net.parameters()).detach().double().sum().item() == pytest.approx(expected[0]), "not put back"
+
+
+def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shards, tmp_path):
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for number, prompt in enumerate(SUITE.prompts()):
+        scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
+        Image.fromarray(scene.draw(SUITE.world)).save(reference / f"{number}.png")
+    fid = FrechetDistance(RandomFeatures(width=8), reference)
+    report = evaluated(tmp_path / "run", shards, sweep(also=[fid], steps=[1], guidance=[1.0, 2.0], images_per_prompt=1))
+
+    assert [(row.metric, row.guidance, row.nfe) for row in report.rows] == [
+        ("shapes", 1.0, 1),
+        ("fid_random", 1.0, 1),
+        ("shapes", 2.0, 2),
+        ("fid_random", 2.0, 2),
+    ]
+    assert report.rows[1].scores["images"] == len(SUITE.prompts())
+    assert fid.images == 0, "the metric itself stays fresh"
+
+
+def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
+    class Moody(Oracle):
+        """Draws its prompt from every second noise."""
+
+        def sample(self, text, null, noise, steps, guidance=None):
+            images = super().sample(text, null, noise, steps, guidance)
+            return torch.where(noise.flatten(1)[:, 0, None, None, None] > 0, images, torch.full_like(images, 0.2))
+
+    report = evaluated(tmp_path / "run", shards, sweep(steps=[1], seeds=[0, 1, 2]), Moody(SUITE, lambda p: p))
+    row = report.rows[0]
+    assert row.images == 6 * len(SUITE.prompts())
+    assert 0.3 < row.scores["score"] < 0.7
+    assert 0 < row.seed_spread < 0.2
+
+
+def test_two_ranks_find_what_one_finds(shards, tmp_path):
+    odd = SUITE.prompts()[1::2]
+    reports = [
+        evaluated(tmp_path / name, shards, sweep(), Oracle(SUITE, lambda p: p if p in odd else None), **arguments)
+        for name, arguments in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"}))
+    ]
+    assert reports[0].rows[0].scores == reports[1].rows[0].scores
+    lines = [rows_of(tmp_path / name / "results/shapes-1step.jsonl") for name in ("one", "two")]
+    # where in the picture the oracle draws is chance, whether it shows the prompt is not
+    one, two = ([(row["filename"], row["prompt"], row["correct"]) for row in rows] for rows in lines)
+    assert one == two
+
+
+def test_the_sweep_takes_the_place_of_the_other_callbacks_test(shards, tmp_path):
+    data = tiny.data(shards, validation_shards=str(shards), validation_samples=8)
+    few = FewStepSampling(suite=SUITE, steps=[1], final_images_per_task=1, figures=False)
+    tiny.trainer(tmp_path / "run", few, sweep(steps=[1], images_per_prompt=1)).test(
+        tiny.meanflow(), datamodule=data, verbose=False
+    )
+    assert (tmp_path / "run/report.md").is_file()
+    assert not (tmp_path / "run/shapes").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"benchmarks": []}, "benchmarks is empty"),
+        ({"images_per_prompt": 0}, "images_per_prompt must be at least 1"),
+        ({"steps": [0]}, "steps must be different whole numbers"),
+    ],
+)
+def test_senseless_settings_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        sweep(**arguments)
+
+
+def test_a_metric_without_prompts_is_no_benchmark(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `also`"):
+        sweep(benchmarks=[FrechetDistance(RandomFeatures(width=8), tmp_path)])

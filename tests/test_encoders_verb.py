@@ -1,0 +1,88 @@
+"""`emf encoders`, called in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emf_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "200", "--queries", "50"]
+
+
+def study(out, capsys, *options: str) -> dict:
+    main(["encoders", *SMALL, "--out", str(out), *options])
+    assert (out / "encoders.md").read_text() in capsys.readouterr().out
+    return json.loads((out / "encoders.json").read_text())
+
+
+@pytest.fixture
+def config(tmp_path):
+    words = {"class_path": "WordEncoder", "init_args": {"width": 64, "length": 10}}
+    noisy = {"class_path": "DegradedEncoder", "init_args": {"noise": 3.0, "encoder": words}}
+    path = tmp_path / "encoders.yaml"
+    path.write_text(yaml.safe_dump({"encoders": {"words": words, "noisy": noisy}}, sort_keys=False))
+    return str(path)
+
+
+def test_noise_costs_discriminability_and_a_control_is_always_there(config, tmp_path, capsys):
+    found = {e["name"]: e for e in study(tmp_path / "out", capsys, "--config", config)["encoders"]}
+
+    assert list(found) == ["words", "noisy", "constant (control)"]
+    raw = {name: e["discriminability"]["score"]["raw"]["mean"] for name, e in found.items()}
+    assert raw["words"] > raw["noisy"] + 0.1 > raw["constant (control)"]
+    assert found["constant (control)"]["disentanglement"]["ablated"]["raw"]["mean"] == pytest.approx(1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "encoders.json",
+        "encoders.md",
+        "encoders.png",
+        "retrieved.png",
+        "features",
+    }
+    assert "published" not in (tmp_path / "out/encoders.md").read_text()
+
+
+def test_features_are_kept_for_the_next_study(config, tmp_path, capsys):
+    first = study(tmp_path / "out", capsys, "--config", config)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/features").iterdir()}
+    second = study(tmp_path / "out", capsys, "--config", config)
+
+    assert len(kept) == 3
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/features").iterdir()}
+    assert first["encoders"] == second["encoders"]
+
+
+def test_a_list_of_prompts_and_its_sentences_may_take_the_captions_place(config, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a red circle. a blue square number {i}. a ring.\n" for i in range(5)))
+    about = study(tmp_path / "out", capsys, "--config", config, "--prompts", str(prompts), "--unit", "sentence")[
+        "about"
+    ]
+    assert about["removal"] == "50% of the sentences of 5 prompts, seeds 0, 1, 2"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--encoders", "{{}}"], "encoders: name at least one"),
+        (["--config", "{config}", "--fraction", "1.5"], "fraction must lie between 0 and 1"),
+        (["--config", "{config}", "--k", "0"], "k must be at least 1"),
+        (["--config", "{config}", "--prompts", "nowhere.txt"], "prompts: cannot read 'nowhere.txt'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(config, tmp_path, capsys, options, said):
+    words = [word.format(config=config) for word in options]
+    with pytest.raises(SystemExit) as end:
+        main(["encoders", *SMALL, "--out", str(tmp_path / "out"), *words])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_shipped_study_names_encoders_that_exist():
+    content = yaml.safe_load((ROOT / "experiments/encoders/shapes.yaml").read_text())
+    assert next(iter(content["encoders"])) == "words"
+    assert {e["class_path"] for e in content["encoders"].values()} == {"WordEncoder", "DegradedEncoder"}

@@ -1,0 +1,72 @@
+"""`emf report`, called in this process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.cli import main
+from emf_lightning.evaluation.report import Report
+from emf_lightning.evaluation.score import TaskScores
+from tests.evaluation.test_report import row
+
+
+def trained(folder, overall: float):
+    """A run directory whose training reached ``overall``."""
+    records = [
+        ScoreRecord(
+            "shapes",
+            "fit",
+            step,
+            "1step",
+            1,
+            1.0,
+            1,
+            2.0,
+            TaskScores({"colors": s}, {"colors": s}, {"colors": 9}, 0.1, {}, {}),
+        )
+        for step, s in ((10, overall / 2), (20, overall))
+    ]
+    ScoreHistory(records).write(folder / "shapes/scores.jsonl")
+    return folder
+
+
+def test_runs_stand_in_one_table_with_the_names_that_tell_them_apart(tmp_path, capsys):
+    first, second = trained(tmp_path / "runs/emf/version_0", 0.5), tmp_path / "runs/scflow/version_0"
+    Report((row("shapes", steps=1), row("shapes", steps=4))).write(second)
+    main(["report", str(first), str(second), "--out", str(tmp_path / "out")])
+
+    report = Report.read(tmp_path / "out/report.json")
+    assert [(r.run, r.steps, r.scores["score"]) for r in report.rows] == [
+        ("emf/version_0", 1, 0.5),
+        ("scflow/version_0", 1, pytest.approx(0.625)),
+        ("scflow/version_0", 4, pytest.approx(0.625)),
+    ]
+    assert "| emf/version_0 | 1 |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.md",
+        "steps.png",
+        "training-shapes.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["nowhere"], "runs: no directory nowhere"), (["."], "has no scores; `emf fit` and `emf test`")]
+)
+def test_what_is_not_there_is_named(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["report", *words])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_broken_history_is_named(tmp_path, capsys):
+    run = trained(tmp_path / "run", 0.5)
+    (run / "shapes/scores.jsonl").write_text(json.dumps({"suite": "x"}) + "\n")
+    with pytest.raises(SystemExit):
+        main(["report", str(run)])
+    assert "holds no scores" in capsys.readouterr().err
