@@ -17,8 +17,8 @@ SOURCES := src callbacks tests benchmarks
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint format bench objectives \
-	lock clean $(addprefix fit-,$(EXPERIMENTS))
+.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint format bench objectives lock clean
+.PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
