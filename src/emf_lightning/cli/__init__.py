@@ -21,9 +21,13 @@ TRAINER_VERBS = {
 
 FUNCTION_VERBS = {
     "export": "write a trained model as a diffusers pipeline",
+    "compare": "train experiments for the same time, and compare what they draw",
+    "images": "write an image data set of the Hugging Face hub as shards",
+    "captions": "write a file of prompts as shards without pictures",
     "shards": "write caption-image shards of a shapes world",
     "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
     "encoders": "study text encoders: retrieval, removed words, and controls",
+    "claim": "train on encoders of graded quality: do few steps suffer more?",
     "report": "put several runs into one table and one figure",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""

@@ -28,6 +28,7 @@ CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", 
 HARMLESS = (
     ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
     ".*using the WeightAveraging callback with a model that overrides",  # it shards only where that is refused
+    "Using ModelCheckpoint with manual optimization",  # the weights after the step are the ones wanted
     "The dirpath has changed from",  # each run has a directory of its own
     ".*LeafSpec",  # Lightning's own business with torch
     ".torch.jit.script. is deprecated",  # torch's own, in its forward-mode derivatives
