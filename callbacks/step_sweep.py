@@ -50,7 +50,8 @@ class StepSweep(Callback):
 
     The images of a benchmark may be scored by further metrics as well. Noise is that of ``FewStepSampling`` with the
     same seed. ``report.json``, ``report.md`` and ``report.png`` are written into the run's directory, and a line for
-    each image of the checkpoint's main weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary reads.
+    each image of the checkpoint's main weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary
+    reads.
 
     Args:
         benchmarks: metrics that know their prompts, e.g. ``SuiteScore`` with a suite, ``DpgBench``, ``HpsScore``.
