@@ -71,6 +71,20 @@ def test_overlays_and_the_plans_own_options_count(capsys):
     assert seconds[1] / seconds[0] == pytest.approx(989 / 312, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "parameters", "said"),
+    [
+        ("fgm/cifar10_teacher", "35,746,307", False),  # DDPM's UNet for CIFAR-10, 35.7 M (arXiv 2006.11239)
+        ("shapes/fgm", "4,350,768", True),
+    ],
+)
+def test_other_networks_and_objectives_are_planned_with_what_is_not_counted_said(capsys, experiment, parameters, said):
+    main(["plan", "--config", f"experiments/{experiment}.yaml"])
+    out = capsys.readouterr().out
+    assert parameters in out
+    assert ("FGM trains a second network, which is not counted" in out) == said
+
+
 def test_what_is_kept_for_the_backward_pass_grows_with_blocks_and_checkpointing_saves_most():
     def cost(blocks: int):
         with torch.device("meta"):

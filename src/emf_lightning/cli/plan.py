@@ -27,6 +27,10 @@ strategy, caches and checkpoints on disk, operations, time. Counted on the netwo
 --samples         in the training data
 """
 
+_WITH_DERIVATIVE = (".MeanFlow", ".ImprovedMeanFlow")
+_ALONE = (*_WITH_DERIVATIVE, ".FlowMatching", ".EncoderTuning")
+"""Objectives by what they compute; others train a second network beside the first."""
+
 _DERIVATIVE = 1.99
 """Forward passes that du/dt of a row costs (`make bench` counts them)."""
 
@@ -90,11 +94,18 @@ def report(settings: Namespace, given: Assumptions) -> list[str]:
     cost = network_cost(net, (channels, side, side), text.length, text.width)
     devices = _devices(settings.trainer)
     sizes = _Sizes(settings, net, text, autoencoder, cost, devices)
+    kind = settings.model.class_path
+    more = (
+        []
+        if kind.endswith(_ALONE)
+        else ["", f"{kind.rpartition('.')[2]} trains a second network, which is not counted"]
+    )
     return [
         *sizes.parameters(),
         *sizes.memory(given),
         *sizes.disk(given),
         *sizes.time(given, encoding_flops(autoencoder, settings.data.resolution), (channels, side)),
+        *([] if kind.endswith(_ALONE) else ["", second]),
     ]
 
 
@@ -256,7 +267,7 @@ class _Sizes:
 
 def _share(settings: Namespace) -> float:
     """Mean share of the rows that take a derivative."""
-    if settings.model.class_path.endswith((".FlowMatching", ".EncoderTuning")):
+    if not settings.model.class_path.endswith(_WITH_DERIVATIVE):
         return 0.0
     share = settings.model.get("init_args.times.init_args.interval_share")
     if share is None:

@@ -148,7 +148,11 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
     flops = counter.get_total_flops()
     kept = _kept_bytes(net, lambda: net(z, t, t, context, mask))
     inputs: list[int] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))) for block in net.blocks]
+
+    def entered(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.append(_bytes(next(a for a in (*arguments, *named.values()) if isinstance(a, Tensor))))
+
+    hooks = [block.register_forward_pre_hook(entered, with_kwargs=True) for block in net.blocks]
     net(z, t, t, context, mask)
     for hook in hooks:
         hook.remove()
