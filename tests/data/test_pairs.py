@@ -133,6 +133,16 @@ def test_a_batch_that_is_half_cached_is_in_order_and_rounded_alike(encoder, shar
     assert torch.equal(batch.latents, whole.latents)
 
 
+def test_parts_that_the_caches_spare_stay_where_they_are(encoder, shard, tmp_path):
+    caches = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
+    encoded(make(encoder, shard, **caches))
+    data = make(encoder, shard, **caches)
+    (raw,) = data.train_dataloader()
+    data.move(torch.device("meta"))  # whoever goes there comes back without weights
+    data.latents_of(raw), data.features_of(raw), data.text_features([""])
+    assert next(data.text.parameters()).device.type == "cpu"
+
+
 def test_mirrored_images_are_other_pictures(encoder, shard, tmp_path):
     caches = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
     plain, mirrored = expected(encoder), expected(encoder, flipped=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -45,6 +46,9 @@ class BLIP3oNext(TextEncoder):
         top_k: see there.
         temperature: divides the logits.
         seed: of the numbers that choose.
+        token_pool: averages the features of so many by so many patches, 3 or 9 of the 27 along each side: 730 tokens
+            become 82 or 10, and a cache of them a ninth. The network was not trained on such; ``emf cache`` measures
+            how far they are from the published ones.
         caption_tokens: tokens kept of a caption, the instruction before it included.
         batch_size: captions that are written for together; each takes 0.1 GB for keys and values.
         compiled: compile the step that writes one token, over keys and values of a fixed size: worth it from some
@@ -67,6 +71,7 @@ class BLIP3oNext(TextEncoder):
         top_k: int = 1200,
         temperature: float = 1.0,
         seed: int = 0,
+        token_pool: int = 1,
         caption_tokens: int = 512,
         batch_size: int = 16,
         compiled: bool = False,
@@ -91,7 +96,11 @@ class BLIP3oNext(TextEncoder):
         self.tokenizer: Any = None if checkpoint.planned else _load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
         self.view_side = image_size
-        self.length = 1 + self.images.tokens
+        side = math.isqrt(self.images.tokens)
+        if token_pool < 1 or side % token_pool:
+            raise ValueError(f"BLIP3oNext: token_pool={token_pool} does not divide the {side} patches along a side")
+        self.token_pool = token_pool
+        self.length = 1 + self.images.tokens // token_pool**2
         self.width = len(self._weight)
         self._truncation = Truncation(type(self).__name__, caption_tokens)
         self._room: tuple[tuple[int, int], Any] = ((0, 0), None)
@@ -141,16 +150,17 @@ class BLIP3oNext(TextEncoder):
             dtype=self.dtype,
             sampler=vars(self.sampler),
             caption_tokens=self.caption_tokens,
+            token_pool=self.token_pool,
         )
 
     # -- the two ways to features ------------------------------------------------------------------------------------
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, 730, D]``, float32, of image tokens that the model writes itself."""
+        """Features ``[B, L, D]``, float32, of image tokens that the model writes itself."""
         parts = []
         for start in range(0, len(captions), self.batch_size):
             batch = captions[start : start + self.batch_size]
-            states = self._weight.new_zeros(len(batch), self.length, self._weight.shape[1])
+            states = self._weight.new_zeros(len(batch), 1 + self.images.tokens, self._weight.shape[1])
             rows = [row for row, caption in enumerate(batch) if caption != NULL_CAPTION]
             if rows:
                 states[rows] = self.write([batch[row] for row in rows])[1]
@@ -158,7 +168,7 @@ class BLIP3oNext(TextEncoder):
         return TextFeatures.cat(parts)
 
     def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
-        """Features ``[B, 730, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
+        """Features ``[B, L, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
         with torch.autocast(views.device.type, enabled=False):
             return self._features(self.read(captions, self.images(views)))
 
@@ -170,7 +180,7 @@ class BLIP3oNext(TextEncoder):
     def _features(self, states: Tensor) -> TextFeatures:
         """The connector's answer to hidden states ``[B, 730, H]``."""
         with torch.autocast(states.device.type, enabled=False):
-            context = self.connector(states).float()
+            context = pool_tokens(self.connector(states).float(), self.token_pool)
         if not context.isfinite().all():
             raise ValueError(
                 f"BLIP3oNext: the features are not finite with dtype={self.dtype!r}; use dtype: bfloat16 or float32"
@@ -185,7 +195,7 @@ class BLIP3oNext(TextEncoder):
         mask = nn.functional.pad(mask, (0, codes.shape[1]), value=True)
         positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(codes.shape[1], device=ids.device)], 1)
         states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return states.last_hidden_state[:, -self.length :]  # prompts are padded on the left: images end together
+        return states.last_hidden_state[:, -codes.shape[1] - 1 :]  # prompts are padded on the left: images end together
 
     @torch.no_grad()
     def write(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -194,7 +204,7 @@ class BLIP3oNext(TextEncoder):
         One step a token, over the keys and values of those before; the state at a token is that of the step which
         reads it.
         """
-        steps = self.length - 1
+        steps = self.images.tokens
         ids, mask, positions = self._prompts(captions)
         start = ids.shape[1]
         cache = self._cache(len(ids), start + steps)
@@ -252,6 +262,16 @@ class BLIP3oNext(TextEncoder):
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def pool_tokens(context: Tensor, pool: int) -> Tensor:
+    """Features ``[B, 1 + n n, D]`` of a scale token and n x n patches, squares of ``pool`` patches averaged."""
+    if pool == 1:
+        return context
+    scale, patches = context[:, :1], context[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))  # type: ignore[no-untyped-call]
+    return torch.cat([scale, nn.functional.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)], dim=1)
 
 
 def make_connector(hidden: int, width: int) -> nn.Sequential:
