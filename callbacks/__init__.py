@@ -3,7 +3,9 @@
 from emf_lightning.callbacks.derivative_monitor import DerivativeMonitor
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
+from emf_lightning.callbacks.run_summary import RunSummary
 from emf_lightning.callbacks.sample_writer import SampleWriter
+from emf_lightning.callbacks.save_encoder import SaveEncoder
 from emf_lightning.callbacks.save_network import SaveNetwork
 from emf_lightning.callbacks.self_check import SelfCheck
 from emf_lightning.callbacks.step_sweep import StepSweep
@@ -15,7 +17,9 @@ __all__ = [
     "DerivativeMonitor",
     "ExperimentProgressBar",
     "FewStepSampling",
+    "RunSummary",
     "SampleWriter",
+    "SaveEncoder",
     "SaveNetwork",
     "SelfCheck",
     "StepSweep",

@@ -39,7 +39,7 @@ class TrainingLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._marks.clear()
-        self._marks.append((self._seconds(trainer), self._images, trainer.global_step))
+        self._marks.append((self.seconds(trainer), self._images, trainer.global_step))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause_began = time.perf_counter()
@@ -59,7 +59,7 @@ class TrainingLog(Callback):
         self._images += len(batch) * trainer.world_size
         if trainer.global_step == self._marks[-1][2]:
             return  # gradients are being accumulated
-        self._marks.append((self._seconds(trainer), self._images, trainer.global_step))
+        self._marks.append((self.seconds(trainer), self._images, trainer.global_step))
         (began, first, first_step), (ended, last, last_step) = self._marks[0], self._marks[-1]
         seconds = max(ended - began, 1e-9)
         pl_module.log("train/images_per_second", (last - first) / seconds)
@@ -77,8 +77,8 @@ class TrainingLog(Callback):
             counts |= {"train/cache_hits": data.cache.hits, "train/cache_misses": data.cache.misses}
         return {tag: float(count) for tag, count in counts.items()}
 
-    def _seconds(self, trainer: Trainer) -> float:
-        """Seconds of training alone."""
+    def seconds(self, trainer: Trainer) -> float:
+        """Seconds of training alone, from no particular moment on."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         sampling: float = sum(callback.seconds for callback in callbacks if isinstance(callback, FewStepSampling))
         return time.perf_counter() - self._paused - sampling

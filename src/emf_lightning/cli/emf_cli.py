@@ -28,6 +28,7 @@ CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", 
 HARMLESS = (
     ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
     ".*using the WeightAveraging callback with a model that overrides",  # it shards only where that is refused
+    "Using ModelCheckpoint with manual optimization",  # the weights after the step are the ones wanted
     "The dirpath has changed from",  # each run has a directory of its own
     ".*LeafSpec",  # Lightning's own business with torch
     ".torch.jit.script. is deprecated",  # torch's own, in its forward-mode derivatives
@@ -96,7 +97,7 @@ class EMFCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _open_link_targets(config)
+        open_link_targets(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":
@@ -104,7 +105,7 @@ class EMFCLI(LightningCLI):
         _check_checkpoint(config.get("ckpt_path"), sharded)
 
 
-def _open_link_targets(config: Namespace) -> None:
+def open_link_targets(config: Namespace) -> None:
     """Gives the network's linked arguments a place in ``config``.
 
     A link is applied to arguments that are there, and parser_mode omegaconf+ takes out those of nested classes

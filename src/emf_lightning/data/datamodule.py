@@ -51,6 +51,8 @@ class CaptionImageData(LightningDataModule):
         validation_samples: how many, the same ones each time.
         flip: mirrors half of the training images; wrong where captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
+        pictures: whether images are decoded and encoded. FGM learns from captions alone, and without them its shards
+            need hold nothing else; latents are then zeros of the right shape.
 
     Raises:
         ValueError: for arguments out of range; in ``setup``, for shards or prompts that are not there.
@@ -75,6 +77,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | None = None,
+        pictures: bool = True,
     ) -> None:
         super().__init__()
         lowest = {"resolution": 1, "batch_size": 1, "num_workers": 0, "shuffle_block": 1, "validation_samples": 1}
@@ -102,6 +105,7 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
+        self.pictures = pictures
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
@@ -183,6 +187,7 @@ class CaptionImageData(LightningDataModule):
             latents=self.latent_cache,
             view_side=self.text.view_side,
             captions=self.caption_files,
+            pictures=self.pictures,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
@@ -223,6 +228,9 @@ class CaptionImageData(LightningDataModule):
 
     def latents_of(self, batch: RawBatch) -> Tensor:
         """The batch's latents: what its worker found in the cache, and the rest encoded."""
+        if not self.pictures:
+            shape = (len(batch), self.latent_channels, self.latent_size, self.latent_size)
+            return torch.zeros(shape, device=batch.images.device)
         hits = None if batch.latents is None else batch.latents.float()
         if not len(batch.images) and hits is not None:
             return hits
@@ -264,6 +272,10 @@ class CaptionImageData(LightningDataModule):
             with torch.inference_mode(False):  # what validation computes is kept for training
                 self._null = self.text_features([NULL_CAPTION])
         return self._null
+
+    def forget_null(self) -> None:
+        """Lets the null caption be encoded again: the encoder is another one than it was."""
+        self._null = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -162,6 +162,7 @@ class ShardStream(IterableDataset[RawBatch]):
         view_side: side of the pictures from which features are made, too (``TextEncoder.view_side``).
         only_missing: leaves out samples that the caches hold, and decodes nothing but what they lack: to fill them.
         captions: from files beside the shards; they come before those in the shards.
+        pictures: whether images are wanted; without, samples need none.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class ShardStream(IterableDataset[RawBatch]):
         view_side: int | None = None,
         only_missing: bool = False,
         captions: CaptionFiles | None = None,
+        pictures: bool = True,
     ) -> None:
         self.shards = tuple(shards)
         self.transform = SquareTransform(transform) if isinstance(transform, int) else transform
@@ -200,6 +202,7 @@ class ShardStream(IterableDataset[RawBatch]):
         self.view_side = view_side
         self.only_missing = only_missing
         self.captions = captions
+        self.pictures = pictures
         self.start(0, [Position()] * lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
@@ -265,7 +268,7 @@ class ShardStream(IterableDataset[RawBatch]):
             raise UnusableSampleError(CACHED)
         latents = self.latents.fetch(picture) if self.latents is not None else None
         features = self.features.fetch(key) if self.features is not None else None
-        needs_pixels = latents is None and not (self.only_missing and self.latents is None)
+        needs_pixels = self.pictures and latents is None and not (self.only_missing and self.latents is None)
         needs_view = pairs and features is None and not (self.only_missing and self.features is None)
         pixels = view = None
         if needs_pixels or needs_view:

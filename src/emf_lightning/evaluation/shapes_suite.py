@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -48,6 +49,11 @@ class ShapesSuite(PromptSuite):
     def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
         """GenEval's decision on what the world's detector sees."""
         return judge(self._detector(image), prompt)
+
+    def picture(self, prompt: Prompt, number: int) -> NDArray[np.uint8]:
+        """A scene of the world."""
+        seed = int.from_bytes(hashlib.sha256(f"{number} {prompt.prompt}".encode()).digest()[:8], "big")
+        return scene_for(self.world, prompt, np.random.default_rng(seed)).draw(self.world)
 
     def ceiling(self) -> TaskScores:
         """The scores of clean pictures of each prompt: what the detector costs."""

@@ -49,6 +49,10 @@ class PromptSuite(ABC):
         """What good images of another prompt of the same task score, where that is known."""
         return None
 
+    def picture(self, prompt: Prompt, number: int) -> NDArray[np.uint8] | None:
+        """The ``number``-th real picture of ``prompt``, 8-bit RGB, where the suite can draw one."""
+        return None
+
     def images(self, images_per_task: int) -> list[PromptImage]:
         """``images_per_task`` images of every task, grouped by task: each prompt once, then each a second time, ...
 

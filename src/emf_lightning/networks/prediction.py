@@ -41,3 +41,11 @@ class PredictData(Prediction):
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """(z - output) / max(t, min_time), in fp32."""
         return (z - output.float()) / t.clamp(min=self.min_time).view(-1, 1, 1, 1)
+
+
+class PredictReversedVelocity(Prediction):
+    """The output is x - e, as where t = 0 is noise: InstaFlow (arXiv 2309.06380)."""
+
+    def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """Its negative."""
+        return -output

@@ -1,0 +1,62 @@
+"""What autoencoders in diffusers' format share: loading, precision, and frozen weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from emf_lightning.latents.base import Autoencoder
+from emf_lightning.published import config_of
+
+
+class PublishedAutoencoder(Autoencoder):
+    """Base of the autoencoders that diffusers has a class for.
+
+    It computes in ``dtype`` outside any autocast: what is cached must not depend on who asked first. On the meta device
+    it has its size and no weights.
+
+    Args:
+        kind: diffusers' class.
+        pretrained: folder or hub name in diffusers' format.
+        subfolder: ``vae`` in a whole pipeline's repository; null where the autoencoder lies on its own.
+        dtype: of the weights and the arithmetic.
+
+    Raises:
+        ValueError: where there are no such weights.
+    """
+
+    def __init__(
+        self, kind: Any, pretrained: str, subfolder: str | None, dtype: Literal["float32", "bfloat16"]
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
+        try:
+            if torch.get_default_device().type == "meta":
+                self.model = kind.from_config(config_of(pretrained, subfolder))
+                nn.Module.to(self.model, dtype=getattr(torch, dtype))  # diffusers' own warns
+            else:
+                self.model, info = kind.from_pretrained(
+                    pretrained,
+                    subfolder=subfolder,
+                    torch_dtype=getattr(torch, dtype),
+                    output_loading_info=True,
+                    low_cpu_mem_usage=False,
+                    use_safetensors=True,
+                )
+                odd = [*info["missing_keys"], *info["unexpected_keys"]]
+                if odd:
+                    raise ValueError(
+                        f"{name}: the weights at {where} are not those of its config.json ({odd[0]} and "
+                        f"{len(odd) - 1} more are missing or surplus): download both again"
+                    )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{name}: no readable autoencoder at pretrained={where}: give a folder in diffusers' format "
+                f"or a hub name that can be reached (`hf download {pretrained}` beforehand); check `subfolder`"
+            ) from error
+        self.channels = self.model.config.latent_channels
+        self.requires_grad_(False)
+        self.eval()

@@ -1,0 +1,185 @@
+"""The text encoders of Stable Diffusion 1.x and 3, as their pipelines use them: every position is attended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emf_lightning.published import config_of
+from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.truncation import Truncation
+
+Precision = Literal["float32", "bfloat16", "float16"]
+CLIP_LENGTH = 77
+
+
+class StableDiffusionTextEncoder(TextEncoder):
+    """Stable Diffusion 1.x's: CLIP ViT-L/14's last hidden states at all 77 positions, padding included.
+
+    The network was trained to attend to padding as well, so nothing is masked.
+
+    Args:
+        pretrained: folder or hub name of a pipeline, with ``tokenizer`` and ``text_encoder`` in it.
+        dtype: of the weights and the arithmetic; features are float32.
+
+    Raises:
+        ValueError: if they cannot be loaded.
+    """
+
+    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        super().__init__()
+        self.dtype = dtype
+        self.tower = _tower(self, CLIPTextModel, pretrained, "text_encoder", dtype)
+        self.tokenizer = _tokenizer(self, AutoTokenizer, pretrained, "tokenizer")
+        self.width, self.length = self.tower.config.hidden_size, CLIP_LENGTH
+        self._truncation = Truncation(type(self).__name__, CLIP_LENGTH)
+        self.freeze()
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lost their end so far."""
+        return self._truncation.cut
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of weights, tokenizer and precision."""
+        return _fingerprint(self, [self.tower], [self.tokenizer], self.dtype)
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, 77, D]``, float32, and a mask that is True."""
+        ids = _padded(self.tokenizer, captions, CLIP_LENGTH, self._truncation)
+        device = next(self.tower.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            context = self.tower(ids.to(device)).last_hidden_state.float()
+        return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
+
+
+class SD3TextEncoder(TextEncoder):
+    """Stable Diffusion 3's three (arXiv 2403.03206): both CLIPs' last states but one, side by side, then T5-XXL's.
+
+    Token 0 holds the two CLIPs' pooled features, tokens 1 to 77 the CLIPs', the rest T5's; the shorter ones end in
+    zeros. All are attended, padding included, as the network was trained.
+
+    Args:
+        pretrained: folder or hub name of a pipeline, with ``tokenizer``, ``text_encoder``, and those numbered 2 and 3.
+        t5_length: T5 tokens of a caption, 256 in the pipeline and 77 in training.
+        dtype: of the weights and the arithmetic; features are float32. float16 overflows in T5.
+
+    Raises:
+        ValueError: if they cannot be loaded.
+    """
+
+    def __init__(
+        self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    ) -> None:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+        super().__init__()
+        if t5_length < 1:
+            raise ValueError(f"SD3TextEncoder: t5_length must be at least 1, got {t5_length}")
+        self.dtype = dtype
+        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
+        names = ("", "_2", "_3")
+        self.towers = nn.ModuleList(
+            _tower(self, kind, pretrained, f"text_encoder{name}", dtype)
+            for kind, name in zip(kinds, names, strict=True)
+        )
+        self.tokenizers = [_tokenizer(self, AutoTokenizer, pretrained, f"tokenizer{name}") for name in names]
+        self.t5_length = t5_length
+        t5: Any = self.towers[2]
+        self.width: int = t5.config.d_model
+        self.length = 1 + CLIP_LENGTH + t5_length
+        self._truncation = Truncation(type(self).__name__, t5_length)
+        self._clip_truncation = Truncation(f"{type(self).__name__} (its CLIPs)", CLIP_LENGTH)
+        self.freeze()
+
+    @property
+    def truncated(self) -> int:
+        """Captions that lost their end in T5 so far; CLIP's 77 tokens lose more."""
+        return self._truncation.cut
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of weights, tokenizers, precision and length."""
+        return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, 1 + 77 + t5_length, D]``, float32, and a mask that is True."""
+        device = next(self.towers.parameters()).device
+        pooled, states = [], []
+        with torch.autocast(device.type, enabled=False):
+            for number in (0, 1):
+                truncation = self._clip_truncation if number == 0 else None
+                ids = _padded(self.tokenizers[number], captions, CLIP_LENGTH, truncation)
+                output = self.towers[number](ids.to(device), output_hidden_states=True)
+                pooled.append(output.text_embeds.float())
+                states.append(output.hidden_states[-2].float())
+            ids = _padded(self.tokenizers[2], captions, self.t5_length, self._truncation)
+            t5 = self.towers[2](ids.to(device)).last_hidden_state.float()
+        rows = [self._wide(torch.cat(pooled, dim=-1))[:, None], self._wide(torch.cat(states, dim=-1)), t5]
+        context = torch.cat(rows, dim=1)
+        return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
+
+    def _wide(self, features: Tensor) -> Tensor:
+        """``features`` with zeros at the end, as wide as T5's."""
+        return nn.functional.pad(features, (0, self.width - features.shape[-1]))
+
+
+def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Truncation | None) -> Tensor:
+    """Token ids ``[B, length]``."""
+    if truncation is not None:
+        whole = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
+        truncation.add(len(captions), sum(len(row) > length for row in whole))
+    ids: Tensor = tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )["input_ids"]
+    return ids
+
+
+def _tower(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str, dtype: str) -> Any:
+    try:
+        if torch.get_default_device().type == "meta":
+            config = config_of(pretrained, subfolder)
+            return kind(kind.config_class(**config)).to(getattr(torch, dtype))
+        tower, info = kind.from_pretrained(
+            pretrained, subfolder=subfolder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {min(info['missing_keys'])}")
+        return tower
+    except (OSError, ValueError) as error:
+        raise ValueError(_missing(encoder, pretrained, subfolder, error)) from error
+
+
+def _tokenizer(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str) -> Any:
+    if torch.get_default_device().type == "meta":
+        return None  # nothing is encoded there
+    try:
+        return kind.from_pretrained(pretrained, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise ValueError(_missing(encoder, pretrained, subfolder, error)) from error
+
+
+def _missing(encoder: TextEncoder, pretrained: str, subfolder: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"{type(encoder).__name__}: cannot load {subfolder} of pretrained={pretrained!r} ({reason}); give the folder "
+        f"of a whole pipeline in diffusers' format, or download it first with `hf download {pretrained}`"
+    )
+
+
+def _fingerprint(encoder: TextEncoder, towers: Any, tokenizers: Sequence[Any], dtype: str, **settings: Any) -> str:
+    return fingerprint(
+        encoder=type(encoder).__name__,
+        weights=[weights_digest(tower) for tower in towers],
+        tokenizers=[tokenizer_digest(tokenizer) for tokenizer in tokenizers],
+        dtype=dtype,
+        **settings,
+    )

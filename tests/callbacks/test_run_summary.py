@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from emf_lightning.callbacks import FewStepSampling, RunSummary, TrainingLog
+from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from tests.callbacks import tiny
+
+SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny.data(tiny.shards(tmp_path / "shards"))
+
+
+def summary_of(run, data, *callbacks, **settings) -> dict:
+    callbacks = (*callbacks, RunSummary(SUITE, [1, 2], prompts_per_task=2, batch_size=16, **settings))
+    tiny.trainer(run, *callbacks).fit(tiny.meanflow(), datamodule=data)
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_cost_and_distances_are_written(tmp_path, data):
+    summary = summary_of(tmp_path / "run", data, TrainingLog(), images_per_prompt=4)
+    assert (summary["model"], summary["steps"]) == ("MeanFlow", 4)
+    assert 0 < summary["step_seconds"] < summary["seconds"] < 60
+    assert 0.1 < summary["memory_gb"] < 100
+    found = summary["distribution"]
+    assert [(label, values["nfe"]) for label, values in found.items()] == [("real", 0), ("1step", 1), ("2step", 2)]
+    assert found["real"]["diversity"] == pytest.approx(1, abs=0.3)
+    assert found["1step"]["kid"] > found["real"]["kid"] + 10 * found["real"]["kid_error"], "a network without training"
+
+
+def test_time_spent_on_scores_is_not_training(tmp_path, data):
+    class Slow(ShapesSuite):
+        def judge(self, image, prompt):
+            time.sleep(0.2)
+            return super().judge(image, prompt)
+
+        def ceiling(self):
+            return None
+
+        chance = ceiling
+
+    scores = FewStepSampling(
+        Slow(per_task=1, scenes_per_task=1),
+        steps=[1],
+        every_n_steps=2,
+        images_per_task=1,
+        final_images_per_task=1,
+        figures=False,
+    )
+    summary = summary_of(tmp_path / "run", data, TrainingLog(), scores, images_per_prompt=0)
+    assert scores.seconds > 3
+    assert summary["seconds"] < 0.5 * scores.seconds
+    assert "distribution" not in summary
+
+
+def test_impossible_settings_are_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="images_per_prompt must be 2 or more, or 0"):
+        RunSummary(SUITE, images_per_prompt=1)
+    with pytest.raises(ValueError, match="prompts_per_task must be at least 1"):
+        RunSummary(SUITE, prompts_per_task=0)
+    with pytest.raises(ValueError, match="needs TrainingLog"):
+        summary_of(tmp_path / "run", data)

@@ -1,0 +1,156 @@
+"""The experiments of published size: each starts from its own file, with local data and tiny weights, and trains."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from emf_lightning.cli import main
+from tests import pipelines
+
+SMALL_UNET = {"channels": "[8,16]", "attention": "[false,true]", "groups": "4", "layers": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data sets, prompts and pipelines, as a user has them."""
+    place = tmp_path_factory.mktemp("published")
+    pipelines.stable_diffusion_15(place / "sd15")
+    pipelines.stable_diffusion_3(place / "sd3")
+    pipelines.vae(place / "vae", scaling_factor=0.18215)
+    pipelines.cifar10(place / "cifar10")
+    pipelines.celeba_hq(place / "celebahq")
+    (place / "prompts.txt").write_text("a red cat\na blue dog\ntwo cat and a dog\na photo of a cat\n" * 2)
+    main(["images", "--dataset", str(place / "cifar10"), "--out", str(place / "shards/cifar10"), "--caption", "label"])
+    main(["images", "--dataset", str(place / "celebahq"), "--out", str(place / "shards/celebahq")])
+    main(["captions", "--prompts", str(place / "prompts.txt"), "--out", str(place / "shards/prompts")])
+    return place
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.chdir(root)
+
+
+def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
+    """Two steps of an experiment's own file; the run directory."""
+    model = {"model.init_args.scheduler.init_args.warmup": "0"}
+    common = {
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_steps": "2",
+        "trainer.val_check_interval": "2",
+        "trainer.logger.init_args.save_dir": str(out),
+        "data.shards": str(shards),
+        "data.validation_shards": "null",
+        "data.batch_size": "4",
+        "data.num_workers": "0",
+    }
+    options = [part for name, value in (common | model | settings).items() for part in (f"--{name}", value)]
+    main(["fit", "--config", f"experiments/{experiment}.yaml", *options])
+    return out / experiment / "version_0"
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values() if value.is_floating_point())
+    assert (run / "network/config.json").is_file()
+    return checkpoint["state_dict"]
+
+
+def net(**settings: str) -> dict[str, str]:
+    return {f"model.init_args.net.init_args.{name}": value for name, value in settings.items()}
+
+
+def small_unet() -> dict[str, str]:
+    return {f"model.init_args.net.init_args.architecture.{name}": value for name, value in SMALL_UNET.items()}
+
+
+def test_cifar10_teacher_and_generator_train(place, tmp_path):
+    shards = place / "shards/cifar10"
+    teacher = fit("fgm/cifar10_teacher", tmp_path, shards, **small_unet())
+    trained(teacher)
+    run = fit("fgm/cifar10", tmp_path, shards, **net(pretrained=str(teacher / "network")))
+    names = {name.partition(".")[0] for name in trained(run)}
+    assert names == {"net", "critic"}
+
+
+def test_celebahq_teacher_and_student_train(place, tmp_path):
+    shards, latents = place / "shards/celebahq", {"data.autoencoder.init_args.pretrained": str(place / "vae")}
+    small = {"data.resolution": "16"} | latents
+    teacher = fit(
+        "scflow/celebahq_teacher",
+        tmp_path,
+        shards,
+        **small,
+        **small_unet(),
+        **net(**{"architecture.head_channels": "8"}),
+    )
+    trained(teacher)
+    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("width", "most")}
+    now = {f"model.init_args.{term}.after": "0" for term in ("backward", "alignment")}
+    trained(
+        fit("scflow/celebahq", tmp_path, shards, **small, **judge, **now, **net(pretrained=str(teacher / "network")))
+    )
+
+
+def test_text_to_image_student_trains(place, tmp_path):
+    pipeline = str(place / "sd15")
+    settings = {
+        "data.resolution": "16",
+        "data.text.init_args.pretrained": pipeline,
+        "data.autoencoder.init_args.pretrained": pipeline,
+        "model.init_args.backward.after": "0",
+        "model.init_args.adversarial.after": "0",
+    }
+    trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(pretrained=pipeline)))
+
+
+def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
+    pipeline = str(place / "sd3")
+    settings = {
+        "data.resolution": "16",
+        "data.text.init_args.pretrained": pipeline,
+        "data.text.init_args.t5_length": "12",
+        "data.autoencoder.init_args.pretrained": pipeline,
+        "data.cache.path": str(tmp_path / "cache"),
+        "data.cache.max_gb": "0.1",
+        "model.init_args.micro_batches": "2",
+    }
+    trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(pretrained=pipeline)))
+
+
+def test_captions_are_classes_or_a_text(place):
+    import tarfile
+
+    def captions(name: str) -> set[str]:
+        with tarfile.open(place / "shards" / name / "data-000000.tar") as tar:
+            members = [member for member in tar if member.name.endswith(".txt")]
+            return {tar.extractfile(member).read().decode() for member in members}
+
+    assert captions("cifar10") == {"a photo of an airplane", "a photo of an automobile", "a photo of a bird"}
+    assert captions("celebahq") == {"a photo"}
+    assert captions("prompts") == {line.strip() for line in (place / "prompts.txt").read_text().splitlines()}
+    assert json.loads((place / "shards/cifar10/manifest.json").read_text())["rows"] == 24
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_one_sentence(place, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    cifar = str(place / "cifar10")
+    assert "cannot read split 'train' of nowhere" in said(capsys, "images", "--dataset", "nowhere", "--out", out)
+    assert "cannot read split 'dev'" in said(capsys, "images", "--dataset", cifar, "--split", "dev", "--out", out)
+    assert "neither text nor classes" in said(capsys, "images", "--dataset", cifar, "--caption", "img", "--out", out)
+    there = str(place / "shards/celebahq")
+    assert "holds other samples" in said(capsys, "images", "--dataset", cifar, "--out", there)
+    assert not os.listdir(tmp_path), "nothing is left where nothing was read"
