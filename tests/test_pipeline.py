@@ -12,7 +12,9 @@ from diffusers import SanaTransformer2DModel
 from PIL import Image
 
 from emf_lightning.cli import main
-from emf_lightning.pipeline import EMFPipeline
+from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.pipeline import EMFPipeline, PipelinePart
+from tests.callbacks.tiny import SIZE
 
 CONFIG = """
 seed_everything: 1
@@ -31,13 +33,6 @@ trainer:
       init_args: {{save_last: true}}
     - class_path: WeightEMA
       init_args: {{decay: 0.5}}
-    - class_path: FewStepSampling
-      init_args:
-        suite: {{class_path: ShapesSuite, init_args: {{world: small}}}}
-        steps: [1, 2]
-        every_n_steps: 1
-        images_per_task: 1
-        final_images_per_task: 1
     - class_path: SampleWriter
       init_args: {{steps: [1, 2], images_per_prompt: 2, seed: 3}}
 data:
@@ -64,6 +59,16 @@ model:
           num_cross_attention_heads: 2
           cross_attention_head_dim: 8
 """
+SCORES = """
+trainer:
+  callbacks+:
+    - class_path: FewStepSampling
+      init_args:
+        suite: {class_path: ShapesSuite, init_args: {world: small}}
+        steps: [1, 2]
+        images_per_task: 1
+        final_images_per_task: 1
+"""
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 RUNS = {
     "meanflow": {"model": "MeanFlow", "guidance": 1.0, "precision": "32-true"},
@@ -78,10 +83,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         Path("prompts.txt").write_text("\n".join(PROMPTS))
+        Path("scores.yaml").write_text(SCORES)
         main(["shards", "--out", "shards", "--count", "16", "--samples_per_shard", "8"])
         for name, settings in RUNS.items():
             Path(f"{name}.yaml").write_text(CONFIG.format(name=name, **settings))
-            main(["fit", "--config", f"{name}.yaml"])
+            scored = ["--config", "scores.yaml"] if name == "guided" else []
+            main(["fit", "--config", f"{name}.yaml", *scored])
             run = f"runs/{name}/version_0"
             last = f"{run}/checkpoints/last.ckpt"
             options = ["--config", f"{run}/config.yaml", "--ckpt_path", last, "--data.prompts", "prompts.txt"]
@@ -209,3 +216,36 @@ def test_a_run_that_is_none_and_a_folder_that_is_full_are_refused(world, monkeyp
         with pytest.raises(SystemExit):
             main(["export", *options])
         assert said in capsys.readouterr().err
+
+
+def test_every_objectives_own_sampler_is_kept(pipelines):
+    """FGM renoises, SCFlow steps along u(z, t, t), Improved MeanFlow is told its guidance."""
+    from emf_lightning.modules.fgm import FGM
+    from emf_lightning.modules.improved_meanflow import ImprovedMeanFlow
+    from emf_lightning.modules.scflow import SCFlow
+    from tests.modules.test_scflow import judge
+
+    def network(**settings):
+        torch.manual_seed(0)
+        return SanaFlowMap(SIZE, context_width=16, **settings).eval()
+
+    parts = {name: part for name, part in pipelines["meanflow"].components.items() if name != "transformer"}
+    noise, drawn = torch.randn(1, 3, 36, 36), []
+    for module, arguments in (
+        (FGM(network(), generator_time=0.8), {"generator_time": 0.8}),
+        (SCFlow(network(), judge), {}),
+        (
+            ImprovedMeanFlow(network(improved=True), guidance=3.0, guidance_interval=(0.2, 0.7)),
+            {"guidance": 3.0, "guidance_interval": [0.2, 0.7]},
+        ),
+    ):
+        kind = type(module)
+        spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": arguments}
+        pipe = EMFPipeline(transformer=PipelinePart(module.net, {}), **parts, model=spec, latent_size=36)
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(2)
+        drawn.append(pipe(PROMPTS[0], num_inference_steps=2, latents=noise, output_type="latent"))
+        text = [parts["text_encoder"].part(captions) for captions in ([PROMPTS[0]], [""])]
+        torch.manual_seed(2)
+        assert torch.equal(drawn[-1].images, module.sample(*text, noise, 2)), kind
+    assert [output.nfe for output in drawn] == [2, 2, 2]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from emf_lightning.data.shapes.shards import write_shards
@@ -32,8 +33,9 @@ trainer:
     - class_path: ModelCheckpoint
       init_args: {{dirpath: {root}, every_n_train_steps: 3, save_last: true, save_top_k: 1, filename: newest}}
 model:
-  class_path: MeanFlow
+  class_path: {model}
   init_args:
+    {settings}
     scheduler:
       class_path: WarmupCosine
       init_args: {{total: {steps}, warmup: 2}}
@@ -59,10 +61,18 @@ data:
 """
 
 
-def start(root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
+MODELS = {
+    "MeanFlow": "caption_dropout: 0.1",
+    "FGM": "critic_updates: 2",
+    "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {width: 4, most: 8}}",
+}
+"""A setting of each, beside those that all share."""
+
+
+def start(model: str, root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
     root.mkdir(exist_ok=True)
     config = root / "run.yaml"
-    config.write_text(CONFIG.format(root=root, shards=shards, steps=STEPS))
+    config.write_text(CONFIG.format(model=model, settings=MODELS[model], root=root, shards=shards, steps=STEPS))
     command = [sys.executable, "-m", "emf_lightning", "fit", "--config", str(config), *options]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
@@ -70,15 +80,21 @@ def start(root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
 def weights(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     assert checkpoint["global_step"] == STEPS
-    return checkpoint["state_dict"] | {f"live {k}": v for k, v in checkpoint["current_model_state"].items()}
+    rest = checkpoint.get("target", {})  # of SCFlow's consistency
+    return (
+        checkpoint["state_dict"]
+        | {f"target {k}": v for k, v in rest.items()}
+        | {f"live {k}": v for k, v in checkpoint["current_model_state"].items()}
+    )
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("model", ["MeanFlow", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow"))])
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, model):
     shards = tmp_path / "shards"
     write_shards(SMALL, shards, 80, seed=0, samples_per_shard=40)  # ten batches a pass: the run crosses two ends
-    assert start(tmp_path / "whole", shards).wait() == 0
+    assert start(model, tmp_path / "whole", shards).wait() == 0
 
-    killed = start(tmp_path / "killed", shards)
+    killed = start(model, tmp_path / "killed", shards)
     last = tmp_path / "killed" / "last.ckpt"
     while not last.exists():
         assert killed.poll() is None, "the run ended before its first checkpoint"
@@ -88,7 +104,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     reached = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
     assert 0 < reached < STEPS
 
-    assert start(tmp_path / "killed", shards, "--ckpt_path", str(last)).wait() == 0
+    assert start(model, tmp_path / "killed", shards, "--ckpt_path", str(last)).wait() == 0
     whole, resumed = weights(tmp_path / "whole" / "last.ckpt"), weights(last)
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():

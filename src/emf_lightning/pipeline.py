@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from emf_lightning.data.entry_format import EntryFormat
 from emf_lightning.evaluation.noise import fixed_noise
+from emf_lightning.flow.weighting import UniformWeighting
+from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 
 Spec = dict[str, Any]
@@ -41,6 +44,21 @@ def build(spec: Any) -> Any:
     return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
 
 
+def drawing_module(spec: Spec, net: FlowMapNetwork) -> FlowMapModule:
+    """A LightningModule that can draw and nothing else: made without critics, teachers, discriminators and optimisers.
+
+    Args:
+        spec: its class, and of its arguments those that drawing reads as attributes of the same name.
+        net: its network.
+    """
+    module, _, name = spec["class_path"].rpartition(".")
+    drawing: FlowMapModule = object.__new__(getattr(import_module(module), name))
+    FlowMapModule.__init__(drawing, net, UniformWeighting())
+    for argument, value in build(spec.get("init_args", {})).items():
+        setattr(drawing, argument, value)
+    return drawing
+
+
 class PipelinePart(ModelMixin):
     """A network, autoencoder or text encoder of an experiment, with what is needed to build it again.
 
@@ -54,7 +72,7 @@ class PipelinePart(ModelMixin):
 
     def __init__(self, part: nn.Module, spec: Spec) -> None:
         super().__init__()
-        self.part = part
+        self.part: Any = part
         self.spec = spec
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # on the part's device, if it has no parameter
 
@@ -158,7 +176,7 @@ class EMFPipeline(DiffusionPipeline):
         self.register_to_config(model=model, latent_size=latent_size, autocast=autocast, features=features)
         self.image_processor = VaeImageProcessor()
         # its sampler and guidance; the passes themselves go through `transformer`, which may be moved about
-        self._module = build({**model, "init_args": {**model.get("init_args", {}), "net": transformer.part}})
+        self._module = drawing_module(model, transformer.part)
 
     @torch.no_grad()
     def __call__(

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from emf_lightning.callbacks import TrainingLog
 from emf_lightning.flow.matching import AlphaMatching, ExactMatching
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
 from emf_lightning.modules.fgm import FGM
@@ -99,6 +100,14 @@ def test_steps_are_the_generators_and_the_critic_has_its_own_count(tmp_path, net
     expected = [1e-3 * share for share in (2 / 3, 1, 0.51, 0.02)]
     assert [rates[0] for rates in watch.rates] == pytest.approx(expected)
     assert [rates[1] for rates in watch.rates] == pytest.approx(expected)
+
+
+def test_each_networks_gradient_has_a_norm_of_its_own_in_the_log(tmp_path, net, loader):
+    watch = Watch()
+    fit = trainer(tmp_path, max_steps=1, callbacks=[watch, TrainingLog()])
+    fit.fit(FGM(net, optimizer=adam, times=ALWAYS, generator_time=0.7), loader)
+    logged = [float(fit.callback_metrics[f"train/{name}"]) for name in ("critic_gradient_norm", "gradient_norm")]
+    assert logged == pytest.approx(watch.norms)
 
 
 def test_each_network_moves_in_its_own_turn_alone(tmp_path, net, loader):

@@ -224,11 +224,21 @@ def test_one_file_several_files_and_tied_embeddings_load(tmp_path, encoder):
 
 @pytest.mark.parametrize(
     "other",
-    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"top_p": 0.9}, {"image_heads": 4}, {"token_pool": 3}],
+    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"image_heads": 4}, {"image_size": 13}, {"token_pool": 3}],
     ids=str,
 )
 def test_every_setting_is_in_the_fingerprint(folder, encoder, other):
     assert BLIP3oNext(str(folder), **SETTINGS | other).fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
+def test_how_tokens_are_drawn_is_a_variant_that_training_s_features_do_not_depend_on(folder, encoder, other):
+    drawn = BLIP3oNext(str(folder), **SETTINGS | other)
+    assert drawn.fingerprint == encoder.fingerprint
+    assert drawn.variant != encoder.variant
+    assert torch.equal(
+        drawn.encode_pairs([SHORT], pictures(1)).context, encoder.encode_pairs([SHORT], pictures(1)).context
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,7 +363,7 @@ def size_of(shape: tuple[int, ...]) -> int:
 def test_full_size_names_and_shapes_are_the_published_ones():
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
-    from emf_lightning.text.blip3o_next import make_connector
+    from emf_lightning.text.blip3o_parts import make_connector
     from emf_lightning.text.ta_tok import TextAlignedTokenizer
 
     vision = SiglipVisionConfig(

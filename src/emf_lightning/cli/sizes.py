@@ -111,7 +111,7 @@ def _blip3o_size(arguments: Namespace) -> EncoderSize:
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
     from emf_lightning.networks.released import released_config
-    from emf_lightning.text.blip3o_next import make_connector
+    from emf_lightning.text.blip3o_parts import make_connector
     from emf_lightning.text.ta_tok import TextAlignedTokenizer
 
     config = config_of(arguments.pretrained)

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
 from emf_lightning.text.blip3o_checkpoint import CONNECTOR, IMAGES, LANGUAGE, BLIP3oCheckpoint
+from emf_lightning.text.blip3o_parts import (
+    language_model,
+    load_language_model,
+    load_tokenizer,
+    make_connector,
+    vision_config,
+)
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.ta_tok import TextAlignedTokenizer
 from emf_lightning.text.token_sampling import TokenSampler
@@ -93,7 +100,7 @@ class BLIP3oNext(TextEncoder):
         self.codes = config["num_image_tokens"]
         self.first_code = config["image_start_token_id"]
         self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
-        self.tokenizer: Any = None if checkpoint.planned else _load_tokenizer(checkpoint)
+        self.tokenizer: Any = None if checkpoint.planned else load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
         self.view_side = image_size
         side = math.isqrt(self.images.tokens)
@@ -111,7 +118,7 @@ class BLIP3oNext(TextEncoder):
         width = checkpoint.shapes.get(f"{CONNECTOR}0.weight", (2304,))[0]
         code_width = checkpoint.shapes.get(f"{IMAGES}bottleneck.in_linear.weight", (1536,))[0]
         with torch.device("meta"):  # names and shapes first
-            language = _language_model(checkpoint.config)
+            language = language_model(checkpoint.config)
         self.images = TextAlignedTokenizer(vision, self.codes, code_width)
         self.connector = make_connector(checkpoint.config["hidden_size"], width)
         if checkpoint.planned:
@@ -125,7 +132,7 @@ class BLIP3oNext(TextEncoder):
             optional=[name for name in checkpoint.shapes if name.startswith(last)]
             + ["lm_head.weight"] * checkpoint.config.get("tie_word_embeddings", False),
         )
-        self.language = _load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
+        self.language = load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
         checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
         checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
 
@@ -141,17 +148,20 @@ class BLIP3oNext(TextEncoder):
             encoder=type(self).__name__,
             weights=weights_digest(self),
             heads=[self.images.heads, self.language.config.num_attention_heads],
-            rope=self.language.config.to_dict().get(
-                "rope_parameters", self.language.config.to_dict().get("rope_theta")
-            ),
+            rope=[self.language.config.to_dict().get(key) for key in ("rope_parameters", "rope_theta")],
             epsilon=self.language.config.rms_norm_eps,
             tokenizer=tokenizer_digest(self.tokenizer),
+            image_size=self.images.side,
             chat=[QUESTION, ANSWER, self.opening, self.first_code],
             dtype=self.dtype,
-            sampler=vars(self.sampler),
             caption_tokens=self.caption_tokens,
             token_pool=self.token_pool,
         )
+
+    @property
+    def variant(self) -> str:
+        """How tokens are drawn: it concerns those that the model writes, and none of training's features."""
+        return str(self.sampler)
 
     # -- the two ways to features ------------------------------------------------------------------------------------
 
@@ -272,88 +282,3 @@ def pool_tokens(context: Tensor, pool: int) -> Tensor:
     side = math.isqrt(patches.shape[1])
     grid = patches.transpose(1, 2).unflatten(2, (side, side))  # type: ignore[no-untyped-call]
     return torch.cat([scale, nn.functional.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)], dim=1)
-
-
-def make_connector(hidden: int, width: int) -> nn.Sequential:
-    """From hidden states to SANA's context: two linear layers and a norm."""
-    from diffusers.models.normalization import RMSNorm
-
-    norm = RMSNorm(width, eps=1e-5)
-    return nn.Sequential(nn.Linear(hidden, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), norm)
-
-
-def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
-    """The configuration of the checkpoint's vision tower, read off its tensors.
-
-    Raises:
-        ValueError: if there is none, or it does not fit ``image_size`` and ``heads``.
-    """
-    from transformers import SiglipVisionConfig
-
-    place, shapes = f"{IMAGES}encoder.", checkpoint.shapes
-    try:
-        width, _, patch, _ = shapes[f"{place}embeddings.patch_embedding.weight"]
-        positions = shapes[f"{place}embeddings.position_embedding.weight"][0]
-        inner = shapes[f"{place}encoder.layers.0.mlp.fc1.weight"][0]
-    except KeyError as error:
-        raise checkpoint.fault(f"lacks the image tokenizer: there is no {error}") from error
-    if (image_size // patch) ** 2 != positions or width % heads:
-        raise checkpoint.fault(
-            f"has an image tokenizer of {positions} patches of {patch} pixels and width {width}, which fits neither "
-            f"image_size={image_size} nor image_heads={heads} as it should"
-        )
-    layers = {name[len(place) :].split(".")[2] for name in shapes if name.startswith(f"{place}encoder.layers.")}
-    return SiglipVisionConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch,
-    )
-
-
-def _load_tokenizer(checkpoint: BLIP3oCheckpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    config = checkpoint.config
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, config=_qwen_config(config))
-    except (OSError, ValueError) as error:
-        raise checkpoint.fault(f"has no readable tokenizer ({str(error).strip().splitlines()[0]})") from error
-    for token, number in (
-        ("<im_start>", config["image_start_tag_id"]),
-        ("<S0>", config["scale_start_token_id"]),
-        ("<I0>", config["image_start_token_id"]),
-        (f"<I{config['num_image_tokens'] - 1}>", config["image_start_token_id"] + config["num_image_tokens"] - 1),
-    ):
-        if (found := tokenizer.convert_tokens_to_ids(token)) != number:
-            raise checkpoint.fault(f"says that {token} is token {number}, its tokenizer that it is {found}")
-    return tokenizer
-
-
-def _qwen_config(config: dict[str, Any]) -> Any:
-    """The configuration of the language model alone, whatever the whole is called."""
-    from transformers import Qwen3Config
-
-    return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})
-
-
-def _language_model(config: dict[str, Any]) -> Any:
-    from transformers import Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(_qwen_config(config))
-
-
-def _load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.dtype) -> Any:
-    from transformers import Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list each tensor of the other parts
-    try:
-        return Qwen3ForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype, use_safetensors=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise checkpoint.fault(f"holds another language model than its config.json says ({error})") from error
-    finally:
-        logging.set_verbosity(level)
