@@ -8,19 +8,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
 ARGS ?=
-# devices/ is what goes on top of one
-EXPERIMENTS := $(filter-out devices/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
-BENCHMARKS := shapes_detector derivative support_table
+# devices/ is what goes on top of one; encoders/ and scores/ are for other verbs
+EXPERIMENTS := $(filter-out devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
+BENCHMARKS := shapes_detector derivative support_table feature_cache token_sampling
 SOURCES := src callbacks tests benchmarks
 
 # the first Python that is new enough
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare curves test test-slow lint format bench objectives lock clean $(addprefix fit-,$(EXPERIMENTS))
+.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint format bench objectives lock clean
+.PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo "  experiments: $(EXPERIMENTS)"
 	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 
@@ -59,6 +60,12 @@ fit-%: ## train experiments/%.yaml, e.g. make fit-shapes/emf
 $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 	$(BIN)/emf fit --config experiments/$*.yaml $(ARGS)
 
+encoders: $(READY) ## study the text encoders of the shapes world, with controls (1 minute)
+	$(BIN)/emf encoders --config experiments/encoders/shapes.yaml $(ARGS)
+
+encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (15 trainings of half an hour on 2 cores)
+	$(BIN)/emf claim $(ARGS)
+
 COMPARED := emf alpha_flow split_meanflow transition decoupled improved_meanflow flow_matching_continued fgm scflow
 compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (9 x 30 minutes; ARGS='--minutes 10')
 	$(BIN)/emf compare --out runs/compare --experiments "[$$(printf 'experiments/shapes/%s.yaml,' $(COMPARED))]" $(ARGS)
@@ -83,7 +90,7 @@ format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY) ## measure the detector and the derivative, write docs/*.md (never asserted in tests)
+bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 objectives: $(READY) $(SHARDS) ## train all objectives from the shapes world's parent, 3 seeds, write docs/objectives.md (a night; resumes)

@@ -5,6 +5,7 @@ from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBa
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
 from emf_lightning.callbacks.run_summary import RunSummary
 from emf_lightning.callbacks.sample_writer import SampleWriter
+from emf_lightning.callbacks.save_encoder import SaveEncoder
 from emf_lightning.callbacks.save_network import SaveNetwork
 from emf_lightning.callbacks.self_check import SelfCheck
 from emf_lightning.callbacks.step_sweep import StepSweep
@@ -18,6 +19,7 @@ __all__ = [
     "FewStepSampling",
     "RunSummary",
     "SampleWriter",
+    "SaveEncoder",
     "SaveNetwork",
     "SelfCheck",
     "StepSweep",

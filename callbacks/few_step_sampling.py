@@ -24,6 +24,7 @@ from emf_lightning.callbacks.score_board import Levels, ScoreBoard, Sheet, score
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
+from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.suite import PromptSuite
 from emf_lightning.modules.base import FlowMapModule
 
@@ -57,6 +58,7 @@ class FewStepSampling(Callback):
         figures: whether to draw the grid and the figures, which takes some seconds each time.
         reference: ``scores.jsonl`` of another run, e.g. the parent's, to show beside this one's scores.
         reference_name: what to call it.
+        also: metrics that are shown the same images, e.g. ``ClipScore``, ``KernelDistance``; each a curve of its own.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class FewStepSampling(Callback):
         figures: bool = True,
         reference: Path | None = None,
         reference_name: str = "parent",
+        also: list[ImageMetric] | None = None,
     ) -> None:
         for name, value in (
             ("every_n_steps", every_n_steps),
@@ -85,6 +88,7 @@ class FewStepSampling(Callback):
             if value < 1:
                 raise ValueError(f"FewStepSampling: {name} must be at least 1, got {value}")
         self.suite = suite
+        self.also = also or []
         self.settings = settings_of(steps, guidance)
         self.every_n_steps = every_n_steps
         self.images_per_task = images_per_task
@@ -171,11 +175,13 @@ class FewStepSampling(Callback):
             batch_size=self.batch_size,
             seed=self.seed,
             report=lambda done, total: self._report(trainer, done, total),
+            also=self.also,
         )
         records = [self._record(evaluation, module, stage, step) for evaluation in evaluations]
         self.history.add(records)
         for record in records:  # for ModelCheckpoint(monitor=...) and its like
-            values = {f"eval/{name}/{key}/{record.label}": value for key, value in record.scores.values().items()}
+            numbers = record.scores.values() | record.also
+            values = {f"eval/{name}/{key}/{record.label}": value for key, value in numbers.items()}
             trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
         if trainer.is_global_zero:
             self._publish(trainer, evaluations, records, time.perf_counter() - began)
@@ -193,6 +199,7 @@ class FewStepSampling(Callback):
             nfe=module.nfe(setting.steps, setting.guidance),
             seconds=round(evaluation.seconds, 3),
             scores=evaluation.scores,
+            also=evaluation.also,
         )
 
     # -- where --------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class ScoreBoard:
         """Adds a point to every curve of each of ``records``, and to the two levels."""
         for writer in self.writers:
             for record in records:
-                numbers = record.scores.values() | {"nfe": record.nfe, "seconds": record.seconds}
+                numbers = record.scores.values() | record.also | {"nfe": record.nfe, "seconds": record.seconds}
                 for name, value in numbers.items():
                     writer.add_scalar(f"eval/{self.suite}/{name}/{record.label}", value, record.step)
             for level, scores in (("ceiling", self.levels.ceiling), ("chance", self.levels.chance)):

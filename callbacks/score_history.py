@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class ScoreRecord:
         nfe: network evaluations per image.
         seconds: that drawing and judging took.
         scores: task by task.
+        also: name -> score of further metrics of the same images.
     """
 
     suite: str
@@ -37,6 +38,7 @@ class ScoreRecord:
     nfe: int
     seconds: float
     scores: TaskScores
+    also: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int, str]:
@@ -83,9 +85,10 @@ class ScoreHistory:
     @classmethod
     def of(cls, state: Iterable[dict[str, Any]]) -> ScoreHistory:
         """The history whose ``state`` this is."""
-        names = [field.name for field in fields(ScoreRecord)]
-        rows = ({name: row[name] for name in names} | {"scores": TaskScores(**row["scores"])} for row in state)
-        return cls(ScoreRecord(**row) for row in rows)
+        names = [part.name for part in fields(ScoreRecord)]
+        rows = ({"also": {}} | row for row in state)  # histories from before there were further metrics have none
+        kept = ({name: row[name] for name in names} | {"scores": TaskScores(**row["scores"])} for row in rows)
+        return cls(ScoreRecord(**row) for row in kept)
 
     @classmethod
     def read(cls, path: Path, argument: str) -> ScoreHistory:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
@@ -27,6 +28,7 @@ from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.report import Report, ReportRow
 from emf_lightning.evaluation.report_figures import steps_figure
 from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class StepSweep(Callback):
 
     The images of a benchmark may be scored by further metrics as well. Noise is that of ``FewStepSampling`` with the
     same seed. ``report.json``, ``report.md`` and ``report.png`` are written into the run's directory, and a line for
-    each image of the averaged weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary reads.
+    each image of the checkpoint's main weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary
+    reads.
 
     Args:
         benchmarks: metrics that know their prompts, e.g. ``SuiteScore`` with a suite, ``DpgBench``, ``HpsScore``.
@@ -99,18 +102,23 @@ class StepSweep(Callback):
         self.trained = trained
         self.run = run
         self._step = 0
+        self._averaged = False
         self._trained_weights: dict[str, torch.Tensor] | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._step = checkpoint["global_step"]
-        self._trained_weights = checkpoint.get("current_model_state")
+        if trainer.state.fn == TrainerFn.TESTING:
+            self._step = checkpoint["global_step"]
+            self._averaged = "averaging_state" in checkpoint
+            self._trained_weights = None if is_sharded(pl_module) else checkpoint.get("current_model_state")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         name = self.run or str(directory)
         rows = []
-        variants = ["averaged", "trained"] if self.trained and self._trained_weights is not None else ["averaged"]
+        variants = ["averaged" if self._averaged else "trained"]
+        if self.trained and self._averaged and self._trained_weights is not None:
+            variants.append("trained")
         for weights in variants:
             with undisturbed(trainer, pl_module), self._weights(pl_module, weights):
                 for benchmark in self.benchmarks:
@@ -122,7 +130,7 @@ class StepSweep(Callback):
                         ]
                         rows += found
                         images = gathered(trainer, tally.rows)
-                        if weights == "averaged" and trainer.is_global_zero:
+                        if weights == variants[0] and trainer.is_global_zero:
                             _write_lines(directory / f"results/{benchmark.name}-{tally.setting.label}.jsonl", images)
         if trainer.is_global_zero:
             self._publish(trainer, directory, rows)
@@ -130,7 +138,7 @@ class StepSweep(Callback):
     @contextmanager
     def _weights(self, module: FlowMapModule, which: str) -> Iterator[None]:
         """The module with the weights that the optimiser left, or as the checkpoint filled it."""
-        if which == "averaged" or self._trained_weights is None:
+        if which == "averaged" or not self._averaged or self._trained_weights is None:
             yield
             return
         kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
@@ -155,9 +163,8 @@ class StepSweep(Callback):
         done, total = 0, len(asked) * len(self.settings) * len(self.seeds)
         for seed in self.seeds:
             fresh = [[m.twin().to(device) for m in metrics] for _ in tallies]
-            for first in range(
-                0, share, self.batch_size
-            ):  # the same for all ranks: of a sharded network each has a part
+            # as many batches on all ranks: of a sharded network each has a part
+            for first in range(0, share, self.batch_size):
                 batch = mine[first : first + self.batch_size]
                 captions, indices = zip(*(batch or asked[:1]), strict=True)
                 for k, drawn in enumerate(draw_images(module, data, captions, indices, self.settings, seed)):

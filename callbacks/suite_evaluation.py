@@ -13,6 +13,7 @@ from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of,
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.results_file import JudgedImage
 from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.score import GenEvalScore, TaskScores
 from emf_lightning.evaluation.suite import PromptImage, PromptSuite
 from emf_lightning.modules.base import FlowMapModule
@@ -27,12 +28,14 @@ class SuiteEvaluation:
         scores: of the images of all ranks.
         judged: these images, in the order in which they were asked for.
         seconds: that this rank drew and judged.
+        also: name -> score of further metrics.
     """
 
     setting: Setting
     scores: TaskScores
     judged: list[JudgedImage]
     seconds: float
+    also: dict[str, float]
 
 
 def evaluate_suite(
@@ -46,6 +49,7 @@ def evaluate_suite(
     batch_size: int,
     seed: int,
     report: Callable[[int, int], None],
+    also: Sequence[ImageMetric] = (),
 ) -> list[SuiteEvaluation]:
     """The evaluation of each of ``settings``, the same on every rank; all ranks must call it.
 
@@ -59,6 +63,7 @@ def evaluate_suite(
         batch_size: images drawn at once, on each rank.
         seed: of the noise.
         report: called now and then with (images done, images in all).
+        also: metrics that are shown the same images.
     """
     data = datamodule_of(trainer)
     asked = suite.images(images_per_task)
@@ -66,6 +71,7 @@ def evaluate_suite(
     numbered = list(enumerate(asked))
     mine, share = numbered[trainer.global_rank :: trainer.world_size], math.ceil(len(asked) / trainer.world_size)
     metrics = [GenEvalScore(suite.prompts()).to(trainer.strategy.root_device) for _ in settings]
+    further = [[metric.twin().to(trainer.strategy.root_device) for metric in also] for _ in settings]
     judged: list[list[JudgedImage]] = [[] for _ in settings]
     seconds = [0.0] * len(settings)
     done, total = 0, len(asked) * len(settings)
@@ -81,6 +87,8 @@ def evaluate_suite(
                 began = time.perf_counter()
                 judgements = [suite.judge(*pair) for pair in zip(drawn.images, prompts, strict=True)]
                 metrics[k].update(prompts, judgements)
+                for metric in further[k]:
+                    metric.update(list(drawn.images), captions)
                 judged[k] += [
                     JudgedImage(image, judgement, picture if number in kept else None)
                     for (number, image), judgement, picture in zip(batch, judgements, drawn.images, strict=True)
@@ -89,9 +97,14 @@ def evaluate_suite(
                 done += len(batch) * trainer.world_size
                 report(min(done, total), total)
     return [
-        SuiteEvaluation(setting, metric.scores(), gathered(trainer, images), duration)
-        for setting, metric, images, duration in zip(settings, metrics, judged, seconds, strict=True)
+        SuiteEvaluation(setting, metric.scores(), gathered(trainer, images), duration, _main_numbers(others))
+        for setting, metric, images, duration, others in zip(settings, metrics, judged, seconds, further, strict=True)
     ]
+
+
+def _main_numbers(metrics: Sequence[ImageMetric]) -> dict[str, float]:
+    """Name -> score of each metric, over all ranks; all ranks must call it."""
+    return {metric.name: float(metric.compute()["score"]) for metric in metrics}
 
 
 def _first_of_each_task(asked: Sequence[PromptImage], count: int) -> set[int]:

@@ -10,6 +10,9 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.normalization import AdaLayerNormSingle
 from safetensors.torch import save_file
 
+from tests import tiny_blip3o
+from tests.text.test_pretrained import save_tokenizer
+
 SANA = {
     "in_channels": 4,
     "out_channels": 4,
@@ -45,10 +48,10 @@ DC_AE = {
 """A DC-AE of the published kind that makes latents of 4 x 4 x 4 of 16 px."""
 
 
-def sana(folder: Path, seed: int = 0) -> SanaTransformer2DModel:
+def sana(folder: Path, seed: int = 0, **changes: int) -> SanaTransformer2DModel:
     """A transformer, saved in ``folder``/transformer as a pipeline's repository has it."""
     torch.manual_seed(seed)
-    model = SanaTransformer2DModel(**SANA).eval()
+    model = SanaTransformer2DModel(**SANA | changes).eval()
     model.save_pretrained(str(folder / "transformer"))
     return model
 
@@ -59,6 +62,38 @@ def dc_ae(folder: Path, seed: int = 0) -> AutoencoderDC:
     model = AutoencoderDC(**DC_AE).eval()
     model.save_pretrained(str(folder / "vae"))
     return model
+
+
+def language_model(folder: Path, kind: str) -> None:
+    """A tiny Gemma-2 or Qwen2 with a tokenizer, saved in ``folder``."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 24,
+    }
+    if kind == "Gemma2":
+        config["query_pre_attn_scalar"] = 8
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def blip3o_next(folder: Path) -> None:
+    """``folder``/diffusers with SANA and DC-AE, and ``folder``/blip3o, a whole BLIP3o-NEXT around that SANA."""
+    stock = sana(folder / "diffusers", caption_channels=tiny_blip3o.CONTEXT)
+    dc_ae(folder / "diffusers")
+    inside = {f"model.sana.{name}": tensor.contiguous() for name, tensor in stock.state_dict().items()}
+    tiny_blip3o.save_checkpoint(folder / "blip3o", shards=2, **inside)
+    config = json.loads((folder / "blip3o/config.json").read_text())
+    config["diffusion_name_or_path"] = str(folder / "diffusers")
+    (folder / "blip3o/config.json").write_text(json.dumps(config))
 
 
 def emf_time_embeds(width: int) -> dict[str, AdaLayerNormSingle]:

@@ -91,6 +91,7 @@ def test_processes_take_their_part_by_torchrun_s_variables(world, capsys, monkey
     assert "rank 1: 3 samples written" in written[0]
     assert "by dtype" not in written[0]
     assert "4 samples written" in written[1]
+    assert "2 processes take a part" in written[1]
 
 
 def test_the_model_is_not_built(world, capsys):

@@ -11,7 +11,7 @@ import yaml
 from emf_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "200", "--queries", "50"]
+SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "150", "--queries", "40"]
 
 
 def study(out, capsys, *options: str) -> dict:

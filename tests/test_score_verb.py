@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from emf_lightning.cli import main
+from emf_lightning.cli.score import score
 from tests.evaluation.test_image_folder import write_listed
 
+ROOT = Path(__file__).resolve().parent.parent
 SUITE = """
 metric:
   class_path: SuiteScore
@@ -74,7 +79,14 @@ def test_a_distance_needs_no_prompts_and_is_set_by_short_names(folder, capsys):
     ],
 )
 def test_mistakes_end_in_one_sentence(folder, capsys, options, said):
-    import re
-
     words = [word.format(folder=folder, config=folder.parent / "shapes.yaml") for word in options]
     assert re.search(said, complaint(capsys, *words))
+
+
+@pytest.mark.parametrize("name", ["geneval", "dpg", "hps", "fid_coco"])
+def test_the_shipped_metrics_are_understood(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(score, as_group=False)
+    parsed = parser.parse_args(["--folder", "images", "--config", str(ROOT / f"experiments/scores/{name}.yaml")])
+    assert parsed.metric.class_path.startswith("emf_lightning.evaluation.")

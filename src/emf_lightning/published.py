@@ -50,6 +50,15 @@ _GEMMA = {
     "num_key_value_heads": 4,
     "head_dim": 256,
 }
+_INTERNVL3_2B = {  # its language model, Qwen2.5-1.5B
+    "model_type": "qwen2",
+    "vocab_size": 151_674,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
 _BLIP3O_NEXT = {
     "model_type": "blip3o_qwen",
     "vocab_size": 151_669 + 2 + 3 + 65_536,  # Qwen3's tokens, two tags, the scales and the image codes
@@ -139,6 +148,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "BLIP3o/BLIP3o-NEXT-SFT-3B": _BLIP3O_NEXT,
     "Efficient-Large-Model/gemma-2-2b-it": _GEMMA,
     "google/gemma-2-2b-it": _GEMMA,
+    "OpenGVLab/InternVL3-2B-hf": _INTERNVL3_2B,
     "stabilityai/sd-vae-ft-mse": _SD_VAE,
     "XCLiu/2_rectified_flow_from_sd_1_5/vae": _SD_VAE,
     "XCLiu/2_rectified_flow_from_sd_1_5/unet": _SD15_UNET,

@@ -11,12 +11,14 @@ from PIL import Image
 from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distribution_distance import FrechetDistance
+from emf_lightning.evaluation.dpg_bench import DpgBench
 from emf_lightning.evaluation.image_features import RandomFeatures
 from emf_lightning.evaluation.report import Report
 from emf_lightning.evaluation.shapes_suite import ShapesSuite
 from emf_lightning.evaluation.suite_metric import SuiteScore
 from tests.callbacks import tiny
 from tests.callbacks.oracle import Oracle
+from tests.evaluation.test_dpg_bench import Scripted, write
 
 SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
 
@@ -55,7 +57,7 @@ def rows_of(path) -> list[dict]:
 def test_an_oracle_scores_one_at_every_step_count_and_its_lines_agree(shards, tmp_path):
     report = evaluated(tmp_path / "run", shards, sweep(), Oracle(SUITE, lambda prompt: prompt))
 
-    assert [(row.steps, row.weights, row.nfe) for row in report.rows] == [(1, "averaged", 1), (2, "averaged", 2)]
+    assert [(row.steps, row.weights, row.nfe) for row in report.rows] == [(1, "trained", 1), (2, "trained", 2)]
     assert all(row.scores["score"] == 1 for row in report.rows)
     assert all(row.images == 2 * len(SUITE.prompts()) for row in report.rows)
     rows = rows_of(tmp_path / "run/results/shapes-2step.jsonl")
@@ -116,18 +118,35 @@ def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shar
     assert fid.images == 0, "the metric itself stays fresh"
 
 
+def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
+    table = tmp_path / "dpg_bench.csv"
+    texts = [prompt.prompt for prompt in SUITE.prompts()[:3]]
+    rows = [(f"item{i}", text, 1, "0", "entity - whole", "is it there?") for i, text in enumerate(texts)]
+    rows += [("item0", texts[0], 2, "1", "attribute - color", "is it red?")]
+    write(table, rows)
+    benchmark = DpgBench(table, Scripted({"is it red?"}))
+    report = evaluated(tmp_path / "run", shards, sweep(benchmarks=[benchmark], steps=[1]))
+
+    (row,) = report.rows
+    assert (row.metric, row.images) == ("dpg_scripted", 6)
+    assert row.scores["score"] == pytest.approx(100 * (0.5 + 1 + 1) / 3)
+    assert row.scores["attribute"] == 0
+    assert "## DPG-Bench and HPS v2.1" in (tmp_path / "run/report.md").read_text()
+
+
 def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
-    class Moody(Oracle):
-        """Draws its prompt from every second noise."""
+    class Corrupt(Oracle):
+        """Draws nothing from three noises in ten."""
 
         def sample(self, text, null, noise, steps, guidance=None):
             images = super().sample(text, null, noise, steps, guidance)
-            return torch.where(noise.flatten(1)[:, 0, None, None, None] > 0, images, torch.full_like(images, 0.2))
+            lost = noise.flatten(1)[:, 0, None, None, None] < torch.distributions.Normal(0, 1).icdf(torch.tensor(0.3))
+            return torch.where(lost, torch.full_like(images, 0.2), images)
 
-    report = evaluated(tmp_path / "run", shards, sweep(steps=[1], seeds=[0, 1, 2]), Moody(SUITE, lambda p: p))
+    report = evaluated(tmp_path / "run", shards, sweep(steps=[1], seeds=[0, 1, 2]), Corrupt(SUITE, lambda p: p))
     row = report.rows[0]
     assert row.images == 6 * len(SUITE.prompts())
-    assert 0.3 < row.scores["score"] < 0.7
+    assert abs(row.scores["score"] - 0.7) < 3 * row.scores["se"]
     assert 0 < row.seed_spread < 0.2
 
 

@@ -12,6 +12,7 @@ from emf_lightning.data.cache_filling import CacheFilling
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.feature_cache import FeatureCache
 from emf_lightning.data.latent_cache import LatentCache
+from emf_lightning.data.streams import ShardStream
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextEncoder
 from emf_lightning.text.blip3o_next import BLIP3oNext
@@ -42,6 +43,13 @@ def make(text: TextEncoder, shards: list[str], folder: Path | None, **options) -
         caches = {"cache": FeatureCache(folder / "f", 0.01), "latent_cache": LatentCache(folder / "l", 0.01)}
     options = {"batch_size": 4, "resolution": SIDE, "num_workers": 0, **caches, **options}
     return CaptionImageData(text, Pixels(), shards, **options)
+
+
+def pairs(data: CaptionImageData) -> tuple[list[str], torch.Tensor]:
+    """The captions and views of the first batch in the shards' order."""
+    stream = ShardStream(data.shards, SIDE, data.batch_size, view_side=data.text.view_side)
+    batch = next(iter(stream))
+    return list(batch.captions), batch.views.float() / 127.5 - 1
 
 
 def fill(data: CaptionImageData, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
@@ -100,7 +108,13 @@ def test_options_state_the_size_and_the_measured_error_of_each_dtype(encoder, sh
     assert filling.count() == 15
     options = filling.options(100_000)
     assert set(options) == {"features", "latents"}
-    for choices in options.values():
+    *_, pooled = options["features"]
+    whole = encoder.encode_pairs(*pairs(filling.data)).context
+    averaged = torch.cat([whole[:, :1], whole[:, 1:].mean(1, keepdim=True).expand(-1, 9, -1)], dim=1)
+    assert pooled.token_pool == 3
+    assert pooled.error == pytest.approx(float((averaged - whole).norm() / whole.norm()))
+    assert pooled.size < 0.3 * options["features"][0].size
+    for choices in (options["latents"], options["features"][:4]):
         errors = {choice.dtype: choice.error for choice in choices}
         assert errors["float32"] == 0
         assert 0 < errors["float16"] < errors["bfloat16"] < 0.004 < errors["float8"] < 0.05

@@ -46,7 +46,10 @@ class CountingPixels(Pixels):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> CountingBLIP3o:
-    return CountingBLIP3o(str(save_checkpoint(tmp_path_factory.mktemp("blip3o"))), **SETTINGS)
+    folder = str(save_checkpoint(tmp_path_factory.mktemp("blip3o")))
+    encoder = CountingBLIP3o(folder, **SETTINGS)
+    encoder.pretrained = folder
+    return encoder
 
 
 @pytest.fixture
@@ -133,6 +136,16 @@ def test_a_batch_that_is_half_cached_is_in_order_and_rounded_alike(encoder, shar
     assert torch.equal(batch.latents, whole.latents)
 
 
+def test_parts_that_the_caches_spare_stay_where_they_are(encoder, shard, tmp_path):
+    caches = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
+    encoded(make(encoder, shard, **caches))
+    data = make(encoder, shard, **caches)
+    (raw,) = data.train_dataloader()
+    data.move(torch.device("meta"))  # whoever goes there comes back without weights
+    data.latents_of(raw), data.features_of(raw), data.text_features([""])
+    assert next(data.text.parameters()).device.type == "cpu"
+
+
 def test_mirrored_images_are_other_pictures(encoder, shard, tmp_path):
     caches = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
     plain, mirrored = expected(encoder), expected(encoder, flipped=True)
@@ -158,6 +171,20 @@ def test_prompts_are_written_for_once_and_kept_beside_the_pairs(encoder, shard, 
     hits = data.cache.hits
     assert torch.equal(data.text_features(CAPTIONS).context, written.context)
     assert data.cache.hits == hits + 3
+
+
+def test_another_seed_of_the_tokens_keeps_training_s_features_and_writes_others(encoder, shard, tmp_path):
+    encoded(make(encoder, shard, cache=FeatureCache(tmp_path / "c", 0.01)))
+    other = CountingBLIP3o(encoder.pretrained, **SETTINGS, seed=1)
+    first = make(encoder, shard, cache=FeatureCache(tmp_path / "c", 0.01)).text_features(CAPTIONS).context
+    data = make(other, shard, cache=FeatureCache(tmp_path / "c", 0.01))
+    encoded(data)
+    assert other.pairs == 0
+    written = data.text_features(CAPTIONS).context
+    torch.testing.assert_close(written, other(CAPTIONS).context, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(written, first)
+    assert torch.equal(data.null_features().context, encoder([""]).context)
+    assert data.cache.misses == len(set(CAPTIONS))
 
 
 def test_an_image_without_a_caption_or_a_corrupt_one_is_left_out_with_caches_too(encoder, tmp_path):

@@ -113,6 +113,9 @@ def test_tables_of_something_else_are_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has no column 'item_id'"):
         DpgBench(tmp_path / "other.csv", Scripted(set()))
+    write(tmp_path / "words.csv", [("x", "t", "one", "0", "entity", "?")])
+    with pytest.raises(ValueError, match="a question of x has no whole numbers"):
+        DpgBench(tmp_path / "words.csv", Scripted(set()))
     write(tmp_path / "orphan.csv", [("x", "t", 2, "1", "entity", "?")])
     with pytest.raises(ValueError, match="a question of x depends on one that is not there"):
         DpgBench(tmp_path / "orphan.csv", Scripted(set()))

@@ -3,12 +3,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
     BlipForQuestionAnswering,
     BlipImageProcessor,
     BlipProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 from emf_lightning.evaluation.vqa_judge import BlipJudge, MplugJudge, QwenVlJudge
@@ -71,6 +80,77 @@ def test_blip_answers_each_question_the_same_alone_and_in_a_batch(blip):
 
     assert together == alone
     assert all(answer == answer.lower().strip() for answer in together)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("qwen")
+    marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocabulary = [
+        "<pad>",
+        "<unk>",
+        *marks,
+        *["is", "there", "a", "dog", "cat", "?", "yes", "no", "Answer", "or", ",", "in", "one", "word", "."],
+    ]
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=marks, **names)
+    patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    images = Qwen2VLImageProcessor(min_pixels=64, max_pixels=4096, **patches)
+    Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(**patches), chat_template=CHAT).save_pretrained(folder)
+    text = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    ids = {
+        name: vocabulary.index(mark)
+        for name, mark in zip(
+            ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), marks[2:], strict=True
+        )
+    }
+    torch.manual_seed(2)
+    network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    with torch.no_grad():
+        network.lm_head.weight.mul_(50)  # far from a draw between words
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_chat_model_is_shown_the_picture_and_answers_in_plain_words(qwen):
+    judge = QwenVlJudge(qwen, device="cpu", dtype="float32")
+    answers = judge.answer(IMAGE, ["is there a dog ?", "is there a cat ?"])
+
+    assert len(answers) == 2
+    assert all(answer and answer == answer.lower().strip() and "<" not in answer for answer in answers)
+    assert judge.answer(np.zeros_like(IMAGE), ["is there a dog ?"]) != answers[:1], "the picture has no say"
 
 
 @pytest.mark.parametrize("kind", [BlipJudge, QwenVlJudge])

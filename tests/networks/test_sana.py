@@ -400,3 +400,17 @@ def test_only_what_is_named_trains():
 def test_a_name_of_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"trainable='time_embed_t' is the beginning of no .* there are .*time_embed"):
         tiny(trainable=["time_embed_t"])
+
+
+def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
+    parent = stock_parent(tmp_path)
+    settings = {"pretrained": str(tmp_path / "parent"), "latent_size": 12, "context_width": 24}
+    with pytest.raises(ValueError, match="text feature width 16, this experiment has 24"):
+        SanaFlowMap(**settings)
+    net = SanaFlowMap(fresh_context=True, **settings)
+    assert net.transformer.config.caption_channels == 24
+    for name, weight in parent.state_dict().items():
+        if not name.startswith("caption_projection.linear_1."):
+            assert torch.equal(net.transformer.state_dict()[name], weight)
+    assert net.transformer.caption_projection.linear_1.weight.shape == (16, 24)
+    assert 0.05 < net.transformer.caption_projection.linear_1.weight.std() < 0.5

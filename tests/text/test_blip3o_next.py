@@ -18,7 +18,7 @@ from tests.tiny_blip3o import (
 from torch.nn import functional as F
 
 from emf_lightning.text.base import NULL_CAPTION
-from emf_lightning.text.blip3o_next import BLIP3oNext
+from emf_lightning.text.blip3o_next import BLIP3oNext, pool_tokens
 
 SHORT, LONG = "a red cube", "a photo of two blue ball on a green ring"
 
@@ -179,6 +179,20 @@ def test_the_null_condition_is_the_connector_of_nothing(encoder, published):
     assert null.context.any() and null.mask.all()
 
 
+def test_tokens_are_averaged_over_squares_of_patches_behind_the_scale_token(folder, encoder):
+    pooled = BLIP3oNext(str(folder), **SETTINGS, token_pool=3)
+    whole = encoder.encode_pairs([SHORT, LONG], pictures(2)).context
+    features = pooled.encode_pairs([SHORT, LONG], pictures(2))
+    assert features.context.shape == (2, pooled.length, CONTEXT) == (2, 2, CONTEXT)
+    assert features.mask.all()
+    torch.testing.assert_close(features.context, torch.stack([whole[:, 0], whole[:, 1:].mean(1)], dim=1))
+    assert pooled([SHORT, NULL_CAPTION]).context.shape == (2, 2, CONTEXT)
+    numbers = torch.arange(37.0)[None, :, None]  # a scale token, and 6 x 6 patches in rows
+    assert pool_tokens(numbers, 3).flatten().tolist() == [0, 8, 11, 26, 29]
+    with pytest.raises(ValueError, match="token_pool=2 does not divide the 3 patches"):
+        BLIP3oNext(str(folder), **SETTINGS, token_pool=2)
+
+
 def test_a_caption_that_is_too_long_loses_its_end_and_not_the_answer_s_beginning(folder, encoder):
     short = BLIP3oNext(str(folder), **SETTINGS, caption_tokens=25)
     with pytest.warns(UserWarning, match="lose their end"):
@@ -210,11 +224,21 @@ def test_one_file_several_files_and_tied_embeddings_load(tmp_path, encoder):
 
 @pytest.mark.parametrize(
     "other",
-    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"top_p": 0.9}, {"image_heads": 4}],
+    [{"dtype": "bfloat16"}, {"caption_tokens": 40}, {"image_heads": 4}, {"image_size": 13}, {"token_pool": 3}],
     ids=str,
 )
 def test_every_setting_is_in_the_fingerprint(folder, encoder, other):
     assert BLIP3oNext(str(folder), **SETTINGS | other).fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
+def test_how_tokens_are_drawn_is_a_variant_that_training_s_features_do_not_depend_on(folder, encoder, other):
+    drawn = BLIP3oNext(str(folder), **SETTINGS | other)
+    assert drawn.fingerprint == encoder.fingerprint
+    assert drawn.variant != encoder.variant
+    assert torch.equal(
+        drawn.encode_pairs([SHORT], pictures(1)).context, encoder.encode_pairs([SHORT], pictures(1)).context
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +363,7 @@ def size_of(shape: tuple[int, ...]) -> int:
 def test_full_size_names_and_shapes_are_the_published_ones():
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
-    from emf_lightning.text.blip3o_next import make_connector
+    from emf_lightning.text.blip3o_parts import make_connector
     from emf_lightning.text.ta_tok import TextAlignedTokenizer
 
     vision = SiglipVisionConfig(

@@ -133,6 +133,52 @@ def test_the_template_wraps_every_caption(qwen):
     assert torch.equal(wrapped([NULL_CAPTION]).context, plain(["a photo of  on {}"]).context)
 
 
+def test_of_an_encoder_decoder_the_decoder_is_not_even_loaded(folders, tmp_path):
+    import transformers
+
+    encoder = PretrainedTextEncoder(str(folders / "t5"), length=6)
+    whole = make_model("t5").eval()
+    assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in whole.encoder.parameters())
+    alone = transformers.T5EncoderModel(whole.config)  # as Stable Diffusion 3 and FLUX publish theirs
+    alone.encoder.load_state_dict(whole.encoder.state_dict())
+    alone.shared.load_state_dict(whole.shared.state_dict())
+    alone.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    features = PretrainedTextEncoder(str(tmp_path), length=6)(["a red cube"])
+    assert torch.equal(features.context, encoder(["a red cube"]).context)
+
+
+@pytest.mark.parametrize("number", ["", "_2"])
+def test_a_pipeline_s_repository_has_encoder_and_tokenizer_side_by_side(folders, tmp_path, number):
+    make_model("clip").text_model.eval().save_pretrained(tmp_path / f"text_encoder{number}")
+    save_tokenizer(tmp_path / f"tokenizer{number}")
+    encoder = PretrainedTextEncoder(str(tmp_path), length=6, subfolder=f"text_encoder{number}")
+    expected = PretrainedTextEncoder(str(folders / "clip"), length=6)
+    torch.testing.assert_close(encoder(["a red cube"]).context, expected(["a red cube"]).context)
+    with pytest.raises(ValueError, match="cannot load"):
+        PretrainedTextEncoder(str(tmp_path), length=6, subfolder="text_encoder_3")
+
+
+CHAT = "{% for m in messages %}<unk>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}on{% endif %}"
+
+
+def test_a_chat_is_the_tokenizer_s_own_format_and_has_no_special_tokens_twice(qwen):
+    save_tokenizer(qwen, chat_template=CHAT)
+    encoder = PretrainedTextEncoder(str(qwen), length=9, chat=True, template="a {caption}")
+    features = encoder(["red cube", NULL_CAPTION])
+    assert features.mask.sum(dim=1).tolist() == [6, 4]  # <unk> a red cube </s> on
+    ids = torch.tensor([[2, 3, 6, 9, 1, 3 + WORDS.index("on")]])
+    states = make_model("qwen3").eval()(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(features.context[0, :6], states, atol=1e-5, rtol=1e-4)
+    plain = PretrainedTextEncoder(str(qwen), length=9, template="a {caption}")
+    assert plain.fingerprint != encoder.fingerprint
+
+
+def test_a_chat_needs_a_format(qwen):
+    with pytest.raises(ValueError, match="has no chat format"):
+        PretrainedTextEncoder(str(qwen), length=9, chat=True)
+
+
 def test_a_layer_is_chosen_from_the_hidden_states(folders):
     ids = torch.tensor([[3, 6, 9, 1]])
     for kind in KINDS:

@@ -20,18 +20,21 @@ TRAINER_VERBS = {
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
 
 FUNCTION_VERBS = {
+    "export": "write a trained model as a diffusers pipeline",
     "compare": "train experiments for the same time, and compare what they draw",
     "images": "write an image data set of the Hugging Face hub as shards",
     "captions": "write a file of prompts as shards without pictures",
     "shards": "write caption-image shards of a shapes world",
     "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
     "encoders": "study text encoders: retrieval, removed words, and controls",
+    "claim": "train on encoders of graded quality: do few steps suffer more?",
     "report": "put several runs into one table and one figure",
 }
 """Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
 
 EXPERIMENT_VERBS = {
     "cache": "compute an experiment's text features and latents ahead of training",
+    "plan": "say what an experiment takes: parameters, memory, disk, time",
 }
 """Verbs that read an experiment without running it: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
 

@@ -51,11 +51,12 @@ def cache(arguments: list[str]) -> None:
         return
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
-    rank, ranks = _number("RANK", "SLURM_PROCID", 0), _number("WORLD_SIZE", "SLURM_NTASKS", 1)
+    # a job's own variables would also be there where srun did not start one process for each task
+    rank, ranks = _number("RANK", "SLURM_PROCID", 0), _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     filling = CacheFilling(data, _device(), rank, ranks)
     samples = filling.count()
     if rank == 0:
-        _announce(filling, samples)
+        _announce(filling, samples, ranks)
     filling.check(samples)
     if not dry:
         _fill(filling, samples // ranks, rank)
@@ -71,16 +72,18 @@ def _device() -> torch.device:
     return torch.device("cuda", _number("LOCAL_RANK", "SLURM_LOCALID", 0) % torch.cuda.device_count())
 
 
-def _announce(filling: CacheFilling, samples: int) -> None:
+def _announce(filling: CacheFilling, samples: int, ranks: int) -> None:
+    if ranks > 1:
+        print(f"{ranks} processes take a part of the samples each")
     began = time.perf_counter()
     options = filling.options(samples)
     for name, choices in options.items():
         print(f"{name} of {samples:,} samples, by dtype:")
         for choice in choices:
-            mark = "<- chosen" if choice.dtype == filling.caches[name].dtype else ""
-            print(
-                f"  {choice.dtype:<9} {readable(choice.size):>9}   relative error {choice.error:.2%}  {mark}".rstrip()
-            )
+            chosen = choice.dtype == filling.caches[name].dtype and choice.token_pool == 1
+            how = choice.dtype if choice.token_pool == 1 else f"{choice.dtype}, token_pool {choice.token_pool}"
+            mark = "  <- chosen" if chosen else ""
+            print(f"  {how:<22} {readable(choice.size):>9}   relative error {choice.error:.2%}{mark}")
     print(f"one batch of {filling.data.batch_size} took {time.perf_counter() - began:.3g} s on {filling.device}")
     for name, sentence in filling.check(samples).items():
         print(f"{name}: {sentence}")

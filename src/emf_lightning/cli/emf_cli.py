@@ -97,7 +97,7 @@ class EMFCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _open_link_targets(config)
+        open_link_targets(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":
@@ -105,7 +105,7 @@ class EMFCLI(LightningCLI):
         _check_checkpoint(config.get("ckpt_path"), sharded)
 
 
-def _open_link_targets(config: Namespace) -> None:
+def open_link_targets(config: Namespace) -> None:
     """Gives the network's linked arguments a place in ``config``.
 
     A link is applied to arguments that are there, and parser_mode omegaconf+ takes out those of nested classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from emf_lightning.data.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.shard_paths import shard_paths
 from emf_lightning.data.streams import CACHED, RawBatch, ShardStream
 from emf_lightning.data.tar_samples import count_samples
+from emf_lightning.text.blip3o_next import BLIP3oNext
 
 DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "float16", "float8")
 
@@ -26,6 +28,7 @@ class StorageOption:
 
     Attributes:
         dtype: of the stored numbers.
+        token_pool: of the encoder, where it has one and could take another; 1 is the published one.
         size: bytes of all samples on disk.
         error: relative, of what comes back, on the samples that were looked at.
     """
@@ -33,6 +36,7 @@ class StorageOption:
     dtype: StoredDtype
     size: int
     error: float
+    token_pool: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ class CacheFilling:
     def options(self, samples: int) -> dict[str, list[StorageOption]]:
         """For each cache what each dtype would take for ``samples`` samples, and its error on one batch of them.
 
+        Of an encoder whose tokens can be averaged also what that would save, with the error that is there before
+        anything is stored.
+
         Raises:
             ValueError: if the shards give no batch.
         """
@@ -120,18 +127,20 @@ class CacheFilling:
         found: dict[str, tuple[EntryCache, Tensor, Tensor]] = {}
         if data.cache is not None:
             features = (
-                data.text(batch.captions)
+                data.placed(data.text)(batch.captions)
                 if batch.views is None
-                else data.text.encode_pairs(batch.captions, batch.views.float() / 127.5 - 1)
+                else data.placed(data.text).encode_pairs(batch.captions, batch.views.float() / 127.5 - 1)
             )
             found["features"] = (data.cache, features.context.cpu(), features.mask.cpu())
         if data.latent_cache is not None:
-            latents = data.autoencoder.encode(batch.images.float() / 127.5 - 1).float().flatten(2).cpu()
+            latents = data.placed(data.autoencoder).encode(batch.images.float() / 127.5 - 1).float().flatten(2).cpu()
             found["latents"] = (data.latent_cache, latents, torch.ones(latents.shape[:2], dtype=torch.bool))
         options = {}
         for name, (cache, context, mask) in found.items():
             entries = [EntryFormat(cache.entries.length, cache.entries.width, dtype) for dtype in DTYPES]
             options[name] = [StorageOption(e.dtype, cache.size(samples, e), e.error(context, mask)) for e in entries]
+            if name == "features" and isinstance(data.text, BLIP3oNext) and data.text.token_pool == 1:
+                options[name] += _pooled_options(cache, context, samples)
         return options
 
     def check(self, samples: int) -> dict[str, str]:
@@ -193,3 +202,15 @@ class CacheFilling:
                     f"data: the cache of {name} took no more at max_gb={cache.max_gb:g} ({str(cache.path)!r}); raise "
                     "max_gb or make room, then call again: it goes on where it stopped"
                 )
+
+
+def _pooled_options(cache: EntryCache, context: Tensor, samples: int) -> Iterator[StorageOption]:
+    """What averaging squares of tokens would take, in the cache's dtype: the error is that of the average itself."""
+    side = math.isqrt(context.shape[1] - 1)
+    patches = context[:, 1:].transpose(1, 2).reshape(len(context), -1, side, side)
+    for pool in (pool for pool in (3, 9) if side % pool == 0):
+        averages = torch.nn.functional.avg_pool2d(patches, pool)
+        spread = averages.repeat_interleave(pool, -1).repeat_interleave(pool, -2)
+        entries = EntryFormat(1 + averages[0, 0].numel(), context.shape[2], cache.dtype)
+        error = float((spread - patches).norm() / context.norm())
+        yield StorageOption(cache.dtype, cache.size(samples, entries), error, pool)

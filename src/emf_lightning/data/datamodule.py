@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,6 +23,8 @@ from emf_lightning.data.shard_paths import shard_paths
 from emf_lightning.data.streams import RawBatch, ShardStream
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+
+FrozenPart = TypeVar("FrozenPart", TextEncoder, Autoencoder)
 
 
 class CaptionImageData(LightningDataModule):
@@ -109,6 +111,7 @@ class CaptionImageData(LightningDataModule):
         self._prompts: PromptList | None = None
         self._null: TextFeatures | None = None
         self._device: torch.device | None = None
+        self._places: dict[int, torch.device | None] = {}
 
     # -- what the model must agree with ------------------------------------------------------------------------------
 
@@ -231,7 +234,7 @@ class CaptionImageData(LightningDataModule):
         hits = None if batch.latents is None else batch.latents.float()
         if not len(batch.images) and hits is not None:
             return hits
-        fresh = self.autoencoder.encode(batch.images.to(torch.float32) / 127.5 - 1).float()
+        fresh = self.placed(self.autoencoder).encode(batch.images.to(torch.float32) / 127.5 - 1).float()
         if self.latent_cache is not None:
             fresh = self.latent_cache.keep(_left_over(batch.pictures, batch.latents_found), fresh)
         return fresh if hits is None else torch.cat([hits, fresh])[_order(batch.latents_found).to(fresh.device)]
@@ -245,7 +248,7 @@ class CaptionImageData(LightningDataModule):
         if batch.views is None:
             fresh = self.text_features(missing)
         else:
-            fresh = self.text.encode_pairs(missing, batch.views.to(torch.float32) / 127.5 - 1)
+            fresh = self.placed(self.text).encode_pairs(missing, batch.views.to(torch.float32) / 127.5 - 1)
             if self.cache is not None:
                 names = map(pair_name, missing, _left_over(batch.pictures, batch.found))
                 fresh = self.cache.keep(list(names), fresh).to(batch.views.device)
@@ -258,7 +261,7 @@ class CaptionImageData(LightningDataModule):
         """Features of ``captions`` on the training device; through the cache, where there is one."""
         device = self.move()
         unique = list(dict.fromkeys(captions))
-        features = self.cache.features(unique, self.text) if self.cache is not None else self.text(unique)
+        features = self.cache.features(unique, self._encode) if self.cache is not None else self._encode(unique)
         rows = {caption: row for row, caption in enumerate(unique)}
         return features.to(device)[torch.tensor([rows[caption] for caption in captions], device=device)]
 
@@ -270,22 +273,34 @@ class CaptionImageData(LightningDataModule):
                 self._null = self.text_features([NULL_CAPTION])
         return self._null
 
+    def forget_null(self) -> None:
+        """Lets the null caption be encoded again: the encoder is another one than it was."""
+        self._null = None
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
         self.move(latents.device)
-        images = self.autoencoder.decode(latents.float())
+        images = self.placed(self.autoencoder).decode(latents.float())
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def move(self, device: torch.device | None = None) -> torch.device:
-        """The device of the frozen parts, after they moved to ``device`` (default: the trainer's)."""
+        """Where the frozen parts compute from now on: on ``device`` (default: the trainer's)."""
         if device is None:
             device = self.trainer.strategy.root_device if self.trainer else self._device or torch.device("cpu")
-        if device != self._device:
-            self.text.to(device)
-            self.autoencoder.to(device)
-            self._device = device
+        self._device = device
         return device
+
+    def placed(self, part: FrozenPart) -> FrozenPart:
+        """``part``, moved where it computes: when it is needed, since what is cached may need no encoder at all."""
+        if self._places.get(id(part)) != self._device:
+            part.to(self._device)
+            self._places[id(part)] = self._device
+        return part
+
+    def _encode(self, captions: Sequence[str]) -> TextFeatures:
+        features: TextFeatures = self.placed(self.text)(captions)
+        return features
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -159,8 +159,8 @@ class EntryCache:
 
 def readable(size: float) -> str:
     """``size`` bytes in the largest fitting decimal unit."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} GB"
+    return f"{size:.3g} TB"

@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -123,13 +123,16 @@ def _to_float8(context: Tensor) -> tuple[Tensor, Tensor]:
 
 def _from_float8(tokens: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The bytes of bfloat16 numbers ``[n, 2 D]`` from e4m3 numbers and a power of two, ``[n, D + 1]``."""
-    powers = np.ldexp(np.float32(1), tokens[:, -1].view(np.int8).astype(np.int32))
-    values = _float8_values()[tokens[:, :-1]]
-    values *= powers[:, None]
-    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)  # exact: the lower half is zero
+    numbers = np.empty((len(tokens), tokens.shape[1] - 1), np.uint16)
+    powers = tokens[:, -1].view(np.int8)
+    for power in np.unique(powers).tolist():  # few: tokens of one model are of one size
+        rows = powers == power
+        numbers[rows] = _bfloat16_of_float8(power)[tokens[rows, :-1]]
+    return numbers.view(np.uint8)
 
 
-@lru_cache(maxsize=1)
-def _float8_values() -> NDArray[np.float32]:
-    """What each of the 256 bytes stands for."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+@cache
+def _bfloat16_of_float8(power: int) -> NDArray[np.uint16]:
+    """What each of the 256 bytes stands for, times two to the ``power``: the upper half of a float32, exactly."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return (torch.ldexp(values, torch.tensor(power)).numpy().view(np.uint32) >> 16).astype(np.uint16)

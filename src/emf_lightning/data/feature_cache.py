@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from emf_lightning.data.entry_cache import EntryCache
-from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
 
 
 class FeatureCache(EntryCache):
@@ -24,6 +24,7 @@ class FeatureCache(EntryCache):
             ValueError: if the folder cannot be written to or holds something else.
         """
         self._open(encoder.fingerprint, encoder.length, encoder.width)
+        self._variant = encoder.variant
 
     def store(self, captions: Sequence[str], features: TextFeatures) -> None:
         """Writes rows that are not there intact already, in one transaction; at the size limit, warns and stops."""
@@ -45,16 +46,20 @@ class FeatureCache(EntryCache):
 
         What was just encoded comes back as it will from the store.
         """
-        entries = [self.fetch(caption) for caption in captions]
+        entries = [self.fetch(self._name(caption)) for caption in captions]
         found = self.unpack([entry for entry in entries if entry is not None]).to(dtype=torch.float32)
         missing = list(dict.fromkeys(c for c, entry in zip(captions, entries, strict=True) if entry is None))
         if not missing:
             return found
-        fresh = self.keep(missing, encode(missing))
+        fresh = self.keep([self._name(caption) for caption in missing], encode(missing))
         place = {caption: len(found) + row for row, caption in enumerate(missing)}
         hits = iter(range(len(found)))
         rows = [place[c] if entry is None else next(hits) for c, entry in zip(captions, entries, strict=True)]
         return TextFeatures.cat([found, fresh])[torch.tensor(rows)]
+
+    def _name(self, caption: str) -> str:
+        """Under which features of a caption alone are kept; the null caption's are the same in each variant."""
+        return pair_name(caption, f"\0{self._variant}") if self._variant and caption != NULL_CAPTION else caption
 
 
 def pair_name(caption: str, picture: str) -> str:

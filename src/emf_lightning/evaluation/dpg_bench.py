@@ -169,9 +169,14 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
     found: dict[str, list[Question]] = {}
     texts: dict[str, str] = {}
     for row in rows[1:] if official else rows:
-        parents = tuple(int(number) for number in row["dependency"].split(",") if int(number) != 0)
+        try:
+            number, parents = int(row["proposition_id"]), [int(number) for number in row["dependency"].split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"DpgBench: {path}: a question of {row['item_id']} has no whole numbers ({error})"
+            ) from error
         category = row["tuple"].split("(")[0].strip()
-        question = Question(int(row["proposition_id"]), parents, category, row["question_natural_language"])
+        question = Question(number, tuple(n for n in parents if n), category, row["question_natural_language"])
         found.setdefault(row["item_id"], []).append(question)
         texts.setdefault(row["item_id"], row["text"])
     items = [Item(n, texts[n], tuple(sorted(q, key=lambda question: question.number))) for n, q in found.items()]

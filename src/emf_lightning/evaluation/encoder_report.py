@@ -14,6 +14,7 @@ import numpy as np
 from emf_lightning.evaluation.encoder_study import VARIANTS, Discriminability, Disentanglement, Estimate
 from emf_lightning.evaluation.figures import STYLE
 from emf_lightning.evaluation.pair_corpus import PairCorpus
+from emf_lightning.evaluation.report_figures import MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,13 +108,14 @@ class EncoderStudy:
                     part = encoder.disentanglement
                     y = part.ablated[name] if name == "raw" else _point(part.contrast[name])
                     errors = {"xerr": _bars(x), "yerr": _bars(y)}
-                    axes.errorbar(x.mean, y.mean, **errors, marker="o", color=f"C{number}", capsize=2, elinewidth=0.8)
-                    axes.annotate(encoder.name, (x.mean, y.mean), xytext=(4, 4), textcoords="offset points", fontsize=6)
+                    style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
+                    axes.errorbar(x.mean, y.mean, **errors, **style, label=encoder.name, capsize=2, elinewidth=0.8)
                 chance = self.encoders[0].discriminability.chance
                 if not np.isnan(chance):
                     axes.axvline(chance, color="#999999", linestyle=":", linewidth=0.8)
                 axes.set(title=title, xlabel="discriminability", ylabel="disentanglement")
-                axes.margins(x=0.25, y=0.15)
+                axes.margins(x=0.1, y=0.1)
+            panels[0].legend(loc="best", labelspacing=0.3)
         return figure
 
     def retrieved(self, corpus: PairCorpus) -> Figure:

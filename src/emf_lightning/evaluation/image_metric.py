@@ -68,6 +68,7 @@ class ImageMetric(Metric):
     def twin(self: Self) -> Self:
         """Another one with the same networks that has seen nothing."""
         other = copy.copy(self)
+        other._defaults = dict(self._defaults)  # moving a metric moves these, too
         for name, default in self._defaults.items():
             setattr(other, name, [] if isinstance(default, list) else default.detach().clone().to(self.device))
         other.rows = []

@@ -71,19 +71,25 @@ class ShapesPairs(PairCorpus):
         self.owners = np.arange(count)
 
     @cached_property
-    def _facts(self) -> NDArray[np.int16]:
+    def _facts(self) -> NDArray[np.int64]:
         """How often each fact holds in each scene, ``[N, facts]``."""
         counts = [facts_of(scene) for scene in self.scenes]
         column = {fact: i for i, fact in enumerate(dict.fromkeys(fact for count in counts for fact in count))}
-        table = np.zeros((len(counts), len(column)), np.int16)
+        table = np.zeros((len(counts), len(column)), np.int64)
         for row, count in enumerate(counts):
             for fact, number in count.items():
                 table[row, column[fact]] = number
         return table
 
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        return self._facts.sum(1, dtype=np.int64)
+
     def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
-        mine, theirs = self._facts[query], self._facts[others]
-        return 2 * np.minimum(mine, theirs).sum(1) / (mine.sum() + theirs.sum(1))
+        mine = self._facts[query]
+        held = np.flatnonzero(mine)  # a scene has a dozen facts out of hundreds
+        common = np.minimum(mine[held], self._facts[np.ix_(others, held)]).sum(1)
+        return 2 * common / (self._sizes[query] + self._sizes[others])
 
     def image(self, pair: int) -> NDArray[np.uint8]:
         return self.scenes[pair].draw(self.world)

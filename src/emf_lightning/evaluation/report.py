@@ -202,7 +202,7 @@ def plain_table(rows: Sequence[ReportRow]) -> str:
 def _facts(rows: Sequence[ReportRow]) -> str:
     """What a reader needs to compare: images, seeds, settings."""
     images = " / ".join(dict.fromkeys(f"{row.images:,}" for row in rows))
-    seeds = " / ".join(dict.fromkeys(", ".join(map(str, row.seeds)) for row in rows))
+    seeds = " / ".join(dict.fromkeys(", ".join(map(str, row.seeds)) or "as in training" for row in rows))
     settings = {f"{name} {value}": None for row in rows for name, value in row.settings.items() if value is not None}
     return f"{images} images each, noise seeds {seeds}" + "".join(f", {line}" for line in settings) + "."
 

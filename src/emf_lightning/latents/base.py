@@ -26,6 +26,10 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` in [-1, 1] of latents ``[B, C, H/d, W/d]``."""
 
+    def forward(self, latents: Tensor) -> Tensor:
+        """``decode``."""
+        return self.decode(latents)
+
     def train(self, mode: bool = True) -> Autoencoder:
         """Stays in eval mode: Lightning puts whatever it finds into train mode."""
         super().train(False)

@@ -63,6 +63,7 @@ class SanaFlowMap(FlowMapNetwork):
             not say), in some seconds at the start. Without it EMF's network has to learn t from scratch.
         trainable: parameters that train, by the beginnings of their names; null for all of them. EMF's are
             ``[transformer_blocks, time_embed, scale_shift_table]``.
+        fresh_context: start the text projection anew, for text features of another width than the weights know.
         math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
             CPU the fused kernel's backward pass alone takes a third of a step.
         interval: how r joins t; by default a second time embedding, anchored so that the parent is preserved.
@@ -88,6 +89,7 @@ class SanaFlowMap(FlowMapNetwork):
         time_scale: float = 1000.0,
         refit: bool = False,
         trainable: list[str] | None = None,
+        fresh_context: bool = False,
         interval: IntervalInput | None = None,
         improved: bool = False,
         math_attention: bool = False,
@@ -123,7 +125,7 @@ class SanaFlowMap(FlowMapNetwork):
             if architecture is not None:
                 raise ValueError("SanaFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
             try:
-                self.transformer = kind.from_flow(pretrained, subfolder=subfolder)
+                self.transformer = kind.from_flow(pretrained, subfolder, context_width if fresh_context else None)
             except OSError as error:
                 raise ValueError(
                     f"SanaFlowMap: no readable weights at pretrained={pretrained!r}: give a folder in diffusers' "

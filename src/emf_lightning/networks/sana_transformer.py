@@ -15,6 +15,9 @@ from emf_lightning.networks.interval_embedding import IntervalEmbedding
 from emf_lightning.networks.released import is_released, read_released, released_config
 from emf_lightning.published import config_of
 
+_PROJECTION = "caption_projection.linear_1.weight"
+"""The one weight whose shape the text features' width decides."""
+
 
 class IntervalSanaTransformer(SanaTransformer2DModel):
     """``SanaTransformer2DModel`` whose time embedding also takes r, handed in as ``guidance``.
@@ -28,7 +31,9 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         self.time_embed = IntervalEmbedding(self.config.num_attention_heads * self.config.attention_head_dim)
 
     @classmethod
-    def from_flow(cls, path: str, subfolder: str | None = None) -> IntervalSanaTransformer:
+    def from_flow(
+        cls, path: str, subfolder: str | None = None, context_width: int | None = None
+    ) -> IntervalSanaTransformer:
         """A model with published or own weights; what they do not know starts as if it were not there.
 
         On the meta device only its configuration is read.
@@ -36,37 +41,52 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         Args:
             path: a folder or hub name in diffusers' format, or one with a BLIP3o-NEXT or EMF checkpoint.
             subfolder: of ``path``, in diffusers' format.
+            context_width: of the text features, where their projection is to start anew.
 
         Raises:
             OSError: where ``path`` is none of these.
             ValueError: where its weights are not those that its configuration speaks of.
         """
         try:
-            model, missing, surplus = cls._load(path, subfolder)
+            model, missing, surplus = cls._load(path, subfolder, context_width)
         except RuntimeError as error:  # a line for each weight of another size
             raise _other_weights(path, str(error).partition("\n")[2].partition("\n")[0].strip()) from error
         starts = model.starts()
         lost = [key for key in missing if not key.startswith(tuple(starts))]
         if lost or surplus:
             raise _other_weights(path, f"missing {sorted(lost)[:3]}, surplus {sorted(surplus)[:3]}")
+        if context_width is not None:  # what diffusers leaves there is unset memory
+            model.caption_projection.linear_1.reset_parameters()
         for prefix, start in starts.items():
             if any(key.startswith(prefix) for key in missing):
                 start()
         return model.train()  # diffusers hands out models to sample with
 
     @classmethod
-    def _load(cls, path: str, subfolder: str | None) -> tuple[IntervalSanaTransformer, list[str], list[str]]:
+    def _load(
+        cls, path: str, subfolder: str | None, context_width: int | None
+    ) -> tuple[IntervalSanaTransformer, list[str], list[str]]:
         """The model, and the names that its weights lack and that they have too many."""
         released = subfolder is None and is_released(path)
+        fresh = {} if context_width is None else {"caption_channels": context_width}
         if torch.get_default_device().type == "meta":
-            return cls.from_config(released_config(path) if released else config_of(path, subfolder)), [], []
+            return cls.from_config((released_config(path) if released else config_of(path, subfolder)) | fresh), [], []
         if not released:
             model, info = cls.from_pretrained(
-                path, subfolder=subfolder, output_loading_info=True, low_cpu_mem_usage=False, use_safetensors=True
+                path,
+                subfolder=subfolder,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=bool(fresh),
+                **fresh,
             )
-            return model, info["missing_keys"], info["unexpected_keys"]
+            odd = [key for key, *_ in info["mismatched_keys"] if key != _PROJECTION]
+            return model, info["missing_keys"] + odd, info["unexpected_keys"]
         weights = read_released(path)
-        model = cls.from_config(weights.config)
+        model = cls.from_config(weights.config | fresh)
+        if fresh:
+            weights.tensors[_PROJECTION] = model.state_dict()[_PROJECTION]
         return model, *model.load_state_dict(weights.tensors, strict=False)
 
     def starts(self) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class TextEncoder(nn.Module, ABC):
     def fingerprint(self) -> str:
         """A hexadecimal digest of all that the features depend on: weights, tokenizer, template, dtype, length."""
 
+    @property
+    def variant(self) -> str:
+        """What ``encode`` depends on beside the fingerprint, while ``encode_pairs`` does not."""
+        return ""
+
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """The features of ``captions``, ``[B, L, D]``; the null caption is the empty string."""

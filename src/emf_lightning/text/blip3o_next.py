@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
 from emf_lightning.text.blip3o_checkpoint import CONNECTOR, IMAGES, LANGUAGE, BLIP3oCheckpoint
+from emf_lightning.text.blip3o_parts import (
+    language_model,
+    load_language_model,
+    load_tokenizer,
+    make_connector,
+    vision_config,
+)
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.ta_tok import TextAlignedTokenizer
 from emf_lightning.text.token_sampling import TokenSampler
@@ -45,6 +53,9 @@ class BLIP3oNext(TextEncoder):
         top_k: see there.
         temperature: divides the logits.
         seed: of the numbers that choose.
+        token_pool: averages the features of so many by so many patches, 3 or 9 of the 27 along each side: 730 tokens
+            become 82 or 10, and a cache of them a ninth. The network was not trained on such; ``emf cache`` measures
+            how far they are from the published ones.
         caption_tokens: tokens kept of a caption, the instruction before it included.
         batch_size: captions that are written for together; each takes 0.1 GB for keys and values.
         compiled: compile the step that writes one token, over keys and values of a fixed size: worth it from some
@@ -67,6 +78,7 @@ class BLIP3oNext(TextEncoder):
         top_k: int = 1200,
         temperature: float = 1.0,
         seed: int = 0,
+        token_pool: int = 1,
         caption_tokens: int = 512,
         batch_size: int = 16,
         compiled: bool = False,
@@ -88,10 +100,14 @@ class BLIP3oNext(TextEncoder):
         self.codes = config["num_image_tokens"]
         self.first_code = config["image_start_token_id"]
         self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
-        self.tokenizer: Any = None if checkpoint.planned else _load_tokenizer(checkpoint)
+        self.tokenizer: Any = None if checkpoint.planned else load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
         self.view_side = image_size
-        self.length = 1 + self.images.tokens
+        side = math.isqrt(self.images.tokens)
+        if token_pool < 1 or side % token_pool:
+            raise ValueError(f"BLIP3oNext: token_pool={token_pool} does not divide the {side} patches along a side")
+        self.token_pool = token_pool
+        self.length = 1 + self.images.tokens // token_pool**2
         self.width = len(self._weight)
         self._truncation = Truncation(type(self).__name__, caption_tokens)
         self._room: tuple[tuple[int, int], Any] = ((0, 0), None)
@@ -102,7 +118,7 @@ class BLIP3oNext(TextEncoder):
         width = checkpoint.shapes.get(f"{CONNECTOR}0.weight", (2304,))[0]
         code_width = checkpoint.shapes.get(f"{IMAGES}bottleneck.in_linear.weight", (1536,))[0]
         with torch.device("meta"):  # names and shapes first
-            language = _language_model(checkpoint.config)
+            language = language_model(checkpoint.config)
         self.images = TextAlignedTokenizer(vision, self.codes, code_width)
         self.connector = make_connector(checkpoint.config["hidden_size"], width)
         if checkpoint.planned:
@@ -116,7 +132,7 @@ class BLIP3oNext(TextEncoder):
             optional=[name for name in checkpoint.shapes if name.startswith(last)]
             + ["lm_head.weight"] * checkpoint.config.get("tie_word_embeddings", False),
         )
-        self.language = _load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
+        self.language = load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
         checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
         checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
 
@@ -132,25 +148,29 @@ class BLIP3oNext(TextEncoder):
             encoder=type(self).__name__,
             weights=weights_digest(self),
             heads=[self.images.heads, self.language.config.num_attention_heads],
-            rope=self.language.config.to_dict().get(
-                "rope_parameters", self.language.config.to_dict().get("rope_theta")
-            ),
+            rope=[self.language.config.to_dict().get(key) for key in ("rope_parameters", "rope_theta")],
             epsilon=self.language.config.rms_norm_eps,
             tokenizer=tokenizer_digest(self.tokenizer),
+            image_size=self.images.side,
             chat=[QUESTION, ANSWER, self.opening, self.first_code],
             dtype=self.dtype,
-            sampler=vars(self.sampler),
             caption_tokens=self.caption_tokens,
+            token_pool=self.token_pool,
         )
+
+    @property
+    def variant(self) -> str:
+        """How tokens are drawn: it concerns those that the model writes, and none of training's features."""
+        return str(self.sampler)
 
     # -- the two ways to features ------------------------------------------------------------------------------------
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, 730, D]``, float32, of image tokens that the model writes itself."""
+        """Features ``[B, L, D]``, float32, of image tokens that the model writes itself."""
         parts = []
         for start in range(0, len(captions), self.batch_size):
             batch = captions[start : start + self.batch_size]
-            states = self._weight.new_zeros(len(batch), self.length, self._weight.shape[1])
+            states = self._weight.new_zeros(len(batch), 1 + self.images.tokens, self._weight.shape[1])
             rows = [row for row, caption in enumerate(batch) if caption != NULL_CAPTION]
             if rows:
                 states[rows] = self.write([batch[row] for row in rows])[1]
@@ -158,7 +178,7 @@ class BLIP3oNext(TextEncoder):
         return TextFeatures.cat(parts)
 
     def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
-        """Features ``[B, 730, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
+        """Features ``[B, L, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
         with torch.autocast(views.device.type, enabled=False):
             return self._features(self.read(captions, self.images(views)))
 
@@ -170,7 +190,7 @@ class BLIP3oNext(TextEncoder):
     def _features(self, states: Tensor) -> TextFeatures:
         """The connector's answer to hidden states ``[B, 730, H]``."""
         with torch.autocast(states.device.type, enabled=False):
-            context = self.connector(states).float()
+            context = pool_tokens(self.connector(states).float(), self.token_pool)
         if not context.isfinite().all():
             raise ValueError(
                 f"BLIP3oNext: the features are not finite with dtype={self.dtype!r}; use dtype: bfloat16 or float32"
@@ -185,7 +205,7 @@ class BLIP3oNext(TextEncoder):
         mask = nn.functional.pad(mask, (0, codes.shape[1]), value=True)
         positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(codes.shape[1], device=ids.device)], 1)
         states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return states.last_hidden_state[:, -self.length :]  # prompts are padded on the left: images end together
+        return states.last_hidden_state[:, -codes.shape[1] - 1 :]  # prompts are padded on the left: images end together
 
     @torch.no_grad()
     def write(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -194,7 +214,7 @@ class BLIP3oNext(TextEncoder):
         One step a token, over the keys and values of those before; the state at a token is that of the step which
         reads it.
         """
-        steps = self.length - 1
+        steps = self.images.tokens
         ids, mask, positions = self._prompts(captions)
         start = ids.shape[1]
         cache = self._cache(len(ids), start + steps)
@@ -254,86 +274,11 @@ class BLIP3oNext(TextEncoder):
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def make_connector(hidden: int, width: int) -> nn.Sequential:
-    """From hidden states to SANA's context: two linear layers and a norm."""
-    from diffusers.models.normalization import RMSNorm
-
-    norm = RMSNorm(width, eps=1e-5)
-    return nn.Sequential(nn.Linear(hidden, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), norm)
-
-
-def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
-    """The configuration of the checkpoint's vision tower, read off its tensors.
-
-    Raises:
-        ValueError: if there is none, or it does not fit ``image_size`` and ``heads``.
-    """
-    from transformers import SiglipVisionConfig
-
-    place, shapes = f"{IMAGES}encoder.", checkpoint.shapes
-    try:
-        width, _, patch, _ = shapes[f"{place}embeddings.patch_embedding.weight"]
-        positions = shapes[f"{place}embeddings.position_embedding.weight"][0]
-        inner = shapes[f"{place}encoder.layers.0.mlp.fc1.weight"][0]
-    except KeyError as error:
-        raise checkpoint.fault(f"lacks the image tokenizer: there is no {error}") from error
-    if (image_size // patch) ** 2 != positions or width % heads:
-        raise checkpoint.fault(
-            f"has an image tokenizer of {positions} patches of {patch} pixels and width {width}, which fits neither "
-            f"image_size={image_size} nor image_heads={heads} as it should"
-        )
-    layers = {name[len(place) :].split(".")[2] for name in shapes if name.startswith(f"{place}encoder.layers.")}
-    return SiglipVisionConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch,
-    )
-
-
-def _load_tokenizer(checkpoint: BLIP3oCheckpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    config = checkpoint.config
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, config=_qwen_config(config))
-    except (OSError, ValueError) as error:
-        raise checkpoint.fault(f"has no readable tokenizer ({str(error).strip().splitlines()[0]})") from error
-    for token, number in (
-        ("<im_start>", config["image_start_tag_id"]),
-        ("<S0>", config["scale_start_token_id"]),
-        ("<I0>", config["image_start_token_id"]),
-        (f"<I{config['num_image_tokens'] - 1}>", config["image_start_token_id"] + config["num_image_tokens"] - 1),
-    ):
-        if (found := tokenizer.convert_tokens_to_ids(token)) != number:
-            raise checkpoint.fault(f"says that {token} is token {number}, its tokenizer that it is {found}")
-    return tokenizer
-
-
-def _qwen_config(config: dict[str, Any]) -> Any:
-    """The configuration of the language model alone, whatever the whole is called."""
-    from transformers import Qwen3Config
-
-    return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})
-
-
-def _language_model(config: dict[str, Any]) -> Any:
-    from transformers import Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(_qwen_config(config))
-
-
-def _load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.dtype) -> Any:
-    from transformers import Qwen3ForCausalLM
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list each tensor of the other parts
-    try:
-        return Qwen3ForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype, use_safetensors=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise checkpoint.fault(f"holds another language model than its config.json says ({error})") from error
-    finally:
-        logging.set_verbosity(level)
+def pool_tokens(context: Tensor, pool: int) -> Tensor:
+    """Features ``[B, 1 + n n, D]`` of a scale token and n x n patches, squares of ``pool`` patches averaged."""
+    if pool == 1:
+        return context
+    scale, patches = context[:, :1], context[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))  # type: ignore[no-untyped-call]
+    return torch.cat([scale, nn.functional.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)], dim=1)

@@ -15,8 +15,8 @@ from emf_lightning.text.truncation import Truncation
 
 
 class PretrainedTextEncoder(TextEncoder):
-    """The hidden states of a transformers model: decoder-only, encoder-only, an encoder-decoder's encoder, or the text
-    tower of a model that also sees.
+    """The hidden states of a transformers model: decoder-only (Qwen3), encoder-only (BERT), an encoder-decoder's
+    encoder (T5, whose decoder is not loaded), or the text tower of a model that also sees (CLIP).
 
     Tokens are padded on the right whatever the tokenizer's own side, padding is masked in the model too, and masked
     positions come out as zeros. Features are computed in ``dtype``, outside any autocast (what is cached must not
@@ -29,9 +29,12 @@ class PretrainedTextEncoder(TextEncoder):
         layer: which hidden states: -1 is the last one after the final norm, 0 the embeddings, -2 the last but one.
         dtype: of the weights and the arithmetic.
         revision: branch, tag or commit on the hub; name one to be sure of the same features next year.
+        subfolder: of a diffusers pipeline's repository, ``text_encoder`` or ``text_encoder_2``; the tokenizer is then
+            the one of the same number, ``tokenizer`` or ``tokenizer_2``.
+        chat: the template is what a user says in the tokenizer's own chat format, up to where the answer begins.
 
     Raises:
-        ValueError: if the model cannot be loaded, or the template, the length or the layer make no sense.
+        ValueError: if the model cannot be loaded, or the template, the length, the layer or the chat make no sense.
     """
 
     def __init__(
@@ -42,13 +45,21 @@ class PretrainedTextEncoder(TextEncoder):
         layer: int = -1,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         revision: str | None = None,
+        subfolder: str | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__()
         if "{caption}" not in template:
             raise ValueError(f"PretrainedTextEncoder: template={template!r} must contain {{caption}}")
         if length < 1:
             raise ValueError(f"PretrainedTextEncoder: length must be at least 1, got {length}")
-        self.tokenizer, whole = _load(model, revision, getattr(torch, dtype))
+        self.tokenizer, whole = _load(model, revision, getattr(torch, dtype), subfolder or "")
+        if chat and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"PretrainedTextEncoder: the tokenizer of {model!r} has no chat format; leave chat at false and write "
+                "the turns into template"
+            )
+        self.chat = chat
         self.tower = _text_tower(whole)
         self.tower.config.use_cache = False  # keys and values of a decoder: nothing is generated here
         depth = self.tower.config.num_hidden_layers
@@ -85,11 +96,12 @@ class PretrainedTextEncoder(TextEncoder):
             dtype=self.dtype,
             length=self.length,
             layer=self.layer,
+            **({"chat": self.tokenizer.chat_template} if self.chat else {}),
         )
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids, at most L and at least one each."""
-        texts = [self.template.replace("{caption}", caption) for caption in captions]
+        texts = [self._text(caption) for caption in captions]
         rows: list[list[int]] = self._ids(texts, self.length)
         full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.length]
         # Only where one token more is kept when one more is allowed did anything get lost.
@@ -98,8 +110,20 @@ class PretrainedTextEncoder(TextEncoder):
         # Many tokenizers make nothing of the null caption: one token of padding stands for it, seen and not masked.
         return [row or [self._padding] for row in rows]
 
+    def _text(self, caption: str) -> str:
+        text = self.template.replace("{caption}", caption)
+        if not self.chat:
+            return text
+        turns = [{"role": "user", "content": text}]
+        written: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return written
+
     def _ids(self, texts: list[str], length: int) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=length, padding=False)["input_ids"]
+        # the chat format writes the special tokens itself
+        special = not self.chat
+        return self.tokenizer(texts, truncation=True, max_length=length, padding=False, add_special_tokens=special)[
+            "input_ids"
+        ]
 
     @property
     def _padding(self) -> int:
@@ -135,14 +159,21 @@ class PretrainedTextEncoder(TextEncoder):
         return TextFeatures(nn.functional.pad(states, (0, 0, *room)), nn.functional.pad(mask, room))
 
 
-def _load(model: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the whole model."""
-    from transformers import AutoModel, AutoTokenizer
+def _load(model: str, revision: str | None, dtype: torch.dtype, subfolder: str = "") -> tuple[Any, Any]:
+    """The tokenizer and the whole model, or its encoder where that comes alone."""
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
     origin = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="right", **origin)
-        return tokenizer, AutoModel.from_pretrained(model, dtype=dtype, use_safetensors=True, **origin)
+        beside = subfolder.replace("text_encoder", "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="right", subfolder=beside, **origin)
+        kind = AutoConfig.from_pretrained(model, subfolder=subfolder, **origin).model_type
+        alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "").endswith("EncoderModel")
+        loader = AutoModelForTextEncoding if alone else AutoModel
+        return tokenizer, loader.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, subfolder=subfolder, **origin
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

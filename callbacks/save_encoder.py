@@ -1,0 +1,36 @@
+"""The trained text encoder as a folder in transformers' format, for the next experiment to read captions with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from emf_lightning.callbacks.undisturbed import averaged_weights
+from emf_lightning.modules.encoder_tuning import EncoderTuning
+from emf_lightning.text.pretrained import PretrainedTextEncoder
+
+
+class SaveEncoder(Callback):
+    """Writes the encoder that ``EncoderTuning`` trained, averaged where there are averages, at the end of ``fit``.
+
+    A later experiment names it in ``data.text``: ``model: <run directory>/encoder``.
+
+    Args:
+        folder: below the run directory.
+    """
+
+    def __init__(self, folder: str = "encoder") -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, EncoderTuning):
+            raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
+        run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        with averaged_weights(trainer, pl_module):
+            if trainer.is_global_zero:
+                encoder = pl_module.encoder
+                assert isinstance(encoder, PretrainedTextEncoder)
+                encoder.tower.save_pretrained(Path(run) / self.folder)
+                encoder.tokenizer.save_pretrained(Path(run) / self.folder)

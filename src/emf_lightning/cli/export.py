@@ -1,0 +1,82 @@
+"""`emf export`: a run as a folder that diffusers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from emf_lightning.cli.builder import BuildingCLI
+from emf_lightning.cli.emf_cli import LINKED
+from emf_lightning.cli.model_card import model_card
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.encoder_tuning import EncoderTuning
+from emf_lightning.pipeline import EMFPipeline, PipelinePart
+
+DRAWING = ("guidance", "guidance_interval", "generator_time")
+"""Arguments of a LightningModule that concern how it draws."""
+
+_AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+
+
+def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
+    """Write a trained model as a folder in diffusers' format, with a model card.
+
+    EMFPipeline.from_pretrained(out) draws from it. The network and a published autoencoder lie there as safetensors;
+    a text encoder from the hub stays a name and is downloaded where the folder is used, one from a folder is copied.
+
+    Args:
+        run: directory of the run, which holds its config.yaml.
+        out: folder to write.
+        checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights where it has some.
+    """
+    config, weights = run / "config.yaml", checkpoint or run / "checkpoints" / "last.ckpt"
+    if not config.is_file():
+        raise ValueError(f"run: no config.yaml in {run}; give the directory of a run, e.g. runs/shapes/emf/version_0")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
+    built = BuildingCLI.run(["fit", "--config", str(config), "--model.init_args.initial", str(weights)])
+    if isinstance(built.model, EncoderTuning):
+        raise ValueError("run: its encoder lies in its folder encoder/; export a run that was adapted with it")
+    pipeline = pipeline_of(built.model, built.datamodule, built.settings)
+    pipeline.save_pretrained(str(out))
+    for figure in sorted(run.glob("*/*.png")):
+        shutil.copy(figure, out / f"{figure.parent.name}_{figure.name}")
+    (out / "README.md").write_text(model_card(run, out, built.settings, pipeline))
+    print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
+
+
+def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespace) -> EMFPipeline:
+    """The pipeline that draws as ``module`` does in `emf predict`.
+
+    Args:
+        module: with its weights.
+        data: of the same experiment.
+        settings: the experiment's configuration.
+    """
+    net = _spec(settings.model.init_args.net)
+    for name in LINKED:
+        if name in net["init_args"] or hasattr(module.net, name):
+            net["init_args"][name] = getattr(data, name)
+    arguments = settings.model.init_args
+    model = {
+        "class_path": settings.model.class_path,
+        "init_args": {name: arguments[name] for name in DRAWING if arguments.get(name) is not None},
+    }
+    return EMFPipeline(
+        PipelinePart(module.net.eval(), net),
+        PipelinePart(data.autoencoder, _spec(settings.data.autoencoder)),
+        PipelinePart(data.text, _spec(settings.data.text)),
+        model=model,
+        latent_size=data.latent_size,
+        autocast=_AUTOCAST.get(str(settings.trainer.precision)),
+        features=data.cache.dtype if data.cache is not None else None,
+    )
+
+
+def _spec(part: Namespace) -> dict[str, Any]:
+    spec = part.as_dict()
+    return {"class_path": spec["class_path"], "init_args": dict(spec.get("init_args") or {})}

@@ -1,0 +1,180 @@
+"""How large an experiment's parts are, found out on the meta device: nothing is allocated and no weights are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from emf_lightning.cli.parser_errors import class_of
+from emf_lightning.latents.base import Autoencoder
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.published import config_of
+from emf_lightning.text.base import TextEncoder
+from emf_lightning.text.blip3o_next import BLIP3oNext
+from emf_lightning.text.pretrained import PretrainedTextEncoder
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True)
+class EncoderSize:
+    """A frozen text encoder's size.
+
+    Attributes:
+        parameters: how many.
+        bytes: of its weights.
+        width: D of the features.
+        length: L of the features.
+    """
+
+    parameters: int
+    bytes: int
+    width: int
+    length: int
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one row costs a network.
+
+    Attributes:
+        flops: of one forward pass, floating point operations (a multiplication and an addition are two).
+        activations: bytes kept for the backward pass, in fp32.
+        block_activations: those that checkpointing keeps: what goes into each block, and all of one block.
+    """
+
+    flops: int
+    activations: int
+    block_activations: int
+
+
+def on_meta(part: Namespace, kind: type, **linked: Any) -> Any:
+    """The object of a configuration's ``part``, on the meta device, with the arguments that are linked to the data."""
+    spec = part.as_dict()
+    known = spec.setdefault("init_args", {})
+    known.update({name: value for name, value in linked.items() if name in _parameters(spec["class_path"])})
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind)
+    with torch.device("meta"):
+        return parser.instantiate_classes(parser.parse_object({"part": spec})).part
+
+
+def _parameters(class_path: str) -> Any:
+    return inspect.signature(class_of(class_path)).parameters
+
+
+def encoder_size(part: Namespace) -> EncoderSize:
+    """The size of the text encoder that ``part`` of a configuration describes.
+
+    Raises:
+        ValueError: where its configuration is neither at hand nor known.
+    """
+    kind, arguments = class_of(part.class_path), part.get("init_args")
+    try:
+        if issubclass(kind, BLIP3oNext):
+            return _blip3o_size(arguments)
+        if issubclass(kind, PretrainedTextEncoder):
+            return _pretrained_size(arguments)
+    except OSError as error:
+        name = arguments.get("pretrained") or arguments.get("model")
+        raise ValueError(
+            f"data.text: the size of {name} is not known here; `hf download {name} config.json` is enough to plan"
+        ) from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=TextEncoder)
+    encoder = parser.instantiate_classes(parser.parse_object({"part": part.as_dict()})).part
+    count = sum(p.numel() for p in encoder.parameters())
+    return EncoderSize(count, 4 * count, encoder.width, encoder.length)
+
+
+def _pretrained_size(arguments: Namespace) -> EncoderSize:
+    from transformers import AutoConfig, AutoModel
+
+    from emf_lightning.text.pretrained import _text_tower
+
+    config = AutoConfig.for_model(**config_of(arguments.model))
+    with torch.device("meta"):
+        tower = _text_tower(AutoModel.from_config(config))
+    count = sum(p.numel() for p in tower.parameters())
+    return EncoderSize(count, count * _BYTES[arguments.dtype], tower.config.hidden_size, arguments.length)
+
+
+def _blip3o_size(arguments: Namespace) -> EncoderSize:
+    from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
+
+    from emf_lightning.networks.released import released_config
+    from emf_lightning.text.blip3o_parts import make_connector
+    from emf_lightning.text.ta_tok import TextAlignedTokenizer
+
+    config = config_of(arguments.pretrained)
+    width = released_config(arguments.pretrained)["caption_channels"]
+    tower = SiglipVisionConfig(  # SigLIP2 so400m at 384 px
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    with torch.device("meta"):
+        parts = (
+            Qwen3ForCausalLM(Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None})),
+            make_connector(config["hidden_size"], width),
+            images := TextAlignedTokenizer(tower, config["num_image_tokens"], 1536),
+        )
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    return EncoderSize(count, count * _BYTES[arguments.dtype], width, 1 + images.tokens)
+
+
+def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width: int) -> NetworkCost:
+    """What one row of latents ``shape`` with ``length`` text tokens costs ``net``, which is on the meta device."""
+    with torch.device("meta"):
+        z, t = torch.empty(1, *shape), torch.empty(1)
+        context, mask = torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(z, t, t, context, mask)
+    flops = counter.get_total_flops()
+    kept = _kept_bytes(net, lambda: net(z, t, t, context, mask))
+    inputs: list[int] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(_bytes(args[0]))) for block in net.blocks]
+    net(z, t, t, context, mask)
+    for hook in hooks:
+        hook.remove()
+    return NetworkCost(flops, kept, sum(inputs) + kept // len(inputs) if inputs else kept)
+
+
+def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
+    """Operations that encoding one image takes."""
+    with torch.device("meta"):
+        image = torch.empty(1, 3, resolution, resolution)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        autoencoder.encode(image)
+    return counter.get_total_flops()
+
+
+def _kept_bytes(net: nn.Module, forward: Callable[[], Tensor]) -> int:
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del output
+    return total
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,274 @@
+"""A trained model as a diffusers pipeline: what `emf export` writes and anyone loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from emf_lightning.data.entry_format import EntryFormat
+from emf_lightning.evaluation.noise import fixed_noise
+from emf_lightning.flow.weighting import UniformWeighting
+from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.text.base import NULL_CAPTION, TextFeatures
+
+Spec = dict[str, Any]
+"""A class and its arguments as experiments write them: ``class_path`` and ``init_args``."""
+
+_FILE = "part.json"
+_HERE = "."
+_AT_THE_START = ("architecture", "refit", "trainable", "subfolder", "gradient_checkpointing", "compile")
+"""Arguments of a network that say how training began, not what it is."""
+
+
+def build(spec: Any) -> Any:
+    """The object that ``spec`` describes, the specs among its arguments included; anything else as it is."""
+    if isinstance(spec, list):
+        return [build(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "class_path" not in spec:
+        return {key: build(value) for key, value in spec.items()}
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
+
+
+def drawing_module(spec: Spec, net: FlowMapNetwork) -> FlowMapModule:
+    """A LightningModule that can draw and nothing else: made without critics, teachers, discriminators and optimisers.
+
+    Args:
+        spec: its class, and of its arguments those that drawing reads as attributes of the same name.
+        net: its network.
+    """
+    module, _, name = spec["class_path"].rpartition(".")
+    drawing: FlowMapModule = object.__new__(getattr(import_module(module), name))
+    FlowMapModule.__init__(drawing, net, UniformWeighting())
+    for argument, value in build(spec.get("init_args", {})).items():
+        setattr(drawing, argument, value)
+    return drawing
+
+
+class PipelinePart(ModelMixin):
+    """A network, autoencoder or text encoder of an experiment, with what is needed to build it again.
+
+    A part that saves its own weights does so in its library's format, so that stock classes read them, too. Of the
+    others, folders that their arguments name are copied; hub names stay names.
+
+    Args:
+        part: the object.
+        spec: how to build it.
+    """
+
+    def __init__(self, part: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.part: Any = part
+        self.spec = spec
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # on the part's device, if it has no parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, also of a part without parameters."""
+        return self.place.device
+
+    def forward(self, *arguments: Any) -> Any:
+        """What the part is for: u of a network, features of a text encoder, images of an autoencoder."""
+        return self.part(*arguments)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes the part and ``part.json`` into a folder that it makes."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = dict(self.spec.get("init_args", {}))
+        save = getattr(self.part, "save_pretrained", None)
+        if callable(save):
+            save(folder)
+            arguments = {name: value for name, value in arguments.items() if name not in _AT_THE_START}
+            arguments["pretrained"] = _HERE
+            if "subfolder" in self.spec.get("init_args", {}):
+                arguments["subfolder"] = None
+        else:
+            arguments = {name: _kept(value, folder / name) for name, value in arguments.items()}
+        spec = {"class_path": self.spec["class_path"], "init_args": arguments}
+        (folder / _FILE).write_text(json.dumps(spec, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> PipelinePart:
+        """The part that lies in ``folder``; ``torch_dtype`` is for parts that have no precision of their own."""
+        spec = json.loads((Path(folder) / _FILE).read_text())
+        arguments = spec["init_args"]
+        spec["init_args"] = {name: _found(value, Path(folder)) for name, value in arguments.items()}
+        part = build(spec)
+        if torch_dtype is not None and "dtype" not in arguments:
+            nn.Module.to(part, dtype=torch_dtype)
+        return cls(part.eval(), spec)
+
+
+def _kept(value: Any, folder: Path) -> Any:
+    """An argument as the saved part has it: a folder becomes its copy."""
+    if not isinstance(value, str) or not Path(value).expanduser().is_dir():
+        return value
+    shutil.copytree(Path(value).expanduser(), folder, dirs_exist_ok=True)
+    return f"{_HERE}/{folder.name}"
+
+
+def _found(value: Any, folder: Path) -> Any:
+    """The inverse of ``_kept``."""
+    if value == _HERE or (isinstance(value, str) and value.startswith(f"{_HERE}/")):
+        return str(folder / value)
+    return value
+
+
+class EMFPipelineOutput(BaseOutput):
+    """The images, and how many network evaluations each took.
+
+    Attributes:
+        images: PIL images, an array ``[B, H, W, 3]`` in [0, 1], or latents.
+        nfe: guidance doubles the steps.
+    """
+
+    images: Any
+    nfe: int
+
+
+class EMFPipeline(DiffusionPipeline):
+    """Images of prompts in 1, 2 or 4 steps::
+
+        pipe = EMFPipeline.from_pretrained("path/to/export").to("cuda")
+        pipe("a red circle", num_inference_steps=1).images[0]
+
+    Args:
+        transformer: the network, part of an experiment.
+        vae: the autoencoder.
+        text_encoder: the frozen text encoder.
+        model: class of the LightningModule, whose sampler this is, and the arguments that concern drawing.
+        latent_size: H = W of the latents.
+        autocast: precision of the network's passes where it is not that of the weights, e.g. ``bfloat16``.
+        features: what the network's training had its text features rounded to, by their cache, e.g. ``bfloat16``.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: PipelinePart,
+        vae: PipelinePart,
+        text_encoder: PipelinePart,
+        model: Spec | None = None,
+        latent_size: int = 32,
+        autocast: str | None = None,
+        features: str | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None:  # diffusers takes arguments without a default for parts
+            raise ValueError("EMFPipeline: model is not set; from_pretrained reads it from an exported folder")
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder)
+        self.register_to_config(model=model, latent_size=latent_size, autocast=autocast, features=features)
+        self.image_processor = VaeImageProcessor()
+        # its sampler and guidance; the passes themselves go through `transformer`, which may be moved about
+        self._module = drawing_module(model, transformer.part)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 4,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> EMFPipelineOutput | tuple[Any]:
+        """Images of ``prompt``, those of one prompt beside each other.
+
+        Args:
+            prompt: one or several; all of them are one batch.
+            num_inference_steps: from noise to data; 1, 2 and 4 are what these models are trained for.
+            guidance_scale: of classifier-free guidance; by default as trained, 1 for none. Each step then takes two
+                network evaluations.
+            num_images_per_prompt: each from its own noise.
+            seed: of the noise, which belongs to the prompt: the same as `emf predict` draws, in any batch.
+            generator: draws the noise instead.
+            latents: the noise itself, ``[B, C, H, W]``.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+            return_dict: whether to return an ``EMFPipelineOutput`` or a tuple.
+
+        Raises:
+            ValueError: for arguments that make no image.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or num_inference_steps < 1 or num_images_per_prompt < 1:
+            raise ValueError(
+                f"EMFPipeline: nothing to draw of {len(prompts)} prompts, num_inference_steps={num_inference_steps}, "
+                f"num_images_per_prompt={num_images_per_prompt}; each must be at least 1"
+            )
+        device = self._execution_device
+        captions = [caption for caption in prompts for _ in range(num_images_per_prompt)]
+        indices = list(range(num_images_per_prompt)) * len(prompts)
+        noise = self._noise(captions, indices, seed, generator, latents).to(device)
+        text = self._features(prompts).to(device)
+        text = text[torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)]
+        null = self._features([NULL_CAPTION]).to(device)
+        if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: its passes are called on the part itself
+            hook.pre_forward(self.transformer)
+        with self._progress(num_inference_steps, guidance_scale) as nfe, self._precision(device):
+            drawn = self._module.sample(text, null, noise, num_inference_steps, guidance_scale)
+        images: Any = drawn
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self.vae(drawn.float()), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return EMFPipelineOutput(images=images, nfe=nfe) if return_dict else (images,)
+
+    def _features(self, captions: Sequence[str]) -> TextFeatures:
+        features: TextFeatures = self.text_encoder(captions)
+        if self.config.features is None:
+            return features
+        stored = EntryFormat(features.context.shape[1], features.context.shape[2], self.config.features)
+        return TextFeatures(stored.rounded(features.context), features.mask)
+
+    def _noise(
+        self,
+        captions: Sequence[str],
+        indices: Sequence[int],
+        seed: int,
+        generator: torch.Generator | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        side = self.config.latent_size
+        shape = (len(captions), self.vae.part.channels, side, side)
+        if latents is not None:
+            if latents.shape != shape:
+                raise ValueError(f"EMFPipeline: latents must be {list(shape)}, got {list(latents.shape)}")
+            return latents
+        if generator is not None:
+            return torch.randn(shape, generator=generator, device=generator.device)
+        rows = zip(captions, indices, strict=True)
+        return torch.stack([fixed_noise(seed, caption, index, shape[1:]) for caption, index in rows])
+
+    @contextmanager
+    def _progress(self, steps: int, guidance: float | None) -> Iterator[int]:
+        """A bar over the network's evaluations, which it yields the number of."""
+        nfe = self._module.nfe(steps, guidance)
+        with self.progress_bar(total=nfe) as bar:
+            handle = self.transformer.part.register_forward_hook(lambda *_: bar.update())
+            try:
+                yield nfe
+            finally:
+                handle.remove()
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.config.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, getattr(torch, self.config.autocast))

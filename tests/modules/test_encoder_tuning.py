@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from emf_lightning.callbacks import SaveEncoder
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.feature_cache import FeatureCache
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.modules.encoder_tuning import EncoderTuning
+from emf_lightning.text.pretrained import PretrainedTextEncoder
+from tests import published
+from tests.callbacks import tiny
+
+
+@pytest.fixture
+def gemma(tmp_path):
+    published.language_model(tmp_path / "gemma", "Gemma2")
+    return str(tmp_path / "gemma")
+
+
+def data(tmp_path, model: str, dtype: str = "float32", **arguments) -> CaptionImageData:
+    encoder = PretrainedTextEncoder(model, 8, dtype=dtype)
+    shards = str(tiny.shards(tmp_path / "shards"))
+    return CaptionImageData(encoder, Pixels(), shards, batch_size=8, num_workers=0, shuffle_block=16, **arguments)
+
+
+def test_encoder_and_network_learn_together_and_the_encoder_is_written(tmp_path, gemma):
+    tuning = EncoderTuning(
+        tiny.network(), optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), encoder_rate=0.5
+    )
+    samples = data(tmp_path, gemma)
+    before = [copy.deepcopy(part.state_dict()) for part in (tuning.net, samples.text)]
+    trainer = tiny.trainer(tmp_path / "run", SaveEncoder(), max_steps=2)
+    trainer.fit(tuning, datamodule=samples)
+
+    for part, old in zip((tuning.net, samples.text), before, strict=True):
+        assert sum(not torch.equal(old[name], value) for name, value in part.state_dict().items()) > 3
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-2, 5e-3]
+    again = PretrainedTextEncoder(str(tmp_path / "run/encoder"), 8)
+    captions = ["a red cube", "", "two ring on a ball"]
+    assert torch.allclose(again(captions).context, samples.text(captions).context, atol=1e-6)
+    assert not torch.allclose(again(captions).context, PretrainedTextEncoder(gemma, 8)(captions).context, atol=1e-4)
+    assert torch.allclose(samples.null_features().context, again([""]).context, atol=1e-6), (
+        "the null caption's is fresh"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "bfloat16"}, "set float32"),
+        ({"cache": "cache"}, "data.cache would keep"),
+    ],
+)
+def test_settings_under_which_an_encoder_would_not_learn_are_refused(tmp_path, gemma, settings, said):
+    if "cache" in settings:
+        settings = {"cache": FeatureCache(tmp_path / "cache", max_gb=0.01)}
+    trainer = tiny.trainer(tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match=said):
+        trainer.fit(EncoderTuning(tiny.network()), datamodule=data(tmp_path, gemma, **settings))

@@ -1,0 +1,82 @@
+"""`emf claim`, on trainings that are there: what it measures and reports of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.cli import main
+from emf_lightning.evaluation.score import TaskScores
+
+COUNTS = (1, 2, 4, 30)
+
+
+def finished(folder, noise: float, scores: dict[int, float]) -> None:
+    """A run directory as training leaves it: what it was trained on, and its final scores."""
+    words = {"class_path": "WordEncoder", "init_args": {"length": 10, "width": 64}}
+    text = {"class_path": "DegradedEncoder", "init_args": {"noise": noise, "encoder": words}}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"text": text}}))
+    records = []
+    for steps, score in scores.items():
+        tasks = TaskScores({"colors": score}, {"colors": score}, {"colors": 9}, 0.1, {}, {})
+        records.append(ScoreRecord("shapes", "final", 10, f"{steps}step", steps, 1.0, steps, 2.0, tasks))
+    ScoreHistory(records).write(folder / "shapes/scores.jsonl")
+
+
+@pytest.fixture
+def out(tmp_path):
+    for seed in (0, 1):
+        for noise, few in ((0, 0.8), (4, 0.2 + 0.01 * seed)):
+            parent = dict.fromkeys(COUNTS, 0.9)
+            finished(tmp_path / f"noise={noise}-seed{seed}-flow_matching", noise, parent)
+            finished(tmp_path / f"noise={noise}-seed{seed}-meanflow", noise, {1: few, 2: few, 4: 0.9, 30: 0.9})
+    return tmp_path
+
+
+def call(out, *options: str) -> None:
+    main(
+        ["claim", "--out", str(out), "--grades", "[noise=0, noise=4]", "--seeds", "[0, 1]", "--pairs", "300", *options]
+    )
+
+
+def test_finished_trainings_are_measured_and_not_repeated(out, capsys):
+    call(out)
+
+    content = json.loads((out / "claim.json").read_text())
+    assert [(run["grade"], run["seed"]) for run in content["runs"]] == [
+        ("noise=0", 0),
+        ("noise=4", 0),
+        ("noise=0", 1),
+        ("noise=4", 1),
+    ]
+    good, poor = (run["discriminability"]["mean"] for run in content["runs"][:2])
+    assert good > poor + 0.1
+    assert content["slopes"][0]["verdict"].startswith("for the claim")
+    assert "for the claim" in capsys.readouterr().out
+    assert (out / "claim.png").stat().st_size > 5000
+
+
+def test_unfinished_trainings_are_left_out_where_none_is_wanted(out):
+    (out / "noise=4-seed1-meanflow/shapes/scores.jsonl").unlink()
+    call(out, "--train", "false")
+    assert len(json.loads((out / "claim.json").read_text())["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--grades", "[loud=3]"], "grades: 'loud=3' is none; give noise=NUMBER"),
+        (["--grades", "[noise=much]"], "grades: 'noise=much' is none"),
+        (["--meanflow", "nowhere.yaml"], "no experiment nowhere.yaml"),
+        (["--train", "false", "--seeds", "[7]"], "no finished trainings"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(out, capsys, options, said):
+    with pytest.raises(SystemExit) as end:
+        call(out, *options)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

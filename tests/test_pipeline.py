@@ -1,0 +1,251 @@
+"""An exported run draws what `emf predict` drew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from PIL import Image
+
+from emf_lightning.cli import main
+from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.pipeline import EMFPipeline, PipelinePart
+from tests.callbacks.tiny import SIZE
+
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  precision: {precision}
+  max_steps: 2
+  max_epochs: -1
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {{save_dir: runs, name: {name}}}
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {{save_last: true}}
+    - class_path: WeightEMA
+      init_args: {{decay: 0.5}}
+    - class_path: SampleWriter
+      init_args: {{steps: [1, 2], images_per_prompt: 2, seed: 3}}
+data:
+  text: {{class_path: WordEncoder, init_args: {{width: 16}}}}
+  autoencoder: {{class_path: Pixels, init_args: {{scale: 0.5, offset: 0.2}}}}
+  shards: shards
+  batch_size: 8
+  num_workers: 0
+model:
+  class_path: {model}
+  init_args:
+    guidance: {guidance}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.05}}}}
+    net:
+      class_path: SanaFlowMap
+      init_args:
+        time_scale: 5
+        prediction: {{class_path: PredictData, init_args: {{min_time: 0.1}}}}
+        interval: {{class_path: SummedInterval}}
+        architecture:
+          num_layers: 1
+          num_attention_heads: 2
+          attention_head_dim: 8
+          num_cross_attention_heads: 2
+          cross_attention_head_dim: 8
+"""
+SCORES = """
+trainer:
+  callbacks+:
+    - class_path: FewStepSampling
+      init_args:
+        suite: {class_path: ShapesSuite, init_args: {world: small}}
+        steps: [1, 2]
+        images_per_task: 1
+        final_images_per_task: 1
+"""
+PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
+RUNS = {
+    "meanflow": {"model": "MeanFlow", "guidance": 1.0, "precision": "32-true"},
+    "guided": {"model": "FlowMatching", "guidance": 2.5, "precision": "bf16-mixed"},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that trained, predicted and were exported."""
+    path = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        Path("prompts.txt").write_text("\n".join(PROMPTS))
+        Path("scores.yaml").write_text(SCORES)
+        main(["shards", "--out", "shards", "--count", "16", "--samples_per_shard", "8"])
+        for name, settings in RUNS.items():
+            Path(f"{name}.yaml").write_text(CONFIG.format(name=name, **settings))
+            scored = ["--config", "scores.yaml"] if name == "guided" else []
+            main(["fit", "--config", f"{name}.yaml", *scored])
+            run = f"runs/{name}/version_0"
+            last = f"{run}/checkpoints/last.ckpt"
+            options = ["--config", f"{run}/config.yaml", "--ckpt_path", last, "--data.prompts", "prompts.txt"]
+            main(["predict", *options, "--trainer.logger.init_args.version", "drawn"])
+            main(["export", "--run", run, "--out", f"{name}"])
+    return path
+
+
+def predicted(world: Path, run: str, steps: int) -> np.ndarray:
+    """Images of both prompts, two each, as `emf predict` wrote them."""
+    folder = world / f"runs/{run}/drawn/samples"
+    names = [f"{prompt:05d}-{steps}step{'-1' * image}.png" for prompt in range(2) for image in range(2)]
+    return np.stack([np.asarray(Image.open(folder / name)) for name in names])
+
+
+@pytest.fixture(scope="module")
+def pipelines(world: Path) -> dict[str, EMFPipeline]:
+    loaded = {name: EMFPipeline.from_pretrained(str(world / name)) for name in RUNS}
+    for pipeline in loaded.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_pipeline_draws_what_predict_drew(world, pipelines, run, steps):
+    output = pipelines[run](PROMPTS, num_inference_steps=steps, num_images_per_prompt=2, seed=3)
+    images = np.stack([np.asarray(image) for image in output.images])
+    expected = predicted(world, run, steps)
+    assert np.array_equal(images, expected)
+    assert expected.std() > 3, "nothing would be shown by blank pictures"
+    assert output.nfe == steps * (2 if run == "guided" else 1)
+
+
+def test_a_prompts_picture_is_the_same_alone_and_from_its_own_noise(pipelines):
+    pipe = pipelines["meanflow"]
+    both = pipe(PROMPTS, num_inference_steps=2, output_type="pt").images
+    alone = pipe(PROMPTS[1], num_inference_steps=2, output_type="pt").images
+    assert torch.allclose(both[1], alone[0], atol=1e-5)
+    assert not torch.equal(pipe(PROMPTS[1], num_inference_steps=2, output_type="pt", seed=1).images, alone)
+
+
+def test_noise_may_come_from_a_generator_or_be_given(pipelines):
+    pipe = pipelines["meanflow"]
+    noise = torch.randn(1, 3, 36, 36, generator=torch.Generator().manual_seed(7))
+    given = pipe(PROMPTS[0], latents=noise, output_type="latent").images
+    drawn = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(7), output_type="latent").images
+    assert torch.equal(given, drawn)
+    with pytest.raises(ValueError, match=r"latents must be \[1, 3, 36, 36\], got \[2, 3, 36, 36\]"):
+        pipe(PROMPTS[0], latents=noise.expand(2, -1, -1, -1))
+
+
+def test_guidance_can_be_set_and_counts_its_evaluations(pipelines):
+    pipe = pipelines["guided"]
+    plain = pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, output_type="pt")
+    guided = pipe(PROMPTS, num_inference_steps=2, output_type="pt")
+    assert (plain.nfe, guided.nfe) == (2, 4)
+    assert not torch.equal(plain.images, guided.images)
+
+
+def test_the_bar_counts_evaluations(pipelines, capsys):
+    pipe = EMFPipeline(**pipelines["guided"].components, model=pipelines["guided"].config.model, latent_size=36)
+    pipe(PROMPTS[0], num_inference_steps=2)
+    assert "4/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [{"prompt": []}, {"prompt": "a", "num_inference_steps": 0}])
+def test_nothing_to_draw_is_refused(pipelines, arguments):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pipelines["meanflow"](**arguments)
+
+
+def test_offloading_asks_for_each_part_in_its_turn(pipelines, monkeypatch):
+    """On a CPU accelerate's hooks have nothing to move; that they are called is all that can be seen."""
+    from accelerate.hooks import CpuOffload
+
+    pipe = EMFPipeline(**pipelines["meanflow"].components, model=pipelines["meanflow"].config.model, latent_size=36)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(PROMPTS[0], output_type="pt").images
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    asked = []
+    move = CpuOffload.pre_forward
+
+    def noted(hook, module, *args, **kwargs):
+        asked.append(type(module.part).__name__)
+        return move(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", noted)
+    for part in pipe.components.values():  # what was attached looks the method up on its class
+        part._hf_hook = CpuOffload("cpu", getattr(part._hf_hook, "prev_module_hook", None))
+    assert torch.equal(pipe(PROMPTS[0], output_type="pt").images, expected)
+    assert list(dict.fromkeys(asked)) == ["WordEncoder", "SanaFlowMap", "Pixels"]
+
+
+def test_the_network_is_in_diffusers_format(world):
+    stock, info = SanaTransformer2DModel.from_pretrained(
+        str(world / "meanflow"), subfolder="transformer", output_loading_info=True
+    )
+    assert stock.config.num_attention_heads == 2
+    assert not info["missing_keys"]
+    assert all(key.startswith("time_embed.interval.") for key in info["unexpected_keys"])
+    index = json.loads((world / "meanflow/model_index.json").read_text())
+    assert index["_class_name"] == "EMFPipeline"
+
+
+def test_the_card_says_what_it_is_and_how_well_it_draws(world):
+    card = (world / "guided/README.md").read_text()
+    assert "| objective | FlowMatching |" in card
+    assert "| shapes | 2 | 4 | 2.5 | " in card
+    for figure in ("contact_sheet", "step_counts", "training_curves"):
+        assert f"(shapes_{figure}.png)" in card
+        assert (world / f"guided/shapes_{figure}.png").is_file()
+
+
+def test_a_run_that_is_none_and_a_folder_that_is_full_are_refused(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    for options, said in (
+        (["--run", "runs", "--out", "new"], "no config.yaml in runs"),
+        (["--run", "runs/meanflow/version_0", "--out", "meanflow"], "meanflow is there already"),
+        (
+            ["--run", "runs/meanflow/version_0", "--out", "new", "--checkpoint", "none.ckpt"],
+            "no checkpoint at none.ckpt",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", *options])
+        assert said in capsys.readouterr().err
+
+
+def test_every_objectives_own_sampler_is_kept(pipelines):
+    """FGM renoises, SCFlow steps along u(z, t, t), Improved MeanFlow is told its guidance."""
+    from emf_lightning.modules.fgm import FGM
+    from emf_lightning.modules.improved_meanflow import ImprovedMeanFlow
+    from emf_lightning.modules.scflow import SCFlow
+    from tests.modules.test_scflow import judge
+
+    def network(**settings):
+        torch.manual_seed(0)
+        return SanaFlowMap(SIZE, context_width=16, **settings).eval()
+
+    parts = {name: part for name, part in pipelines["meanflow"].components.items() if name != "transformer"}
+    noise, drawn = torch.randn(1, 3, 36, 36), []
+    for module, arguments in (
+        (FGM(network(), generator_time=0.8), {"generator_time": 0.8}),
+        (SCFlow(network(), judge), {}),
+        (
+            ImprovedMeanFlow(network(improved=True), guidance=3.0, guidance_interval=(0.2, 0.7)),
+            {"guidance": 3.0, "guidance_interval": [0.2, 0.7]},
+        ),
+    ):
+        kind = type(module)
+        spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": arguments}
+        pipe = EMFPipeline(transformer=PipelinePart(module.net, {}), **parts, model=spec, latent_size=36)
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(2)
+        drawn.append(pipe(PROMPTS[0], num_inference_steps=2, latents=noise, output_type="latent"))
+        text = [parts["text_encoder"].part(captions) for captions in ([PROMPTS[0]], [""])]
+        torch.manual_seed(2)
+        assert torch.equal(drawn[-1].images, module.sample(*text, noise, 2)), kind
+    assert [output.nfe for output in drawn] == [2, 2, 2]

@@ -1,0 +1,105 @@
+"""`emf plan` counts what is built, without weights and without a network connection."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from emf_lightning.cli import main
+from emf_lightning.cli.sizes import network_cost
+from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+    """The plan's rows by name."""
+    capsys.readouterr()
+    main(["plan", *options])
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        if found := re.match(r"\s{2,}(\S.*?)\s{2,}(\S.*)", line):
+            rows[found[1]] = found[2]
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
+    rows = planned(capsys, "--config", "experiments/emf/blip3o_next.yaml")
+
+    assert rows["network"].startswith("1,640,356,512  1,630,025,600 train")
+    assert rows["autoencoder"].startswith("312,250,275")
+    assert rows["patch_embed"].endswith("  0 train")
+    assert rows["data.cache"].startswith("572 GB  3.36 MB each in bfloat16; within max_gb")  # 730 x 2304 x 2 bytes
+    assert rows["data.latent_cache"].startswith("11.1 GB  0.0655 MB each")
+    assert rows["steps"] == "200,000  of 128 rows: 150.6 passes"
+    # 26.1 GB: 4 bytes of each weight, 12 of each that trains
+    assert rows["weights, gradients, AdamW"].startswith("26.1 GB")
+    assert rows["in all, one device or DDP"].endswith("fits")
+    assert rows["a checkpoint"].startswith("19.6 GB")
+
+
+def test_overlays_and_the_plans_own_options_count(capsys):
+    files = ("experiments/emf/sana.yaml", "experiments/devices/fsdp2.yaml", "experiments/devices/nodes.yaml")
+    options = [part for file in files for part in ("--config", file)]
+    size = ["--trainer.devices", "8", "--trainer.strategy.init_args.data_parallel_size", "16"]
+    one = planned(capsys, *options, *size, "--samples", "1000", "--device", "H200", "--utilisation", "0.6")
+    two = planned(capsys, *options, *size, "--samples", "1000", "--device", "A100", "--utilisation", "0.6")
+
+    assert one["steps"].startswith("200,000  of 128 rows")
+    assert one["data.cache"].startswith("1.38 GB")
+    assert "in all, FSDP2 over 16" in one
+    seconds = [float(rows["a step"].split()[0]) for rows in (one, two)]
+    assert seconds[1] / seconds[0] == pytest.approx(989 / 312, rel=0.01)
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_blocks_and_checkpointing_saves_most():
+    def cost(blocks: int):
+        with torch.device("meta"):
+            size = SanaArchitecture(num_layers=blocks, patch_size=1)
+            net = SanaFlowMap(size, latent_channels=4, latent_size=16, context_width=32)
+        return network_cost(net, (4, 16, 16), 20, 32)
+
+    two, four, eight = (cost(blocks) for blocks in (2, 4, 8))
+    assert eight.activations - four.activations == 2 * (four.activations - two.activations)
+    assert eight.flops - four.flops == 2 * (four.flops - two.flops) > 0
+    assert eight.block_activations < 0.3 * eight.activations
+
+
+def test_operations_are_those_of_the_products():
+    """A SANA of one block, counted by hand: its linear layers and convolutions."""
+    size = SanaArchitecture(num_layers=1, patch_size=1)
+    with torch.device("meta"):
+        net = SanaFlowMap(size, latent_channels=4, latent_size=4, context_width=12)
+        weights = dict(net.transformer.named_parameters())
+    got = network_cost(net, (4, 4, 4), 5, 12).flops
+    per_position = sum(
+        p.numel()
+        for name, p in weights.items()
+        if name.endswith("weight")
+        and name.startswith(("patch_embed", "transformer_blocks", "proj_out"))
+        and not any(part in name for part in ("to_k", "to_v", "norm"))
+    ) + sum(weights[f"transformer_blocks.0.attn1.to_{part}.weight"].numel() for part in "kv")
+    by_hand = 2 * 16 * per_position
+    assert by_hand < got < 1.6 * by_hand  # the rest: attention, the text's and the time's layers
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--config", "experiments/emf/sana_tuned.yaml"], "the size of runs/emf/sana_encoder/version_0/encoder is not"),
+        (["--config", "experiments/emf/sana.yaml", "--utilisation", "2"], "utilisation must lie in"),
+        (["--config", "experiments/emf/sana.yaml", "--device", "H9"], "argument --device: invalid choice: 'H9'"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(capsys, options, said):
+    with pytest.raises(SystemExit):
+        main(["plan", *options])
+    assert said in capsys.readouterr().err
