@@ -19,6 +19,8 @@ SHOWN = {
     "train/mse_r_below_t": "mse r<t",
     "train/velocity_gap": "|u-v|^2",
     "train/critic_mse": "critic mse",
+    "train/consistency": "consistency",
+    "train/discriminator_accuracy": "judge",
 }
 """Logged tag -> what it is called in the bar, where it is logged at all."""
 
