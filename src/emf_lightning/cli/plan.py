@@ -95,11 +95,7 @@ def report(settings: Namespace, given: Assumptions) -> list[str]:
     devices = _devices(settings.trainer)
     sizes = _Sizes(settings, net, text, autoencoder, cost, devices)
     kind = settings.model.class_path
-    more = (
-        []
-        if kind.endswith(_ALONE)
-        else ["", f"{kind.rpartition('.')[2]} trains a second network, which is not counted"]
-    )
+    second = f"{kind.rpartition('.')[2]} trains a second network, which is not counted"
     return [
         *sizes.parameters(),
         *sizes.memory(given),
