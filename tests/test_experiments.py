@@ -221,3 +221,15 @@ def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
     table = (ROOT / "experiments/README.md").read_text()
 
     assert f"`{experiment.removeprefix('experiments/')}`" in table
+
+
+def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed alone: its detector would be downloaded."""
+    from emf_lightning.cli.plan import PlanningCLI
+
+    monkeypatch.chdir(ROOT)
+    files = ("experiments/emf/blip3o_next.yaml", "experiments/geneval.yaml")
+    settings = PlanningCLI.run(expand(["fit", *(part for file in files for part in ("--config", file))])).settings
+    suite = settings.trainer.callbacks[-1].init_args.suite
+    assert suite.class_path.endswith("GenEvalSuite")
+    assert suite.init_args.detector.class_path.endswith("Mask2FormerDetector")

@@ -44,6 +44,7 @@ TINY = {
     "--model.init_args.scheduler.init_args.warmup": "1",
     "--model.init_args.optimizer.init_args.lr": "0.001",
     "--data.shards": "shards",
+    "--data.captions": "null",
     "--data.validation_shards": "shards",
     "--data.validation_samples": "4",
     "--data.resolution": "36",

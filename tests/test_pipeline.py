@@ -249,3 +249,44 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
         torch.manual_seed(2)
         assert torch.equal(drawn[-1].images, module.sample(*text, noise, 2)), kind
     assert [output.nfe for output in drawn] == [2, 2, 2]
+
+
+def test_an_unconditional_unet_over_a_kl_autoencoder_is_exported_too(tmp_path, pipelines):
+    """What comes from diffusers' classes is written in their format, however the experiment started."""
+    from diffusers import AutoencoderKL
+
+    from emf_lightning.latents.kl import KLAutoencoder
+    from emf_lightning.networks.unet import UNetArchitecture, UNetFlowMap
+    from emf_lightning.text.no_text import NoText
+
+    torch.manual_seed(0)
+    stages = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        down_block_types=stages[0],
+        up_block_types=stages[1],
+    ).save_pretrained(str(tmp_path / "whole/vae"))
+    autoencoder = KLAutoencoder(str(tmp_path / "whole"), subfolder="vae")
+    size = UNetArchitecture([8, 8], [False, True], layers=1, groups=4)
+    net = UNetFlowMap(size, latent_channels=4, latent_size=8).eval()
+    start = {"latent_channels": 4, "latent_size": 8, "architecture": {"channels": [8, 8]}}
+    where = {"pretrained": str(tmp_path / "whole"), "subfolder": "vae"}
+    EMFPipeline(
+        PipelinePart(net, {"class_path": "emf_lightning.networks.unet.UNetFlowMap", "init_args": start}),
+        PipelinePart(autoencoder, {"class_path": "emf_lightning.latents.kl.KLAutoencoder", "init_args": where}),
+        PipelinePart(NoText(), {"class_path": "emf_lightning.text.no_text.NoText"}),
+        model={"class_path": "emf_lightning.modules.flow_matching.FlowMatching"},
+        latent_size=8,
+    ).save_pretrained(str(tmp_path / "exported"))
+    pipe = EMFPipeline.from_pretrained(str(tmp_path / "exported"))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8)
+    t = torch.ones(1)
+    with torch.no_grad():
+        expected = noise - net(noise, t, t, torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.bool))
+        assert torch.equal(pipe("", num_inference_steps=1, latents=noise, output_type="latent").images, expected)
+        image = (autoencoder.decode(expected) / 2 + 0.5).clamp(0, 1)
+        assert torch.equal(pipe("", num_inference_steps=1, latents=noise, output_type="pt").images, image)

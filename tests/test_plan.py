@@ -44,6 +44,17 @@ def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
     assert rows["weights, gradients, AdamW"].startswith("26.1 GB")
     assert rows["in all, one device or DDP"].endswith("fits")
     assert rows["a checkpoint"].startswith("19.6 GB")
+    # blocks' inputs, 20 x 1024 x 2240 numbers, and all that one block keeps: of 16 rows, in 16 bit
+    assert 1.5 < float(rows["activations"].split()[0]) - 16 * 20 * 1024 * 2240 * 2 / 1e9 < 6
+
+
+def test_an_encoder_that_trains_counts(capsys):
+    rows = planned(capsys, "--config", "experiments/emf/sana_encoder.yaml")
+
+    assert rows["text encoder"] == "2,614,341,888  all train"
+    # 16 bytes of each weight that trains, the network's and the encoder's: fp32 weights, gradients, AdamW
+    assert rows["weights, gradients, AdamW"].startswith("68.1 GB")
+    assert rows["in all, one device or DDP"].endswith("does not fit")
 
 
 def test_overlays_and_the_plans_own_options_count(capsys):
@@ -94,7 +105,10 @@ def test_operations_are_those_of_the_products():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--config", "experiments/emf/sana_tuned.yaml"], "the size of runs/emf/sana_encoder/version_0/encoder is not"),
+        (
+            ["--config", "experiments/emf/sana_tuned.yaml"],
+            "the size of runs/emf/sana_encoder/version_0/encoder is not",
+        ),
         (["--config", "experiments/emf/sana.yaml", "--utilisation", "2"], "utilisation must lie in"),
         (["--config", "experiments/emf/sana.yaml", "--device", "H9"], "argument --device: invalid choice: 'H9'"),
     ],

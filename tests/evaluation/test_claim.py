@@ -59,6 +59,7 @@ def test_controls_and_unfinished_seeds_have_no_say_in_the_slope():
 def test_a_parent_that_draws_nothing_keeps_nothing_known():
     dead = Claim((run("noise=0", 0, {1: 0.5, 2: 0.5, 4: 0.5}), run("noise=1", 0, {1: 0, 2: 0, 4: 0}, parent=0.0)))
     assert all(math.isnan(slope.mean) for slope in dead.slopes())
+    assert dead.slopes()[0].verdict == "undecided: no seed has its whole scale yet, with parents that draw anything"
     assert "not known" in dead.markdown()
 
 

@@ -94,6 +94,15 @@ def test_its_size_is_counted_where_the_diffusion_folder_is_the_authors_own(tmp_p
         SanaFlowMap(pretrained=str(tmp_path / "blip3o"), **SIZE)
 
 
+@pytest.mark.parametrize(("part", "said"), [("time_embed_t", "missing"), ("time_embed_x", "surplus")])
+def test_a_checkpoint_with_other_parts_is_refused(tmp_path, stock, part, said):
+    parts = published.emf_time_embeds(16)
+    parts[part] = torch.nn.Linear(16, 16) if said == "missing" else published.emf_time_embeds(16)["time_embed_t"]
+    published.blip3o_checkpoint(tmp_path / "emf", *stock, parts)
+    with pytest.raises(ValueError, match=rf"not those of a SANA transformer .*{said} \['time_embed"):
+        SanaFlowMap(pretrained=str(tmp_path / "emf"), interval=SummedInterval(), time_scale=1, **SIZE)
+
+
 def test_a_damaged_file_is_named(tmp_path, stock):
     published.blip3o_checkpoint(tmp_path / "blip3o", *stock)
     file = tmp_path / "blip3o/model-00002-of-00002.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
         settings: the experiment's configuration.
     """
     net = _spec(settings.model.init_args.net)
-    for name in LINKED:
-        if name in net["init_args"] or hasattr(module.net, name):
-            net["init_args"][name] = getattr(data, name)
+    known = inspect.signature(type(module.net)).parameters
+    net["init_args"] |= {name: getattr(data, name) for name in LINKED if name in known}
     arguments = settings.model.init_args
     model = {
         "class_path": settings.model.class_path,

@@ -122,6 +122,11 @@ class _Sizes:
         return sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 
     @property
+    def tuned(self) -> int:
+        """Parameters of a text encoder that trains, too."""
+        return self.text.parameters if self.settings.model.class_path.endswith(".EncoderTuning") else 0
+
+    @property
     def averages(self) -> bool:
         names = [callback.class_path for callback in self.settings.trainer.get("callbacks") or []]
         return any(name.endswith(("WeightEMA", "EMAWeightAveraging")) for name in names)
@@ -140,7 +145,7 @@ class _Sizes:
             part[1] += parameter.numel() * parameter.requires_grad
         lines += [_row(f"  {name}", f"{total:,}", f"{some:,} train") for name, (total, some) in parts.items()]
         lines += [
-            _row("text encoder", f"{self.text.parameters:,}", "frozen"),
+            _row("text encoder", f"{self.text.parameters:,}", "all train" if self.tuned else "frozen"),
             _row("autoencoder", f"{autoencoder:,}", "frozen"),
         ]
         if net.get("init_args.pretrained"):
@@ -154,15 +159,18 @@ class _Sizes:
         checkpointing = bool(model.net.get("init_args.gradient_checkpointing"))
         activations = (self.cost.block_activations if checkpointing else self.cost.activations) * rows
         teacher = 4 * self.total if model.get("velocity") == "teacher" else 0
-        encoder = self.text.bytes  # it is there for captions that the cache does not hold
+        encoder = 0 if self.tuned else self.text.bytes  # it is there for captions that the cache does not hold
         frozen = teacher + encoder + sum(p.numel() * p.element_size() for p in self.autoencoder.parameters())
-        average = 4 * self.total if self.averages else 0
-        weights, gradients, optimiser = 4 * self.total, 4 * self.trainable, 8 * self.trainable
-        casts = 2 * self.total if mixed else 0
+        average = 4 * (self.total + self.tuned) if self.averages else 0
+        weights, trained = 4 * (self.total + self.tuned), self.trainable + self.tuned
+        gradients, optimiser = 4 * trained, 8 * trained
+        casts = 2 * (self.total + self.tuned) if mixed else 0
         passes = activations // 2 if mixed else activations
         block = max((4 * sum(p.numel() for p in b.parameters()) for b in self.net.blocks), default=weights)
         ddp = weights + 2 * gradients + optimiser + average + casts + passes + frozen
-        fsdp = (weights + gradients + optimiser + average) // self.devices + 2 * block + casts + passes + frozen
+        whole = 20 * self.tuned  # the network alone is sharded; an encoder stays whole, with its gradients twice
+        sharded_bytes = weights + gradients + optimiser + average - 16 * self.tuned
+        fsdp = sharded_bytes // self.devices + whole + 2 * block + casts + passes + frozen
         room = DEVICES[given.device][1]
         sharded = isinstance(trainer.strategy, Namespace)
         chosen = "set to FSDP2" if sharded else "set to DDP" if self.devices > 1 else "one device"
@@ -199,7 +207,8 @@ class _Sizes:
             needed = each * given.samples / 1e9
             room = "within max_gb" if needed < cache.max_gb else f"--data.{name}.max_gb {needed * 1.02:.0f} holds them"
             lines.append(_row(f"data.{name}", _gb(needed * 1e9), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
-        saved = 4 * self.total + 8 * self.trainable + (4 * self.total if self.averages else 0)
+        all_weights, trained = self.total + self.tuned, self.trainable + self.tuned
+        saved = 4 * all_weights + 8 * trained + (4 * all_weights if self.averages else 0)
         return [*lines, _row("a checkpoint", _gb(saved), "with the optimiser; two are kept")]
 
     def time(self, given: Assumptions, encoding: int, latents: tuple[int, int]) -> list[str]:
@@ -209,6 +218,7 @@ class _Sizes:
         again = bool(self.settings.model.init_args.net.get("init_args.gradient_checkpointing"))
         teacher = self.settings.model.init_args.get("velocity") == "teacher"
         row = self.cost.flops * (3 + again + teacher + share * _DERIVATIVE)
+        row += 8 * self.tuned * self.text.length  # three passes, and one when the batch comes; two operations a weight
         encoded = "latents from the cache" if data.get("latent_cache") else "encoding the image"
         row += 0 if data.get("latent_cache") else encoding
         peak = DEVICES[given.device][0] * 1e12 * given.utilisation

@@ -12,7 +12,7 @@ Curves = dict[str, dict[int, list[tuple[int, float]]]]
 
 
 def report(runs: list[Path], out: Path = Path("report")) -> None:
-    """Put several runs into one table and one figure: score by network steps, and by training.
+    """Put several runs into one table and one figure: score by network steps, and by training: `emf report RUN RUN`.
 
     Args:
         runs: directories of runs, with the report.json of `emf test` or the scores.jsonl of training.

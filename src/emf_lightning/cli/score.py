@@ -29,8 +29,9 @@ def score(
 ) -> None:
     """Score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID, or the shapes world's tasks.
 
-    Several processes share the work: `torchrun --nproc_per_node 2 -m emf_lightning score ...`. A call that was
-    interrupted is repeated; it goes on where it stopped.
+    The folder may stand first: `emf score FOLDER --metric ...`. Several processes share the work:
+    `torchrun --nproc_per_node 2 -m emf_lightning score ...`. A call that was interrupted is repeated; it goes on where
+    it stopped.
 
     Args:
         folder: with the images; prompts in prompts.jsonl, as `emf predict` writes it, in GenEval's layout, or in a

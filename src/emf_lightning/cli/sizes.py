@@ -86,7 +86,8 @@ def encoder_size(part: Namespace) -> EncoderSize:
     except OSError as error:
         name = arguments.get("pretrained") or arguments.get("model")
         raise ValueError(
-            f"data.text: the size of {name} is not known here; `hf download {name} config.json` is enough to plan"
+            f"data.text: the size of {name} is not known here; give a folder that is there, or a hub name of which "
+            "`hf download NAME config.json` was done"
         ) from error
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=TextEncoder)
@@ -136,6 +137,9 @@ def _blip3o_size(arguments: Namespace) -> EncoderSize:
 
 def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width: int) -> NetworkCost:
     """What one row of latents ``shape`` with ``length`` text tokens costs ``net``, which is on the meta device."""
+    for part in net.modules():  # what it saves is asked for below
+        if getattr(part, "gradient_checkpointing", False):
+            part.gradient_checkpointing = False  # type: ignore[assignment]
     with torch.device("meta"):
         z, t = torch.empty(1, *shape), torch.empty(1)
         context, mask = torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)

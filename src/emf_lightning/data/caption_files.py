@@ -47,7 +47,10 @@ def _captions(path: Path) -> dict[str, str]:
     try:
         captions = dict(filter(None, map(_entry, _records(path))))
     except OSError as error:
-        raise ValueError(f"captions: cannot read {str(path)!r} ({error.strerror}); give a JSON file") from error
+        raise ValueError(
+            f"captions: cannot read {str(path)!r} ({error.strerror}); give a JSON file, or --data.captions null where "
+            "the shards hold their captions"
+        ) from error
     except ValueError as error:
         raise ValueError(f"captions: {str(path)!r} is neither JSON nor JSON lines ({error})") from error
     if not captions:

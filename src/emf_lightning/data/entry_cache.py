@@ -22,7 +22,8 @@ class EntryCache:
     and overwritten. Objects are small and picklable; every process counts for itself.
 
     Args:
-        path: folder, on a local disk; made if it does not exist. Several caches may share one.
+        path: folder, on a local disk; made if it does not exist. Several caches may share one. Each node has
+            its own, and in the end holds whatever its ranks have seen.
         max_gb: size in GB (10^9 bytes) at which the folder stops growing; what comes beyond it is computed each time.
         dtype: of the stored numbers; bfloat16 halves the size and keeps three significant digits, float8 (e4m3, a
             power of two for each token) quarters it and keeps one and a half.

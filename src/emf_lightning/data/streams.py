@@ -103,7 +103,8 @@ class RawBatch:
         if self.views is not None:
             self.views = self.views.to(device, non_blocking=non_blocking)
         if self.features is not None:
-            self.features = self.features.to(device)
+            context = self.features.context.to(device, non_blocking=non_blocking)
+            self.features = TextFeatures(context, self.features.mask.to(device))
         return self
 
     def pin_memory(self) -> RawBatch:

@@ -169,6 +169,8 @@ class Claim:
 
 def _verdict(mean: float, error: float) -> str:
     """What a slope says, at two standard errors."""
+    if math.isnan(mean):
+        return "undecided: no seed has its whole scale yet, with parents that draw anything"
     if math.isnan(error):
         return "undecided, for it takes two seeds or more"
     if abs(mean) <= max(2 * error, 1e-6):  # rounding is no slope

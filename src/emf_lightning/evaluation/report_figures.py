@@ -28,7 +28,7 @@ def steps_figure(report: Report) -> Figure:
 
     names = report.metrics()
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.3 * max(len(names), 1), 2.6), layout="constrained")
+        figure = Figure(figsize=(3.3 * max(len(names), 1), 3.2), layout="constrained")
         panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
         runs = list(dict.fromkeys(row.run for row in report.rows))
         for axes, (name, title) in zip(panels, names.items(), strict=True):
@@ -60,7 +60,9 @@ def steps_figure(report: Report) -> Figure:
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.minorticks_off()
             axes.set(title=title, xlabel="network steps", ylabel="score")
-            axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
+        # one legend, beside no line: most panels show the same runs
+        shown = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(shown.values()), list(shown), loc="outside lower center", handlelength=2.4)
     return figure
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, own_precision
 
 
 class DeepCompression(PublishedAutoencoder):
@@ -42,21 +39,12 @@ class DeepCompression(PublishedAutoencoder):
 
     def encode(self, images: Tensor) -> Tensor:
         """The scaled code, fp32."""
-        with _own_precision(images):
+        with own_precision(images):
             code: Tensor = self.model.encode(images.to(self.model.dtype), return_dict=False)[0]
         return code.float() * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of the latents, fp32, cut to [-1, 1]."""
-        with _own_precision(latents):
+        with own_precision(latents):
             images: Tensor = self.model.decode((latents / self.scale).to(self.model.dtype), return_dict=False)[0]
         return images.float().clamp(-1, 1)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the autoencoder in diffusers' format."""
-        self.model.save_pretrained(str(directory))
-
-
-def _own_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast, which the meta device knows none of."""
-    return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, own_precision
 
 
 class KLAutoencoder(PublishedAutoencoder):
@@ -41,13 +40,13 @@ class KLAutoencoder(PublishedAutoencoder):
 
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's mean, shifted and scaled, fp32."""
-        with torch.autocast(images.device.type, enabled=False):
+        with own_precision(images):
             mean: Tensor = self.model.encode(images.to(self.model.dtype)).latent_dist.mode()
         return (mean.float() - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of the latents, fp32, cut to [-1, 1]."""
         code = (latents / self.scale + self.shift).to(self.model.dtype)
-        with torch.autocast(latents.device.type, enabled=False):
+        with own_precision(latents):
             images: Tensor = self.model.decode(code, return_dict=False)[0]
         return images.float().clamp(-1, 1)

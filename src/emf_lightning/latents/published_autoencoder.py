@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.published import config_of
@@ -60,3 +62,12 @@ class PublishedAutoencoder(Autoencoder):
         self.channels = self.model.config.latent_channels
         self.requires_grad_(False)
         self.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the autoencoder in diffusers' format."""
+        self.model.save_pretrained(str(directory))
+
+
+def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast, which the meta device knows none of."""
+    return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
+from diffusers.utils import logging
 
 from emf_lightning.flow.improved_meanflow import Guidance
 from emf_lightning.networks.improved import ConditionEmbedding, VelocityHead
@@ -72,15 +75,16 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         if torch.get_default_device().type == "meta":
             return cls.from_config((released_config(path) if released else config_of(path, subfolder)) | fresh), [], []
         if not released:
-            model, info = cls.from_pretrained(
-                path,
-                subfolder=subfolder,
-                output_loading_info=True,
-                low_cpu_mem_usage=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=bool(fresh),
-                **fresh,
-            )
+            with _without_its_warnings():
+                model, info = cls.from_pretrained(
+                    path,
+                    subfolder=subfolder,
+                    output_loading_info=True,
+                    low_cpu_mem_usage=False,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=bool(fresh),
+                    **fresh,
+                )
             odd = [key for key, *_ in info["mismatched_keys"] if key != _PROJECTION]
             return model, info["missing_keys"] + odd, info["unexpected_keys"]
         weights = read_released(path)
@@ -117,6 +121,17 @@ class ImprovedSanaTransformer(IntervalSanaTransformer):
         assert conditions is not None
         improved = {"time_embed.conditions.": conditions.start, "proj_out.velocity.": self.proj_out.start}
         return super().starts() | improved
+
+
+@contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """A context in which diffusers lists no weights that are new: ``from_flow`` sets them, or raises."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _other_weights(path: str, difference: str) -> ValueError:

@@ -207,6 +207,7 @@ class BLIP3oNext(TextEncoder):
         states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
         return states.last_hidden_state[:, -codes.shape[1] - 1 :]  # prompts are padded on the left: images end together
 
+    @torch.inference_mode(False)  # the room for keys and values outlives a validation
     @torch.no_grad()
     def write(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Codes ``[B, 729]`` that the model writes for captions, and last hidden states ``[B, 730, H]``.

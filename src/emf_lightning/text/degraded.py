@@ -41,6 +41,11 @@ class DegradedEncoder(TextEncoder):
         return hashlib.sha256(settings.encode()).hexdigest()
 
     @property
+    def variant(self) -> str:
+        """The encoder's."""
+        return self.encoder.variant
+
+    @property
     def truncated(self) -> int:
         """Captions that lost their end so far."""
         return int(getattr(self.encoder, "truncated", 0))
