@@ -34,5 +34,5 @@ class SaveNetwork(Callback):
         if net is None:  # rank 0 has it
             return
         if self.time_scale is not None:
-            net.refit_time(self.time_scale)  # type: ignore[operator]
-        net.save_pretrained(str(Path(run) / self.folder))  # type: ignore[operator]
+            net.refit_time(self.time_scale)
+        net.save_pretrained(Path(run) / self.folder)
