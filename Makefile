@@ -66,9 +66,19 @@ encoders: $(READY) ## study the text encoders of the shapes world, with controls
 encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (15 trainings of half an hour on 2 cores)
 	$(BIN)/emf claim $(ARGS)
 
-COMPARED := emf alpha_flow split_meanflow transition decoupled improved_meanflow flow_matching_continued fgm scflow
-compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (9 x 30 minutes; ARGS='--minutes 10')
-	$(BIN)/emf compare --out runs/compare --experiments "[$$(printf 'experiments/shapes/%s.yaml,' $(COMPARED))]" $(ARGS)
+COMMA := ,
+# shapes experiments as a list for the command line
+listed = [$(subst $() $(),$(COMMA),$(patsubst %,experiments/shapes/%.yaml,$(1)))]
+OBJECTIVES := emf meanflow_released meanflow_paper improved_meanflow alpha_flow split_meanflow decoupled transition \
+	flow_matching_continued
+compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (11 x 30 minutes; ARGS='--minutes 10')
+	$(BIN)/emf compare --out runs/compare --experiments "$(call listed,$(OBJECTIVES) fgm scflow)" $(ARGS)
+
+objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and the same time, 3 seeds, write docs/objectives.md (4 hours on 2 cores)
+	$(BIN)/emf compare --out runs/objectives --experiments "$(call listed,$(OBJECTIVES))" \
+		--overlays "[experiments/short_comparison.yaml]" --steps 600 --minutes 5 --seeds "[0,1,2]" \
+		--images_per_prompt 4 --jobs 2 $(ARGS)
+	cp runs/objectives/comparison.md docs/objectives.md
 
 curves: $(READY) ## open TensorBoard on all runs
 	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"
@@ -92,9 +102,6 @@ format: $(READY) ## put the sources into shape
 
 bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
-
-objectives: $(READY) $(SHARDS) ## train all objectives from the shapes world's parent, 3 seeds, write docs/objectives.md (a night; resumes)
-	$(BIN)/python -m benchmarks.objectives $(ARGS)
 
 lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
 	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }

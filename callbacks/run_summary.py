@@ -33,7 +33,8 @@ SETTLING = 8
 class RunSummary(Callback):
     """Writes ``summary.json`` at the end of ``fit``: cost, and the drawn pictures against a suite's real ones.
 
-    Cost is optimiser steps, seconds of training alone (as ``TrainingLog`` counts them), and peak memory.
+    Cost is optimiser steps, seconds of training alone (as ``TrainingLog`` counts them), both with what a run that is
+    resumed had behind it, and this process's peak memory.
     The pictures of each step count are held against as many real ones of the same prompts: KID, FID, diversity
     (``evaluation.distribution``). On several devices rank 0 draws all of them; a sharded network is not drawn from.
 
@@ -65,26 +66,35 @@ class RunSummary(Callback):
         self.images_per_prompt = images_per_prompt
         self.batch_size = batch_size
         self.seed = seed
+        self._before = 0.0
+        self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = self._settled = self._clock(trainer), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        self._seconds = self._before + self._clock(trainer) - self._began[0]
         if trainer.global_step == self._began[1] + SETTLING:
             self._settled = self._clock(trainer), trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
         now, step = self._clock(trainer), trainer.global_step
-        (began, first), (settled, later) = self._began, self._settled
+        settled, later = self._settled
         run = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not trainer.is_global_zero:
             return
         summary: dict[str, Any] = {
             "model": type(pl_module).__name__,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            "steps": step - first,
-            "seconds": now - began,
+            "steps": step,
+            "seconds": self._before + now - self._began[0],
             "step_seconds": (now - settled) / max(step - later, 1),
             "memory_gb": _peak_memory(pl_module.device) / 1e9,
         }

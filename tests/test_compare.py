@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from emf_lightning.cli import main
+from emf_lightning.cli.compare import CALIBRATION
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 
@@ -48,10 +48,17 @@ def test_no_time_is_refused(tmp_path, capsys, root):
     emf = root / "experiments/shapes/emf.yaml"
     line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--minutes", "0")
     assert "minutes must be positive" in line
+    assert "steps must be positive" in said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--steps", "0")
+
+
+def test_an_overlay_that_is_not_there_is_named(tmp_path, capsys, root):
+    emf = root / "experiments/shapes/emf.yaml"
+    line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--overlays", "[nowhere.yaml]")
+    assert "overlays: no file nowhere.yaml" in line
 
 
 @pytest.mark.slow
-def test_two_methods_and_two_seeds_become_a_table_and_a_figure(tmp_path, monkeypatch, capsys, root):
+def test_two_methods_become_tables_and_a_figure(tmp_path, monkeypatch, capsys, root):
     monkeypatch.chdir(root)
     shards = tmp_path / "shards"
     write_shards(SMALL, shards, 64, samples_per_shard=32)
@@ -65,15 +72,20 @@ def test_two_methods_and_two_seeds_become_a_table_and_a_figure(tmp_path, monkeyp
             EXPERIMENT.format(root=root, shards=shards, model=model, settings=settings, trainer=trainer)
         )
     out = tmp_path / "out"
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("data: {batch_size: 2}")
     names = ",".join(map(str, files))
-    arguments = ["compare", "--out", str(out), "--experiments", f"[{names}]", "--steps", "2"]
-    main([*arguments, "--seeds", "[0]", "--images_per_prompt", "2"])
-    made = {path: path.stat().st_mtime_ns for path in out.glob("*/seed0/summary.json")}
-    assert len(made) == 2
-    main([*arguments, "--seeds", "[0,1]", "--images_per_prompt", "2"])
+    arguments = ["compare", "--out", str(out), "--experiments", f"[{names}]", "--overlays", f"[{overlay}]"]
+    arguments += ["--steps", "2", "--images_per_prompt", "2"]
+    main([*arguments, "--seeds", "[3]", "--jobs", "2"])
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*/steps2-seed3/summary.json")}
+    assert [json.loads(path.read_text())["seed"] for path in made] == [3, 3]
+    assert "batch_size: 2" in (out / "fgm/steps2-seed3/config.yaml").read_text()
+    main([*arguments, "--seeds", "[3]", "--jobs", "2", "--minutes", "0.01"])  # at least as many as a trial has
     assert all(path.stat().st_mtime_ns == when for path, when in made.items()), "what is there is not trained again"
-    seeds = {json.loads(path.read_text())["seed"] for path in Path(out).glob("*/seed*/summary.json")}
-    assert seeds == {0, 1}
-    rows = (out / "comparison.md").read_text().splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["meanflow"] * 3 + ["fgm"] * 3 + ["real pictures"]
+    steps, time = (out / "comparison.md").read_text().split("## ")[1:]
+    for group, count in ((steps, 2), (time, CALIBRATION)):
+        rows = [[cell.strip() for cell in row.split("|")] for row in group.splitlines()]
+        scored = [(row[1], *row[-4:-1:2]) for row in rows if len(row) == 10]
+        assert scored[2:] == [("meanflow", str(count), "1"), ("fgm", str(count), "1")]
     assert (out / "comparison.png").stat().st_size > 10_000

@@ -223,6 +223,21 @@ def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
     assert f"`{experiment.removeprefix('experiments/')}`" in table
 
 
+@pytest.mark.parametrize("experiment", ["emf", "fgm", "scflow"])
+def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emf_lightning.cli.emf_cli import EMFCLI
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
+    files = (f"experiments/shapes/{experiment}.yaml", "experiments/short_comparison.yaml")
+    options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32"]
+    cli = EMFCLI.run(expand(["fit", *(part for file in files for part in ("--config", file)), *options]))
+
+    assert cli.datamodule.batch_size == 64
+    sampling = next(part for part in cli.trainer.callbacks if type(part).__name__ == "FewStepSampling")
+    assert [setting.steps for setting in sampling.settings] == [1, 2, 4, 30]
+
+
 def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed alone: its detector would be downloaded."""
     from emf_lightning.cli.plan import PlanningCLI

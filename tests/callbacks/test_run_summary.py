@@ -59,6 +59,19 @@ def test_time_spent_on_scores_is_not_training(tmp_path, data):
     assert "distribution" not in summary
 
 
+def test_a_resumed_run_counts_what_it_had_behind_it(tmp_path, data):
+    run, first = tmp_path / "run", RunSummary(SUITE, [1], images_per_prompt=0)
+    first.load_state_dict({"seconds": 1000.0})
+    trainer = tiny.trainer(run, TrainingLog(), first)
+    trainer.fit(tiny.meanflow(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "at4.ckpt")
+    longer = tiny.trainer(run, TrainingLog(), RunSummary(SUITE, [1], images_per_prompt=0), max_steps=6)
+    longer.fit(tiny.meanflow(), datamodule=data, ckpt_path=tmp_path / "at4.ckpt")
+    whole = json.loads((run / "summary.json").read_text())
+    assert whole["steps"] == 6
+    assert 1000 < first.state_dict()["seconds"] < whole["seconds"] < 1100
+
+
 def test_impossible_settings_are_refused(tmp_path, data):
     with pytest.raises(ValueError, match="images_per_prompt must be 2 or more, or 0"):
         RunSummary(SUITE, images_per_prompt=1)

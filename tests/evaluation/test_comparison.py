@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emf_lightning.evaluation.comparison import Run, comparison_figure, comparison_table
+from emf_lightning.evaluation.comparison import Run, comparison, comparison_figure, picture_table, score_table
 
 REAL = {"kid": 0.01, "kid_error": 0.1, "fid": 0.05, "diversity": 1.0, "nfe": 0}
 
@@ -25,23 +25,40 @@ def run(folder: Path, scores: dict[str, float], seconds: float = 600.0, kid: flo
     return folder
 
 
-def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
 def test_one_seed_has_the_scores_own_error(tmp_path):
-    table = cells(comparison_table([Run.read("emf", run(tmp_path / "a", {"1step": 0.75, "4step": 0.9}))]))
-    assert table[2] == ["emf", "1 (1)", "0.750 ± 0.020", "2.00", "0.05", "0.80", "10.0", "300", "1.50", "1"]
-    assert table[3][:3] == ["emf", "4 (4)", "0.900 ± 0.020"]
-    assert table[4][:6] == ["real pictures", "", "", "0.01", "0.05", "1.00"]
-    assert {len(row) for row in table} == {10}
+    runs = [Run.read("emf", run(tmp_path / "a", {"1step": 0.75, "4step": 0.9}))]
+    assert score_table(runs) == [
+        ["method", "1 step", "4 steps", "minutes", "training steps", "GB", "seeds"],
+        ["emf", "0.750 ± 0.020", "0.900 ± 0.020", "10.0", "300", "1.50", "1"],
+    ]
+    assert picture_table(runs)[1:] == [
+        ["emf", "1 step", "1", "2.00", "0.05", "0.80"],
+        ["emf", "4 steps", "4", "2.00", "0.05", "0.80"],
+        ["real pictures", "", "", "0.01", "0.05", "1.00"],
+    ]
 
 
 def test_several_seeds_have_the_error_of_their_mean(tmp_path):
     runs = [Run.read("fgm", run(tmp_path / str(k), {"1step": score}, kid=k)) for k, score in enumerate((0.6, 0.7, 0.8))]
-    row = cells(comparison_table(runs))[2]
-    assert row[2] == f"0.700 ± {0.1 / 3**0.5:.3f}"
-    assert (row[3], row[-1]) == ("1.00", "3")
+    row = score_table(runs)[1]
+    assert (row[1], row[-1]) == (f"0.700 ± {0.1 / 3**0.5:.3f}", "3")
+    assert picture_table(runs)[1][3] == "1.00"
+
+
+def test_a_method_that_was_not_drawn_in_some_way_leaves_its_cell_empty(tmp_path):
+    runs = [Run.read(name, run(tmp_path / name, {label: 0.5})) for name, label in (("a", "1step"), ("b", "4step_cfg2"))]
+    head, first, second = score_table(runs)
+    assert head[1:3] == ["1 step", "4 steps, cfg2"]
+    assert (first[1:3], second[1:3]) == (["0.500 ± 0.020", ""], ["", "0.500 ± 0.020"])
+
+
+def test_each_group_has_its_tables(tmp_path):
+    both = [Run.read(name, run(tmp_path / name, {"1step": 0.5})) for name in ("a", "b")]
+    del both[1].summary["distribution"]
+    page = comparison({"The same steps": both[:1], "The same time": both[1:]})
+    steps, time = page.split("## ")[1:]
+    assert "| a | 0.500 ± 0.020 |" in steps and "KID" in steps
+    assert "| b | 0.500 ± 0.020 |" in time and "KID" not in time
 
 
 def test_the_figure_shows_each_method_at_its_own_time(tmp_path):

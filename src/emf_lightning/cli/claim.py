@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.cli.trainings import fit, side_by_side
 from emf_lightning.evaluation.claim import FEW, MANY, Claim, ClaimRun
 from emf_lightning.evaluation.encoder_study import Estimate, discriminability, pooled_features
 from emf_lightning.evaluation.pair_corpus import PairCorpus, ShapesPairs
@@ -31,6 +30,7 @@ def claim(
     meanflow: Path = Path("experiments/claim/meanflow.yaml"),
     options: list[str] | None = None,
     pairs: int = 3000,
+    jobs: int = 1,
     train: bool = True,
 ) -> None:
     """Train on encoders of graded quality by flow matching, then MeanFlow, and compare what few steps keep.
@@ -46,6 +46,7 @@ def claim(
         meanflow: experiment that adapts them.
         options: further options for all trainings, e.g. '["--trainer.max_steps", "100"]'.
         pairs: caption-image pairs that discriminability is measured on.
+        jobs: trainings at the same time, each with its share of the CPU's threads.
         train: false only looks at the trainings that are there.
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
@@ -54,25 +55,38 @@ def claim(
         if not experiment.is_file():
             raise ValueError(f"no experiment {experiment}; run this from the repository, or name another")
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
-    runs = []
-    for seed in numbers:  # a whole scale after the other, so that there is something to see early
-        for grade in chosen:
-            parent, adapted = (out / f"{grade}-seed{seed}-{kind}" for kind in ("flow_matching", "meanflow"))
-            common = [*settings[grade], "--seed_everything", str(seed), *(options or [])]
-            if train:
-                _fit(flow_matching, parent, common)
-                start = ["--model.init_args.net.init_args.pretrained", str(parent / "network")]
-                _fit(meanflow, adapted, [*common, *start])
-            scores = [_final_scores(run) for run in (parent, adapted)]
-            if not all(scores):
-                continue
-            if grade not in measured:
-                measured[grade] = _measure(parent, corpus)
-            runs.append(ClaimRun(grade, grade.startswith("noise"), seed, measured[grade], scores[0], scores[1]))
-            Claim(tuple(runs)).write(out)
-    if not runs:
+    kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
+    trainings = {  # a whole scale after the other, so that there is something to see early
+        (seed, grade): {kind: out / f"{grade}-seed{seed}-{kind}" for kind in kinds}
+        for seed in numbers
+        for grade in chosen
+    }
+
+    def train_both(seed: int, grade: str) -> None:
+        start: list[str] = []
+        for kind, folder in trainings[seed, grade].items():
+            if not _final_scores(folder):
+                common = [*settings[grade], "--seed_everything", str(seed), *(options or [])]
+                fit(["--config", str(kinds[kind]), *_place(folder), *common, *start], folder, jobs)
+            start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
+
+    def finished() -> tuple[ClaimRun, ...]:
+        runs = []
+        for (seed, grade), folders in trainings.items():
+            scores = [_final_scores(folder) for folder in folders.values()]
+            if all(scores):
+                if grade not in measured:
+                    measured[grade] = _measure(folders["meanflow"], corpus)
+                runs.append(ClaimRun(grade, grade.startswith("noise"), seed, measured[grade], scores[0], scores[1]))
+        return tuple(runs)
+
+    for _ in side_by_side([partial(train_both, *key) for key in trainings] if train else [], jobs):
+        Claim(finished()).write(out)
+    found = Claim(finished())
+    if not found.runs:
         raise ValueError(f"out: no finished trainings in {out}; leave out --train false")
-    print(Claim(tuple(runs)).markdown())
+    found.write(out)
+    print(found.markdown())
     print(f"claim.md, claim.json and claim.png: {out}")
 
 
@@ -88,18 +102,10 @@ def _setting(grade: str) -> list[str]:
     return [f"--data.text.init_args.{name}", value]
 
 
-def _fit(experiment: Path, run: Path, options: list[str]) -> None:
-    """Trains ``experiment`` into the directory ``run``, from its last checkpoint on where it has one."""
-    if _final_scores(run):
-        return
-    place = []
-    for name, value in (("save_dir", run.parent.parent), ("name", run.parent.name), ("version", run.name)):
-        place += [f"--trainer.logger.init_args.{name}", str(value)]
-    last = run / "checkpoints/last.ckpt"
-    resume = ["--ckpt_path", str(last)] if last.is_file() else []
-    command = [sys.executable, "-m", "emf_lightning", "fit", "--config", str(experiment), *place, *options, *resume]
-    if subprocess.run(command, check=False, env=os.environ).returncode:
-        raise ValueError(f"the training in {run} failed, see above; `{' '.join(command)}` repeats it")
+def _place(run: Path) -> list[str]:
+    """The options by which a training writes into the directory ``run``."""
+    place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
+    return [f"--trainer.logger.init_args.{name}={value}" for name, value in place.items()]
 
 
 def _final_scores(run: Path) -> dict[int, float]:

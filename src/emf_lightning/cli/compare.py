@@ -1,100 +1,170 @@
-"""`emf compare`: several experiments trained for the same time, in one table and one figure."""
+"""`emf compare`: experiments trained for the same time or the same steps, in tables and a figure."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from emf_lightning.evaluation.comparison import Run, comparison_figure, comparison_table
+from emf_lightning.cli.trainings import fit, side_by_side
+from emf_lightning.evaluation.comparison import Run, comparison, comparison_figure
 
-CALIBRATION = 24
+CALIBRATION = 40
 """Optimiser steps by which an experiment's speed is found."""
 
 SHORT = 100
 """Runs of fewer steps have no warm-up, and no scores on the way."""
 
+CLOSE = 0.04
+"""Share of the steps below which the same time is the same steps."""
+
 SUMMARY = "summary.json"
 TABLE, FIGURE = "comparison.md", "comparison.png"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of a comparison.
+
+    Attributes:
+        experiment: its file.
+        overlays: files on top of it.
+        steps: optimiser steps.
+        seed: of everything.
+        folder: the run directory.
+        images_per_prompt: by which distances and diversity are taken; 0 leaves them out.
+        trial: of its speed alone: nothing is scored.
+    """
+
+    experiment: Path
+    overlays: tuple[Path, ...]
+    steps: int
+    seed: int
+    folder: Path
+    images_per_prompt: int = 0
+    trial: bool = False
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / SUMMARY).is_file()
+
+    def train(self, jobs: int = 1) -> None:
+        """Trains in a process of its own, whose peak memory is then the run's, unless it is done."""
+        if self.done:
+            return
+        print(f"compare: {self.experiment}, seed {self.seed}: {self.steps} steps", flush=True)
+        suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
+        settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
+        summary = {"class_path": "RunSummary", "init_args": settings}
+        short = self.steps < SHORT
+        callbacks = {"callbacks": ["TrainingLog", summary]} if self.trial else {"callbacks+": [summary]}
+        config: dict[str, Any] = {
+            "base": [str(file.resolve()) for file in (self.experiment, *self.overlays)],
+            "seed_everything": self.seed,
+            "trainer": {
+                "max_steps": self.steps,
+                "val_check_interval": self.steps if short else self.steps // 8,  # the rhythm of the scores
+                "limit_val_batches": 0,  # validation errors mean something else for each method
+                "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
+                **callbacks,
+            },
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "compared.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        # an experiment's own warm-up may be longer than a short run
+        warmup = ["--model.init_args.scheduler.init_args.warmup", "0"] if short else []
+        fit(["--config", str(path), *warmup], self.folder, jobs)
+        if not self.done:
+            raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; what it said tells why")
 
 
 def compare(
     experiments: list[Path],
     out: Path,
-    minutes: float = 30.0,
-    seeds: list[int] | None = None,
+    minutes: float | None = None,
     steps: int | None = None,
+    seeds: list[int] | None = None,
+    overlays: list[Path] | None = None,
+    jobs: int = 1,
     images_per_prompt: int = 8,
 ) -> None:
-    """Train experiments of the shapes world for the same time, and compare what they draw.
+    """Train experiments of the shapes world for the same time, the same steps, or both, and compare what they draw.
 
-    Each experiment first takes 24 steps to tell how long one is; then `minutes` of training are as many steps, so that
-    its learning-rate schedule comes to its end. Sampling is not counted. Runs that are complete are not repeated: an
-    interrupted call is given again, and a longer list adds to the table.
+    For the same time, each experiment first takes 40 steps to tell how long one is; then `minutes` of training are as
+    many steps, so that its learning-rate schedule comes to its end. Sampling is not counted. An interrupted call is
+    given again: runs that are complete are not repeated, others go on from their last checkpoint, and a longer list
+    adds to the tables.
 
     Args:
         experiments: YAML files, all of the shapes world and from the same parent.
-        out: folder of the runs, the table and the figure.
-        minutes: of training, for each experiment and seed.
+        out: folder of the runs, the tables and the figure.
+        minutes: of training, for each experiment and seed; 30 where neither minutes nor steps are given.
+        steps: optimiser steps of each.
         seeds: one run of each experiment for each.
-        steps: optimiser steps instead of minutes.
+        overlays: YAML files that apply on top of each experiment, e.g. experiments/compare/short.yaml.
+        jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: by which distances and diversity are taken.
     """
-    for experiment in experiments:
-        if not experiment.is_file():
-            raise ValueError(f"experiments: no file {experiment}")
-    if minutes <= 0:
+    for option, files in (("experiments", experiments), ("overlays", overlays or [])):
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{option}: no file {file}")
+    if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
-    runs = []
-    for experiment in experiments:
-        for seed in seeds if seeds is not None else [0]:
-            folder = out / experiment.stem / f"seed{seed}"
-            if not (folder / SUMMARY).is_file():
-                count = steps or _steps_in(experiment, out / experiment.stem / "calibration", minutes)
-                print(f"compare: {experiment}, seed {seed}: {count} steps", flush=True)
-                _fit(experiment, folder, seed, count, images_per_prompt)
-            runs.append(Run.read(experiment.stem, folder))
-            (out / TABLE).write_text(comparison_table(runs) + "\n")  # after each run: what there is, is shown
-            comparison_figure(runs).savefig(out / FIGURE, dpi=150)
-    print(comparison_table(runs))
-    print(f"table: {out / TABLE} | figure: {out / FIGURE}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
+    if minutes is None and steps is None:
+        minutes = 30.0
+    numbers, on_top = seeds if seeds is not None else [0], tuple(overlays or [])
+
+    def trainings(counts: dict[Path, int]) -> list[Training]:
+        return [
+            Training(file, on_top, count, seed, out / file.stem / f"steps{count}-seed{seed}", images_per_prompt)
+            for seed in numbers
+            for file, count in counts.items()
+        ]
+
+    groups: dict[str, list[Training]] = {}
+    if steps is not None:
+        groups[f"The same steps: {steps}"] = trainings(dict.fromkeys(experiments, steps))
+    if minutes is not None:
+        counts = _steps_in(minutes, steps, experiments, on_top, out, jobs)
+        groups[f"The same time: {minutes:g} minutes of training"] = trainings(counts)
+    # a seed of both groups before the next one, and once what is in both
+    todo = dict.fromkeys(t for seed in numbers for group in groups.values() for t in group if t.seed == seed)
+    for _ in side_by_side([partial(training.train, jobs) for training in todo], jobs):
+        _write(out, groups)  # after each run: what there is, is shown
+    print((out / TABLE).read_text())
+    print(f"tables: {out / TABLE} | figure: {out / FIGURE}")
 
 
-def _steps_in(experiment: Path, folder: Path, minutes: float) -> int:
-    """Optimiser steps that ``minutes`` of training are."""
-    if not (folder / SUMMARY).is_file():
-        _fit(experiment, folder, 0, CALIBRATION, images_per_prompt=0)
-    step_seconds = json.loads((folder / SUMMARY).read_text())["step_seconds"]
-    return max(round(60 * minutes / step_seconds), CALIBRATION)
+def _steps_in(
+    minutes: float, steps: int | None, experiments: Sequence[Path], overlays: tuple[Path, ...], out: Path, jobs: int
+) -> dict[Path, int]:
+    """Optimiser steps of each experiment that ``minutes`` of training are; ``steps`` where that is close."""
+    trials = [Training(e, overlays, CALIBRATION, 0, out / e.stem / "calibration", trial=True) for e in experiments]
+    for _ in side_by_side([partial(trial.train, jobs) for trial in trials], jobs):
+        pass
+    counts = {}
+    for trial in trials:
+        step_seconds = json.loads((trial.folder / SUMMARY).read_text())["step_seconds"]
+        count = max(round(60 * minutes / step_seconds), CALIBRATION)
+        counts[trial.experiment] = steps if steps is not None and abs(count / steps - 1) < CLOSE else count
+    return counts
 
 
-def _fit(experiment: Path, folder: Path, seed: int, steps: int, images_per_prompt: int) -> None:
-    """Trains in a process of its own, whose peak memory is then the run's, and raises where it fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
-    summary = {"suite": suite, "images_per_prompt": images_per_prompt}
-    config: dict[str, Any] = {
-        "base": str(experiment.resolve()),
-        "seed_everything": seed,
-        "trainer": {
-            "max_steps": steps,
-            "val_check_interval": steps if steps < SHORT else steps // 8,  # the rhythm of the scores
-            "limit_val_batches": 0,  # validation errors mean something else for each method
-            "logger": {"init_args": {"save_dir": str(folder.parent), "name": "", "version": folder.name}},
-            "callbacks+": [{"class_path": "RunSummary", "init_args": summary}],
-        },
+def _write(out: Path, groups: dict[str, list[Training]]) -> None:
+    """The tables, and the figure of the last group, of what is done."""
+    done = {
+        title: [Run.read(training.experiment.stem, training.folder) for training in group if training.done]
+        for title, group in groups.items()
     }
-    path = folder / "compared.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "emf_lightning", "fit", "--config", str(path)]
-    if steps < SHORT:
-        command += ["--model.init_args.scheduler.init_args.warmup", "0"]  # an experiment's own may be longer than that
-    done = subprocess.run(command, check=False)
-    if done.returncode != 0 or not (folder / SUMMARY).is_file():
-        raise ValueError(
-            f"compare: training {experiment} ended with status {done.returncode}; what it said stands above"
-        )
+    shown = {title: runs for title, runs in done.items() if runs}
+    (out / TABLE).write_text(comparison(shown))
+    comparison_figure([*shown.values()][-1]).savefig(out / FIGURE, dpi=150)
