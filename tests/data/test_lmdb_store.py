@@ -126,6 +126,16 @@ def test_a_folder_that_was_deleted_is_made_anew(tmp_path):
     assert (tmp_path / "folder" / "data.mdb").exists()
 
 
+def test_a_folder_is_not_begun_on_a_full_disk_but_read_there(tmp_path, monkeypatch):
+    store = LmdbStore(str(tmp_path / "there"), MB)
+    put(store, (b"key", b"value"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 65_536}))
+    with pytest.raises(ValueError, match=r"no room on the disk of '.*new' \(65,536 bytes\)"):
+        LmdbStore(str(tmp_path / "new"), MB).open()
+    store.open()
+    assert get(store, b"key") == b"value"
+
+
 def test_a_path_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):

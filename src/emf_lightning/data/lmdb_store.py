@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
 _fork_hooks_set = False
+
+SMALLEST = 1_000_000
+"""Bytes of room to begin a folder in: LMDB maps its first pages before it has them, and dies where it gets none."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
 
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path).free
+        if free < SMALLEST and not Path(path, "lock.mdb").exists():
+            raise ValueError(f"no room on the disk of {path!r} ({free:,} bytes); choose another path, or make room")
         # More readers than LMDB's 126: each loader worker of each rank of each run that shares the folder is one.
         environment = lmdb.open(path, map_size=map_size, metasync=False, max_readers=1024)
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
