@@ -57,7 +57,6 @@ class Training:
         """Trains in a process of its own, whose peak memory is then the run's, unless it is done."""
         if self.done:
             return
-        print(f"compare: {self.experiment}, seed {self.seed}: {self.steps} steps", flush=True)
         suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
         settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
         summary = {"class_path": "RunSummary", "init_args": settings}

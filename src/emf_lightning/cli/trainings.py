@@ -32,6 +32,7 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
     last = folder / "checkpoints" / "last.ckpt"
     resume = ["--ckpt_path", str(last)] if last.is_file() else []
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
+    print(f"training: {folder}{f', log in {LOG}' if jobs > 1 else ''}\n", end="", flush=True)  # one write, one line
     if jobs == 1:
         status, said = subprocess.run(command, check=False).returncode, "what it said stands above"
     else:
