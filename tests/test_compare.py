@@ -57,6 +57,16 @@ def test_an_overlay_that_is_not_there_is_named(tmp_path, capsys, root):
     assert "overlays: no file nowhere.yaml" in line
 
 
+def test_a_folder_of_other_runs_is_not_taken_for_these(tmp_path, capsys, root):
+    emf = root / "experiments/shapes/emf.yaml"
+    run = tmp_path / "emf/steps5-seed0"
+    run.mkdir(parents=True)
+    (run / "compared.yaml").write_text("base: another.yaml\n")
+    (run / "summary.json").write_text("{}")
+    line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--steps", "5")
+    assert f"{run} holds a run of other files or settings" in line
+
+
 @pytest.mark.slow
 def test_two_methods_become_tables_and_a_figure(tmp_path, monkeypatch, capsys, root):
     monkeypatch.chdir(root)

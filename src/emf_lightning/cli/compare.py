@@ -53,10 +53,30 @@ class Training:
     def done(self) -> bool:
         return (self.folder / SUMMARY).is_file()
 
+    @property
+    def file(self) -> Path:
+        """What is trained from."""
+        return self.folder / "compared.yaml"
+
+    def check(self) -> None:
+        """Raises ValueError where the folder holds a run of other files or settings."""
+        if self.file.is_file() and self.file.read_text() != self._config():
+            raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
+
     def train(self, jobs: int = 1) -> None:
         """Trains in a process of its own, whose peak memory is then the run's, unless it is done."""
         if self.done:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(self._config())
+        # an experiment's own warm-up may be longer than a short run
+        warmup = ["--model.init_args.scheduler.init_args.warmup", "0"] if self.steps < SHORT else []
+        fit(["--config", str(self.file), *warmup], self.folder, jobs)
+        if not self.done:
+            raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; what it said tells why")
+
+    def _config(self) -> str:
+        """The experiment file of this run."""
         suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
         settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
         summary = {"class_path": "RunSummary", "init_args": settings}
@@ -67,20 +87,14 @@ class Training:
             "seed_everything": self.seed,
             "trainer": {
                 "max_steps": self.steps,
-                "val_check_interval": self.steps if short else self.steps // 8,  # the rhythm of the scores
+                # of scores and checkpoints; a checkpoint at the end would keep a killed run from its last scores
+                "val_check_interval": self.steps if short else self.steps // 8 + 1,
                 "limit_val_batches": 0,  # validation errors mean something else for each method
                 "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
                 **callbacks,
             },
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "compared.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        # an experiment's own warm-up may be longer than a short run
-        warmup = ["--model.init_args.scheduler.init_args.warmup", "0"] if short else []
-        fit(["--config", str(path), *warmup], self.folder, jobs)
-        if not self.done:
-            raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; what it said tells why")
+        return yaml.safe_dump(config, sort_keys=False)
 
 
 def compare(
@@ -106,7 +120,7 @@ def compare(
         minutes: of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each.
         seeds: one run of each experiment for each.
-        overlays: YAML files that apply on top of each experiment, e.g. experiments/compare/short.yaml.
+        overlays: YAML files that apply on top of each experiment, e.g. experiments/short_comparison.yaml.
         jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: by which distances and diversity are taken.
     """
@@ -137,6 +151,8 @@ def compare(
         groups[f"The same time: {minutes:g} minutes of training"] = trainings(counts)
     # a seed of both groups before the next one, and once what is in both
     todo = dict.fromkeys(t for seed in numbers for group in groups.values() for t in group if t.seed == seed)
+    for training in todo:
+        training.check()
     for _ in side_by_side([partial(training.train, jobs) for training in todo], jobs):
         _write(out, groups)  # after each run: what there is, is shown
     print((out / TABLE).read_text())
@@ -148,6 +164,8 @@ def _steps_in(
 ) -> dict[Path, int]:
     """Optimiser steps of each experiment that ``minutes`` of training are; ``steps`` where that is close."""
     trials = [Training(e, overlays, CALIBRATION, 0, out / e.stem / "calibration", trial=True) for e in experiments]
+    for trial in trials:
+        trial.check()
     for _ in side_by_side([partial(trial.train, jobs) for trial in trials], jobs):
         pass
     counts = {}

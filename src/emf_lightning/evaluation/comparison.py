@@ -68,10 +68,11 @@ def comparison(groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 ABOUT = (
-    "Written by `emf compare`. Scores are overall ones, at 1, 2, ... network steps; ± is the standard error over training",
-    "seeds where there are several (all draw the same prompts), else over prompts. Minutes are of training alone, scores",
-    "and pictures not counted. KID (x 1000) and FID are between features of a fixed random network, and compare with each",
-    "other alone; diversity is what pictures of one prompt differ by, over what real ones do. All are means over seeds.",
+    "Written by `emf compare`. Scores are overall ones, at 1, 2, ... network steps; ± is the standard error over",
+    "training seeds where there are several (all draw the same prompts), else over prompts. Minutes are of training",
+    "alone, scores and pictures not counted. KID (x 1000) and FID are between features of a fixed random network, and",
+    "compare with each other alone; diversity is what pictures of one prompt differ by, over what real ones do. All",
+    "are means over seeds.",
 )
 
 
