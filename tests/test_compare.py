@@ -91,7 +91,7 @@ def test_two_methods_become_tables_and_a_figure(tmp_path, monkeypatch, capsys, r
     made = {path: path.stat().st_mtime_ns for path in out.glob("*/steps2-seed3/summary.json")}
     assert [json.loads(path.read_text())["seed"] for path in made] == [3, 3]
     assert "batch_size: 2" in (out / "fgm/steps2-seed3/config.yaml").read_text()
-    main([*arguments, "--seeds", "[3]", "--jobs", "2", "--minutes", "0.01"])  # at least as many as a trial has
+    main([*arguments, "--seeds", "[3]", "--jobs", "2", "--minutes", "0.0001"])  # at least as many as a trial has
     assert all(path.stat().st_mtime_ns == when for path, when in made.items()), "what is there is not trained again"
     steps, time = (out / "comparison.md").read_text().split("## ")[1:]
     for group, count in ((steps, 2), (time, CALIBRATION)):
