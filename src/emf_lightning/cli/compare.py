@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,12 +151,17 @@ def compare(
         groups[f"The same time: {minutes:g} minutes of training"] = trainings(counts)
     # a seed of both groups before the next one, and once what is in both
     todo = dict.fromkeys(t for seed in numbers for group in groups.values() for t in group if t.seed == seed)
-    for training in todo:
-        training.check()
-    for _ in side_by_side([partial(training.train, jobs) for training in todo], jobs):
+    for _ in _train([*todo], jobs):
         _write(out, groups)  # after each run: what there is, is shown
     print((out / TABLE).read_text())
     print(f"tables: {out / TABLE} | figure: {out / FIGURE}")
+
+
+def _train(trainings: Sequence[Training], jobs: int) -> Iterator[None]:
+    """Trains those that are not done, all folders being looked at before; a pause after each."""
+    for training in trainings:
+        training.check()
+    yield from side_by_side([partial(training.train, jobs) for training in trainings], jobs)
 
 
 def _steps_in(
@@ -164,9 +169,7 @@ def _steps_in(
 ) -> dict[Path, int]:
     """Optimiser steps of each experiment that ``minutes`` of training are; ``steps`` where that is close."""
     trials = [Training(e, overlays, CALIBRATION, 0, out / e.stem / "calibration", trial=True) for e in experiments]
-    for trial in trials:
-        trial.check()
-    for _ in side_by_side([partial(trial.train, jobs) for trial in trials], jobs):
+    for _ in _train(trials, jobs):
         pass
     counts = {}
     for trial in trials:
