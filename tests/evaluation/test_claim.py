@@ -34,6 +34,7 @@ def test_slopes_are_those_of_the_shares_kept_and_their_error_that_over_seeds():
     assert (one.steps, two.steps, four.steps) == (1, 2, 4)
     assert one.mean == pytest.approx(1.0)
     assert one.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    assert one.margin == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)  # Student's t, two degrees of freedom
     assert two.mean == pytest.approx(0, abs=1e-9)
     assert four.mean == pytest.approx(0, abs=1e-9)
 
@@ -42,7 +43,7 @@ def test_the_verdict_says_which_way_it_came_out():
     verdicts = [claim(slope).slopes()[0].verdict for slope in (1.0, -1.0, 0.01)]
     assert verdicts[0].startswith("for the claim")
     assert verdicts[1].startswith("against the claim")
-    assert verdicts[2].startswith("undecided: within two standard errors")
+    assert verdicts[2].startswith("undecided: the 95 % interval holds 0")
     assert claim(1.0, seeds=1).slopes()[0].verdict.startswith("undecided, for it takes two seeds")
 
 

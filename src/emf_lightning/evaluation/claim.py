@@ -62,12 +62,15 @@ class Slope:
         steps: network steps.
         mean: of the seeds' least-squares slopes: share kept per unit of discriminability.
         standard_error: over seeds; NaN for one.
+        margin: of the 95 % interval around the mean, by Student's t over the seeds: three seeds need 4.3 standard
+            errors.
         verdict: what it says of the claim.
     """
 
     steps: int
     mean: float
     standard_error: float
+    margin: float
     verdict: str
 
 
@@ -79,6 +82,8 @@ class Claim:
 
     def slopes(self) -> list[Slope]:
         """For each few-step count; a seed whose graded runs are not all there has no say."""
+        from scipy.stats import t as student_t
+
         graded = [run for run in self.runs if run.graded]
         grades = {run.grade for run in graded}
         slopes = []
@@ -91,7 +96,8 @@ class Claim:
                     of_seed.append(float(np.polyfit(x, y, 1)[0]))
             mean = float(np.mean(of_seed)) if of_seed else math.nan
             error = float(np.std(of_seed, ddof=1) / len(of_seed) ** 0.5) if len(of_seed) > 1 else math.nan
-            slopes.append(Slope(steps, mean, error, _verdict(mean, error)))
+            margin = error * float(student_t.ppf(0.975, len(of_seed) - 1)) if len(of_seed) > 1 else math.nan
+            slopes.append(Slope(steps, mean, error, margin, _verdict(mean, margin)))
         return slopes
 
     def write(self, directory: Path) -> None:
@@ -120,7 +126,10 @@ class Claim:
             lines += ["| " + " | ".join(cells) + " |"]
         lines += ["", "± is the standard error over training seeds.", ""]
         for slope in self.slopes():
-            value = f"{slope.mean:+.2f} ± {slope.standard_error:.2f}" if not math.isnan(slope.mean) else "not known"
+            value = f"{slope.mean:+.2f}" if not math.isnan(slope.mean) else "not known"
+            if not math.isnan(slope.margin):
+                low, high = slope.mean - slope.margin, slope.mean + slope.margin
+                value += f" ± {slope.standard_error:.2f}, 95 % interval [{low:+.2f}, {high:+.2f}]"
             unit = "share kept per unit of discriminability"
             lines += [f"- **{step_name(slope.steps)}**: {value} ({unit}): {slope.verdict}."]
         return "\n".join([*lines, ""])
@@ -167,14 +176,14 @@ class Claim:
         return groups
 
 
-def _verdict(mean: float, error: float) -> str:
-    """What a slope says, at two standard errors."""
+def _verdict(mean: float, margin: float) -> str:
+    """What a slope says, at 95 %."""
     if math.isnan(mean):
         return "undecided: no seed has its whole scale yet, with parents that draw anything"
-    if math.isnan(error):
+    if math.isnan(margin):
         return "undecided, for it takes two seeds or more"
-    if abs(mean) <= max(2 * error, 1e-6):  # rounding is no slope
-        return "undecided: within two standard errors of none"
+    if abs(mean) <= max(margin, 1e-6):  # rounding is no slope
+        return "undecided: the 95 % interval holds 0"
     if mean > 0:
         return "for the claim: with better features a larger share of the parent's score survives"
     return "against the claim: with better features a smaller share of the parent's score survives"
