@@ -63,8 +63,8 @@ $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 encoders: $(READY) ## study the text encoders of the shapes world, with controls (1 minute)
 	$(BIN)/emf encoders --config experiments/encoders/shapes.yaml $(ARGS)
 
-encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (15 trainings of half an hour on 2 cores)
-	$(BIN)/emf claim $(ARGS)
+encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (24 trainings, 2 hours on 2 cores)
+	$(BIN)/emf claim --jobs 2 $(ARGS)
 
 COMMA := ,
 # shapes experiments as a list for the command line

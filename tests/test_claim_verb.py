@@ -66,6 +66,14 @@ def test_unfinished_trainings_are_left_out_where_none_is_wanted(out):
     assert len(json.loads((out / "claim.json").read_text())["runs"]) == 3
 
 
+def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):
+    call(out)
+    with pytest.raises(SystemExit) as end:
+        call(out, "--options", '["--trainer.max_steps", "100"]')
+    assert end.value.code == 2
+    assert "are of other settings, see" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -30,8 +30,9 @@ def claim(slope: float, seeds: int = 3, wobble: float = 0.1) -> Claim:
 
 
 def test_slopes_are_those_of_the_shares_kept_and_their_error_that_over_seeds():
-    one, two, four = claim(1.0).slopes()
-    assert (one.steps, two.steps, four.steps) == (1, 2, 4)
+    one, two, four, *own = claim(1.0).slopes()
+    assert [(slope.steps, slope.of) for slope in (one, two, four)] == [(1, "parent"), (2, "parent"), (4, "parent")]
+    assert [(slope.steps, slope.of) for slope in own] == [(1, "own"), (2, "own"), (4, "own")]
     assert one.mean == pytest.approx(1.0)
     assert one.standard_error == pytest.approx(0.1 / math.sqrt(3))
     assert one.margin == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)  # Student's t, two degrees of freedom
@@ -52,9 +53,14 @@ def test_controls_and_unfinished_seeds_have_no_say_in_the_slope():
     control = run("shared=3", 0, {1: 0.1, 2: 0.1, 4: 0.1}, graded=False)
     unfinished = run("noise=0", 9, {1: 0.0, 2: 0.0, 4: 0.0})
     assert Claim((*whole.runs, control, unfinished)).slopes() == whole.slopes()
-    assert (
-        "| shared=3 (control) | 0.400 [0.390, 0.410] | 1 | 0.900 | 0.090 |" in Claim((*whole.runs, control)).markdown()
-    )
+    row = "| shared=3 (control) | 0.400 [0.390, 0.410] | 1 | 0.000 | 0.100 | 0.500 | 0.900 | 0.090 |"
+    assert row in Claim((*whole.runs, control)).markdown()
+
+
+def test_a_share_is_of_the_parents_or_of_the_models_own_many_steps():
+    weakened = ClaimRun("noise=0", True, 0, Estimate(0.4, 0.3, 0.5), {30: 0.9}, {1: 0.3, 2: 0.5, 4: 0.6, 30: 0.6})
+    assert weakened.kept(1) == pytest.approx(0.3 / 0.9)
+    assert weakened.kept(1, of="own") == pytest.approx(0.5)
 
 
 def test_a_parent_that_draws_nothing_keeps_nothing_known():
@@ -71,6 +77,6 @@ def test_files_hold_runs_slopes_and_both_panels(tmp_path):
     assert len(content["runs"]) == 9
     assert content["slopes"][0]["mean"] == pytest.approx(1.0)
     assert "for the claim" in (tmp_path / "claim.md").read_text()
-    scores, kept = found.figure().axes
-    assert [text.get_text() for text in scores.get_legend().get_texts()][-1] == "parent, 30 steps"
-    assert len(kept.get_legend().get_texts()) == 3
+    parents, models, kept = found.figure().axes
+    assert [text.get_text() for text in models.get_legend().get_texts()] == ["1 step", "2 steps", "4 steps", "30 steps"]
+    assert [len(axes.containers) for axes in (parents, models, kept)] == [4, 4, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from emf_lightning.cli.trainings import fit, side_by_side
 from emf_lightning.evaluation.claim import FEW, MANY, Claim, ClaimRun
 from emf_lightning.evaluation.encoder_study import Estimate, discriminability, pooled_features
 from emf_lightning.evaluation.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.experiments import lineage, without_base
 from emf_lightning.text import degraded, words  # noqa: F401  what the experiments name
 from emf_lightning.text.base import TextEncoder
 
 GRADES = ("noise=0", "noise=1", "noise=2", "shared=3")
 """From .44 to .22 of discriminability, and a control: as discriminative as the best, its features nearly parallel."""
+TRAINED = "trained.yaml"
+"""What all trainings of a folder have in common."""
 
 
 def claim(
@@ -35,8 +39,8 @@ def claim(
 ) -> None:
     """Train on encoders of graded quality by flow matching, then MeanFlow, and compare what few steps keep.
 
-    A call that was interrupted is repeated: finished trainings are kept, unfinished ones go on. Half an hour for each
-    grade and seed on two cores.
+    A call that was interrupted is repeated: finished trainings are kept, unfinished ones go on. A quarter of an
+    hour for each grade and seed on two cores.
 
     Args:
         grades: settings of DegradedEncoder, the scale by noise, controls by shared; four by default.
@@ -56,6 +60,8 @@ def claim(
             raise ValueError(f"no experiment {experiment}; run this from the repository, or name another")
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
+    if train:
+        _same_budget(out, list(kinds.values()), options or [])
     trainings = {  # a whole scale after the other, so that there is something to see early
         (seed, grade): {kind: out / f"{grade}-seed{seed}-{kind}" for kind in kinds}
         for seed in numbers
@@ -89,6 +95,17 @@ def claim(
     found.write(out)
     print(found.markdown())
     print(f"claim.md, claim.json and claim.png: {out}")
+
+
+def _same_budget(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
+    """Raises where ``out`` holds trainings by other settings than these, which no table may mix."""
+    files = [file for experiment in experiments for file in lineage(experiment)]
+    settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
+    asked, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
+    if record.is_file() and record.read_text() != asked:
+        raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(asked)
 
 
 def _setting(grade: str) -> list[str]:

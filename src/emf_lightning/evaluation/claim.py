@@ -3,7 +3,8 @@
 EMF's thesis (arXiv 2604.18168) is that MeanFlow needs discriminative text features more than flow matching does. Here
 the same network is trained on encoders of graded discriminability, by flow matching and then by MeanFlow, several seeds
 each. What is compared is the share of its own parent's many-step score that a model keeps at few steps: were the thesis
-true, that share would rise with the encoder's discriminability.
+true, that share would rise with the encoder's discriminability. Beside it stands the share of its own many-step score,
+in which what the adaptation did to the model at any number of steps has no part.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 MANY = 30
 """Network steps of the parent that few-step scores are held against."""
 FEW = (1, 2, 4)
+PARENT, OWN = "parent", "own"
+"""Whose many-step score a share is of."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class ClaimRun:
     flow_matching: dict[int, float]
     meanflow: dict[int, float]
 
-    def kept(self, steps: int) -> float:
-        """The share of its parent's many-step score that MeanFlow keeps at ``steps``."""
-        return self.meanflow[steps] / self.flow_matching[MANY] if self.flow_matching[MANY] else math.nan
+    def kept(self, steps: int, of: str = PARENT) -> float:
+        """The share that MeanFlow keeps of its parent's many-step score, or its own; NaN where that is 0."""
+        whole = (self.flow_matching if of == PARENT else self.meanflow)[MANY]
+        return self.meanflow[steps] / whole if whole else math.nan
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Slope:
 
     Attributes:
         steps: network steps.
+        of: whose many-step score the share is of.
         mean: of the seeds' least-squares slopes: share kept per unit of discriminability.
         standard_error: over seeds; NaN for one.
         margin: of the 95 % interval around the mean, by Student's t over the seeds: three seeds need 4.3 standard
@@ -68,6 +73,7 @@ class Slope:
     """
 
     steps: int
+    of: str
     mean: float
     standard_error: float
     margin: float
@@ -81,24 +87,25 @@ class Claim:
     runs: tuple[ClaimRun, ...]
 
     def slopes(self) -> list[Slope]:
-        """For each few-step count; a seed whose graded runs are not all there has no say."""
+        """Of both shares, for each few-step count."""
+        return [self._slope(steps, of) for of in (PARENT, OWN) for steps in FEW]
+
+    def _slope(self, steps: int, of: str) -> Slope:
+        """A seed whose graded runs are not all there has no say."""
         from scipy.stats import t as student_t
 
         graded = [run for run in self.runs if run.graded]
         grades = {run.grade for run in graded}
-        slopes = []
-        for steps in FEW:
-            of_seed = []
-            for seed in sorted({run.seed for run in graded}):
-                mine = [run for run in graded if run.seed == seed and not math.isnan(run.kept(steps))]
-                if {run.grade for run in mine} == grades and len(mine) > 1:
-                    x, y = [r.discriminability.mean for r in mine], [r.kept(steps) for r in mine]
-                    of_seed.append(float(np.polyfit(x, y, 1)[0]))
-            mean = float(np.mean(of_seed)) if of_seed else math.nan
-            error = float(np.std(of_seed, ddof=1) / len(of_seed) ** 0.5) if len(of_seed) > 1 else math.nan
-            margin = error * float(student_t.ppf(0.975, len(of_seed) - 1)) if len(of_seed) > 1 else math.nan
-            slopes.append(Slope(steps, mean, error, margin, _verdict(mean, margin)))
-        return slopes
+        of_seed = []
+        for seed in sorted({run.seed for run in graded}):
+            mine = [run for run in graded if run.seed == seed and not math.isnan(run.kept(steps, of))]
+            if {run.grade for run in mine} == grades and len(mine) > 1:
+                x, y = [r.discriminability.mean for r in mine], [r.kept(steps, of) for r in mine]
+                of_seed.append(float(np.polyfit(x, y, 1)[0]))
+        mean = float(np.mean(of_seed)) if of_seed else math.nan
+        error = float(np.std(of_seed, ddof=1) / len(of_seed) ** 0.5) if len(of_seed) > 1 else math.nan
+        margin = error * float(student_t.ppf(0.975, len(of_seed) - 1)) if len(of_seed) > 1 else math.nan
+        return Slope(steps, of, mean, error, margin, _verdict(mean, margin))
 
     def write(self, directory: Path) -> None:
         """Writes ``claim.json``, ``claim.md`` and ``claim.png`` into ``directory``, which is made if missing."""
@@ -109,58 +116,72 @@ class Claim:
         self.figure().savefig(directory / "claim.png")
 
     def markdown(self) -> str:
-        """A table of all encoders, the slopes, and what they say, be it for the claim or against it."""
-        lines = ["# Does few-step quality need better text features than many-step quality?\n"]
-        heads = [f"parent, {MANY} steps", *(f"MeanFlow, {step_name(n)}" for n in (*FEW, MANY))]
-        heads += [f"kept at {step_name(n)}" for n in FEW]
-        lines += [
-            "| encoder | discriminability | seeds | " + " | ".join(heads) + " |",
-            "|---|" + "---|" * (len(heads) + 2),
-        ]
-        for grade, runs in self._by_grade().items():
-            columns = [[run.flow_matching[MANY] for run in runs]]
-            columns += [[run.meanflow[n] for run in runs if n in run.meanflow] for n in (*FEW, MANY)]
-            columns += [[run.kept(n) for run in runs] for n in FEW]
-            name = grade if runs[0].graded else f"{grade} (control)"
-            cells = [name, str(runs[0].discriminability), str(len(runs)), *(_mean_and_error(c) for c in columns)]
-            lines += ["| " + " | ".join(cells) + " |"]
-        lines += ["", "± is the standard error over training seeds.", ""]
+        """Tables of all encoders, the slopes, and what they say, be it for the claim or against it."""
+        lines = ["# Does few-step quality need better text features than many-step quality?", "", "Scores:", ""]
+        counts = (*FEW, MANY)
+        lines += self._table(
+            {
+                f"flow matching, {step_name(n)}": [run.flow_matching.get(n, math.nan) for run in self.runs]
+                for n in counts
+            }
+            | {f"MeanFlow, {step_name(n)}": [run.meanflow.get(n, math.nan) for run in self.runs] for n in counts}
+        )
+        shares = [(of, n) for of in (PARENT, OWN) for n in FEW]
+        lines += ["", f"Shares that MeanFlow keeps of a {MANY}-step score:", ""]
+        lines += self._table(
+            {f"{_whose(of)}, {step_name(n)}": [run.kept(n, of) for run in self.runs] for of, n in shares}
+        )
+        lines += ["", "± is the standard error over training seeds. Share kept per unit of discriminability:", ""]
         for slope in self.slopes():
             value = f"{slope.mean:+.2f}" if not math.isnan(slope.mean) else "not known"
             if not math.isnan(slope.margin):
                 low, high = slope.mean - slope.margin, slope.mean + slope.margin
                 value += f" ± {slope.standard_error:.2f}, 95 % interval [{low:+.2f}, {high:+.2f}]"
-            unit = "share kept per unit of discriminability"
-            lines += [f"- **{step_name(slope.steps)}**: {value} ({unit}): {slope.verdict}."]
+            lines += [f"- **{step_name(slope.steps)}**, {_whose(slope.of)}: {value}: {slope.verdict}."]
         return "\n".join([*lines, ""])
 
+    def _table(self, columns: dict[str, list[float]]) -> list[str]:
+        """A row for each encoder: means and errors of the columns, which hold a value for each run."""
+        lines = [
+            "| encoder | discriminability | seeds | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * (len(columns) + 2),
+        ]
+        for numbers in self._by_grade():
+            run = self.runs[numbers[0]]
+            name = run.grade if run.graded else f"{run.grade} (control)"
+            values = (_mean_and_error([column[i] for i in numbers]) for column in columns.values())
+            lines += ["| " + " | ".join([name, str(run.discriminability), str(len(numbers)), *values]) + " |"]
+        return lines
+
     def figure(self) -> Figure:
-        """Score at each step count, and share kept, against measured discriminability, with standard errors."""
+        """Scores of both objectives, and share kept, against discriminability, with standard errors."""
         import matplotlib
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(7.0, 2.9), layout="constrained")
-            scores, kept = figure.subplots(1, 2)
+            figure = Figure(figsize=(8.4, 2.9), layout="constrained")
+            parents, models, kept = figure.subplots(1, 3)
+            models.sharey(parents)
+            for n in (*FEW, MANY):
+                self._line(parents, [run.flow_matching[n] for run in self.runs], step_colour(n), step_name(n))
+                self._line(models, [run.meanflow[n] for run in self.runs], step_colour(n), step_name(n))
             for n in FEW:
-                self._line(scores, lambda run, n=n: run.meanflow[n], step_colour(n), f"MeanFlow, {step_name(n)}")
-                self._line(kept, lambda run, n=n: run.kept(n), step_colour(n), step_name(n))
-            self._line(scores, lambda run: run.flow_matching[MANY], step_colour(MANY), f"parent, {MANY} steps")
-            scores.set(xlabel="discriminability of the encoder", ylabel="score", ylim=(-0.02, 1.04))
-            kept.set(xlabel="discriminability of the encoder", ylabel=f"share of the parent's {MANY}-step score")
+                self._line(kept, [run.kept(n) for run in self.runs], step_colour(n), step_name(n))
+            parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
+            models.set(title="MeanFlow from it")
+            kept.set(title=f"MeanFlow, share of the parent's {MANY} steps", ylim=(-0.02, None))
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
-            for axes in (scores, kept):
-                axes.legend(loc="best", handlelength=1.8, labelspacing=0.3)
+            models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
+            figure.supxlabel("discriminability of the encoder (hollow: controls)", fontsize="medium")
         return figure
 
-    def _line(self, axes: Axes, value: object, colour: str, label: str) -> None:
-        """One line through the graded encoders; controls stand beside it, hollow."""
-        assert callable(value)
+    def _line(self, axes: Axes, values: list[float], colour: str, label: str) -> None:
+        """One line through the graded encoders' means; controls stand beside it, hollow."""
         points = []
-        for runs in self._by_grade().values():
-            values = [value(run) for run in runs]
-            error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
-            points.append((runs[0].discriminability.mean, float(np.mean(values)), error, runs[0].graded))
+        for numbers in self._by_grade():
+            of_grade, run = [values[i] for i in numbers], self.runs[numbers[0]]
+            error = float(np.std(of_grade, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else 0.0
+            points.append((run.discriminability.mean, float(np.mean(of_grade)), error, run.graded))
         filled: dict[str, Any] = {"marker": "o", "label": label}
         hollow: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}
         for graded, style in ((True, filled), (False, hollow)):
@@ -169,11 +190,10 @@ class Claim:
                 x, y, errors, _ = zip(*chosen, strict=True)
                 axes.errorbar(x, y, yerr=errors, color=colour, capsize=2, elinewidth=0.8, **style)
 
-    def _by_grade(self) -> dict[str, list[ClaimRun]]:
-        groups: dict[str, list[ClaimRun]] = {}
-        for run in self.runs:
-            groups.setdefault(run.grade, []).append(run)
-        return groups
+    def _by_grade(self) -> list[list[int]]:
+        """The runs' numbers, those of a grade together."""
+        grades = dict.fromkeys(run.grade for run in self.runs)
+        return [[i for i, run in enumerate(self.runs) if run.grade == grade] for grade in grades]
 
 
 def _verdict(mean: float, margin: float) -> str:
@@ -187,6 +207,10 @@ def _verdict(mean: float, margin: float) -> str:
     if mean > 0:
         return "for the claim: with better features a larger share of the parent's score survives"
     return "against the claim: with better features a smaller share of the parent's score survives"
+
+
+def _whose(of: str) -> str:
+    return "of its parent's" if of == PARENT else "of its own"
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
