@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 from emf_lightning.evaluation.distribution_distance import KernelDistance
 from emf_lightning.evaluation.image_features import RandomFeatures
-from emf_lightning.evaluation.image_folder import drawn_images
+from emf_lightning.evaluation.image_folder import DrawnImage, drawn_images
 from emf_lightning.evaluation.score import TaskScores
 from emf_lightning.evaluation.scoring import Rank, score_images
 from emf_lightning.evaluation.suite_metric import SuiteScore
@@ -88,6 +91,54 @@ def test_lines_behind_the_last_save_are_written_again(folder, tmp_path):
     assert len(rows(tmp_path)) == 2 * len(PROMPTS)
 
 
+def test_a_kill_while_saving_leaves_the_save_before(folder, tmp_path):
+    def kill(done, total):
+        if done >= 20:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(folder, tmp_path, save_seconds=0, report=kill)
+    (tmp_path / ".progress-0-of-1.partial").write_bytes(b"half a file")
+    seen = []
+    run(folder, tmp_path, report=lambda done, total: seen.append(done))
+    assert seen[0] == 20
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
+
+
+@pytest.mark.parametrize("at", ["results.jsonl", "scores.json"])
+def test_a_kill_while_the_scores_are_written_loses_nothing(folder, tmp_path, monkeypatch, at):
+    replace = os.replace
+
+    def kill(source, target):
+        if Path(target).name == at:
+            raise KilledError
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KilledError):
+        run(folder, tmp_path)
+    monkeypatch.undo()
+    seen = []
+    run(folder, tmp_path, report=lambda done, total: seen.append(done))
+    assert seen == [2 * len(PROMPTS)]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
+
+
+def test_a_file_that_cannot_be_read_is_named_and_what_was_done_is_kept(folder, tmp_path):
+    images = drawn_images(folder, SuiteScore(SUITE))
+    broken = DrawnImage(tmp_path / "broken.jpg", images[9].prompt)
+    whole = BytesIO()
+    Image.new("RGB", (36, 36), "red").save(whole, "JPEG")
+    broken.path.write_bytes(whole.getvalue()[:-40])
+    listed = [*images[:9], broken, *images[10:]]
+    with pytest.raises(ValueError, match=r"broken\.jpg is no image that can be read"):
+        score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4)
+    broken.path.write_bytes(whole.getvalue())
+    seen = []
+    score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4, report=lambda done, _: seen.append(done))
+    assert seen[0] == 8
+
+
 def test_a_metric_that_keeps_features_resumes_too(folder, tmp_path):
     features = RandomFeatures(width=8)
 
@@ -120,8 +171,6 @@ def test_the_beginnings_of_something_else_are_refused(folder, tmp_path):
 
 
 def _worker(number: int, folder: str, out: str, port_file: str) -> None:
-    from pathlib import Path
-
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
     torch.set_num_threads(1)
     found = run(Path(folder), Path(out), rank=Rank(number, 2))
