@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -38,8 +39,9 @@ def score(
             text file beside each image.
         metric: what to score with, e.g. SuiteScore with a suite, ClipScore, HpsScore, DpgBench, FrechetDistance.
         out: directory for scores.json and results.jsonl; by default FOLDER-scores/METRIC beside the folder.
-        files: pattern that an image's path below the folder must match, e.g. '*-4step*'.
-        partial: score a benchmark some of whose prompts have no image.
+        files: pattern that an image's path below the folder must match; '*-4step[-.]*' are `emf predict`'s images of
+            four steps, '*-4step_cfg2[-.]*' those with guidance 2 beside the main one.
+        partial: score a folder that lacks images which prompts.jsonl or the benchmark has.
         batch_size: images in memory at once.
     """
     if batch_size < 1:
@@ -47,7 +49,8 @@ def score(
     images = drawn_images(folder, metric, files, partial)
     rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if rank.count > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # what is summed are a few numbers on the CPU
+        # what is summed are a few numbers on the CPU; a rank with simple images may wait hours for the others
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     directory = out or folder.with_name(f"{folder.resolve().name}-scores") / metric.name
     with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:
 
