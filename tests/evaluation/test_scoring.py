@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from emf_lightning.evaluation.distribution_distance import KernelDistance
+from emf_lightning.evaluation.distribution_distance import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.image_features import RandomFeatures
 from emf_lightning.evaluation.image_folder import DrawnImage, drawn_images
 from emf_lightning.evaluation.score import TaskScores
@@ -187,6 +188,45 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
 
     assert both[0] == both[1] == alone["scores"]
     assert rows(tmp_path / "two") == rows(tmp_path / "alone")
+
+
+def _distances(folder, out, rank=None) -> list[dict]:
+    """FID and KID of the folder's first half against its second."""
+    features = RandomFeatures(width=8)
+    found = []
+    for metric in (
+        FrechetDistance(features, folder / "reference"),
+        KernelDistance(features, folder / "reference", subsets=3, subset_size=7),
+    ):
+        images = drawn_images(folder / "drawn", metric)
+        found.append(score_images(images, metric, out / metric.name, rank=rank, batch_size=4)["scores"])
+    return found
+
+
+def _distance_worker(number: int, folder: str, out: str, port_file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
+    torch.set_num_threads(1)
+    (Path(out) / f"of-{number}.json").write_text(json.dumps(_distances(Path(folder), Path(out), Rank(number, 2))))
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_the_distances_that_one_finds(folder, tmp_path):
+    for part, first in (("drawn", 0), ("reference", 1)):
+        (tmp_path / part).mkdir()
+        for file in sorted(folder.glob("*.png"))[first::2]:
+            (tmp_path / part / file.name).write_bytes(file.read_bytes())
+    alone = _distances(tmp_path, tmp_path / "alone")
+    shutil.rmtree(tmp_path / "reference-statistics")  # two processes describe the reference anew
+    (tmp_path / "two").mkdir()
+    mp.start_processes(
+        _distance_worker, (str(tmp_path), str(tmp_path / "two"), str(tmp_path / "port")), nprocs=2, start_method="fork"
+    )
+    both = [json.loads((tmp_path / f"two/of-{number}.json").read_text()) for number in range(2)]
+
+    assert both[0] == both[1]
+    assert len(list((tmp_path / "reference-statistics").iterdir())) == 2
+    for found, expected in zip(both[0], alone, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_memory_holds_a_batch_and_no_more(folder, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from emf_lightning.evaluation.image_metric import ImageMetric
 
 DRAWING = ("steps", "guidance")
-"""Fields of a line of ``prompts.jsonl`` that say how an image was drawn: images that differ in them have no score in common."""
+"""Fields of a line of ``prompts.jsonl`` that say how its image was drawn; images that differ have no common score."""
 
 
 def check_complete(listed: Mapping[str, Any], names: Sequence[str], files: str, source: str) -> None:
@@ -90,18 +90,19 @@ def check_prompts(images: Sequence[DrawnImage], metric: ImageMetric, partial: bo
         )
 
 
-def check_readable(paths: Sequence[Path]) -> None:
+def check_readable(paths: Sequence[Path], argument: str) -> None:
     """Raises a ``ValueError`` for files that are no images, and PNG files that are not whole.
 
-    Nothing is decoded, so that ten thousand take seconds; a JPEG file that breaks off is found when it is read.
+    Nothing is decoded, so that ten thousand take seconds; a JPEG file that breaks off is found when it is read. The
+    message begins with ``argument``.
     """
     with ThreadPoolExecutor(8) as pool:  # on a network drive most of the time is waiting
         complaints = list(pool.map(_complaint, paths))
     broken = [(path, complaint) for path, complaint in zip(paths, complaints, strict=True) if complaint]
     if broken:
         raise ValueError(
-            f"folder: {len(broken):,} of {len(paths):,} images cannot be read, {broken[0][0]} first ({broken[0][1]}); "
-            "draw them again"
+            f"{argument}: {len(broken):,} of {len(paths):,} images cannot be read, {broken[0][0]} first "
+            f"({broken[0][1]}); replace them"
         )
 
 

@@ -77,7 +77,7 @@ def drawn_images(folder: Path, metric: ImageMetric, files: str = "*", partial: b
     images = [DrawnImage(path, prompts[path] or "") for path in paths]
     if metric.prompts():
         check_prompts(images, metric, partial)
-    check_readable(paths)
+    check_readable(paths, "folder")
     return images
 
 
