@@ -83,10 +83,11 @@ def test_mistakes_end_in_one_sentence(folder, capsys, options, said):
     assert re.search(said, complaint(capsys, *words))
 
 
-@pytest.mark.parametrize("name", ["geneval", "dpg", "hps", "fid_coco"])
-def test_the_shipped_metrics_are_understood(name):
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/scores").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_metrics_are_understood(path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(score, as_group=False)
-    parsed = parser.parse_args(["--folder", "images", "--config", str(ROOT / f"experiments/scores/{name}.yaml")])
+    parsed = parser.parse_args(["--folder", "images", "--config", str(path)])
     assert parsed.metric.class_path.startswith("emf_lightning.evaluation.")
+    assert path.read_text().startswith(f"# `emf score IMAGES --config experiments/scores/{path.name}`: ")

@@ -63,6 +63,24 @@ def test_scores_and_lines_agree_with_judging_image_by_image(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
 
 
+def test_the_lines_are_what_genevals_summary_reads(folder, tmp_path):
+    found = run(folder, tmp_path)["scores"]
+    # as the official summary_scores.py: images, prompts by their metadata, tasks in the order of their first line
+    images, prompts, tasks = [], {}, {}
+    for row in rows(tmp_path):
+        assert isinstance(row["correct"], bool) and isinstance(row["metadata"], str)
+        images.append(row["correct"])
+        prompts[row["metadata"]] = prompts.get(row["metadata"], False) or row["correct"]
+        tasks.setdefault(row["tag"], []).append(row["correct"])
+    shares = {task: sum(correct) / len(correct) for task, correct in tasks.items()}
+
+    assert len(images) == 2 * len(prompts) == 2 * len(PROMPTS)
+    assert list(shares) == list(dict.fromkeys(prompt.tag for prompt in PROMPTS))
+    assert {task: found[task] for task in shares} == pytest.approx(shares)
+    assert found["score"] == pytest.approx(sum(shares.values()) / len(shares))
+    assert 0.3 < sum(images) / len(images) < sum(prompts.values()) / len(prompts)
+
+
 def test_a_killed_run_goes_on_where_it_was_saved_and_counts_nothing_twice(folder, tmp_path):
     whole = run(folder, tmp_path / "whole")
 
