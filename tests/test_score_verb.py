@@ -51,6 +51,24 @@ def test_a_folder_is_scored_with_a_suite_from_a_file(folder, capsys):
     assert f"score          {scores['scores']['score']:.4f}" in printed
 
 
+def test_images_of_each_step_count_have_scores_of_their_own(folder):
+    rows = [json.loads(line) | {"steps": 1} for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    for row in list(rows):
+        file = row["file"].replace("1step", "4step")
+        (folder / file).write_bytes((folder / row["file"]).read_bytes())
+        rows.append(row | {"file": file, "steps": 4})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for files in ("*-1step[-.]*", "*-4step[-.]*"):
+        main(["score", str(folder), "--files", files, "--config", str(folder.parent / "shapes.yaml")])
+
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in folder.parent.glob("images-scores/*/scores.json")
+    }
+    assert {name: scores["images"] for name, scores in found.items()} == dict.fromkeys(
+        ("shapes-1step", "shapes-4step"), len(rows) // 2
+    )
+
+
 def test_a_distance_needs_no_prompts_and_is_set_by_short_names(folder, capsys):
     (folder / "prompts.jsonl").unlink()
     options = ["--metric", "FrechetDistance", "--metric.features", "RandomFeatures", "--metric.reference", str(folder)]

@@ -165,12 +165,12 @@ class KernelDistance(_Distance):
     keys: list[Tensor] | Tensor
 
     def check_count(self, images: int) -> None:
-        super().check_count(images)
         if images < self.subset_size:
             raise ValueError(
                 f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; draw more, or set a "
                 "smaller subset_size"
             )
+        super().check_count(images)
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"subsets": self.subsets, "subset_size": self.subset_size}
