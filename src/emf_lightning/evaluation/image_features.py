@@ -47,8 +47,8 @@ class InceptionFeatures(ImageFeatures):
     Args:
         weights: path of ``weights-inception-2015-12-05-6726825d.pth``; without one torch-fidelity downloads it.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
-        resize: bilinear resizing to 299 px. "tensorflow" is that of the network's own time, with corners aligned:
-            what published CIFAR-10 numbers rest on. "pytorch" is pytorch-fid's, for statistics that it made.
+        resize: bilinear resizing to 299 px. "tensorflow" is that of the network's own time, which does not centre
+            pixels: what published CIFAR-10 numbers rest on. "pytorch" is pytorch-fid's, for statistics that it made.
 
     Raises:
         ValueError: where the weights are not there or something else.

@@ -115,7 +115,7 @@ class ReferenceImages:
         if _are_several() and dist.get_rank() > 0:
             return
         path = self._path(kind)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # another call may be about the same
         about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
         try:
             path.parent.mkdir(exist_ok=True)
