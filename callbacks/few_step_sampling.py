@@ -231,7 +231,7 @@ class FewStepSampling(Callback):
         for evaluation, record in zip(evaluations, records, strict=True):
             path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{record.label}.jsonl"
             drawing = {"step": record.step, "steps": record.steps, "nfe": record.nfe, "guidance": record.guidance}
-            write_results(path, evaluation.judged, drawing)
+            write_results(path, evaluation.judged, drawing, self.suite.prompts())
         self.history.write(board.directory / SCORES)
         board.plot(records)
         if self.figures:

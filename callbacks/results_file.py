@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from emf_lightning.data.shapes.prompts import Prompt
 from emf_lightning.evaluation.geneval import Judgement
 from emf_lightning.evaluation.suite import PromptImage
 
@@ -29,16 +30,19 @@ class JudgedImage:
     image: NDArray[np.uint8] | None = None
 
 
-def write_results(path: Path, judged: Sequence[JudgedImage], drawing: dict[str, float]) -> None:
+def write_results(
+    path: Path, judged: Sequence[JudgedImage], drawing: dict[str, float], prompts: Sequence[Prompt]
+) -> None:
     """Writes one line for each image: the fields of GenEval's ``results.jsonl``, and whether it is strictly correct.
 
     Args:
         path: of the file, which is replaced; its folder is made.
         judged: in the order of the lines; images of a prompt bear GenEval's names, ``00012/samples/0003.png``.
         drawing: how the images were drawn, repeated in every line.
+        prompts: all of the suite, whose order numbers them; ``judged`` may show some of them only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = {text: n for n, text in enumerate(dict.fromkeys(image.asked.prompt.prompt for image in judged))}
+    numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}
     with path.open("w") as file:
         for image in judged:
             prompt, judgement = image.asked.prompt, image.judgement

@@ -51,6 +51,24 @@ def test_a_folder_is_scored_with_a_suite_from_a_file(folder, capsys):
     assert f"score          {scores['scores']['score']:.4f}" in printed
 
 
+def test_images_of_each_step_count_have_scores_of_their_own(folder):
+    rows = [json.loads(line) | {"steps": 1} for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    for row in list(rows):
+        file = row["file"].replace("1step", "4step")
+        (folder / file).write_bytes((folder / row["file"]).read_bytes())
+        rows.append(row | {"file": file, "steps": 4})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for files in ("*-1step[-.]*", "*-4step[-.]*"):
+        main(["score", str(folder), "--files", files, "--config", str(folder.parent / "shapes.yaml")])
+
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in folder.parent.glob("images-scores/*/scores.json")
+    }
+    assert {name: scores["images"] for name, scores in found.items()} == dict.fromkeys(
+        ("shapes-1step", "shapes-4step"), len(rows) // 2
+    )
+
+
 def test_a_distance_needs_no_prompts_and_is_set_by_short_names(folder, capsys):
     (folder / "prompts.jsonl").unlink()
     options = ["--metric", "FrechetDistance", "--metric.features", "RandomFeatures", "--metric.reference", str(folder)]
@@ -83,10 +101,11 @@ def test_mistakes_end_in_one_sentence(folder, capsys, options, said):
     assert re.search(said, complaint(capsys, *words))
 
 
-@pytest.mark.parametrize("name", ["geneval", "dpg", "hps", "fid_coco"])
-def test_the_shipped_metrics_are_understood(name):
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/scores").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_metrics_are_understood(path):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(score, as_group=False)
-    parsed = parser.parse_args(["--folder", "images", "--config", str(ROOT / f"experiments/scores/{name}.yaml")])
+    parsed = parser.parse_args(["--folder", "images", "--config", str(path)])
     assert parsed.metric.class_path.startswith("emf_lightning.evaluation.")
+    assert path.read_text().startswith(f"# `emf score IMAGES --config experiments/scores/{path.name}`: ")

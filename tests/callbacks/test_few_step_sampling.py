@@ -313,6 +313,8 @@ def test_every_judged_image_has_a_line_that_genevals_summary_reads(run):
         for label in ("1step", "2step")
     ]
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    texts = [prompt.prompt for prompt in SUITE.prompts()]
+    assert [texts[int(row["filename"][:5])] for row in rows] == [row["prompt"] for row in rows]  # of few prompts, too
     # what the official summary_scores.py does: shares by tag, in order, and prompts told apart by their metadata
     by_tag: dict[str, list[bool]] = {}
     for row in rows:

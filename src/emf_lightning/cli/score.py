@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -37,9 +39,11 @@ def score(
         folder: with the images; prompts in prompts.jsonl, as `emf predict` writes it, in GenEval's layout, or in a
             text file beside each image.
         metric: what to score with, e.g. SuiteScore with a suite, ClipScore, HpsScore, DpgBench, FrechetDistance.
-        out: directory for scores.json and results.jsonl; by default FOLDER-scores/METRIC beside the folder.
-        files: pattern that an image's path below the folder must match, e.g. '*-4step*'.
-        partial: score a benchmark some of whose prompts have no image.
+        out: directory for scores.json and results.jsonl; by default FOLDER-scores/METRIC beside the folder, or
+            FOLDER-scores/METRIC-4step where `files` selects those.
+        files: pattern that an image's path below the folder must match; '*-4step[-.]*' are `emf predict`'s images of
+            four steps, '*-4step_cfg2[-.]*' those with guidance 2 beside the main one.
+        partial: score a folder that lacks images which prompts.jsonl or the benchmark has.
         batch_size: images in memory at once.
     """
     if batch_size < 1:
@@ -47,8 +51,11 @@ def score(
     images = drawn_images(folder, metric, files, partial)
     rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if rank.count > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # what is summed are a few numbers on the CPU
-    directory = out or folder.with_name(f"{folder.resolve().name}-scores") / metric.name
+        # what is summed are a few numbers on the CPU; a rank with simple images may wait hours for the others
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # the words of the pattern
+    name = f"{metric.name}-{selected}" if selected else metric.name
+    directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
     with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:
 
         def show(done: int, total: int) -> None:

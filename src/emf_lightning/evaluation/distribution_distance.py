@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emf_lightning.evaluation.image_features import ImageFeatures
-from emf_lightning.evaluation.image_folder import image_files, read_image
 from emf_lightning.evaluation.image_metric import ImageMetric
-
-BATCH = 64
-"""Reference images described at once."""
+from emf_lightning.evaluation.reference_images import ReferenceImages, gaussian, resized, statistics
 
 
 class _Distance(ImageMetric):
-    """What FID and KID share: features, reference images, and how many images the protocol wants."""
+    """What FID and KID share: features, reference images, and how many images the protocol wants.
+
+    The reference is described when the first distance is computed, and shared with every twin.
+    """
 
     higher_is_better = False
     needs_prompts = False
@@ -31,19 +32,29 @@ class _Distance(ImageMetric):
         self.reference = Path(reference)
         self.resolution = resolution
         self.count = count
+        self._images: ReferenceImages | None = None  # none where statistics come from a file
+        if self.reference.suffix != ".npz":
+            self._images = ReferenceImages(type(self).__name__, self.reference, features, resolution)
 
     def check_count(self, images: int) -> None:
-        """Raises a ``ValueError`` where the protocol wants another number of images: FID depends on it."""
+        """Raises a ``ValueError`` where the protocol wants another number of images: FID depends on it.
+
+        And for reference images that cannot be read.
+        """
         if self.count is not None and images != self.count:
             raise ValueError(
                 f"{self.title}: {images:,} images, but count is {self.count:,}; the number of images shifts the "
                 "distance: draw as many, or set count to what you have and say so"
             )
+        if self._images is not None:
+            self._images.check()
 
     def settings(self) -> dict[str, Any]:
         return {
             "reference": str(self.reference),
+            "reference_images": len(self._images.files) if self._images else None,
             "features": self._features.digest,
+            "resize": self._features.resize,
             "resolution": self.resolution,
             "count": self.count,
         }
@@ -52,23 +63,18 @@ class _Distance(ImageMetric):
         """Features ``[B, D]`` of images, after they were brought to the protocol's resolution."""
         return self._features([resized(image, self.resolution) for image in images])
 
-    def reference_features(self) -> Iterator[Tensor]:
-        """Batches of the reference images' features."""
-        files = image_files(self.reference, f"{type(self).__name__}: reference")
-        for first in range(0, len(files), BATCH):
-            yield self.describe([read_image(file) for file in files[first : first + BATCH]])
-
 
 class FrechetDistance(_Distance):
     """FID (arXiv 1706.08500): Fréchet's distance between Gaussians fitted to features.
 
-    Comparable numbers share features, resolution, reference and the number of images. The published protocols:
-    CIFAR-10, 50,000 images against its 50,000 training images; CelebA-HQ 256, 50,000 against 30,000; COCO, 30,000
-    against val2014 or 5,000 against val2017, at 256 px.
+    Comparable numbers share features, their resize, resolution, reference and the number of images. The published
+    protocols: CIFAR-10, 50,000 images against its 50,000 training images; CelebA-HQ 256, 50,000 against 30,000 with
+    pytorch-fid's resize; COCO, 30,000 against val2014 or 5,000 against val2017, at 256 px.
 
     Args:
         features: of images.
-        reference: folder of reference images, or an ``.npz`` with their mean ``mu`` ``[D]`` and covariance ``sigma``.
+        reference: folder of reference images, or an ``.npz`` with their mean ``mu`` ``[D]`` and covariance ``sigma``;
+            what is found of a folder is kept in such a file in ``FOLDER-statistics`` beside it.
         resolution: pixels of the square that images of other sizes are cut and scaled to, reference and drawn alike.
         count: images that the protocol wants.
 
@@ -86,21 +92,14 @@ class FrechetDistance(_Distance):
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self._mu, self._sigma = self._reference()
+        if self._images is None:
+            self._statistics = statistics(self.reference, features, resolution)
+        elif len(self._images.files) < 2:
+            raise ValueError(f"FrechetDistance: reference {reference} has one image; give two or more")
 
     total: Tensor
     products: Tensor
     images: Tensor
-
-    def _reference(self) -> tuple[Tensor, Tensor]:
-        if self.reference.suffix == ".npz":
-            return _statistics(self.reference, self._features.width)
-        width, images = self._features.width, 0
-        total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-        for batch in self.reference_features():
-            rows = batch.double()
-            total, products, images = total + rows.sum(0), products + rows.T @ rows, images + len(rows)
-        return gaussian(total, products, images)
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         rows = self.describe(images).double().to(self.total.device)
@@ -113,16 +112,21 @@ class FrechetDistance(_Distance):
         if self.images < 2:
             raise ValueError(f"{self.title}: needs two images or more, got {int(self.images)}")
         mu, sigma = gaussian(self.total, self.products, int(self.images))
-        distance = frechet(mu.cpu(), sigma.cpu(), self._mu, self._sigma)
+        reference = self._images.moments(self.device) if self._images else self._statistics
+        distance = frechet(mu.cpu(), sigma.cpu(), *reference)
         return {"score": distance.clamp(min=0), "images": self.images.double().cpu()}
 
 
 class KernelDistance(_Distance):
     """KID (arXiv 1801.01401), times 1000: the unbiased squared MMD with a cubic kernel, for a few thousand images.
 
+    Subsets are drawn from the images in the order of their contents' digests, so that the distance depends neither on
+    ranks nor on batches. A part of a protocol's images, as those of one seed, may be smaller than a subset: it is one
+    subset then, all of it; the estimate is unbiased for any number of images, but varies more.
+
     Args:
         features: of images.
-        reference: folder of reference images.
+        reference: folder of reference images; their features are kept in ``FOLDER-statistics`` beside it.
         resolution: see ``FrechetDistance``.
         count: see ``FrechetDistance``.
         subsets: random subsets whose mean it is; ``spread`` is their standard deviation, which papers write behind ±.
@@ -145,75 +149,66 @@ class KernelDistance(_Distance):
         self.name = f"kid_{features.name}" if features.name else "kid"
         self.title = f"KID x 1000 ({features.name} features)" if features.name else "KID x 1000"
         self.subsets, self.subset_size = subsets, subset_size
-        self._real = torch.cat(list(self.reference_features()))
-        if len(self._real) < subset_size:
+        if self._images is None:
             raise ValueError(
-                f"KernelDistance: reference {reference} has {len(self._real)} images, fewer than subset_size="
+                f"KernelDistance: reference {reference} must be a folder of images: KID needs each of them"
+            )
+        if len(self._images.files) < subset_size:
+            raise ValueError(
+                f"KernelDistance: reference {reference} has {len(self._images.files)} images, fewer than subset_size="
                 f"{subset_size}; give more images or a smaller subset_size"
             )
         self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("keys", [], dist_reduce_fx="cat")
 
     features: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
+
+    def check_count(self, images: int) -> None:
+        if images < self.subset_size:
+            raise ValueError(
+                f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; draw more, or set a "
+                "smaller subset_size"
+            )
+        super().check_count(images)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"subsets": self.subsets, "subset_size": self.subset_size}
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        assert isinstance(self.features, list)
+        assert isinstance(self.features, list) and isinstance(self.keys, list)
         self.features.append(self.describe(images).to(self.device))
+        self.keys.append(torch.tensor([_key(image) for image in images], device=self.device))
         self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
-        drawn = torch.cat(self.features) if isinstance(self.features, list) else self.features
-        if len(drawn) < self.subset_size:
-            raise ValueError(
-                f"{self.title}: {len(drawn)} images, fewer than subset_size={self.subset_size}; draw more, or set a "
-                "smaller subset_size"
-            )
         from torchmetrics.image.kid import poly_mmd
 
+        features, keys = (
+            (torch.cat(list(state)) if isinstance(state, list) else state).cpu() for state in (self.features, self.keys)
+        )
+        if len(features) < 2:
+            raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
+        assert self._images is not None
+        drawn, real = features[keys.argsort()], self._images.rows(self.device)
+        size = min(self.subset_size, len(drawn))
         generator = torch.Generator().manual_seed(0)
 
         def subset(rows: Tensor) -> Tensor:
-            return rows[torch.randperm(len(rows), generator=generator)[: self.subset_size]].double()
+            return rows[torch.randperm(len(rows), generator=generator)[:size]].double()
 
-        distances = [poly_mmd(subset(self._real), subset(drawn.cpu())) for _ in range(self.subsets)]
+        distances = [poly_mmd(subset(real), subset(drawn)) for _ in range(self.subsets)]
         values = 1000 * torch.stack(distances)
         return {"score": values.mean(), "spread": values.std(unbiased=False)}
+
+
+def _key(image: NDArray[np.uint8]) -> int:
+    """Of the pixels: the same whoever describes the image, and when."""
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def frechet(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tensor) -> Tensor:
     """|mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) of two Gaussians, ``[D]`` and ``[D, D]``, in fp64."""
     roots = torch.linalg.eigvals(sigma @ other_sigma).sqrt().real.sum()
     return (mu - other_mu).square().sum() + sigma.trace() + other_sigma.trace() - 2 * roots
-
-
-def gaussian(total: Tensor, products: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features, from their sum and their summed outer products."""
-    mean = total / images
-    return mean, (products - images * torch.outer(mean, mean)) / (images - 1)
-
-
-def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
-    """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; untouched where it has that size."""
-    if resolution is None or image.shape[:2] == (resolution, resolution):
-        return image
-    from PIL import Image
-
-    from emf_lightning.data.decoding import SquareTransform
-
-    return SquareTransform(resolution)(Image.fromarray(image))
-
-
-def _statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
-    try:
-        with np.load(path) as content:
-            mu, sigma = (torch.from_numpy(np.asarray(content[name], np.float64)) for name in ("mu", "sigma"))
-    except OSError as error:
-        raise ValueError(
-            f"FrechetDistance: cannot read reference {path}; give a folder of images or an .npz"
-        ) from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"FrechetDistance: {path} holds no mu and sigma ({error})") from error
-    if mu.shape != (width,) or sigma.shape != (width, width):
-        raise ValueError(
-            f"FrechetDistance: the statistics in {path} are of {mu.shape[0]} features, the images have {width}"
-        )
-    return mu, sigma

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.text.fingerprint import weights_digest
+from emf_lightning.text.fingerprint import fingerprint, weights_digest
 
 
 class ImageFeatures(ABC):
@@ -23,16 +23,18 @@ class ImageFeatures(ABC):
     Attributes:
         name: what a distance over its features is called after; empty for the published one.
         width: D.
+        resize: how images are brought to the size that the network sees: another way gives other distances.
     """
 
     name: str
     width: int
+    resize: str
     network: nn.Module
 
     @cached_property
     def digest(self) -> str:
-        """Of its weights: distances over other weights are not comparable."""
-        return weights_digest(self.network)[:12]
+        """Of its weights and resizing: distances over others are not comparable."""
+        return fingerprint(weights=weights_digest(self.network), resize=self.resize)[:12]
 
     @abstractmethod
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -42,11 +44,11 @@ class ImageFeatures(ABC):
 class InceptionFeatures(ImageFeatures):
     """The 2048 pooled features of the Inception network that FID is defined by, as torch-fidelity ports it.
 
-    Its own bilinear resizing to 299 px is TensorFlow's of that time: what published CIFAR-10 numbers rest on.
-
     Args:
         weights: path of ``weights-inception-2015-12-05-6726825d.pth``; without one torch-fidelity downloads it.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        resize: bilinear resizing to 299 px. "tensorflow" is that of the network's own time, which does not centre
+            pixels: what published CIFAR-10 numbers rest on. "pytorch" is pytorch-fid's, for statistics that it made.
 
     Raises:
         ValueError: where the weights are not there or something else.
@@ -55,7 +57,12 @@ class InceptionFeatures(ImageFeatures):
     name = ""
     width = 2048
 
-    def __init__(self, weights: Path | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        weights: Path | None = None,
+        device: str | None = None,
+        resize: Literal["tensorflow", "pytorch"] = "tensorflow",
+    ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         file = "weights-inception-2015-12-05-6726825d.pth"
@@ -72,12 +79,21 @@ class InceptionFeatures(ImageFeatures):
                 f"InceptionFeatures: cannot load weights={path!r} ({reason}); give the path of {file}"
             ) from error
         self.device = device_of(device)
+        self.resize = resize
         self.network = network.to(self.device).eval().requires_grad_(False)
+        # the network's forward resizes as TensorFlow did; up to its classifier it is a plain sequence
+        self._blocks = nn.Sequential(*list(network.children())[:-1])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([self.network(batch.to(self.device))[0].float().cpu() for batch in _by_size(images)])
+            return torch.cat([self._described(batch.to(self.device)).float().cpu() for batch in _by_size(images)])
+
+    def _described(self, batch: Tensor) -> Tensor:
+        if self.resize == "tensorflow":
+            return self.network(batch)[0]  # type: ignore[no-any-return]
+        pixels = nn.functional.interpolate(batch / 255, (299, 299), mode="bilinear", align_corners=False)
+        return self._blocks(2 * pixels - 1).flatten(1)  # type: ignore[no-any-return]
 
 
 class RandomFeatures(ImageFeatures):
@@ -96,6 +112,7 @@ class RandomFeatures(ImageFeatures):
     def __init__(self, width: int = 128, seed: int = 0, side: int = 36) -> None:
         self.width = width
         self.side = side
+        self.resize = f"bilinear to {side} px"
         channels = (3, 32, 64, width)
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):  # the layers' own first weights are drawn from the global generator

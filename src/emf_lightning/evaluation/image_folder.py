@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from emf_lightning.evaluation.folder_checks import (
+    check_complete,
+    check_one_drawing,
+    check_prompts,
+    check_readable,
+)
 
 if TYPE_CHECKING:
     from emf_lightning.evaluation.image_metric import ImageMetric
@@ -45,16 +52,22 @@ def drawn_images(folder: Path, metric: ImageMetric, files: str = "*", partial: b
     Args:
         folder: looked through, subfolders too.
         metric: that is to score them.
-        files: pattern that paths below the folder must match, e.g. ``*-4step*``.
-        partial: whether prompts of the benchmark may lack images.
+        files: pattern that paths below the folder must match, e.g. ``*-4step[-.]*``, which leaves out ``4step_cfg2``.
+        partial: whether prompts of the benchmark, or lines of ``prompts.jsonl``, may lack images.
 
     Raises:
-        ValueError: for no images, images without a prompt or with another benchmark's, prompts without images.
+        ValueError: for no images, images that cannot be read, that were drawn with different steps or guidance, that
+            have no prompt or another benchmark's; for images that are missing.
     """
     paths = [path for path in image_files(folder, "folder") if fnmatch(str(path.relative_to(folder)), files)]
     if not paths:
         raise ValueError(f"folder: no image in {folder} matches files={files!r}")
-    prompts = _prompts(folder, paths, metric)
+    listed = _listed(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+    names = [str(path.relative_to(folder)) for path in paths]
+    if not partial:
+        check_complete(listed, names, files, PROMPTS)
+    check_one_drawing(listed, names, PROMPTS)
+    prompts = _prompts(folder, paths, metric, listed)
     nameless = [path for path in paths if prompts[path] is None]
     if nameless and metric.needs_prompts:
         raise ValueError(
@@ -62,27 +75,14 @@ def drawn_images(folder: Path, metric: ImageMetric, files: str = "*", partial: b
             f"layouts: {LAYOUTS}"
         )
     images = [DrawnImage(path, prompts[path] or "") for path in paths]
-    known = set(metric.prompts())
-    if known:
-        strangers = [image for image in images if image.prompt not in known]
-        if strangers:
-            raise ValueError(
-                f"folder: {len(strangers):,} of {len(images):,} images are for prompts that {metric.title} does not "
-                f"have, {strangers[0].path} for {strangers[0].prompt!r} among them; choose with files=, or score with "
-                "the suite that they were drawn for"
-            )
-        missing = known.difference(image.prompt for image in images)
-        if missing and not partial:
-            first = next(prompt for prompt in metric.prompts() if prompt in missing)
-            raise ValueError(
-                f"folder: {len(missing):,} of {metric.title}'s {len(known):,} prompts have no image, {first!r} among "
-                "them; draw them, or give --partial true for a score that is not comparable"
-            )
+    if metric.prompts():
+        check_prompts(images, metric, partial)
+    check_readable(paths, "folder")
     return images
 
 
 def image_files(folder: Path, argument: str) -> list[Path]:
-    """All image files below ``folder``, by path; files and folders that begin with a dot are left out.
+    """All image files below ``folder``, by path; names that begin with a dot are left out, and GenEval's grids.
 
     Raises:
         ValueError: where there is no such folder, or no image in it; the message begins with ``argument``.
@@ -91,6 +91,8 @@ def image_files(folder: Path, argument: str) -> list[Path]:
         raise ValueError(f"{argument}: no folder {folder}")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    of_genevals = {path.parent.parent for path in paths if path.parent.name == "samples"}
+    paths = [path for path in paths if path.parent not in of_genevals]  # 00012/grid.png, beside 00012/samples
     if not paths:
         raise ValueError(f"{argument}: no image in {folder}; known are {', '.join(SUFFIXES)}")
     return paths
@@ -111,15 +113,16 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is no image that can be read ({error}); draw it again") from error
 
 
-def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric) -> dict[Path, str | None]:
+def _prompts(
+    folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, dict[str, Any]]
+) -> dict[Path, str | None]:
     """The prompt of each path, None where no layout knows one."""
-    listed = _listed(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
     of_folder: dict[Path, str | None] = {}
 
     def prompt(path: Path) -> str | None:
         relative = PurePath(path.relative_to(folder))
         if str(relative) in listed:
-            return listed[str(relative)]
+            return str(listed[str(relative)]["prompt"])
         beside = path.with_suffix(".txt")
         if beside.is_file():
             return beside.read_text(encoding="utf-8").strip()
@@ -134,10 +137,11 @@ def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric) -> dict[P
     return {path: prompt(path) for path in paths}
 
 
-def _listed(path: Path) -> dict[str, str]:
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    """Path below the folder -> line of the list."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {row["file"]: row["prompt"] for row in rows}
+        return {str(PurePath(row["file"])): {"prompt": row["prompt"], **row} for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} must have `file` and `prompt` in every line ({error})") from error
 

@@ -60,7 +60,8 @@ def score_images(
         report: called with (images done by all ranks as far as known, images in all).
 
     Raises:
-        ValueError: where ``directory`` holds the beginnings of another scoring.
+        ValueError: where ``directory`` holds the beginnings of another scoring; for a file that is no image: what was
+            counted before it is kept.
     """
     here = rank or Rank()
     metric.check_count(len(images))
@@ -72,7 +73,12 @@ def score_images(
         report(min(progress.done * here.count, len(images)), len(images))
         while progress.done < len(mine):
             batch = mine[progress.done : progress.done + batch_size]
-            metric.update([read_image(image.path) for image in batch], [image.prompt for image in batch])
+            try:
+                pictures = [read_image(image.path) for image in batch]
+            except ValueError:
+                progress.save()
+                raise
+            metric.update(pictures, [image.prompt for image in batch])
             for image, row in zip(batch, metric.rows, strict=True):
                 lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
             lines.flush()
@@ -96,7 +102,8 @@ def score_images(
         dist.barrier()
     if here.number == 0:
         _join(directory, here.count, len(images))
-        (directory / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
+        _write(directory / SCORES, json.dumps(scores, indent=1) + "\n")
+        _clear(directory, here.count)  # last: until then a killed run finds all that was counted
     if here.count > 1:
         dist.barrier()
     return scores
@@ -112,7 +119,7 @@ class _Progress:
         self.done = 0
         what = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
         self.key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-        others = [p for p in directory.glob(".progress-*") if not p.name.endswith(f"-of-{rank.count}.pt")]
+        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{rank.count}.pt")]
         if others:
             count = others[0].stem.rpartition("-")[2]
             raise ValueError(
@@ -138,7 +145,7 @@ class _Progress:
     def _cut(self) -> None:
         """Lets go of lines written after the last save: their images come again."""
         lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
-        self.results.write_text("".join(lines[: self.done]), encoding="utf-8")
+        _write(self.results, "".join(lines[: self.done]))
 
     def save(self) -> None:
         """Writes, at once or not at all."""
@@ -149,13 +156,22 @@ class _Progress:
 
 
 def _join(directory: Path, ranks: int, images: int) -> None:
-    """Brings the ranks' lines into the order of the images, and clears away what only a resumed run needs."""
+    """Brings the ranks' lines into the order of the images."""
     parts = [
         (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
     ]
-    with (directory / RESULTS).open("w", encoding="utf-8") as file:
-        for number in range(images):
-            file.write(parts[number % ranks][number // ranks] + "\n")
-    for number in range(ranks):
-        (directory / f".results-{number}-of-{ranks}.jsonl").unlink()
-        (directory / f".progress-{number}-of-{ranks}.pt").unlink()
+    _write(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
+
+
+def _clear(directory: Path, ranks: int) -> None:
+    """Removes what only a resumed run needs; counts first, as counts without their lines could not be resumed."""
+    for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
+        for number in range(ranks):
+            (directory / pattern.format(number, ranks)).unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes, at once or not at all."""
+    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
