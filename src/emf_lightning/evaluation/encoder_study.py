@@ -9,7 +9,7 @@ numbers say little alone: a constant encoder has a disentanglement of 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,11 @@ VARIANTS = ("raw", "centred", "whitened")
 RESAMPLES = 1000
 SHRINKAGE = 0.05
 """Share of the mean variance that whitening adds to every direction: rare ones hold noise."""
+QUANTUM = 1e-9
+"""Cosines this close are equal: float64's rounding, and far below what tells nearly parallel features apart."""
 
 Features = NDArray[np.float32]
+Rows = NDArray[np.float64]
 Report = Callable[[int, int], None]
 
 
@@ -102,15 +105,20 @@ def pooled_features(
     return np.concatenate(rows)[[numbers[caption] for caption in captions]]
 
 
-def variants_of(features: Features, fitted_on: Features) -> dict[str, Features]:
-    """The features in each of ``VARIANTS``, rows of unit length; mean and covariance are those of ``fitted_on``."""
-    mean = fitted_on.mean(0)
+def variants_of(features: Features, fitted_on: Features) -> Iterator[tuple[str, Rows]]:
+    """The features in each of ``VARIANTS``, rows of unit length; mean and covariance are those of ``fitted_on``.
+
+    One after the other, in float64: features of language models differ in their last digits.
+    """
+    yield VARIANTS[0], _unit(features.astype(np.float64))
+    mean = fitted_on.mean(0, dtype=np.float64)
     centred = features - mean
-    covariance = np.cov((fitted_on - mean).T.astype(np.float64))
-    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
-    floor = SHRINKAGE * max(values.mean(), 1e-12)
-    whitened = centred @ (vectors / np.sqrt(np.maximum(values, 0) + floor)).astype(np.float32)
-    return {name: _unit(rows) for name, rows in zip(VARIANTS, (features, centred, whitened), strict=True)}
+    # what is left of equal rows is rounding, not a direction
+    centred[np.linalg.norm(centred, axis=1) < 1e-6 * np.linalg.norm(mean)] = 0
+    yield VARIANTS[1], _unit(centred)
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov((fitted_on - mean).T)))
+    floor = SHRINKAGE * max(values.mean(), np.finfo(np.float64).tiny)
+    yield VARIANTS[2], _unit(centred @ (vectors / np.sqrt(np.maximum(values, 0) + floor)))
 
 
 def discriminability(
@@ -143,12 +151,12 @@ def discriminability(
     numbers = {caption: number for number, caption in enumerate(corpus.captions)}
     own = np.stack([corpus.owners, [numbers[caption] for caption in corpus.captions]])
     scores, retrieved = {}, {}
-    for name, rows in variants_of(features, features).items():
+    for name, rows in variants_of(features, features):
         found = _nearest(rows, asked, own, k, order)
         scores[name] = Estimate.of(_similarities(corpus, asked, found))
         if name == "raw":
             retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:shown])}
-    shuffled = _nearest(_unit(features[rng.permutation(n)]), asked, own, k, order)
+    shuffled = _nearest(_unit(features[rng.permutation(n)].astype(np.float64)), asked, own, k, order)
     chance = best = float("nan")
     if corpus.exhaustive and limits:
         alike = [corpus.similarity(q, np.flatnonzero((own != own[:, [q]]).all(0))) for q in asked]
@@ -200,11 +208,11 @@ def disentanglement(
         encode([without(p, unit, fraction, np.random.default_rng((s, i))) for i, p in enumerate(usable)]) for s in seeds
     ]
     unseen = float(np.mean([(part == whole).all(1).mean() for part in parts]))
-    of_whole = variants_of(whole, whole)
     others = np.roll(np.arange(len(usable)), max(len(usable) // 3, 1))
     ablated, unrelated, contrast = {}, {}, {}
-    for name, rows in of_whole.items():
-        cosines = np.mean([(variants_of(part, whole)[name] * rows).sum(1) for part in parts], axis=0)
+    in_step = zip(variants_of(whole, whole), *(variants_of(part, whole) for part in parts), strict=True)
+    for (name, rows), *of_parts in in_step:
+        cosines = np.mean([(part * rows).sum(1) for _, part in of_parts], axis=0)
         ablated[name] = Estimate.of(cosines)
         unrelated[name] = float((rows[others] * rows).sum(1).mean())
         room = 1 - unrelated[name]
@@ -227,28 +235,26 @@ def without(prompt: str, unit: str, fraction: float, rng: np.random.Generator) -
     return " ".join(units[i] for i in kept)
 
 
-def _unit(rows: Features) -> Features:
+def _unit(rows: Rows) -> Rows:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    # what is left of equal rows without their mean is rounding, not a direction
-    return np.where(lengths > 1e-6, rows / np.maximum(lengths, 1e-6), 0).astype(np.float32)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
 def _nearest(
-    rows: Features, asked: NDArray[np.int64], own: NDArray[np.int64], k: int, order: NDArray[np.int64]
+    rows: Rows, asked: NDArray[np.int64], own: NDArray[np.int64], k: int, order: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The ``k`` pairs of the largest cosine to each of ``asked``, ``[Q, k]``; ties go by ``order``.
+    """The ``k`` pairs of the largest cosine to each of ``asked``, ``[Q, k]``; ties go by ``order`` ``[N]``.
 
     Pairs that share a query's number in a row of ``own`` ``[R, N]``, its image's or its caption's, are left out.
     """
-    shuffled, found = torch.from_numpy(rows[order]), []
-    owner = torch.from_numpy(own[:, order])
+    pairs, places, numbers = (torch.from_numpy(part) for part in (rows, order, own))
+    found = []
     for first in range(0, len(asked), 128):
-        part = asked[first : first + 128]
-        cosines = torch.from_numpy(rows[part]) @ shuffled.T
+        part = torch.from_numpy(asked[first : first + 128])
         # whole numbers, the place behind them: equal but for rounding is equal, and goes by the place
-        ranks = (cosines * 1e5).round().long() * len(order) - torch.arange(len(order))
-        ranks[(owner[:, None] == torch.from_numpy(own[:, part])[:, :, None]).any(0)] = torch.iinfo(torch.int64).min
-        found.append(order[ranks.topk(k, dim=1).indices.numpy()])
+        ranks = (pairs[part] @ pairs.T / QUANTUM).round().long() * len(places) - places
+        ranks[(numbers[:, None] == numbers[:, part, None]).any(0)] = torch.iinfo(torch.int64).min
+        found.append(ranks.topk(k, dim=1).indices.numpy())
     return np.concatenate(found)
 
 
