@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from emf_lightning.cli import main
+from emf_lightning.cli.encoders import _kept_features
+from emf_lightning.evaluation.encoder_study import pooled_features
+from emf_lightning.evaluation.pair_corpus import ShapesPairs
+from emf_lightning.text.base import TextFeatures
+from emf_lightning.text.words import WordEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "150", "--queries", "40"]
@@ -54,6 +61,32 @@ def test_features_are_kept_for_the_next_study(config, tmp_path, capsys):
     assert len(kept) == 3
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/features").iterdir()}
     assert first["encoders"] == second["encoders"]
+
+
+class Drawn(WordEncoder):
+    """Features that depend on more than the fingerprint, as those of tokens that an encoder draws."""
+
+    def __init__(self, drawing: int) -> None:
+        super().__init__(width=16, length=10)
+        self.drawing = drawing
+
+    @property
+    def variant(self) -> str:
+        return f"drawing {self.drawing}"
+
+    def encode(self, captions):
+        text = super().encode(captions)
+        torch.manual_seed(self.drawing)
+        return TextFeatures(text.context + torch.randn(self.width), text.mask)
+
+
+def test_features_of_another_variant_are_not_taken_for_its_own(tmp_path):
+    out, corpus = tmp_path / "out", ShapesPairs(count=20)
+    assert Drawn(0).fingerprint == Drawn(1).fingerprint
+    for drawing in (0, 1, 0):
+        kept = _kept_features(out, Drawn(drawing), corpus, 64, lambda done, total: None)
+        np.testing.assert_array_equal(kept, pooled_features(Drawn(drawing), corpus.captions))
+    assert len(list((out / "features").iterdir())) == 2
 
 
 def test_a_list_of_prompts_and_its_sentences_may_take_the_captions_place(config, tmp_path, capsys):

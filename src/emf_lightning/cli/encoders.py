@@ -95,7 +95,7 @@ def _kept_features(
 ) -> Features:
     """Pooled features of the corpus's captions, from a file where an earlier call has left them."""
     captions = hashlib.sha256("\n".join(corpus.captions).encode()).hexdigest()
-    key = hashlib.sha256(f"{encoder.fingerprint} {captions}".encode()).hexdigest()
+    key = hashlib.sha256(f"{encoder.fingerprint} {encoder.variant} {captions}".encode()).hexdigest()
     path = out / "features" / f"{key[:16]}.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
