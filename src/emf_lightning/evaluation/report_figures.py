@@ -69,7 +69,9 @@ def steps_figure(report: Report) -> Figure:
             axes.set(title=fill(title, 44), xlabel="network steps", ylabel="score")
         # one legend, beside no line: most panels show the same runs
         shown = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(shown.values()), list(shown), loc="outside lower center", handlelength=2.4)
+        columns = min(len(panels), 3)
+        figure.set_figheight(2.6 + 0.15 * -(-len(shown) // columns))  # the panels keep their size
+        figure.legend(list(shown.values()), list(shown), loc="outside lower center", handlelength=2.4, ncols=columns)
     return figure
 
 
