@@ -27,6 +27,7 @@ from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.report import Report, ReportRow
 from emf_lightning.evaluation.report_figures import steps_figure
+from emf_lightning.evaluation.suite_metric import SuiteScore
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 class _Tally:
     """What one way of drawing has earned so far with one benchmark."""
 
+    benchmark: ImageMetric
     setting: Setting
     metrics: list[ImageMetric]  # of all seeds
     of_seeds: list[list[float]]  # metric -> score of each seed
@@ -49,9 +51,9 @@ class StepSweep(Callback):
     """In `emf test`: draws benchmarks at each step count and guidance scale, averaged and not, and writes one report.
 
     The images of a benchmark may be scored by further metrics as well. Noise is that of ``FewStepSampling`` with the
-    same seed. ``report.json``, ``report.md`` and ``report.png`` are written into the run's directory, and a line for
-    each image of the checkpoint's main weights into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary
-    reads.
+    same seed. ``report.json`` and ``report.md`` are written into the run's directory after each way of drawing, so that
+    a sweep that is ended early leaves what it has found, and ``report.png`` at the end; a line for each image of the
+    checkpoint's main weights goes into ``results/<metric>-<steps>step.jsonl``, which GenEval's own summary reads.
 
     Args:
         benchmarks: metrics that know their prompts, e.g. ``SuiteScore`` with a suite, ``DpgBench``, ``HpsScore``.
@@ -66,7 +68,8 @@ class StepSweep(Callback):
         run: what to call the checkpoint; by default the run's directory.
 
     Raises:
-        ValueError: for no benchmark, one without prompts, or senseless numbers.
+        ValueError: for no benchmark, one without prompts, two of one name, or senseless numbers; at the start of the
+            test, for a number of images that a metric's protocol does not know.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class StepSweep(Callback):
         for benchmark in benchmarks:
             if not benchmark.prompts():
                 raise ValueError(f"StepSweep: {type(benchmark).__name__} has no prompts of its own; put it into `also`")
+        names = [benchmark.name for benchmark in benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"StepSweep: benchmarks of one name ({', '.join(names)}); test them one after the other")
         for name, value in (
             ("images_per_prompt", images_per_prompt),
             ("batch_size", batch_size),
@@ -111,29 +117,37 @@ class StepSweep(Callback):
             self._averaged = "averaging_state" in checkpoint
             self._trained_weights = None if is_sharded(pl_module) else checkpoint.get("current_model_state")
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for benchmark in self.benchmarks:  # all of them before the first image
+            for metric in (benchmark, *self.also):
+                metric.check_count(len(self._asked(trainer, benchmark)) * len(self.seeds))
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         name = self.run or str(directory)
-        rows = []
+        levels = _levels(self.benchmarks) if trainer.is_global_zero else {}
         variants = ["averaged" if self._averaged else "trained"]
         if self.trained and self._averaged and self._trained_weights is not None:
             variants.append("trained")
+        rows: list[ReportRow] = []
+        done, total = 0, len(variants) * len(self.benchmarks) * len(self.settings)
         for weights in variants:
             with undisturbed(trainer, pl_module), self._weights(pl_module, weights):
                 for benchmark in self.benchmarks:
-                    tallies = self._sweep(trainer, pl_module, benchmark)
-                    for tally in tallies:
-                        found = [
-                            self._row(tally, i, metric, pl_module, name, weights)
-                            for i, metric in enumerate(tally.metrics)
-                        ]
-                        rows += found
+                    for number in range(len(self.settings)):
+                        tally = self._draw(trainer, pl_module, benchmark, number)
+                        rows += [self._row(tally, i, pl_module, name, weights) for i in range(len(tally.metrics))]
                         images = gathered(trainer, tally.rows)
-                        if weights == variants[0] and trainer.is_global_zero:
+                        done += 1
+                        if not trainer.is_global_zero:
+                            continue
+                        if weights == variants[0]:
                             _write_lines(directory / f"results/{benchmark.name}-{tally.setting.label}.jsonl", images)
+                        about = self._about(trainer) | ({"so far": f"{done} of {total} ways"} if done < total else {})
+                        Report(tuple(rows), about, levels).write(directory)
         if trainer.is_global_zero:
-            self._publish(trainer, directory, rows)
+            self._publish(trainer, directory, Report(tuple(rows), self._about(trainer), levels))
 
     @contextmanager
     def _weights(self, module: FlowMapModule, which: str) -> Iterator[None]:
@@ -148,39 +162,40 @@ class StepSweep(Callback):
         finally:
             module.load_state_dict(kept)
 
-    def _sweep(self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric) -> list[_Tally]:
-        """What each setting earns with one benchmark; all ranks share its images."""
-        data, device = datamodule_of(trainer), trainer.strategy.root_device
-        prompts = list(benchmark.prompts())
+    def _asked(self, trainer: Trainer, benchmark: ImageMetric) -> list[tuple[str, int]]:
+        """The images of one seed, each a prompt and its number."""
         per_prompt = 1 if trainer.fast_dev_run else self.images_per_prompt  # type: ignore[attr-defined]
-        asked = [(prompt, index) for index in range(per_prompt) for prompt in prompts]
+        return [(prompt, index) for index in range(per_prompt) for prompt in benchmark.prompts()]
+
+    def _draw(self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric, number: int) -> _Tally:
+        """What the ``number``-th setting earns with one benchmark; all ranks share its images."""
+        data, device = datamodule_of(trainer), trainer.strategy.root_device
+        asked, setting = self._asked(trainer, benchmark), self.settings[number]
         mine = asked[trainer.global_rank :: trainer.world_size]
         share = math.ceil(len(asked) / trainer.world_size)
         metrics = [benchmark, *self.also]
-        for metric in metrics:
-            metric.check_count(len(asked) * len(self.seeds))
-        tallies = [_Tally(s, [m.twin().to(device) for m in metrics], [[] for _ in metrics]) for s in self.settings]
-        done, total = 0, len(asked) * len(self.settings) * len(self.seeds)
+        tally = _Tally(benchmark, setting, [m.twin().to(device) for m in metrics], [[] for _ in metrics])
+        drawn_before, total = number * len(asked) * len(self.seeds), len(self.settings) * len(asked) * len(self.seeds)
+        done = 0
         for seed in self.seeds:
-            fresh = [[m.twin().to(device) for m in metrics] for _ in tallies]
+            fresh = [metric.twin().to(device) for metric in metrics]
             # as many batches on all ranks: of a sharded network each has a part
             for first in range(0, share, self.batch_size):
                 batch = mine[first : first + self.batch_size]
                 captions, indices = zip(*(batch or asked[:1]), strict=True)
-                for k, drawn in enumerate(draw_images(module, data, captions, indices, self.settings, seed)):
-                    if not batch:
-                        continue
-                    self._count(tallies[k], fresh[k], list(drawn.images), captions, indices, seed)
-                    tallies[k].seconds += drawn.seconds
-                    done += len(batch) * trainer.world_size
-                    _show(trainer, benchmark.title, min(done, total), total)
-            for tally, parts in zip(tallies, fresh, strict=True):
-                tally.images += len(asked)
-                for i, part in enumerate(parts):
-                    tally.metrics[i].absorb(part)
-                    if len(self.seeds) > 1:
-                        tally.of_seeds[i].append(float(part.compute()["score"]))
-        return tallies
+                (drawn,) = draw_images(module, data, captions, indices, [setting], seed)
+                if not batch:
+                    continue
+                self._count(tally, fresh, list(drawn.images), captions, indices, seed)
+                tally.seconds += drawn.seconds
+                done += len(batch) * trainer.world_size
+                _show(trainer, benchmark.title, min(drawn_before + done, total), total)
+            tally.images += len(asked)
+            for i, part in enumerate(fresh):
+                tally.metrics[i].absorb(part)
+                if len(self.seeds) > 1:
+                    tally.of_seeds[i].append(float(part.compute()["score"]))  # asks all ranks
+        return tally
 
     def _count(
         self,
@@ -195,19 +210,17 @@ class StepSweep(Callback):
         for metric in metrics:
             metric.update(images, prompts)
         tally.seconds += time.perf_counter() - began
-        names = metrics[0].prompts()
+        names, before = metrics[0].prompts(), self.seeds.index(seed) * self.images_per_prompt
         for row, prompt, index in zip(metrics[0].rows, prompts, indices, strict=True):
-            file = f"{names.index(prompt):05d}/samples/{index:04d}.png"
+            file = f"{names.index(prompt):05d}/samples/{before + index:04d}.png"
             tally.rows.append({"filename": file, **row, "seed": seed})
 
-    def _row(
-        self, tally: _Tally, index: int, metric: ImageMetric, module: FlowMapModule, run: str, weights: str
-    ) -> ReportRow:
-        setting, seeds = tally.setting, tally.of_seeds[index]
+    def _row(self, tally: _Tally, index: int, module: FlowMapModule, run: str, weights: str) -> ReportRow:
+        metric, setting, seeds = tally.metrics[index], tally.setting, tally.of_seeds[index]
         return ReportRow(
             run=run,
             metric=metric.name,
-            title=metric.title,
+            title=metric.title if index == 0 else f"{metric.title}, images of {tally.benchmark.title}",
             weights=weights,
             step=self._step,
             steps=setting.steps,
@@ -219,17 +232,18 @@ class StepSweep(Callback):
             seed_spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan,
             seconds=round(tally.seconds, 3),
             settings=metric.settings() | {"images_per_prompt": self.images_per_prompt},
+            benchmark=tally.benchmark.name,
         )
 
-    def _publish(self, trainer: Trainer, directory: Path, rows: Sequence[ReportRow]) -> None:
+    def _about(self, trainer: Trainer) -> dict[str, Any]:
         libraries = {name: version(name) for name in ("torch", "lightning", "diffusers", "transformers")}
-        about = {
+        return {
             "checkpoint": str(trainer.ckpt_path or "none"),
             "optimiser steps": self._step,
             "libraries": ", ".join(f"{name} {number}" for name, number in libraries.items()),
         }
-        report = Report(tuple(rows), about)
-        report.write(directory)
+
+    def _publish(self, trainer: Trainer, directory: Path, report: Report) -> None:
         steps_figure(report).savefig(directory / "report.png")
         text = report.markdown() + f"\nreport.md, report.json and report.png: {directory}"
         bar = trainer.progress_bar_callback
@@ -237,6 +251,18 @@ class StepSweep(Callback):
             bar.show_at_end(text)
         else:
             log.info(text)
+
+
+def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, float]]]:
+    """Between what a suite's scores lie, where that is known: benchmark -> ceiling or chance -> scores."""
+    levels: dict[str, dict[str, dict[str, float]]] = {}
+    for benchmark in benchmarks:
+        if isinstance(benchmark, SuiteScore):
+            known = {"ceiling": benchmark.suite.ceiling(), "chance": benchmark.suite.chance()}
+            levels[benchmark.name] = {
+                level: scores.values() | {"score": scores.overall} for level, scores in known.items() if scores
+            }
+    return levels
 
 
 def _show(trainer: Trainer, title: str, done: int, total: int) -> None:

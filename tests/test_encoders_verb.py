@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from emf_lightning.cli import main
+from emf_lightning.cli.encoders import _kept_features
+from emf_lightning.evaluation.encoder_study import pooled_features
+from emf_lightning.evaluation.pair_corpus import ShapesPairs
+from emf_lightning.text.base import TextFeatures
+from emf_lightning.text.words import WordEncoder
+from tests.evaluation.test_dpg_bench import write
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "150", "--queries", "40"]
@@ -56,6 +64,32 @@ def test_features_are_kept_for_the_next_study(config, tmp_path, capsys):
     assert first["encoders"] == second["encoders"]
 
 
+class Drawn(WordEncoder):
+    """Features that depend on more than the fingerprint, as those of tokens that an encoder draws."""
+
+    def __init__(self, drawing: int) -> None:
+        super().__init__(width=16, length=10)
+        self.drawing = drawing
+
+    @property
+    def variant(self) -> str:
+        return f"drawing {self.drawing}"
+
+    def encode(self, captions):
+        text = super().encode(captions)
+        torch.manual_seed(self.drawing)
+        return TextFeatures(text.context + torch.randn(self.width), text.mask)
+
+
+def test_features_of_another_variant_are_not_taken_for_its_own(tmp_path):
+    out, corpus = tmp_path / "out", ShapesPairs(count=20)
+    assert Drawn(0).fingerprint == Drawn(1).fingerprint
+    for drawing in (0, 1, 0):
+        kept, _ = _kept_features(out, Drawn(drawing), corpus, 64, lambda done, total: None)
+        np.testing.assert_array_equal(kept, pooled_features(Drawn(drawing), corpus.captions))
+    assert len(list((out / "features").iterdir())) == 2
+
+
 def test_a_list_of_prompts_and_its_sentences_may_take_the_captions_place(config, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a red circle. a blue square number {i}. a ring.\n" for i in range(5)))
@@ -65,12 +99,35 @@ def test_a_list_of_prompts_and_its_sentences_may_take_the_captions_place(config,
     assert about["removal"] == "50% of the sentences of 5 prompts, seeds 0, 1, 2"
 
 
+@pytest.mark.filterwarnings("ignore:.*is cut to length 6")
+def test_captions_that_were_cut_are_counted_with_the_features_that_are_kept(tmp_path):
+    out, corpus = tmp_path / "out", ShapesPairs(count=60)
+    lengths = [len(caption.split()) for caption in dict.fromkeys(corpus.captions)]
+    for _ in range(2):
+        _, cut = _kept_features(out, WordEncoder(length=6), corpus, 64, lambda done, total: None)
+        assert cut == pytest.approx(np.mean([length > 6 for length in lengths]))
+        assert 0 < cut < 1
+
+
+def test_the_papers_values_stand_beside_what_it_measured_alone(config, tmp_path, capsys):
+    table = tmp_path / "dpg_bench.csv"
+    texts = [f"a red circle. a blue square number {i}. a ring." for i in range(5)]
+    write(table, [(f"item{i}", text, n, "0", "entity - whole", "?") for i, text in enumerate(texts) for n in (1, 2)])
+    about = study(tmp_path / "out", capsys, "--config", config, "--prompts", str(table))["about"]
+    assert " of 5 prompts," in about["removal"]
+    retrieval, removal = (tmp_path / "out/encoders.md").read_text().split("## Disentanglement")
+    assert "published" not in retrieval, "the pairs are not COCO's"
+    assert "| T5-v1.1-XXL (published) | 0.893 |" in removal
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--encoders", "{{}}"], "encoders: name at least one"),
         (["--config", "{config}", "--fraction", "1.5"], "fraction must lie between 0 and 1"),
         (["--config", "{config}", "--k", "0"], "k must be at least 1"),
+        (["--config", "{config}", "--k", "151"], "k must be at most "),
+        (["--config", "{config}", "--prompts", "nowhere.csv"], "cannot read benchmark nowhere.csv"),
         (["--config", "{config}", "--prompts", "nowhere.txt"], "prompts: cannot read 'nowhere.txt'"),
     ],
 )

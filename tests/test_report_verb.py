@@ -13,11 +13,11 @@ from emf_lightning.evaluation.score import TaskScores
 from tests.evaluation.test_report import row
 
 
-def trained(folder, overall: float):
+def trained(folder, overall: float, suite: str = "shapes"):
     """A run directory whose training reached ``overall``."""
     records = [
         ScoreRecord(
-            "shapes",
+            suite,
             "fit",
             step,
             "1step",
@@ -29,7 +29,7 @@ def trained(folder, overall: float):
         )
         for step, s in ((10, overall / 2), (20, overall))
     ]
-    ScoreHistory(records).write(folder / "shapes/scores.jsonl")
+    ScoreHistory(records).write(folder / suite / "scores.jsonl")
     return folder
 
 
@@ -51,6 +51,19 @@ def test_runs_stand_in_one_table_with_the_names_that_tell_them_apart(tmp_path, c
         "steps.png",
         "training-shapes.png",
     }
+
+
+def test_a_training_alone_bears_the_title_that_says_which_detector_judged(tmp_path, capsys):
+    main(["report", str(trained(tmp_path / "run", 0.5, "geneval_hf")), "--out", str(tmp_path / "out")])
+    assert "## GenEval (HF detector)\n" in capsys.readouterr().out
+
+
+def test_levels_stand_beside_several_runs_where_these_agree(tmp_path):
+    level = {"ceiling": {"score": 0.99}}
+    for name, levels in (("a", {"shapes": level, "other": level}), ("b", {"shapes": level, "other": {}})):
+        Report((row("shapes"),), levels=levels).write(tmp_path / name)
+    main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    assert Report.read(tmp_path / "out/report.json").levels == {"shapes": level}
 
 
 @pytest.mark.parametrize(

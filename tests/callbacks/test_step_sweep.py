@@ -99,12 +99,17 @@ def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_
     assert next(model.net.parameters()).detach().double().sum().item() == pytest.approx(expected[0]), "not put back"
 
 
-def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shards, tmp_path):
-    reference = tmp_path / "reference"
-    reference.mkdir()
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A folder with a picture of each prompt."""
+    folder = tmp_path_factory.mktemp("reference")
     for number, prompt in enumerate(SUITE.prompts()):
         scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
-        Image.fromarray(scene.draw(SUITE.world)).save(reference / f"{number}.png")
+        Image.fromarray(scene.draw(SUITE.world)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shards, reference, tmp_path):
     fid = FrechetDistance(RandomFeatures(width=8), reference)
     report = evaluated(tmp_path / "run", shards, sweep(also=[fid], steps=[1], guidance=[1.0, 2.0], images_per_prompt=1))
 
@@ -118,20 +123,101 @@ def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shar
     assert fid.images == 0, "the metric itself stays fresh"
 
 
-def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
-    table = tmp_path / "dpg_bench.csv"
-    texts = [prompt.prompt for prompt in SUITE.prompts()[:3]]
+def questions(folder, count: int = 3) -> DpgBench:
+    """A question about each of some prompts, and a second one about the first."""
+    table = folder / "dpg_bench.csv"
+    texts = [prompt.prompt for prompt in SUITE.prompts()[:count]]
     rows = [(f"item{i}", text, 1, "0", "entity - whole", "is it there?") for i, text in enumerate(texts)]
     rows += [("item0", texts[0], 2, "1", "attribute - color", "is it red?")]
     write(table, rows)
-    benchmark = DpgBench(table, Scripted({"is it red?"}))
+    return DpgBench(table, Scripted({"is it red?"}))
+
+
+def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, reference, tmp_path):
+    fid = FrechetDistance(RandomFeatures(width=8), reference)
+    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    report = evaluated(tmp_path / "run", shards, callback)
+
+    assert [(rows[0].metric, rows[0].benchmark, len(rows)) for rows in report.groups()] == [
+        ("shapes", "shapes", 1),
+        ("fid_random", "shapes", 1),
+        ("dpg_scripted", "dpg_scripted", 1),
+        ("fid_random", "dpg_scripted", 1),
+    ]
+    text = (tmp_path / "run/report.md").read_text()
+    assert "## FID (random features), images of shapes world\n" in text
+    assert "## FID (random features), images of DPG-Bench (scripted as judge)\n" in text
+
+
+def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_drawn(shards, reference, tmp_path):
+    class Idle(Oracle):
+        def sample(self, *arguments, **options):
+            raise AssertionError("drew an image")
+
+    fid = FrechetDistance(RandomFeatures(width=8), reference, count=len(SUITE.prompts()))  # and not three
+    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    with pytest.raises(ValueError, match="3 images, but count is"):
+        evaluated(tmp_path / "run", shards, callback, Idle(SUITE, lambda prompt: prompt))
+
+
+def test_a_sweep_that_breaks_off_leaves_what_it_has_found(shards, tmp_path):
+    class Dying(Oracle):
+        def sample(self, text, null, noise, steps, guidance=None):
+            if steps == 2:
+                raise RuntimeError("out of memory")
+            return super().sample(text, null, noise, steps, guidance)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluated(tmp_path / "run", shards, sweep(), Dying(SUITE, lambda prompt: prompt))
+    report = Report.read(tmp_path / "run/report.json")
+    assert [(row.steps, row.scores["score"]) for row in report.rows] == [(1, 1.0)]
+    assert report.about["so far"] == "1 of 2 ways"
+    assert len(rows_of(tmp_path / "run/results/shapes-1step.jsonl")) == 2 * len(SUITE.prompts())
+    assert not (tmp_path / "run/results/shapes-2step.jsonl").exists()
+
+
+def test_a_drawer_of_other_prompts_scores_chance_which_the_report_says_beside_the_ceiling(shards, tmp_path):
+    suite, rng = ShapesSuite(per_task=20, scenes_per_task=40), np.random.default_rng(1)
+    by_task: dict[str, list] = {}
+    for prompt in suite.prompts():
+        by_task.setdefault(prompt.tag, []).append(prompt)
+
+    class Deaf(Oracle):
+        def sample(self, *arguments, **options):
+            self.answers = [other(prompt) for prompt in suite.prompts()]  # anew for each batch
+            return super().sample(*arguments, **options)
+
+    def other(prompt):
+        others = [known for known in by_task[prompt.tag] if known != prompt]
+        return others[rng.integers(len(others))]
+
+    callback = sweep(benchmarks=[SuiteScore(suite)], steps=[1])
+    report = evaluated(tmp_path / "run", shards, callback, Deaf(suite, other))
+    scores, levels = report.rows[0].scores, report.levels["shapes"]
+
+    chance = suite.chance()
+    error = np.hypot(scores["se"], chance.standard_error)
+    assert 0 < chance.overall < 0.3
+    assert abs(scores["score"] - chance.overall) < 3 * error
+    assert levels["chance"]["score"] == pytest.approx(chance.overall)
+    assert levels["ceiling"]["score"] == pytest.approx(suite.ceiling().overall)
+    text = (tmp_path / "run/report.md").read_text()
+    assert f"| chance: of another prompt of its task |  |  | {chance.correct['single_object']:.3f} |" in text
+    assert "| seen | held out |" in text
+    assert f"| {scores['seen']:.3f} | {scores['held_out']:.3f} |" in text
+
+
+def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
+    benchmark = questions(tmp_path)
     report = evaluated(tmp_path / "run", shards, sweep(benchmarks=[benchmark], steps=[1]))
 
     (row,) = report.rows
     assert (row.metric, row.images) == ("dpg_scripted", 6)
     assert row.scores["score"] == pytest.approx(100 * (0.5 + 1 + 1) / 3)
     assert row.scores["attribute"] == 0
-    assert "## DPG-Bench and HPS v2.1" in (tmp_path / "run/report.md").read_text()
+    text = (tmp_path / "run/report.md").read_text()
+    assert "## DPG-Bench and HPS v2.1" in text
+    assert "## DPG-Bench (scripted as judge): categories" in text
 
 
 def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
@@ -148,6 +234,8 @@ def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
     assert row.images == 6 * len(SUITE.prompts())
     assert abs(row.scores["score"] - 0.7) < 3 * row.scores["se"]
     assert 0 < row.seed_spread < 0.2
+    files = [line["filename"] for line in rows_of(tmp_path / "run/results/shapes-1step.jsonl")]
+    assert len(files) == len(set(files)) == row.images
 
 
 def test_two_ranks_find_what_one_finds(shards, tmp_path):
@@ -177,6 +265,7 @@ def test_the_sweep_takes_the_place_of_the_other_callbacks_test(shards, tmp_path)
     ("arguments", "said"),
     [
         ({"benchmarks": []}, "benchmarks is empty"),
+        ({"benchmarks": [SuiteScore(SUITE), SuiteScore(SUITE)]}, "benchmarks of one name"),
         ({"images_per_prompt": 0}, "images_per_prompt must be at least 1"),
         ({"steps": [0]}, "steps must be different whole numbers"),
     ],

@@ -17,9 +17,17 @@ import emf_lightning.text
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.control_encoders import ConstantEncoder
 from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.dpg_bench import read_items
 from emf_lightning.evaluation.encoder_report import EncoderStudy, StudiedEncoder
-from emf_lightning.evaluation.encoder_study import Features, discriminability, disentanglement, pooled_features
-from emf_lightning.evaluation.pair_corpus import CocoPairs, PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoder_study import (
+    Features,
+    check_retrieval,
+    discriminability,
+    disentanglement,
+    pooled_features,
+    truncations,
+)
+from emf_lightning.evaluation.pair_corpus import PairCorpus, ShapesPairs
 from emf_lightning.text.base import TextEncoder
 
 for _module in iter_modules(emf_lightning.text.__path__, "emf_lightning.text."):
@@ -44,7 +52,7 @@ def encoders(
     Args:
         encoders: name -> encoder, e.g. in a file given with --config.
         corpus: caption-image pairs: ShapesPairs, the default, or CocoPairs with COCO's folder and a DINOv3.
-        prompts: text file with a prompt a line to take parts from, e.g. DPG-Bench's; by default the captions.
+        prompts: text file with a prompt a line to take parts from, or DPG-Bench's CSV file; by default the captions.
         out: directory for encoders.md, .json and .png, and retrieved.png; pooled features are kept there, too.
         queries: random captions that ask.
         k: captions that each retrieves.
@@ -62,7 +70,9 @@ def encoders(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     began, pairs = time.perf_counter(), corpus or ShapesPairs()
-    asked = PromptList(prompts).prompts if prompts else list(dict.fromkeys(pairs.captions))
+    check_retrieval(pairs, k)
+    of_dpg = prompts is not None and prompts.suffix.lower() == ".csv"
+    asked = list(dict.fromkeys(_prompts(prompts, of_dpg) if prompts else pairs.captions))
     removed = seeds or [0, 1, 2]
     studied = []
     for name, encoder in {**encoders, "constant (control)": ConstantEncoder()}.items():
@@ -73,10 +83,10 @@ def encoders(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            features = _kept_features(out, encoder, pairs, batch_size, show)
+            features, cut = _kept_features(out, encoder, pairs, batch_size, show)
             bar.reset()
             parts = disentanglement(encoder, asked, unit, fraction, removed, batch_size, show)
-        studied.append(StudiedEncoder(name, discriminability(features, pairs, queries, k), parts))
+        studied.append(StudiedEncoder(name, discriminability(features, pairs, queries, k), parts, cut))
         encoder.to("cpu")
     about = {
         "corpus": pairs.name,
@@ -84,23 +94,33 @@ def encoders(
         "removal": f"{fraction:.0%} of the {unit}s of {len(asked):,} prompts, seeds {', '.join(map(str, removed))}",
         "took": f"{time.perf_counter() - began:.0f} s",
     }
-    study = EncoderStudy(tuple(studied), about, published=isinstance(pairs, CocoPairs))
+    study = EncoderStudy(tuple(studied), about, papers_corpus=pairs.papers, papers_prompts=of_dpg)
     study.write(out, pairs)
     print(study.markdown())
     print(f"encoders.md, encoders.json, encoders.png and retrieved.png: {out}")
 
 
+def _prompts(path: Path, of_dpg: bool) -> list[str]:
+    return [item.text for item in read_items(path)] if of_dpg else PromptList(path).prompts
+
+
 def _kept_features(
     out: Path, encoder: TextEncoder, corpus: PairCorpus, batch_size: int, report: Callable[[int, int], None]
-) -> Features:
-    """Pooled features of the corpus's captions, from a file where an earlier call has left them."""
+) -> tuple[Features, float]:
+    """Pooled features of the corpus's captions, and the share that was cut, from a file where an earlier call left it.
+
+    The share is of different captions, NaN where the encoder does not count.
+    """
     captions = hashlib.sha256("\n".join(corpus.captions).encode()).hexdigest()
-    key = hashlib.sha256(f"{encoder.fingerprint} {captions}".encode()).hexdigest()
-    path = out / "features" / f"{key[:16]}.npy"
+    key = hashlib.sha256(f"{encoder.fingerprint} {encoder.variant} {captions}".encode()).hexdigest()
+    path = out / "features" / f"{key[:16]}.npz"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, pooled_features(encoder, corpus.captions, batch_size, report))
+        before = truncations(encoder)
+        features = pooled_features(encoder, corpus.captions, batch_size, report)
+        cut = (truncations(encoder) - before) / len(set(corpus.captions))
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, features=features, cut=cut)
         partial.replace(path)
-    features: Features = np.load(path)
-    return features
+    with np.load(path) as kept:
+        return kept["features"], float(kept["cut"])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.evaluation.geneval_suite import GenEvalSuite
 from emf_lightning.evaluation.report import REPORT, Report, ReportRow
 from emf_lightning.evaluation.report_figures import steps_figure, training_figure
+from emf_lightning.evaluation.shapes_suite import ShapesSuite
 
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
+Levels = dict[str, dict[str, dict[str, float]]]
+
+TITLES = {suite.name: suite.title for suite in (GenEvalSuite, ShapesSuite)}
+"""What reports call the suites, whose names alone are in the files of a training."""
 
 
 def report(runs: list[Path], out: Path = Path("report")) -> None:
@@ -22,27 +29,28 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         raise ValueError("runs: give the directories of one or more runs")
     names = _names(runs)
     rows: list[ReportRow] = []
+    known: list[Levels] = []
     curves: dict[str, Curves] = {}
     for run, name in zip(runs, names, strict=True):
         if not run.is_dir():
             raise ValueError(f"runs: no directory {run}")
         histories = {path.parent.name: ScoreHistory.read(path, "runs") for path in sorted(run.glob("*/scores.jsonl"))}
         if (run / REPORT).is_file():
-            found = Report.read(run / REPORT).rows
-            rows += [ReportRow(**{**vars(row), "run": name}) for row in found]
+            found = Report.read(run / REPORT)
+            rows += [replace(row, run=name) for row in found.rows]
+            known += [found.levels]
         else:
             rows += [row for suite, history in histories.items() for row in _rows(name, suite, history)]
         if not histories and not (run / REPORT).is_file():
             raise ValueError(f"runs: {run} has no scores; `emf fit` and `emf test` write them into a run's directory")
         for suite, history in histories.items():
             curves.setdefault(suite, {})[name] = _curves(history)
-    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)})
+    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)}, _agreed(known))
     everything.write(out)
     steps_figure(everything).savefig(out / "steps.png")
     for suite, of_run in curves.items():
-        training_figure({run: lines for run, lines in of_run.items() if lines}, suite).savefig(
-            out / f"training-{suite}.png"
-        )
+        drawn = {run: lines for run, lines in of_run.items() if lines}
+        training_figure(drawn, TITLES.get(suite, suite)).savefig(out / f"training-{suite}.png")
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
 
@@ -58,6 +66,13 @@ def _names(runs: list[Path]) -> list[str]:
     return ["/".join(part[shared:]) for part in parts]
 
 
+def _agreed(known: list[Levels]) -> Levels:
+    """The ceilings and chances on which all reports that have them agree: the same prompts and judge."""
+    metrics = dict.fromkeys(metric for levels in known for metric in levels)
+    found = {metric: [levels[metric] for levels in known if metric in levels] for metric in metrics}
+    return {metric: levels[0] for metric, levels in found.items() if all(other == levels[0] for other in levels)}
+
+
 def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
     """The last scores of each way of drawing that training left."""
     rows = []
@@ -68,7 +83,7 @@ def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
             ReportRow(
                 run=run,
                 metric=suite,
-                title=suite,
+                title=TITLES.get(suite, suite),
                 weights="averaged",
                 step=record.step,
                 steps=record.steps,

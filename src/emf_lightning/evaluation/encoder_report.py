@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from emf_lightning.evaluation.encoder_study import VARIANTS, Discriminability, D
 from emf_lightning.evaluation.figures import STYLE
 from emf_lightning.evaluation.pair_corpus import PairCorpus
 from emf_lightning.evaluation.report_figures import MARKERS
+from emf_lightning.evaluation.strict_json import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,16 +27,24 @@ PUBLISHED = {
     "Gemma, tuned": (0.694, 0.997),
     "T5-v1.1-XXL": (0.634, 0.893),
 }
-"""EMF's Tables 1, 2 and 7: COCO 2017 with DINOv3, and DPG-Bench's prompts; k and the share removed are not said."""
+"""EMF's Tables 1, 2, 7: COCO train2017 with DINOv3, and DPG-Bench's prompts; k and the share removed are left open."""
 
 
 @dataclass(frozen=True)
 class StudiedEncoder:
-    """One encoder's numbers; a control has no disentanglement."""
+    """One encoder's numbers.
+
+    Attributes:
+        name: of the encoder.
+        discriminability: on the corpus.
+        disentanglement: of the prompts.
+        truncated: share of the corpus's captions that the encoder cut; NaN where it does not count them.
+    """
 
     name: str
     discriminability: Discriminability
     disentanglement: Disentanglement
+    truncated: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -46,18 +54,20 @@ class EncoderStudy:
     Attributes:
         encoders: in the order of the table.
         about: what holds for all of them.
-        published: whether the paper's own values belong beside them.
+        papers_corpus: whether the paper retrieved among these pairs, so that its Table 1 may stand beside them.
+        papers_prompts: whether it took parts from these prompts: Table 2.
     """
 
     encoders: tuple[StudiedEncoder, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    published: bool = False
+    papers_corpus: bool = False
+    papers_prompts: bool = False
 
     def write(self, directory: Path, corpus: PairCorpus) -> None:
         """Writes ``encoders.json``, ``.md`` and ``.png``, and ``retrieved.png``, into ``directory``."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"about": self.about, "encoders": [asdict(encoder) for encoder in self.encoders]}
-        (directory / "encoders.json").write_text(json.dumps(content, indent=1) + "\n")
+        (directory / "encoders.json").write_text(to_json(content))
         (directory / "encoders.md").write_text(self.markdown())
         self.figure().savefig(directory / "encoders.png")
         self.retrieved(corpus).savefig(directory / "retrieved.png")
@@ -66,14 +76,15 @@ class EncoderStudy:
         """The tables, and how to read them."""
         lines = ["# Text encoders\n", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
         lines += ["## Discriminability: how alike the images of alike captions are\n"]
-        lines += ["| encoder | " + " | ".join(VARIANTS) + " | shuffled | chance | best possible |"]
-        lines += ["|---|" + "---|" * (len(VARIANTS) + 3)]
+        lines += ["| encoder | " + " | ".join(VARIANTS) + " | shuffled | chance | best possible | truncated |"]
+        lines += ["|---|" + "---|" * (len(VARIANTS) + 4)]
         for encoder in self.encoders:
             found = encoder.discriminability
             cells = [str(found.score[name]) for name in VARIANTS]
             cells += [f"{found.shuffled.mean:.3f}", _number(found.chance), _number(found.best)]
+            cells += [_share(encoder.truncated)]
             lines += [f"| {encoder.name} | {' | '.join(cells)} |"]
-        lines += self._published(0)
+        lines += _published(0) if self.papers_corpus else []
         lines += ["", "## Disentanglement: how little a prompt's feature moves when a part of it is removed\n"]
         heads = [f"{name}: {what}" for name in VARIANTS for what in ("ablated", "unrelated", "contrast")]
         lines += ["| encoder | " + " | ".join(heads) + " | unseen | truncated |", "|---|" + "---|" * (len(heads) + 2)]
@@ -81,16 +92,11 @@ class EncoderStudy:
             part = encoder.disentanglement
             cells = []
             for name in VARIANTS:
-                cells += [str(part.ablated[name]), f"{part.unrelated[name]:.3f}", _number(part.contrast[name])]
-            cells += [f"{part.unseen:.1%}", "not counted" if np.isnan(part.truncated) else f"{part.truncated:.1%}"]
+                cells += [str(part.ablated[name]), str(part.unrelated[name]), str(part.contrast[name])]
+            cells += [f"{part.unseen:.1%}", _share(part.truncated)]
             lines += [f"| {encoder.name} | {' | '.join(cells)} |"]
-        lines += self._published(1)
+        lines += _published(1) if self.papers_prompts else []
         return "\n".join([*lines, "", READING])
-
-    def _published(self, column: int) -> list[str]:
-        if not self.published:
-            return []
-        return [f"| {name} (published) | {values[column]:.3f} |" for name, values in PUBLISHED.items()]
 
     def figure(self) -> Figure:
         """Encoders by both axes: raw as the paper has them, and centred with the contrast in place of the cosine."""
@@ -106,7 +112,7 @@ class EncoderStudy:
                 for number, encoder in enumerate(self.encoders):
                     x = encoder.discriminability.score[name]
                     part = encoder.disentanglement
-                    y = part.ablated[name] if name == "raw" else _point(part.contrast[name])
+                    y = part.ablated[name] if name == "raw" else part.contrast[name]
                     errors = {"xerr": _bars(x), "yerr": _bars(y)}
                     style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
                     axes.errorbar(x.mean, y.mean, **errors, **style, label=encoder.name, capsize=2, elinewidth=0.8)
@@ -144,11 +150,12 @@ class EncoderStudy:
 
 
 READING = """\
-How to read it. Intervals are 95 %, bootstrapped over captions. A constant encoder scores chance and 1.000 raw: the raw
-cosine of an ablated prompt means nothing without that of unrelated prompts, and the contrast between them,
-(ablated - unrelated) / (1 - unrelated), has no value where all captions are alike. A high contrast is also little
-sensitivity to what was removed. Shuffled features go through the same code and must score chance. `unseen` removals
-changed no feature; `truncated` prompts were cut before anything was removed.
+How to read it. Intervals are 95 %, bootstrapped over captions; those of a contrast over all that it is made of. A
+constant encoder scores chance and 1.000 raw: the raw cosine of an ablated prompt means nothing without that of
+unrelated prompts, and the contrast between them, (ablated - unrelated) / (1 - unrelated), has no value where all
+captions are alike. A high contrast is also little sensitivity to what was removed. Shuffled features go through the
+same code and must score chance. `unseen` removals moved no feature further than rounding does; `truncated` captions
+and prompts were cut by the encoder.
 """
 
 
@@ -156,8 +163,12 @@ def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
 
 
-def _point(value: float) -> Estimate:
-    return Estimate(value, value, value)
+def _share(value: float) -> str:
+    return "not counted" if np.isnan(value) else f"{value:.1%}"
+
+
+def _published(column: int) -> list[str]:
+    return [f"| {name} (published) | {values[column]:.3f} |" for name, values in PUBLISHED.items()]
 
 
 def _bars(estimate: Estimate) -> Sequence[Sequence[float]]:

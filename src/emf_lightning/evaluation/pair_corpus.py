@@ -28,12 +28,14 @@ class PairCorpus(ABC):
         captions: N of them.
         owners: ``[N]``, number of the image of each pair; pairs of one image bear one number.
         exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are known.
+        papers: whether EMF's Table 1 (arXiv 2604.18168) is about these pairs.
     """
 
     name: str
     captions: Sequence[str]
     owners: NDArray[np.int64]
     exhaustive: bool
+    papers: bool = False
 
     @abstractmethod
     def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -156,6 +158,7 @@ class CocoPairs(PairCorpus):
         if absent is not None:
             raise ValueError(f"CocoPairs: no image {absent}; unpack {split}.zip into {root}")
         self.name = f"COCO {split}, {len(kept):,} pairs, caption {caption}, {Path(dinov3).name}"
+        self.papers = split == "train2017" and limit is None
         self.captions = [text for _, text in kept]
         self.owners = np.array([number for number, _ in kept])
         self._describe = Dinov3(dinov3, device)

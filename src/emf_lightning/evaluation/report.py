@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emf_lightning.evaluation.published import PUBLISHED, PublishedRow
+from emf_lightning.evaluation.published import PUBLISHED, PUBLISHED_FID, PublishedRow
 from emf_lightning.evaluation.score import HEADINGS
+from emf_lightning.evaluation.strict_json import to_json
 
 REPORT = "report.json"
 
@@ -18,6 +20,9 @@ FAMILIES = {"geneval_hf": "geneval"}
 """Metrics whose published sibling has another judge: their numbers stand in columns of their own."""
 TABLE_4 = ("dpg", "hps")
 STYLES = {"anime": "anime", "concept-art": "concept art", "paintings": "painting", "photo": "photo", "score": "average"}
+LEVELS = {"ceiling": "ceiling: clean pictures of the prompt", "chance": "chance: of another prompt of its task"}
+SPLIT = {"seen": "seen", "held_out": "held out"}
+"""Compositions that the training images show, and those that they do not."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class ReportRow:
         seed_spread: standard deviation of ``score`` over seeds; NaN for one seed.
         seconds: that drawing and scoring took.
         settings: of the metric: model, weights, protocol.
+        benchmark: name of the metric whose prompts were drawn; empty where that is ``metric`` itself.
     """
 
     run: str
@@ -55,6 +61,7 @@ class ReportRow:
     seed_spread: float = math.nan
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    benchmark: str = ""
 
     @property
     def model(self) -> str:
@@ -70,17 +77,19 @@ class Report:
     Attributes:
         rows: in the order of the tables.
         about: what holds for all of them, e.g. the checkpoint and the libraries' versions.
+        levels: metric -> ``ceiling`` or ``chance`` -> scores, where they are known.
     """
 
     rows: tuple[ReportRow, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Writes ``report.json`` and ``report.md`` into ``directory``, which is made if missing."""
         directory.mkdir(parents=True, exist_ok=True)
-        content = {"about": self.about, "rows": [asdict(row) for row in self.rows]}
-        (directory / REPORT).write_text(json.dumps(content, indent=1) + "\n")
-        (directory / "report.md").write_text(self.markdown())
+        content = {"about": self.about, "levels": self.levels, "rows": [asdict(row) for row in self.rows]}
+        _replace(directory / REPORT, to_json(content))
+        _replace(directory / "report.md", self.markdown())
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -91,53 +100,63 @@ class Report:
         """
         try:
             content = json.loads(path.read_text())
-            rows = tuple(ReportRow(**{**row, "seeds": tuple(row["seeds"])}) for row in content["rows"])
-        except (ValueError, KeyError, TypeError) as error:
+            rows = tuple(_row(row) for row in content["rows"])
+            levels = {
+                metric: {level: _numbers(scores) for level, scores in known.items()}
+                for metric, known in content.get("levels", {}).items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no report of `emf test` ({error}); make it anew") from error
-        return cls(rows, content["about"])
+        return cls(rows, content["about"], levels)
 
-    def metrics(self) -> dict[str, str]:
-        """Name -> title of every metric, in the order of the rows."""
-        return {row.metric: row.title for row in self.rows}
-
-    def of(self, metric: str) -> list[ReportRow]:
-        """The rows of one metric."""
-        return [row for row in self.rows if row.metric == metric]
+    def groups(self) -> list[list[ReportRow]]:
+        """The rows that belong into one table: those of one metric of one benchmark's images."""
+        groups: dict[tuple[str, str], list[ReportRow]] = {}
+        for row in self.rows:
+            groups.setdefault((row.benchmark or row.metric, row.metric), []).append(row)
+        return list(groups.values())
 
     def markdown(self) -> str:
         """All tables: tasks as in the paper's Table 3, DPG-Bench and HPS as in its Table 4, then what else there is."""
         parts = ["# Scores\n"]
         parts += [f"- {name}: {value}" for name, value in self.about.items()]
         parts.append("")
-        in_table_4 = [name for name in self.metrics() if name.partition("_")[0] in TABLE_4]
-        for name, title in self.metrics().items():
-            rows = self.of(name)
-            if name in in_table_4:
+        in_table_4 = []
+        for rows in self.groups():
+            if rows[0].metric.partition("_")[0] in TABLE_4:
+                in_table_4.append(rows)
                 continue
-            parts += [f"## {title}\n", _facts(rows), ""]
-            parts += [tasks_table(rows) if set(HEADINGS) & set(rows[0].scores) else plain_table(rows), ""]
+            has_tasks = bool(set(HEADINGS) & set(rows[0].scores))
+            table = tasks_table(rows, self.levels.get(rows[0].metric, {})) if has_tasks else plain_table(rows)
+            parts += [f"## {rows[0].title}\n", _facts(rows), "", table, ""]
         if in_table_4:
-            rows = [row for name in in_table_4 for row in self.of(name)]
-            parts += ["## DPG-Bench and HPS v2.1\n", _facts(rows), "", preference_table(rows), ""]
+            everything = [row for rows in in_table_4 for row in rows]
+            parts += ["## DPG-Bench and HPS v2.1\n", _facts(everything), "", preference_table(everything), ""]
+        for rows in in_table_4:
+            if categories := _categories(rows):
+                parts += [f"## {rows[0].title}: categories\n", categories_table(rows, categories), "", CATEGORIES, ""]
         return "\n".join(parts)
 
 
-def tasks_table(rows: Sequence[ReportRow]) -> str:
+def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, float]]) -> str:
     """GenEval's tasks and their mean by model and steps, as Table 3; published rows where they are of the same tasks.
 
-    Published shares stand in the same columns, but their mean in one of its own where another judge gave it.
+    Published shares stand in the same columns, but their mean in one of its own where another judge gave it. Below our
+    rows stand the ``levels`` between which they lie.
     """
     family = FAMILIES.get(rows[0].metric, rows[0].metric)
     published = [row for row in PUBLISHED if family in row.scores]
     tasks = [task for task in HEADINGS if task in rows[0].scores]
+    split = [name for name in SPLIT if any(name in row.scores for row in rows)]
     ours = "overall" if family == rows[0].metric else "overall (this detector)"
     columns = ["model", "steps", "NFE", *(HEADINGS[task] for task in tasks), ours, "± se", "± seeds"]
+    columns += [SPLIT[name] for name in split]
     lines = []
     for row in rows:
-        cells = {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
-        cells |= {HEADINGS[task]: f"{row.scores[task]:.3f}" for task in tasks if task in row.scores}
-        cells |= {ours: f"**{row.scores['score']:.3f}**", "± se": _number(row.scores.get("se"))}
-        lines.append(cells | {"± seeds": _number(row.seed_spread)})
+        cells = {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe), "± seeds": _number(row.seed_spread)}
+        lines.append(cells | _shares(row.scores, tasks, split, ours))
+    for name, scores in levels.items():
+        lines.append({"model": LEVELS[name]} | _shares(scores, tasks, split, ours))
     if published:
         theirs = "overall" if ours == "overall" else "overall (published, its own detector)"
         if theirs not in columns:
@@ -145,12 +164,16 @@ def tasks_table(rows: Sequence[ReportRow]) -> str:
         for known in published:
             scores = known.scores[family]
             cells = {"model": known.model, "steps": str(known.steps), theirs: f"{scores['score']:.2f}"}
-            if theirs == ours:
-                cells |= {HEADINGS[task]: f"{scores[task]:.2f}" for task in tasks}
-            else:
-                cells |= {HEADINGS[task]: f"({scores[task]:.2f})" for task in tasks}
+            form = "{:.2f}" if theirs == ours else "({:.2f})"
+            cells |= {HEADINGS[task]: form.format(scores[task]) for task in tasks if task in scores}
             lines.append(cells)
     return _table(columns, lines)
+
+
+def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[str], overall: str) -> dict[str, str]:
+    cells = {HEADINGS[task]: _number(scores.get(task)) for task in tasks}
+    cells |= {SPLIT[name]: _number(scores.get(name)) for name in split}
+    return cells | {overall: f"**{scores['score']:.3f}**", "± se": _number(scores.get("se"))}
 
 
 def preference_table(rows: Sequence[ReportRow]) -> str:
@@ -166,6 +189,7 @@ def preference_table(rows: Sequence[ReportRow]) -> str:
         cells = lines.setdefault((row.model, row.steps), {"model": row.model, "steps": str(row.steps)})
         cells["NFE"] = str(row.nfe)
         error = f" ± {row.scores['se']:.2f}" if "se" in row.scores else ""
+        error += "" if math.isnan(row.seed_spread) else f" (seeds ± {row.seed_spread:.2f})"
         if row.metric == "hps":
             cells |= {f"HPS {STYLES[n]}": f"{v:.2f}" for n, v in row.scores.items() if n in STYLES}
             cells[f"HPS {STYLES['score']}"] += error
@@ -188,15 +212,50 @@ def _published_preferences(row: PublishedRow, titles: Mapping[str, str], has_hps
     return cells
 
 
+CATEGORIES = """\
+Published categories were counted by mPLUG over the last of four images alone, without the parents' say
+(`official: true`); in brackets where ours were not."""
+
+
+def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> str:
+    """DPG-Bench's kinds of questions by model and steps, as Table 6."""
+    alike = all(row.metric == "dpg" and row.settings.get("official") for row in rows)
+    form = "{:.2f}" if alike else "({:.2f})"
+    lines = [
+        {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
+        | {name: f"{row.scores[name]:.2f}" for name in categories if name in row.scores}
+        for row in rows
+    ]
+    for known in PUBLISHED:
+        scores = known.scores.get("dpg", {})
+        if cells := {name: form.format(scores[name]) for name in categories if name in scores}:
+            lines.append({"model": known.model, "steps": str(known.steps), **cells})
+    return _table(["model", "steps", "NFE", *categories], lines)
+
+
+def _categories(rows: Sequence[ReportRow]) -> list[str]:
+    """The kinds of questions that DPG-Bench's ``rows`` have scores of."""
+    if not rows[0].metric.startswith("dpg"):
+        return []
+    return [name for name in dict.fromkeys(name for row in rows for name in row.scores) if name not in ("score", "se")]
+
+
 def plain_table(rows: Sequence[ReportRow]) -> str:
-    """Every number of a metric by model and steps."""
+    """Every number of a metric by model and steps; published FIDs of the same resolution and number of images."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
     lines = [
         {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
         | {name: f"{value:.4g}" for name, value in row.scores.items()}
+        | dict.fromkeys(spread, f"{row.seed_spread:.2g}")
         for row in rows
     ]
-    return _table(["model", "steps", "NFE", *names], lines)
+    if rows[0].metric == "fid":
+        protocol = rows[0].settings.get("resolution"), rows[0].settings.get("count")
+        for known in PUBLISHED_FID.get(protocol, ()):
+            score = f"{known.scores['fid']['score']:.4g}"
+            lines.append({"model": f"{known.model} (published)", "steps": str(known.steps), "score": score})
+    return _table(["model", "steps", "NFE", *names, *spread], lines)
 
 
 def _facts(rows: Sequence[ReportRow]) -> str:
@@ -205,6 +264,25 @@ def _facts(rows: Sequence[ReportRow]) -> str:
     seeds = " / ".join(dict.fromkeys(", ".join(map(str, row.seeds)) or "as in training" for row in rows))
     settings = {f"{name} {value}": None for row in rows for name, value in row.settings.items() if value is not None}
     return f"{images} images each, noise seeds {seeds}" + "".join(f", {line}" for line in settings) + "."
+
+
+def _row(content: dict[str, Any]) -> ReportRow:
+    """The row that was written as ``content``."""
+    spread = _numbers({"": content["seed_spread"]})[""]
+    changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"]), "seed_spread": spread}
+    return ReportRow(**{**content, **changed})
+
+
+def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """``scores`` with NaN for what has no value."""
+    return {name: math.nan if value is None else value for name, value in scores.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path``, at once or not at all: a sweep may be ended at any time."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _number(value: float | None) -> str:
