@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emf_lightning.evaluation.clip_model import load_clip
+from emf_lightning.evaluation.clip_model import ClipModel, load_clip
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
-from emf_lightning.text.fingerprint import weights_digest
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The parts of HPS's benchmark, in the order of published tables."""
@@ -27,9 +26,10 @@ class ClipScore(ImageMetric):
     Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14.
 
     Args:
-        model: OpenCLIP's name; for OpenAI's weights the one that ends in ``-quickgelu``.
+        model: OpenCLIP's name of the architecture.
         pretrained: path of its weights, or a tag of OpenCLIP's.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        quick_gelu: see ``ClipColours``.
     """
 
     total: Tensor
@@ -37,12 +37,15 @@ class ClipScore(ImageMetric):
     count: Tensor
 
     def __init__(
-        self, model: str = "ViT-L-14-quickgelu", pretrained: str = "openai", device: str | None = None
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str = "openai",
+        device: str | None = None,
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.title = "clip", f"CLIP score ({model})"
-        self._model = model
-        self._scorer = _Cosine("ClipScore", model, pretrained, device)
+        self._scorer = _Cosine(load_clip("ClipScore", model, pretrained, quick_gelu), device)
         for name in ("total", "squares"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -63,7 +66,7 @@ class ClipScore(ImageMetric):
         return {"score": mean, "se": (variance / self.count).sqrt()}
 
     def settings(self) -> dict[str, Any]:
-        return {"model": self._model, "weights": self._scorer.digest}
+        return self._scorer.settings
 
 
 class HpsScore(PromptMeans):
@@ -100,7 +103,7 @@ class HpsScore(PromptMeans):
         self._styles = styles
         self.name, self.title = "hps", "HPS v2.1"
         self.antialias = antialias
-        self._scorer = _Cosine("HpsScore", model, str(weights), device)
+        self._scorer = _Cosine(load_clip("HpsScore", model, str(weights)), device)
 
     def prompt_of(self, path: PurePath) -> str | None:
         texts = self._styles.get(path.parts[0], []) if len(path.parts) == 2 else []
@@ -113,7 +116,7 @@ class HpsScore(PromptMeans):
         return self._scorer(pictures, prompts).double().tolist()
 
     def settings(self) -> dict[str, Any]:
-        return {"weights": self._scorer.digest, "antialias": self.antialias, "prompts": len(self.prompts())}
+        return {**self._scorer.settings, "antialias": self.antialias, "prompts": len(self.prompts())}
 
 
 def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
@@ -131,10 +134,9 @@ def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
 class _Cosine:
     """OpenCLIP's cosines of images and texts, in fp32."""
 
-    def __init__(self, asker: str, model: str, pretrained: str, device: str | None) -> None:
-        clip = load_clip(asker, model, pretrained)
+    def __init__(self, clip: ClipModel, device: str | None) -> None:
         self.device = device_of(device)
-        self.digest = weights_digest(clip.model)[:12]
+        self.settings = clip.settings
         self.model, self.transform, self.tokenizer = clip.model.to(self.device), clip.transform, clip.tokenizer
         self.size: int = clip.model.visual.image_size[0]
         self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))

@@ -104,7 +104,7 @@ def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
         if stranger := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             raise ValueError(
                 f"Mask2FormerDetector: {path} holds a {stranger[1]}, which is not loaded because a file can do harm "
-                f"that way; if you trust it, keep its weights alone: python -c \"import torch; weights = torch.load("
+                f'that way; if you trust it, keep its weights alone: python -c "import torch; weights = torch.load('
                 f"'{path}', 'cpu', weights_only=False)['state_dict']; torch.save(weights, '{path}')\""
             ) from error
         raise ValueError(
