@@ -11,8 +11,12 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 WORDS = ["is", "there", "a", "dog", "cat", "?", "yes", "no"]
 
 
-def save_tiny_blip(folder: Path) -> str:
-    """The folder with a network in it whose answers depend on every word of a question and on the picture."""
+def save_tiny_blip(folder: Path, scale: float = 20.0) -> str:
+    """The folder with a network in it.
+
+    Its matrices are ``scale`` times what they are at the start of a training: 20 is far from the linear range, so that
+    every word of a question has a say.
+    """
     (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS) + "\n")
     torch.manual_seed(0)
     text = {
@@ -39,8 +43,9 @@ def save_tiny_blip(folder: Path) -> str:
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(20)  # far from the linear range: inputs must tell
+                parameter.mul_(scale)
     network.save_pretrained(folder)
     processor = BlipImageProcessor(size={"height": 32, "width": 32})
-    BlipProcessor(processor, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), additional_special_tokens=SPECIAL[5:])
+    BlipProcessor(processor, tokenizer).save_pretrained(folder)
     return str(folder)
