@@ -102,10 +102,11 @@ def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"Mask2FormerDetector: no file {path}; {remedy}") from None
     except Exception as error:  # of many kinds, according to which bytes are wrong
         if stranger := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            alone = f"{path.removesuffix('.pth')}-weights.pth"
             raise ValueError(
                 f"Mask2FormerDetector: {path} holds a {stranger[1]}, which is not loaded because a file can do harm "
-                f'that way; if you trust it, keep its weights alone: python -c "import torch; weights = torch.load('
-                f"'{path}', 'cpu', weights_only=False)['state_dict']; torch.save(weights, '{path}')\""
+                f'that way; if you trust it, write its weights alone into another: python -c "import torch; '
+                f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], '{alone}')\""
             ) from error
         raise ValueError(
             f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({type(error).__name__}); {remedy}"
