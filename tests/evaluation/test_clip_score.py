@@ -11,7 +11,8 @@ from PIL import Image
 from emf_lightning.evaluation.clip_score import HPS_STYLES, ClipScore, HpsScore, fitted
 from tests.evaluation.tiny_clip import save_tiny_clip
 
-PROMPTS = ["a red circle", "a blue square", "two dogs"]
+PROMPTS = ["red", "a blue square on a table in the garden", "two dogs"]
+"""Of different lengths: the tiny network tells little else."""
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,52 @@ def test_a_twin_shares_the_network_and_has_seen_nothing(weights, images):
     twin.update(images[:1], PROMPTS[:1])
 
     assert twin._scorer is metric._scorer
-    assert (int(metric.count), int(twin.count)) == (3, 1)
+    assert (int(metric.images.sum()), int(twin.images.sum())) == (3, 1)
     assert twin.compute()["score"].item() == pytest.approx(metric.rows[0]["clip"], abs=1e-3)
+
+
+def test_images_of_one_prompt_are_one_cluster_of_the_standard_error_on_any_rank(weights, images):
+    prompts = [PROMPTS[i] for i in (0, 1, 0, 2, 0)]
+    whole = ClipScore("emf-tiny-clip", weights, "cpu")
+    first, second = whole.twin(), whole.twin()
+    pictures = [*images, images[1], images[0]]
+    whole.update(pictures, prompts)
+    first.update(pictures[:2], prompts[:2])
+    second.update(pictures[2:], prompts[2:])
+    first.absorb(second)  # sums, as the ranks' are
+    values = np.array([row["clip"] for row in whole.rows])
+    residuals = [values[[0, 2, 4]] - values.mean(), values[[1]] - values.mean(), values[[3]] - values.mean()]
+    expected = np.sqrt(3 / 2 * sum(np.sum(residual) ** 2 for residual in residuals)) / 5
+
+    assert whole.compute()["score"].item() == pytest.approx(values.mean(), abs=1e-3)
+    assert whole.compute()["se"].item() == pytest.approx(expected, abs=1e-3)
+    assert first.compute()["se"].item() == pytest.approx(whole.compute()["se"].item(), rel=1e-9)
+    assert expected != pytest.approx(values.std(ddof=1) / 5**0.5, rel=0.01), "clusters make no difference here"
+
+
+def taught(metric, pictures):
+    """``metric`` after its texts were turned by hand to where the images of the same number lie."""
+    model = metric._scorer.model
+    with torch.no_grad():
+        seen = model.encode_image(torch.stack(pictures), normalize=True).double()
+        read = model.encode_text(metric._scorer.tokenizer(PROMPTS)).double()
+        model.text_projection.copy_(model.text_projection.double() @ torch.linalg.pinv(read) @ seen)
+    return metric
+
+
+def test_the_right_prompts_score_higher_than_permuted_ones(weights, tmp_path):
+    images = [np.full((32, 32, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0))]
+    clip = ClipScore("emf-tiny-clip", weights, "cpu")
+    hps = HpsScore(weights, benchmark(tmp_path, {"anime": PROMPTS}), model="emf-tiny-clip", device="cpu")
+    mean, std = (value[:, None, None] for value in (hps._scorer.mean, hps._scorer.std))
+    taught(clip, [clip._scorer.transform(Image.fromarray(image)) for image in images])
+    taught(hps, [(fitted(image, 32, False) - mean) / std for image in images])
+    for metric in (clip, hps):
+        right, permuted = metric.twin(), metric.twin()
+        right.update(images, PROMPTS)
+        permuted.update(images, PROMPTS[1:] + PROMPTS[:1])
+        assert right.compute()["score"].item() == pytest.approx(100, abs=0.1)
+        assert permuted.compute()["score"] < 95
 
 
 def test_hps_means_styles_and_places_in_the_benchmarks_layout(weights, images, tmp_path):
@@ -84,6 +129,43 @@ def test_hps_means_styles_and_places_in_the_benchmarks_layout(weights, images, t
     assert found["score"] == pytest.approx(np.mean([*anime, photo]), rel=1e-4)
     assert metric.prompt_of(PurePath("anime/00001.jpg")) == PROMPTS[1]
     assert metric.prompt_of(PurePath("photo/00007.jpg")) is None
+
+
+def test_a_text_that_stands_in_several_places_counts_in_each(weights, images, tmp_path):
+    texts = {"anime": [PROMPTS[0], PROMPTS[1], PROMPTS[0]], "photo": [PROMPTS[0]]}
+    metric = HpsScore(weights, benchmark(tmp_path, texts), model="emf-tiny-clip", device="cpu")
+    metric.update(images[:2], PROMPTS[:2])
+    first, second = (row["hps"] for row in metric.rows)
+    found = {name: number.item() for name, number in metric.compute().items()}
+
+    assert list(metric.prompts()) == PROMPTS[:2]
+    assert found["anime"] == pytest.approx(100 * (2 * first + second) / 3)
+    assert found["photo"] == pytest.approx(100 * first)
+    assert found["score"] == pytest.approx(100 * (3 * first + second) / 4)
+    assert metric.settings()["prompts"] == 4
+
+
+def test_hps_is_the_same_whatever_the_batches(weights, images, tmp_path):
+    folder = benchmark(tmp_path, {"anime": PROMPTS[:2], "photo": PROMPTS[2:]})
+    whole = HpsScore(weights, folder, model="emf-tiny-clip", device="cpu")
+    single = whole.twin()
+    whole.update(images, PROMPTS)
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        single.update([image], [prompt])
+    found = {name: number.item() for name, number in single.compute().items()}
+
+    assert found == pytest.approx({name: number.item() for name, number in whole.compute().items()}, rel=1e-5)
+
+
+def test_settings_tell_other_prompts_apart(weights, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one = HpsScore(weights, benchmark(tmp_path / "one", {"anime": PROMPTS[:2]}), model="emf-tiny-clip", device="cpu")
+    other = HpsScore(
+        weights, benchmark(tmp_path / "other", {"anime": PROMPTS[1:]}), model="emf-tiny-clip", device="cpu"
+    )
+
+    assert {name for name, value in one.settings().items() if other.settings()[name] != value} == {"benchmark"}
 
 
 def test_pictures_keep_their_shape_between_black_bars():

@@ -54,7 +54,17 @@ def scores(metric, image=BLANK) -> dict[str, float]:
 def test_yes_to_everything_scores_a_hundred(table):
     found = scores(DpgBench(table, Scripted(set())))
     assert found["score"] == 100
-    assert (found["entity"], found["attribute"], found["relation"], found["global"]) == (100, 100, 100, 100)
+    assert {name for name, value in found.items() if value == 100} == {
+        "score",
+        *("entity", "attribute", "relation", "global"),
+        *("entity - whole", "attribute - color", "relation - spatial", "global - style"),
+    }
+
+
+def test_kinds_of_questions_are_counted_coarse_and_fine(tmp_path):
+    write(tmp_path / "table.csv", [*ROWS, ("two", "a dog", 3, "0", "entity - part (dog, tail)", "has it a tail?")])
+    found = scores(DpgBench(tmp_path / "table.csv", Scripted({"has it a tail?"})))
+    assert (found["entity"], found["entity - whole"], found["entity - part"]) == (pytest.approx(200 / 3), 100, 0)
 
 
 def test_a_no_goes_down_the_whole_graph(table):
@@ -85,9 +95,14 @@ def test_a_grid_is_four_images_read_row_by_row(table):
 def test_the_published_scripts_way_of_counting(table, tmp_path):
     # its first question is dropped, so that the first prompt's others have no parent and the prompt is left out
     metric = DpgBench(table, Scripted({"is it a photo?"}), official=True)
-    assert list(metric.prompts()) == ["a dog"]
-    metric.update([BLANK], ["a dog"])
-    assert metric.compute()["score"].item() == 50
+    assert metric.settings()["prompts"] == 1
+    # but folders have an image of it
+    assert metric.prompt_of(PurePath("one.png")) == "a red cat on a mat"
+    assert list(metric.prompts()) == ["a red cat on a mat", "a dog"]
+    assert scores(metric)["score"] == 50
+    assert [row["dpg_scripted_official"] for row in metric.rows] == [None, 0.5]
+    with pytest.raises(ValueError, match="is none of its 1 prompts"):
+        metric.update([BLANK], ["a cat"])
 
     # categories: the last of four images, and answers whatever the parents'
     swapped = tmp_path / "swapped.csv"
@@ -105,6 +120,28 @@ def test_a_judge_of_another_kind_is_in_the_name(table):
     metric = DpgBench(table, Scripted(set()))
     assert (metric.name, metric.title) == ("dpg_scripted", "DPG-Bench (scripted as judge)")
     assert metric.prompt_of(PurePath("two.png")) == "a dog"
+    metric = DpgBench(table, Scripted(set()), official=True)
+    assert metric.name == "dpg_scripted_official"
+    assert metric.title == "DPG-Bench (scripted as judge, counted as the published script does)"
+
+
+def test_two_items_of_one_text_count_twice(tmp_path):
+    write(tmp_path / "table.csv", [*ROWS, ("three", "a dog", 1, "0", "global - style", "is it a photo?")])
+    found = scores(DpgBench(tmp_path / "table.csv", Scripted({"is it a photo?"})))
+    dog = (1 / 2 + 0) / 2  # its image, averaged over both items
+    assert found["score"] == pytest.approx(100 * (1 + dog + dog) / 3)
+
+
+def test_settings_tell_other_tables_ways_of_counting_and_judges_apart(table, tmp_path):
+    write(tmp_path / "other.csv", [*ROWS[:-1], ("two", "a dog", 2, "0", "global - style", "is it a drawing?")])
+    settings = DpgBench(table, Scripted(set())).settings()
+
+    assert settings["judge"] == "Scripted"
+    assert (
+        DpgBench(tmp_path / "other.csv", Scripted(set())).settings() | {"benchmark": settings["benchmark"]} == settings
+    )
+    assert DpgBench(tmp_path / "other.csv", Scripted(set())).settings() != settings
+    assert DpgBench(table, Scripted(set()), official=True).settings() != settings
 
 
 def test_tables_of_something_else_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from emf_lightning.data.shapes.drawing import draw
 from emf_lightning.evaluation.clip_colours import ClipColours, check_colours
@@ -16,6 +17,7 @@ from emf_lightning.evaluation.geneval_prompts import CLASSES, COLOURS, geneval_p
 from emf_lightning.evaluation.geneval_suite import GenEvalSuite
 from emf_lightning.evaluation.mask2former import Mask2FormerDetector, prepared
 from emf_lightning.evaluation.score import TaskScores
+from emf_lightning.evaluation.suite_metric import SuiteScore
 from tests.evaluation.tiny_clip import save_tiny_clip
 from tests.evaluation.tiny_detector import save_tiny
 
@@ -209,6 +211,29 @@ def test_an_oracle_that_errs_with_probability_p_scores_one_minus_p():
     wrong = np.random.default_rng(0).random(553) < 0.3
     found = scores(lambda number: (number + 7) % 553 if wrong[number] else number)
     assert abs(found.overall - 0.7) < 3 * found.standard_error
+
+
+def test_settings_tell_apart_what_changes_a_score(detector, colours, tmp_path):
+    settings = SuiteScore(GenEvalSuite(detector, colours, check=False)).settings()
+    folder = tmp_path / detector.name.split()[-1]
+    save_tiny(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["class_predictor.bias"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def different(**changed) -> set[str]:
+        other = SuiteScore(GenEvalSuite(**{"detector": detector, "colours": colours, "check": False} | changed))
+        return {name for name, value in other.settings().items() if settings[name] != value}
+
+    assert different() == set()
+    assert different(detector=Mask2FormerDetector(str(folder), short_side=64)) == {"detector_weights"}
+    assert different(detector=Mask2FormerDetector(str(folder), short_side=96)) == {"detector_weights", "short_side"}
+    clip = save_tiny_clip(tmp_path, seed=1)
+    assert different(colours=ClipColours("emf-tiny-clip", clip)) == {"colours_weights"}
+    assert different(colours=ClipColours("emf-tiny-clip", clip, quick_gelu=True)) == {
+        "colours_weights",
+        "colours_quick_gelu",
+    }
 
 
 def test_the_pipeline_runs_with_real_networks_and_reports_genevals_details(detector, colours):

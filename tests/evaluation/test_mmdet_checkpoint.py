@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+from pathlib import PurePosixPath
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -33,6 +37,52 @@ def test_every_weight_finds_its_place_and_only_unused_ones_are_missing(tmp_path)
     for name, weight in network.state_dict().items():
         if "layernorm." not in name.replace("decoder.layernorm", ""):
             assert torch.equal(weight, detector.network.state_dict()[name]), name
+
+
+META = {
+    "env_info": "sys.platform: linux\nPython: 3.7.10",
+    "config": "model = dict(type='Mask2Former')\n",
+    "seed": 42,
+    "mmdet_version": "2.23.0+",
+    "CLASSES": ("person", "bicycle"),
+    "PALETTE": [(220, 20, 60), (119, 11, 32)],
+    "epoch": 1,
+    "iter": 368750,
+    "time": "Wed May  4 00:17:56 2022",
+    "hook_msgs": {"best_score": np.float64(0.46), "best_epochs": np.int64(50), "last_ckpt": "iter_368750.pth"},
+}
+"""What mmdetection's runner leaves beside the weights."""
+
+
+def test_a_file_as_mmdetection_publishes_it_is_read_whatever_its_meta(tmp_path):
+    weights = OrderedDict(mmdet_weights())
+    weights._metadata = OrderedDict({"": {"version": 1}})
+    path = tmp_path / "mask2former.pth"
+    torch.save({"meta": META, "state_dict": weights}, path, _use_new_zipfile_serialization=False)
+    _, state = as_transformers(str(path))
+
+    assert torch.equal(state["class_predictor.weight"], weights["panoptic_head.cls_embed.weight"])
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_numbers_of_either_numpy_are_read(tmp_path, core):
+    path = tmp_path / "mask2former.pth"
+    torch.save({"meta": META, "state_dict": mmdet_weights()}, path, _use_new_zipfile_serialization=False)
+    here = f"c{np.float64(0).__reduce__()[0].__module__}\n".encode()
+    content = path.read_bytes()
+    assert here in content
+    path.write_bytes(content.replace(here, f"cnumpy.{core}.multiarray\n".encode()))
+    as_transformers(str(path))
+
+
+def test_what_might_be_executed_is_refused_with_a_way_out_that_works(tmp_path):
+    path = tmp_path / "mask2former.pth"
+    torch.save({"meta": {"folder": PurePosixPath("runs")}, "state_dict": mmdet_weights()}, path)
+    with pytest.raises(ValueError, match=r"holds a pathlib\S*PurePosixPath, which is not loaded") as refusal:
+        as_transformers(str(path))
+    command = str(refusal.value).partition("python -c ")[2]
+    exec(command.strip('"'), {})
+    as_transformers(str(tmp_path / "mask2former-weights.pth"))
 
 
 def test_the_published_size_is_read_off_the_shapes():

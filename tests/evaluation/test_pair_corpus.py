@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
 
 from emf_lightning.data.shapes.prompts import color_attr
 from emf_lightning.data.shapes.scenes import Scene, SceneObject
 from emf_lightning.data.shapes.world import SMALL
-from emf_lightning.evaluation.pair_corpus import CocoPairs, ShapesPairs, facts_of
+from emf_lightning.evaluation.pair_corpus import CocoPairs, Dinov3, ShapesPairs, facts_of
 
 
 def scene(*objects: tuple[str, str, float, float]) -> Scene:
@@ -130,5 +132,16 @@ def test_what_coco_lacks_is_named(coco, dinov3, tmp_path):
 
 
 def test_missing_weights_are_named(coco):
-    with pytest.raises(ValueError, match=r"Dinov3: cannot load 'no/dino'.*licence.*hf download no/dino"):
+    with pytest.raises(ValueError, match=r"Dinov3: cannot load model='no/dino'.*licence.*hf download no/dino"):
         CocoPairs(coco, "no/dino")
+
+
+def test_weights_that_lack_a_part_are_refused(dinov3, tmp_path):
+    shutil.copytree(dinov3, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"Dinov3: model=.* lacks 1 of the weights of a DINOv3ViTModel, norm.weight among"
+    ):
+        Dinov3(str(tmp_path), "cpu")

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    BertTokenizerFast,
-    BlipConfig,
-    BlipForQuestionAnswering,
-    BlipImageProcessor,
-    BlipProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -21,65 +20,60 @@ from transformers import (
 )
 
 from emf_lightning.evaluation.vqa_judge import BlipJudge, MplugJudge, QwenVlJudge
+from tests.evaluation.tiny_blip import save_tiny_blip
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "[DEC]",
-    "[ENC]",
-    "is",
-    "there",
-    "a",
-    "dog",
-    "cat",
-    "?",
-    "yes",
-    "no",
-]
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("blip")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 16,
-        "encoder_hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "bos_token_id": 5,
-        "eos_token_id": 3,
-        "sep_token_id": 3,
-        "pad_token_id": 0,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 16,
-    }
-    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-    processor = BlipImageProcessor(size={"height": 32, "width": 32})
-    BlipProcessor(processor, BertTokenizerFast(str(folder / "vocab.txt"))).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_blip(tmp_path_factory.mktemp("blip"))
 
 
-def test_blip_answers_each_question_the_same_alone_and_in_a_batch(blip):
-    questions = ["is there a dog ?", "is there a cat ?", "a dog ?"]
-    together = BlipJudge(blip, device="cpu").answer(IMAGE, questions)
-    alone = [BlipJudge(blip, device="cpu", batch_size=1).answer(IMAGE, [question])[0] for question in questions]
+def test_blip_answers_each_question_the_same_alone_and_in_any_company(blip):
+    words = ["is", "there", "a", "dog", "cat", "?", "yes", "no"]
+    rng = np.random.default_rng(0)
+    questions = [" ".join(rng.choice(words, length)) for length in (1, 2, 12) * 8]
+    together = BlipJudge(blip, device="cpu", batch_size=7).answer(IMAGE, questions)
+    judge = BlipJudge(blip, device="cpu", batch_size=1)
 
-    assert together == alone
+    assert together == [judge.answer(IMAGE, [question])[0] for question in questions]
+    assert len(set(together)) > 5, "the questions have no say"
     assert all(answer == answer.lower().strip() for answer in together)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda weights: {n: w for n, w in weights.items() if "text_encoder" not in n},
+            r"lacks \d\d of the weights of a Blip.*",
+        ),
+        (
+            lambda weights: weights | {"vision_model.post_layernorm.weight": torch.ones(4)},
+            r"lacks 1 of the weights .*post_layernorm\.weight among.*",
+        ),
+    ],
+    ids=["a captioning model", "another size"],
+)
+def test_weights_that_do_not_fill_the_judge_are_refused(blip, tmp_path, spoil, said):
+    shutil.copytree(blip, tmp_path, dirs_exist_ok=True)
+    save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"BlipJudge: model=.* {said}hf download"):
+        BlipJudge(str(tmp_path), device="cpu")
+
+
+def test_settings_tell_judges_with_other_weights_apart(blip, tmp_path):
+    shutil.copytree(blip, tmp_path / Path(blip).name)
+    file = tmp_path / Path(blip).name / "model.safetensors"
+    weights = load_file(file)
+    weights["vision_model.post_layernorm.weight"] *= 2
+    save_file(weights, file, {"format": "pt"})
+    one, other = (BlipJudge(str(folder), device="cpu").settings() for folder in (blip, file.parent))
+
+    assert one["judge_model"] == other["judge_model"] == Path(blip).name
+    assert one["judge_weights"] != other["judge_weights"]
+    assert one == BlipJudge(blip, device="cpu", batch_size=2).settings()
 
 
 CHAT = (

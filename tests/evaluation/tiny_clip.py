@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def save_tiny_clip(folder: Path, name: str = "emf-tiny-clip", quick_gelu: bool = False) -> str:
+def save_tiny_clip(folder: Path, name: str = "emf-tiny-clip", quick_gelu: bool = False, seed: int = 0) -> str:
     """The checkpoint of a model that OpenCLIP knows as ``name`` from now on."""
     import open_clip
 
@@ -20,7 +20,7 @@ def save_tiny_clip(folder: Path, name: str = "emf-tiny-clip", quick_gelu: bool =
     }
     (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{name}.json")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = open_clip.create_model(name, pretrained_text=False)
     for parameter in model.parameters():
         parameter.data.mul_(5)  # far from the linear range: inputs must tell

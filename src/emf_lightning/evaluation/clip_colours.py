@@ -25,22 +25,32 @@ class ClipColours:
     Grey is none of the ten: every object gets one of them.
 
     Args:
-        model: OpenCLIP's name. GenEval's is OpenAI's ViT-L/14, whose activation is QuickGELU: the name has to say so.
-        pretrained: path of its weights, or a tag of OpenCLIP's.
+        model: OpenCLIP's name; GenEval's is OpenAI's ViT-L/14.
+        pretrained: path of its weights, OpenAI's ``ViT-L-14.pt`` or OpenCLIP's, or a tag of OpenCLIP's.
         device: see ``Mask2FormerDetector``.
+        quick_gelu: the activation is QuickGELU; needed for OpenAI's weights where neither the name, nor a tag, nor
+            OpenAI's own file says so.
 
     Raises:
         ValueError: if the model cannot be loaded.
     """
 
     def __init__(
-        self, model: str = "ViT-L-14-quickgelu", pretrained: str = "openai", device: str | None = None
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str = "openai",
+        device: str | None = None,
+        quick_gelu: bool = False,
     ) -> None:
         self.device = device_of(device)
-        clip = load_clip("ClipColours", model, pretrained)
+        clip = self._clip = load_clip("ClipColours", model, pretrained, quick_gelu)
         self.model = clip.model.to(self.device)
         self.transform, self.tokenizer = clip.transform, clip.tokenizer
         self._classifiers: dict[str, Tensor] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare colours: model, activation and a digest of the weights."""
+        return {f"colours_{name}": value for name, value in self._clip.settings.items()}
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8], detections: Sequence[Detection], label: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,65 +13,75 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emf_lightning.evaluation.clip_model import load_clip
+from emf_lightning.evaluation.clip_model import ClipModel, load_clip
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
-from emf_lightning.text.fingerprint import weights_digest
+from emf_lightning.text.fingerprint import fingerprint
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The parts of HPS's benchmark, in the order of published tables."""
 
 
+GROUPS = 2**16
+"""Of prompts, in which a CLIP score's images are summed."""
+
+
 class ClipScore(ImageMetric):
     """100 times the cosine between OpenCLIP's features of image and prompt, averaged over images; never cut at 0.
 
-    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14.
+    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14. ``se`` is that of
+    a mean over clusters, the prompts: images of one resemble each other. Prompts whose checksums agree are one cluster,
+    which leaves it right: whatever the number of prompts, the state is 1 MB.
 
     Args:
-        model: OpenCLIP's name; for OpenAI's weights the one that ends in ``-quickgelu``.
+        model: OpenCLIP's name of the architecture.
         pretrained: path of its weights, or a tag of OpenCLIP's.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        quick_gelu: see ``ClipColours``.
     """
 
-    total: Tensor
-    squares: Tensor
-    count: Tensor
+    totals: Tensor
+    images: Tensor
 
     def __init__(
-        self, model: str = "ViT-L-14-quickgelu", pretrained: str = "openai", device: str | None = None
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str = "openai",
+        device: str | None = None,
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.title = "clip", f"CLIP score ({model})"
-        self._model = model
-        self._scorer = _Cosine("ClipScore", model, pretrained, device)
-        for name in ("total", "squares"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._scorer = _Cosine(load_clip("ClipScore", model, pretrained, quick_gelu), device)
+        self.add_state("totals", torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(GROUPS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         from PIL import Image
 
         pictures = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
-        values = 100 * self._scorer(pictures, prompts).double().to(self.total.device)
+        values = 100 * self._scorer(pictures, prompts).double().to(self.totals.device)
         self.rows = [{"prompt": p, "clip": round(v, 4)} for p, v in zip(prompts, values.tolist(), strict=True)]
-        self.total += values.sum()
-        self.squares += values.square().sum()
-        self.count += len(values)
+        groups = torch.tensor([zlib.crc32(prompt.encode()) % GROUPS for prompt in prompts], device=values.device)
+        self.totals.index_add_(0, groups, values)
+        self.images.index_add_(0, groups, torch.ones_like(groups))
 
     def compute(self) -> dict[str, Tensor]:
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean**2).clamp(min=0) * self.count / (self.count - 1).clamp(min=1)
-        return {"score": mean, "se": (variance / self.count).sqrt()}
+        drawn = self.images > 0
+        totals, images, groups = self.totals[drawn], self.images[drawn], drawn.sum()
+        mean = totals.sum() / images.sum()
+        spread = (totals - mean * images).square().sum().sqrt() / images.sum()
+        return {"score": mean, "se": spread * (groups / (groups - 1)).sqrt()}  # of a single prompt nan
 
     def settings(self) -> dict[str, Any]:
-        return {"model": self._model, "weights": self._scorer.digest}
+        return self._scorer.settings
 
 
 class HpsScore(PromptMeans):
     """HPS v2.1 (arXiv 2306.09341): 100 times the cosine of a ViT-H-14 trained on people's preferences.
 
-    ``score`` is the mean over all images, beside it the four styles'. A folder may have the benchmark's layout,
-    ``photo/00012.jpg``.
+    ``score`` is the mean over all of the benchmark's prompts, beside it the four styles'; a text that stands in the
+    benchmark several times counts as often. A folder may have the benchmark's layout, ``photo/00012.jpg``.
 
     Args:
         weights: path of ``HPS_v2.1_compressed.pt``; v2.0 gives other numbers.
@@ -93,14 +104,12 @@ class HpsScore(PromptMeans):
         model: str = "ViT-H-14",
     ) -> None:
         styles = {style: _prompts_of(benchmark / f"{style}.json") for style in HPS_STYLES}
-        # a text that comes twice counts once, for the style where it comes first
-        style_of = {text: style for style in reversed(HPS_STYLES) for text in styles[style]}
-        texts = list(dict.fromkeys(text for style in HPS_STYLES for text in styles[style]))
-        super().__init__(texts, [style_of[text] for text in texts], scale=100.0)
+        places = [(text, style) for style in HPS_STYLES for text in styles[style]]
+        super().__init__([text for text, _ in places], [style for _, style in places], scale=100.0)
         self._styles = styles
         self.name, self.title = "hps", "HPS v2.1"
         self.antialias = antialias
-        self._scorer = _Cosine("HpsScore", model, str(weights), device)
+        self._scorer = _Cosine(load_clip("HpsScore", model, str(weights)), device)
 
     def prompt_of(self, path: PurePath) -> str | None:
         texts = self._styles.get(path.parts[0], []) if len(path.parts) == 2 else []
@@ -113,7 +122,8 @@ class HpsScore(PromptMeans):
         return self._scorer(pictures, prompts).double().tolist()
 
     def settings(self) -> dict[str, Any]:
-        return {"weights": self._scorer.digest, "antialias": self.antialias, "prompts": len(self.prompts())}
+        prompts = {"prompts": len(self._places), "benchmark": fingerprint(prompts=self._styles)[:12]}
+        return {**self._scorer.settings, "antialias": self.antialias, **prompts}
 
 
 def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
@@ -131,10 +141,9 @@ def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
 class _Cosine:
     """OpenCLIP's cosines of images and texts, in fp32."""
 
-    def __init__(self, asker: str, model: str, pretrained: str, device: str | None) -> None:
-        clip = load_clip(asker, model, pretrained)
+    def __init__(self, clip: ClipModel, device: str | None) -> None:
         self.device = device_of(device)
-        self.digest = weights_digest(clip.model)[:12]
+        self.settings = clip.settings
         self.model, self.transform, self.tokenizer = clip.model.to(self.device), clip.transform, clip.tokenizer
         self.size: int = clip.model.visual.image_size[0]
         self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))

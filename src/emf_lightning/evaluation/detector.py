@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ class ObjectDetector(ABC):
     @abstractmethod
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
         """What is seen in ``image`` ``[H, W, 3]``, 8-bit RGB, best first; nothing below GenEval's lower threshold."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare what two detectors see: name, weights, size of pictures; plain values."""
+        return {"detector": self.name}
 
 
 def check_detector(detector: ObjectDetector) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from emf_lightning.data.shapes.prompts import Prompt
 from emf_lightning.evaluation.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.detector import ObjectDetector, check_detector
-from emf_lightning.evaluation.geneval import Judgement, judge
+from emf_lightning.evaluation.geneval import COUNTING_THRESHOLD, THRESHOLD, Judgement, judge
 from emf_lightning.evaluation.geneval_prompts import geneval_prompts
 from emf_lightning.evaluation.suite import PromptSuite
 
@@ -46,3 +47,8 @@ class GenEvalSuite(PromptSuite):
     def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
         """GenEval's decision on what the detector sees."""
         return judge(self.detector(image), prompt, partial(self.colours, image))
+
+    def settings(self) -> dict[str, Any]:
+        """Of the detector and the colour reader, and the scores from which an object counts."""
+        thresholds = {"threshold": THRESHOLD, "counting_threshold": COUNTING_THRESHOLD}
+        return self.detector.settings() | self.colours.settings() | thresholds

@@ -89,7 +89,7 @@ class PromptMeans(ImageMetric):
     """Base of the scores that are means over prompts known beforehand, each of the mean over its images.
 
     Args:
-        texts: the prompts, each once.
+        texts: the prompts; one that comes several times counts as often, each time with all its images.
         groups: the part of the benchmark that each belongs to; every part gets a mean of its own.
         scale: factor on the reported numbers, e.g. 100 for per cent.
     """
@@ -99,14 +99,13 @@ class PromptMeans(ImageMetric):
 
     def __init__(self, texts: Sequence[str], groups: Sequence[str] | None = None, scale: float = 1.0) -> None:
         super().__init__()
-        self._texts = tuple(texts)
-        self._groups = tuple(groups) if groups is not None else ()
+        self._texts = tuple(dict.fromkeys(texts))
         self._scale = scale
         self._row = {text: row for row, text in enumerate(self._texts)}
-        if len(self._row) < len(self._texts):
-            raise ValueError(f"{type(self).__name__}: prompts must differ: their texts tell them apart")
-        self.add_state("images", torch.zeros(len(texts), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("totals", torch.zeros(len(texts), dtype=torch.float64), dist_reduce_fx="sum")
+        self._places = np.array([self._row[text] for text in texts])
+        self._groups = np.array(groups if groups is not None else [])
+        self.add_state("images", torch.zeros(len(self._texts), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(len(self._texts), dtype=torch.float64), dist_reduce_fx="sum")
 
     def prompts(self) -> Sequence[str]:
         return self._texts
@@ -131,20 +130,29 @@ class PromptMeans(ImageMetric):
             self.totals[self._row[prompt]] += value
 
     def compute(self) -> dict[str, Tensor]:
-        drawn = self.images > 0
-        means = self._scale * (self.totals[drawn] / self.images[drawn])
-        numbers = {"score": means.mean(), "se": standard_error(means)}
-        kept = drawn.tolist()
-        groups = np.array([group for group, there in zip(self._groups, kept, strict=False) if there])
-        for group in dict.fromkeys(groups.tolist()):
-            numbers[group] = means[torch.from_numpy(groups == group)].mean()
+        images, totals = self.images.cpu().numpy(), self.totals.cpu().numpy()
+        drawn = images > 0
+        means = self._scale * totals / np.maximum(images, 1)
+        counted = drawn[self._places]
+        values = means[self._places]
+        weights = np.bincount(self._places, minlength=len(images))
+        numbers = {"score": _mean(values[counted]), "se": standard_error(means[drawn], weights[drawn])}
+        for group in dict.fromkeys(self._groups[counted].tolist() if len(self._groups) else []):
+            numbers[group] = _mean(values[counted & (self._groups == group)])
         return numbers
 
 
-def standard_error(means: Tensor, seed: int = 0) -> Tensor:
-    """Of the mean of ``means`` ``[P]``: bootstrap over prompts, because images of one prompt resemble each other."""
+def _mean(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values).mean()
+
+
+def standard_error(means: NDArray[np.float64], weights: NDArray[np.integer], seed: int = 0) -> Tensor:
+    """Of the mean of ``means`` ``[P]`` that count ``weights`` ``[P]`` times each.
+
+    Bootstrap over prompts, because images of one prompt resemble each other.
+    """
     n = len(means)
     if n < 2:
         return torch.tensor(float("nan"), dtype=torch.float64)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return torch.tensor((drawn @ means.double().cpu().numpy() / n).std(ddof=1))
+    return torch.tensor(((drawn @ (weights * means)) / (drawn @ weights)).std(ddof=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from emf_lightning.evaluation.detector import ObjectDetector
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.geneval import THRESHOLD, Detection
 from emf_lightning.evaluation.geneval_prompts import CLASSES
+from emf_lightning.evaluation.whole_network import load_whole
+from emf_lightning.text.fingerprint import weights_digest
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
 """Pixels: the test pipeline enlarges a picture until one of its sides reaches its limit,"""
@@ -50,7 +53,14 @@ class Mask2FormerDetector(ObjectDetector):
         self.name = f"Mask2Former {Path(model).name}"
         self.device = device_of(device)
         self.short_side = short_side
-        self.network = _load(model).to(self.device).eval().requires_grad_(False)
+        self.network = _load(model).to(self.device)
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.network)[:12]
+
+    def settings(self) -> dict[str, Any]:
+        return {"detector": self.name, "detector_weights": self._digest, "short_side": self.short_side}
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
@@ -136,26 +146,19 @@ def _load(model: str) -> Any:
 
     from emf_lightning.evaluation.mmdet_checkpoint import as_transformers
 
-    what = f"Mask2FormerDetector: model={model!r}"
-    source: dict[str, Any]
+    arguments: dict[str, Any] = {}
     if model.endswith(".pth"):
-        config, weights = as_transformers(model)
-        source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
-    else:
-        source = {"pretrained_model_name_or_path": model, "use_safetensors": True}
-    try:
-        network, report = Mask2FormerForUniversalSegmentation.from_pretrained(**source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{what} cannot be loaded ({reason}); give mmdetection's .pth, a folder in transformers' format, or "
-            f"download it first with `hf download {model}`"
-        ) from error
-    lost = [name for name in report["missing_keys"] if not any(part in name for part in UNUSED)]
-    lost += [str(name) for name in report["mismatched_keys"]]
-    if lost:
-        raise ValueError(f"{what} lacks {len(lost)} of its weights, {sorted(lost)[0]} among them: get them anew")
+        arguments["config"], arguments["state_dict"] = as_transformers(model)
+    remedy = (
+        f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
+    )
+    network = load_whole(
+        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, remedy, unused=UNUSED, **arguments
+    )
     labels = network.config.num_labels
     if labels != len(CLASSES):
-        raise ValueError(f"{what} knows {labels} classes, not COCO's 80 things; take a coco-instance checkpoint")
+        raise ValueError(
+            f"Mask2FormerDetector: model={model!r} knows {labels} classes, not COCO's 80 things; take a coco-instance "
+            "checkpoint"
+        )
     return network

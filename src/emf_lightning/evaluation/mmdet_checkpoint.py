@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,18 +77,37 @@ IGNORED = re.compile(r".*\.relative_position_index|panoptic_head\.loss_.*|panopt
 """Constants that either side computes for itself, and what only training needs."""
 
 
+NUMBERS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+]
+"""What numpy's single numbers are pickled with, under the names of numpy 1 and 2: ``meta`` may hold measured scores."""
+
+
 def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
     """The configuration and the weights, for transformers, of the Mask2Former in mmdetection's checkpoint at ``path``.
+
+    Nothing in the file is executed: beside tensors it may hold plain values and numpy's numbers.
 
     Raises:
         ValueError: where the file holds something else.
     """
     remedy = "give mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth or its like"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            # not mapped into memory: mmdetection publishes files in PyTorch's format from before 1.6
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"Mask2FormerDetector: no file {path}; {remedy}") from None
     except Exception as error:  # of many kinds, according to which bytes are wrong
+        if stranger := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            alone = f"{path.removesuffix('.pth')}-weights.pth"
+            raise ValueError(
+                f"Mask2FormerDetector: {path} holds a {stranger[1]}, which is not loaded because a file can do harm "
+                f'that way; if you trust it, write its weights alone into another: python -c "import torch; '
+                f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], '{alone}')\""
+            ) from error
         raise ValueError(
             f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({type(error).__name__}); {remedy}"
         ) from error

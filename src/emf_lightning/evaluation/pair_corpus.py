@@ -18,6 +18,7 @@ from emf_lightning.data.shapes.world import WORLDS
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.geneval import relations
 from emf_lightning.evaluation.image_folder import read_image
+from emf_lightning.evaluation.whole_network import load_whole
 
 
 class PairCorpus(ABC):
@@ -184,23 +185,20 @@ class Dinov3:
         device: see ``CocoPairs``.
 
     Raises:
-        ValueError: if the model cannot be loaded.
+        ValueError: if the model cannot be loaded, or its weights are not all of a DINOv3 ViT's.
     """
 
     def __init__(self, model: str, device: str | None = None) -> None:
         from transformers import AutoImageProcessor, DINOv3ViTModel
 
         self.device = device_of(device)
+        remedy = f"accept its licence and download it with `hf download {model}`, or give a local folder"
+        self.network = load_whole("Dinov3", DINOv3ViTModel, model, remedy).to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(model)
-            network = DINOv3ViTModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"Dinov3: cannot load {model!r} ({reason}); accept its licence and download it with `hf download "
-                f"{model}`, or give a local folder"
-            ) from error
-        self.network = network.to(self.device).eval().requires_grad_(False)
+            raise ValueError(f"Dinov3: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:

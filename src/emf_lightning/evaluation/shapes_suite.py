@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class ShapesSuite(PromptSuite):
         if world not in WORLDS:
             raise ValueError(f"ShapesSuite: no world {world!r}; the worlds are {', '.join(WORLDS)}")
         self.world = WORLDS[world]
+        self.per_task = per_task
         self.scenes_per_task = scenes_per_task
         self._prompts = tuple(evaluation_prompts(self.world, per_task))
         self._detector = ShapesDetector(self.world)
@@ -49,6 +51,10 @@ class ShapesSuite(PromptSuite):
     def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
         """GenEval's decision on what the world's detector sees."""
         return judge(self._detector(image), prompt)
+
+    def settings(self) -> dict[str, Any]:
+        """The world and how many prompts were drawn: its judge has no weights."""
+        return {"world": self.world.name, "per_task": self.per_task}
 
     def picture(self, prompt: Prompt, number: int) -> NDArray[np.uint8]:
         """A scene of the world."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,10 @@ class PromptSuite(ABC):
     @abstractmethod
     def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
         """Whether ``image``, 8-bit RGB ``[H, W, 3]``, shows ``prompt``."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare scores: what judges, and how it was set; plain values."""
 
     def ceiling(self) -> TaskScores | None:
         """What perfect images score, where that is known."""

@@ -87,4 +87,4 @@ class SuiteScore(ImageMetric):
         return TaskScores.of_counts(list(self._prompts.values()), images, correct, strict)
 
     def settings(self) -> dict[str, Any]:
-        return {"prompts": len(self._prompts)}
+        return {"prompts": len(self._prompts), **self.suite.settings()}

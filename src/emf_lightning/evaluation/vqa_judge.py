@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.whole_network import load_whole
+from emf_lightning.text.fingerprint import weights_digest
 
 
 class VqaJudge(ABC):
@@ -22,12 +26,40 @@ class VqaJudge(ABC):
 
     name: str
 
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare two judges' scores: name and weights; plain values."""
+        return {"judge": type(self).__name__}
+
     @abstractmethod
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
         """The answers, in lower case and without a full stop, about ``image`` ``[H, W, 3]``, 8-bit RGB."""
 
 
-class BlipJudge(VqaJudge):
+class _Hosted(VqaJudge):
+    """A judge that transformers runs."""
+
+    def _load(self, model: str, processor: Any, network: Any, device: str | None, **arguments: Any) -> None:
+        asker = type(self).__name__
+        remedy = f"download it first with `hf download {model}`, or give the path of a local folder"
+        self.device = device_of(device)
+        self._model = Path(model).name
+        self.network = load_whole(asker, network, model, remedy, **arguments).to(self.device)
+        try:
+            self.processor = processor.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{asker}: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.network)[:12]
+
+    def settings(self) -> dict[str, Any]:
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        return super().settings() | {"judge_model": self._model, "judge_weights": self._digest, "judge_dtype": dtype}
+
+
+class BlipJudge(_Hosted):
     """BLIP's question answering (arXiv 2201.12086), e.g. ``Salesforce/blip-vqa-capfilt-large``.
 
     Args:
@@ -36,7 +68,7 @@ class BlipJudge(VqaJudge):
         batch_size: questions answered at once.
 
     Raises:
-        ValueError: if the model cannot be loaded.
+        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
     """
 
     name = "blip"
@@ -46,29 +78,28 @@ class BlipJudge(VqaJudge):
     ) -> None:
         from transformers import BlipForQuestionAnswering, BlipProcessor
 
-        self.device = device_of(device)
         self.batch_size = batch_size
-        self.processor, network = _loaded("BlipJudge", model, BlipProcessor, BlipForQuestionAnswering)
-        self.network = network.to(self.device)
+        self._load(model, BlipProcessor, BlipForQuestionAnswering, device)
 
     @torch.no_grad()
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.device)
-        answers: list[str] = []
-        for first in range(0, len(questions), self.batch_size):
-            batch = list(questions[first : first + self.batch_size])
-            text = self.processor(text=batch, padding=True, return_tensors="pt").to(self.device)
-            ids = self.network.generate(
-                input_ids=text["input_ids"],
-                attention_mask=text["attention_mask"],
+        tokens = self.processor(text=list(questions))["input_ids"]
+        answers = [""] * len(questions)
+        for batch in _of_one_length(tokens, self.batch_size):
+            ids = torch.tensor([tokens[i] for i in batch], device=self.device)
+            found = self.network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 pixel_values=pixels.expand(len(batch), -1, -1, -1),
                 max_new_tokens=8,
             )
-            answers += self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [_plain(answer) for answer in answers]
+            for i, answer in zip(batch, self.processor.batch_decode(found, skip_special_tokens=True), strict=True):
+                answers[i] = _plain(answer)
+        return answers
 
 
-class QwenVlJudge(VqaJudge):
+class QwenVlJudge(_Hosted):
     """A vision-language chat model, e.g. ``Qwen/Qwen2.5-VL-7B-Instruct``, asked for "yes" or "no" in one word.
 
     Args:
@@ -77,7 +108,7 @@ class QwenVlJudge(VqaJudge):
         dtype: of the weights.
 
     Raises:
-        ValueError: if the model cannot be loaded.
+        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
     """
 
     name = "qwen"
@@ -90,11 +121,7 @@ class QwenVlJudge(VqaJudge):
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device = device_of(device)
-        self.processor, network = _loaded(
-            "QwenVlJudge", model, AutoProcessor, AutoModelForImageTextToText, dtype=getattr(torch, dtype)
-        )
-        self.network = network.to(self.device)
+        self._load(model, AutoProcessor, AutoModelForImageTextToText, device, dtype=getattr(torch, dtype))
 
     @torch.no_grad()
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
@@ -133,7 +160,11 @@ class MplugJudge(VqaJudge):
                 "MplugJudge: the package modelscope is not installed; `pip install modelscope` with what its mPLUG "
                 "needs, or take BlipJudge or QwenVlJudge, whose scores bear their names"
             ) from error
+        self._model = Path(model).name
         self._pipeline: Any = pipeline("visual-question-answering", model=model, device=device)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"judge_model": self._model}
 
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
         from PIL import Image
@@ -142,18 +173,17 @@ class MplugJudge(VqaJudge):
         return [_plain(self._pipeline({"image": picture, "question": question})["text"]) for question in questions]
 
 
-def _loaded(asker: str, model: str, processor: Any, network: Any, **arguments: Any) -> tuple[Any, Any]:
-    try:
-        return (
-            processor.from_pretrained(model, trust_remote_code=False),
-            network.from_pretrained(model, use_safetensors=True, **arguments).eval().requires_grad_(False),
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{asker}: cannot load model={model!r} ({reason}); download it first with `hf download {model}`, or give "
-            "the path of a local folder"
-        ) from error
+def _of_one_length(tokens: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """The numbers of rows of ``tokens`` in batches of at most ``size`` rows of the same length.
+
+    BLIP's decoder is not told which tokens of a question are padding: there must be none.
+    """
+    rows: dict[int, list[int]] = {}
+    for i, row in enumerate(tokens):
+        rows.setdefault(len(row), []).append(i)
+    for same in rows.values():
+        for first in range(0, len(same), size):
+            yield same[first : first + size]
 
 
 def _plain(answer: str) -> str:
