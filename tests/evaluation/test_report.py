@@ -110,7 +110,7 @@ def test_table_4_has_a_line_for_each_model_and_step_count():
 
 
 def test_the_published_judge_shares_its_column():
-    table = section(Report((row("dpg", title="DPG-Bench", scores={"score": 70.0}),)), "DPG-Bench and HPS v2.1")
+    table = section(Report((row("dpg_official", title="DPG-Bench", scores={"score": 70.0}),)), "DPG-Bench and HPS v2.1")
     assert cells(table, "EMF", 8)["DPG-Bench"] == "81.94"
 
 
@@ -126,7 +126,7 @@ def test_categories_have_a_table_with_the_published_ones_in_brackets_unless_coun
         "global": "(88.01)",
         "entity": "(87.27)",
     }
-    alike = (row("dpg", title="DPG-Bench", scores=scores, settings={"official": True}),)
+    alike = (row("dpg_official", title="DPG-Bench", scores=scores),)
     assert cells(section(Report(alike), "DPG-Bench: categories"), "EMF", 1)["entity"] == "85.85"
 
 

@@ -54,14 +54,23 @@ def side_by_side(tasks: Sequence[Callable[[], Result]], jobs: int) -> Iterator[R
     """What ``tasks`` return, as they end, ``jobs`` of them at a time; they begin in their order.
 
     Raises:
-        ValueError: for fewer than one at a time. What a task raises is raised here, once those under way have ended; no
-            further one begins.
+        ValueError: for fewer than one at a time; at the end, where tasks raised one: the others are done by then.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    failures: list[ValueError] = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for done in as_completed([pool.submit(task) for task in tasks]):
-                yield done.result()
+                try:
+                    result = done.result()
+                except ValueError as error:
+                    failures.append(error)
+                    print(f"{error}\n", end="", file=sys.stderr, flush=True)
+                else:
+                    yield result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        others = f"; {len(failures) - 1} more failed, see above" if len(failures) > 1 else ""
+        raise ValueError(f"{failures[0]}{others}") from failures[0]

@@ -19,6 +19,8 @@ REPORT = "report.json"
 FAMILIES = {"geneval_hf": "geneval"}
 """Metrics whose published sibling has another judge: their numbers stand in columns of their own."""
 TABLE_4 = ("dpg", "hps")
+OFFICIAL = "dpg_official"
+"""DPG-Bench as it was published: mPLUG's answers, counted as its script does."""
 STYLES = {"anime": "anime", "concept-art": "concept art", "paintings": "painting", "photo": "photo", "score": "average"}
 LEVELS = {"ceiling": "ceiling: clean pictures of the prompt", "chance": "chance: of another prompt of its task"}
 SPLIT = {"seen": "seen", "held_out": "held out"}
@@ -177,11 +179,11 @@ def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[s
 
 
 def preference_table(rows: Sequence[ReportRow]) -> str:
-    """DPG-Bench and HPS by model and steps, as Table 4; another judge's DPG in a column of its own."""
+    """DPG-Bench and HPS by model and steps, as Table 4; a DPG of another judge or count in a column of its own."""
     titles = {row.metric: row.title for row in rows if row.metric.startswith("dpg")}
     has_hps = any(row.metric == "hps" for row in rows)
     columns = ["model", "steps", "NFE", *titles.values()]
-    if "dpg" not in titles and titles:
+    if OFFICIAL not in titles and titles:
         columns.append("DPG-Bench (published, mPLUG)")
     columns += [f"HPS {name}" for name in STYLES.values()] if has_hps else []
     lines: dict[tuple[str, int], dict[str, str]] = {}
@@ -205,7 +207,7 @@ def preference_table(rows: Sequence[ReportRow]) -> str:
 def _published_preferences(row: PublishedRow, titles: Mapping[str, str], has_hps: bool) -> dict[str, str]:
     cells = {}
     if titles and "dpg" in row.scores:
-        column = titles.get("dpg", "DPG-Bench (published, mPLUG)")
+        column = titles.get(OFFICIAL, "DPG-Bench (published, mPLUG)")
         cells[column] = f"{row.scores['dpg']['score']:.2f}"
     if has_hps and "hps" in row.scores:
         cells |= {f"HPS {STYLES[name]}": f"{value:.2f}" for name, value in row.scores["hps"].items()}
@@ -219,7 +221,7 @@ Published categories were counted by mPLUG over the last of four images alone, w
 
 def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> str:
     """DPG-Bench's kinds of questions by model and steps, as Table 6."""
-    alike = all(row.metric == "dpg" and row.settings.get("official") for row in rows)
+    alike = all(row.metric == OFFICIAL for row in rows)
     form = "{:.2f}" if alike else "({:.2f})"
     lines = [
         {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
@@ -234,10 +236,11 @@ def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> st
 
 
 def _categories(rows: Sequence[ReportRow]) -> list[str]:
-    """The kinds of questions that DPG-Bench's ``rows`` have scores of."""
+    """The kinds of questions that DPG-Bench's ``rows`` have scores of; the finer ones are in ``report.json``."""
     if not rows[0].metric.startswith("dpg"):
         return []
-    return [name for name in dict.fromkeys(name for row in rows for name in row.scores) if name not in ("score", "se")]
+    names = dict.fromkeys(name for row in rows for name in row.scores)
+    return [name for name in names if name not in ("score", "se") and " - " not in name]
 
 
 def plain_table(rows: Sequence[ReportRow]) -> str:
