@@ -135,7 +135,7 @@ def judge(tmp_path) -> str:
 def test_dpg_bench_is_the_mean_of_gated_answers_of_its_judge(judge, tmp_path):
     with (tmp_path / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *TABLE])
-    prompts, names = ["a dog", "a dog", "a cat"], ["a.png", "b.png", "c.png"]
+    prompts, names = ["a dog", "a dog", "a cat", "a cat"], ["a.png", "b.png", "c.png", "d.png"]
     pictures = write_images(tmp_path / "images", prompts, names)
     network, processor = BlipForQuestionAnswering.from_pretrained(judge).eval(), BlipProcessor.from_pretrained(judge)
     shares: dict[str, list[float]] = {"a dog": [], "a cat": []}
@@ -162,5 +162,5 @@ def test_dpg_bench_is_the_mean_of_gated_answers_of_its_judge(judge, tmp_path):
     # the whole folder again: the published script leaves out the table's first prompt
     scores, rows = scored(tmp_path / "images", {"class_path": "DpgBench", "init_args": init | {"official": True}})
     assert scores["metric"] == "dpg_blip_official"
-    assert [row["dpg_blip_official"] for row in rows] == [None, None, pytest.approx(shares["a cat"][0])]
-    assert scores["scores"]["score"] == pytest.approx(100 * shares["a cat"][0])
+    assert [row["dpg_blip_official"] for row in rows] == [None, None, *map(pytest.approx, shares["a cat"])]
+    assert scores["scores"]["score"] == pytest.approx(100 * np.mean(shares["a cat"]))
