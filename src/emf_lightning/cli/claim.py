@@ -20,8 +20,11 @@ from emf_lightning.experiments import lineage, without_base
 from emf_lightning.text import degraded, words  # noqa: F401  what the experiments name
 from emf_lightning.text.base import TextEncoder
 
-GRADES = ("noise=0", "noise=1", "noise=2", "shared=3")
-"""From .44 to .22 of discriminability, and a control: as discriminative as the best, its features nearly parallel."""
+GRADES = ("noise=0", "noise=1", "noise=2", "shared=3", "steps=1200")
+"""From .44 to .21 of discriminability, and two controls as discriminative as the best.
+
+The features of one are nearly parallel; the other's parent is trained for fewer steps, to score as one of poor features.
+"""
 TRAINED = "trained.yaml"
 """What all trainings of a folder have in common."""
 
@@ -43,7 +46,8 @@ def claim(
     hour for each grade and seed on two cores.
 
     Args:
-        grades: settings of DegradedEncoder, the scale by noise, controls by shared; four by default.
+        grades: settings of DegradedEncoder, the scale by noise, controls by shared; and controls by steps, of the
+            parent, with the encoder as it is; five by default.
         seeds: of the trainings; 0, 1 and 2 by default.
         out: directory of all trainings, and for claim.md, claim.json and claim.png.
         flow_matching: experiment of the parents.
@@ -54,7 +58,7 @@ def claim(
         train: false only looks at the trainings that are there.
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
-    settings = {grade: _setting(grade) for grade in chosen}
+    settings = {grade: _settings(grade) for grade in chosen}
     for experiment in (flow_matching, meanflow):
         if not experiment.is_file():
             raise ValueError(f"no experiment {experiment}; run this from the repository, or name another")
@@ -72,7 +76,7 @@ def claim(
         start: list[str] = []
         for kind, folder in trainings[seed, grade].items():
             if not _final_scores(folder):
-                common = [*settings[grade], "--seed_everything", str(seed), *(options or [])]
+                common = [*settings[grade][kind], "--seed_everything", str(seed), *(options or [])]
                 fit(["--config", str(kinds[kind]), *_place(folder), *common, *start], folder, jobs)
             start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
 
@@ -108,16 +112,23 @@ def _same_budget(out: Path, experiments: Sequence[Path], options: list[str]) -> 
     record.write_text(asked)
 
 
-def _setting(grade: str) -> list[str]:
-    """The options that a grade stands for."""
+def _settings(grade: str) -> dict[str, list[str]]:
+    """The options that a grade stands for, of the parent's training and of the model's."""
     name, _, value = grade.partition("=")
+    if name == "steps" and value.isdigit() and int(value) > 1:
+        # no divisor, see experiments/claim
+        shorter = ["--trainer.max_steps", value, "--trainer.val_check_interval", str(int(value) // 2 + 1)]
+        return {"flow_matching": shorter, "meanflow": []}
     try:
         float(value)
     except ValueError:
         name = ""
     if name not in ("noise", "shared"):
-        raise ValueError(f"grades: {grade!r} is none; give noise=NUMBER or shared=NUMBER, e.g. noise=2")
-    return [f"--data.text.init_args.{name}", value]
+        raise ValueError(
+            f"grades: {grade!r} is none; give noise=NUMBER, shared=NUMBER, or steps=NUMBER, of the parent, e.g. noise=2"
+        )
+    option = [f"--data.text.init_args.{name}", value]
+    return {"flow_matching": option, "meanflow": option}
 
 
 def _place(run: Path) -> list[str]:

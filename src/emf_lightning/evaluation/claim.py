@@ -30,6 +30,8 @@ MANY = 30
 FEW = (1, 2, 4)
 PARENT, OWN = "parent", "own"
 """Whose many-step score a share is of."""
+CONTROLS = "sD^v<>"
+"""Markers of the controls in the figure."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,12 @@ class Claim:
             kept.set(title=f"MeanFlow, share of the parent's {MANY} steps", ylim=(-0.02, None))
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
-            figure.supxlabel("discriminability of the encoder (hollow: controls)", fontsize="medium")
+            names = dict.fromkeys(run.grade for run in self.runs if not run.graded)
+            for name, marker in zip(names, CONTROLS, strict=False):
+                kept.plot([], [], marker, color="#555555", mfc="none", label=name)
+            if names:
+                kept.legend(loc="best", title="controls", title_fontsize=7, labelspacing=0.3)
+            figure.supxlabel("discriminability of the encoder", fontsize="medium")
         return figure
 
     def _line(self, axes: Axes, values: list[float], colour: str, label: str) -> None:
@@ -182,13 +189,13 @@ class Claim:
             of_grade, run = [values[i] for i in numbers], self.runs[numbers[0]]
             error = float(np.std(of_grade, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else 0.0
             points.append((run.discriminability.mean, float(np.mean(of_grade)), error, run.graded))
-        filled: dict[str, Any] = {"marker": "o", "label": label}
-        hollow: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}
-        for graded, style in ((True, filled), (False, hollow)):
-            chosen = sorted(point for point in points if point[3] == graded)
-            if chosen:
-                x, y, errors, _ = zip(*chosen, strict=True)
-                axes.errorbar(x, y, yerr=errors, color=colour, capsize=2, elinewidth=0.8, **style)
+        scale = sorted(point[:3] for point in points if point[3])
+        lines: list[tuple[Any, dict[str, Any]]] = [(scale, {"marker": "o", "label": label})] if scale else []
+        controls = [[point[:3]] for point in points if not point[3]]
+        lines += [(one, {"marker": m, "mfc": "none", "ls": "none"}) for one, m in zip(controls, CONTROLS, strict=False)]
+        for chosen, style in lines:
+            x, y, errors = zip(*chosen, strict=True)
+            axes.errorbar(x, y, yerr=errors, color=colour, capsize=2, elinewidth=0.8, **style)
 
     def _by_grade(self) -> list[list[int]]:
         """The runs' numbers, those of a grade together."""
