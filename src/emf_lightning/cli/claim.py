@@ -23,7 +23,7 @@ from emf_lightning.text.base import TextEncoder
 GRADES = ("noise=0", "noise=1", "noise=2", "shared=3", "steps=1200")
 """From .44 to .21 of discriminability, and two controls as discriminative as the best.
 
-The features of one are nearly parallel; the other's parent is trained for fewer steps, to score as one of poor features.
+One's features are nearly parallel; the other's parent is trained for fewer steps, to score as one of poor features.
 """
 TRAINED = "trained.yaml"
 """What all trainings of a folder have in common."""
