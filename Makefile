@@ -63,7 +63,7 @@ $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 encoders: $(READY) ## study the text encoders of the shapes world, with controls (1 minute)
 	$(BIN)/emf encoders --config experiments/encoders/shapes.yaml $(ARGS)
 
-encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (24 trainings, 2 hours on 2 cores)
+encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (30 trainings, 2 1/2 hours on 2 cores)
 	$(BIN)/emf claim --jobs 2 $(ARGS)
 
 COMMA := ,

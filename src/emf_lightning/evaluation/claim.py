@@ -159,6 +159,7 @@ class Claim:
         """Scores of both objectives, and share kept, against discriminability, with standard errors."""
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
 
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(8.4, 2.9), layout="constrained")
@@ -175,10 +176,12 @@ class Claim:
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
             names = dict.fromkeys(run.grade for run in self.runs if not run.graded)
-            for name, marker in zip(names, CONTROLS, strict=False):
-                kept.plot([], [], marker, color="#555555", mfc="none", label=name)
-            if names:
-                kept.legend(loc="best", title="controls", title_fontsize=7, labelspacing=0.3)
+            marks = [
+                Line2D([], [], marker=marker, color="#555555", mfc="none", ls="none", label=name)
+                for name, marker in zip(names, CONTROLS, strict=False)
+            ]
+            if marks:
+                kept.legend(handles=marks, loc="best", title="controls", title_fontsize=7.0, labelspacing=0.3)
             figure.supxlabel("discriminability of the encoder", fontsize="medium")
         return figure
 
@@ -187,7 +190,7 @@ class Claim:
         points = []
         for numbers in self._by_grade():
             of_grade, run = [values[i] for i in numbers], self.runs[numbers[0]]
-            error = float(np.std(of_grade, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else 0.0
+            error = float(np.std(of_grade, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else math.nan
             points.append((run.discriminability.mean, float(np.mean(of_grade)), error, run.graded))
         scale = sorted(point[:3] for point in points if point[3])
         lines: list[tuple[Any, dict[str, Any]]] = [(scale, {"marker": "o", "label": label})] if scale else []
