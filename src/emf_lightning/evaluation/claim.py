@@ -174,7 +174,8 @@ class Claim:
             models.set(title="MeanFlow from it")
             kept.set(title=f"MeanFlow, share of the parent's {MANY} steps", ylim=(-0.02, None))
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
-            models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
+            if any(run.graded for run in self.runs):
+                models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
             names = dict.fromkeys(run.grade for run in self.runs if not run.graded)
             marks = [
                 Line2D([], [], marker=marker, color="#555555", mfc="none", ls="none", label=name)
