@@ -37,6 +37,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def kill_at_20(done, total):
+    if done >= 20:
+        raise KilledError
+
+
 def run(folder, out, **arguments):
     metric = SuiteScore(SUITE)
     return score_images(drawn_images(folder, metric), metric, out, **{"batch_size": 4, **arguments})
@@ -84,12 +89,8 @@ def test_the_lines_are_what_genevals_summary_reads(folder, tmp_path):
 def test_a_killed_run_goes_on_where_it_was_saved_and_counts_nothing_twice(folder, tmp_path):
     whole = run(folder, tmp_path / "whole")
 
-    def kill(done, total):
-        if done >= 20:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        run(folder, tmp_path / "killed", save_seconds=0, report=kill)
+        run(folder, tmp_path / "killed", save_seconds=0, report=kill_at_20)
     seen = []
     resumed = run(folder, tmp_path / "killed", report=lambda done, total: seen.append(done))
 
@@ -99,24 +100,16 @@ def test_a_killed_run_goes_on_where_it_was_saved_and_counts_nothing_twice(folder
 
 
 def test_lines_behind_the_last_save_are_written_again(folder, tmp_path):
-    def kill(done, total):
-        if done >= 20:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        run(folder, tmp_path, save_seconds=1e9, report=kill)
+        run(folder, tmp_path, save_seconds=1e9, report=kill_at_20)
     assert sum(1 for _ in next(tmp_path.glob(".results*")).open()) == 20
     run(folder, tmp_path)
     assert len(rows(tmp_path)) == 2 * len(PROMPTS)
 
 
 def test_a_kill_while_saving_leaves_the_save_before(folder, tmp_path):
-    def kill(done, total):
-        if done >= 20:
-            raise KilledError
-
     with pytest.raises(KilledError):
-        run(folder, tmp_path, save_seconds=0, report=kill)
+        run(folder, tmp_path, save_seconds=0, report=kill_at_20)
     (tmp_path / ".progress-0-of-1.partial").write_bytes(b"half a file")
     seen = []
     run(folder, tmp_path, report=lambda done, total: seen.append(done))

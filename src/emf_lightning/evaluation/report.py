@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from emf_lightning.evaluation.published import PUBLISHED, PUBLISHED_FID, PublishedRow
 from emf_lightning.evaluation.score import HEADINGS
 from emf_lightning.evaluation.strict_json import to_json
+from emf_lightning.evaluation.whole_file import write_whole
 
 REPORT = "report.json"
 
@@ -90,8 +90,8 @@ class Report:
         """Writes ``report.json`` and ``report.md`` into ``directory``, which is made if missing."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"about": self.about, "levels": self.levels, "rows": [asdict(row) for row in self.rows]}
-        _replace(directory / REPORT, to_json(content))
-        _replace(directory / "report.md", self.markdown())
+        write_whole(directory / REPORT, to_json(content))
+        write_whole(directory / "report.md", self.markdown())
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -279,13 +279,6 @@ def _row(content: dict[str, Any]) -> ReportRow:
 def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
     """``scores`` with NaN for what has no value."""
     return {name: math.nan if value is None else value for name, value in scores.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``, at once or not at all: a sweep may be ended at any time."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _number(value: float | None) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from emf_lightning.evaluation.image_folder import DrawnImage, read_image
 from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.whole_file import write_whole
 
 SCORES = "scores.json"
 RESULTS = "results.jsonl"
@@ -102,7 +103,7 @@ def score_images(
         dist.barrier()
     if here.number == 0:
         _join(directory, here.count, len(images))
-        _write(directory / SCORES, json.dumps(scores, indent=1) + "\n")
+        write_whole(directory / SCORES, json.dumps(scores, indent=1) + "\n")
         _clear(directory, here.count)  # last: until then a killed run finds all that was counted
     if here.count > 1:
         dist.barrier()
@@ -145,7 +146,7 @@ class _Progress:
     def _cut(self) -> None:
         """Lets go of lines written after the last save: their images come again."""
         lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
-        _write(self.results, "".join(lines[: self.done]))
+        write_whole(self.results, "".join(lines[: self.done]))
 
     def save(self) -> None:
         """Writes, at once or not at all."""
@@ -160,7 +161,7 @@ def _join(directory: Path, ranks: int, images: int) -> None:
     parts = [
         (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
     ]
-    _write(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
+    write_whole(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
 
 
 def _clear(directory: Path, ranks: int) -> None:
@@ -168,10 +169,3 @@ def _clear(directory: Path, ranks: int) -> None:
     for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
         for number in range(ranks):
             (directory / pattern.format(number, ranks)).unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes, at once or not at all."""
-    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
