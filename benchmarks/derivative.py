@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operations import count_operations, peak_bytes
-from emf_lightning.flow.derivative import Derivative, FiniteDifference, ForwardMode, Fused
-from emf_lightning.flow.float64 import KeepFloat64
-from emf_lightning.flow.flow_matching import flow_matching
-from emf_lightning.flow.meanflow import MeanFlowObjective
-from emf_lightning.flow.objective import regress
+from emf_lightning.flow.derivative.derivative import Derivative, FiniteDifference, ForwardMode, Fused
+from emf_lightning.flow.derivative.float64 import KeepFloat64
+from emf_lightning.flow.objectives.base import regress
+from emf_lightning.flow.objectives.flow_matching import flow_matching
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.path import Velocity, over
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.sampling import sample_flow_map
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting
 from emf_lightning.modules.base import CaptionedVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
-from emf_lightning.published import CONFIGS
+from emf_lightning.pretrained.files import CONFIGS
 from emf_lightning.text.base import TextFeatures
 
 STEPS = (1, 2, 4, 30)

@@ -19,10 +19,10 @@ from PIL import Image
 from emf_lightning.data.shapes.prompts import TASKS, Prompt, colors, evaluation_prompts
 from emf_lightning.data.shapes.scenes import Scene, SceneObject, random_prompt, scene_for
 from emf_lightning.data.shapes.world import BACKGROUND, FULL, PALETTE, SMALL, World
-from emf_lightning.evaluation.geneval import Detection, judge
-from emf_lightning.evaluation.score import HEADINGS, TaskScores, score_table
-from emf_lightning.evaluation.shape_templates import gaussian
-from emf_lightning.evaluation.shapes_detector import ShapesDetector
+from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores, score_table
+from emf_lightning.evaluation.geneval.verdict import Detection, judge
+from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.templates import gaussian
 
 SEED = 20
 Images = NDArray[np.uint8]

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests import ranks  # noqa: E402  the runs are those of the tests
 
-from emf_lightning.flow.derivative import Derivative, FiniteDifference, ForwardMode, Fused  # noqa: E402
-from emf_lightning.flow.meanflow import MeanFlowObjective  # noqa: E402
+from emf_lightning.flow.derivative.derivative import Derivative, FiniteDifference, ForwardMode, Fused  # noqa: E402
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "devices.md"
 MARKS = ("<!-- measured by benchmarks/support_table.py -->", "<!-- end of what was measured -->")

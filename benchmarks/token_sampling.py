@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 from emf_lightning.text.blip3o_next import BLIP3oNext
 from emf_lightning.text.blip3o_parts import make_connector
 from emf_lightning.text.ta_tok import TextAlignedTokenizer

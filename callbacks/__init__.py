@@ -11,7 +11,7 @@ from emf_lightning.callbacks.self_check import SelfCheck
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.weight_ema import WeightEMA
-from emf_lightning.evaluation import geneval_suite, mask2former, shapes_suite  # noqa: F401  YAML may name what is imported
+from emf_lightning.evaluation.geneval import mask2former, suite  # noqa: F401  YAML may name what is imported
 
 __all__ = [
     "DerivativeMonitor",

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from emf_lightning.callbacks.charts import Layout, multiline, plot_charts
-from emf_lightning.flow.derivative import Derivative
-from emf_lightning.flow.objective import FlowMapTerms
+from emf_lightning.flow.derivative.derivative import Derivative
+from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.base import FlowMapModule
 
 BY_LENGTH = ("mse", "derivative", "cosine", "nan_rows")

@@ -25,7 +25,7 @@ from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.suite import PromptSuite
+from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.modules.base import FlowMapModule
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.evaluation.figures import step_name
-from emf_lightning.evaluation.noise import fixed_noise
+from emf_lightning.evaluation.fixed_noise import fixed_noise
+from emf_lightning.evaluation.reports.figures import step_name
 from emf_lightning.modules.base import FlowMapModule
 
 

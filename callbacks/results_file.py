@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.data.shapes.prompts import Prompt
-from emf_lightning.evaluation.geneval import Judgement
-from emf_lightning.evaluation.suite import PromptImage
+from emf_lightning.evaluation.geneval.verdict import Judgement
+from emf_lightning.evaluation.prompt_suite import PromptImage
 
 
 @dataclass(frozen=True)

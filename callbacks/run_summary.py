@@ -19,8 +19,8 @@ from emf_lightning.callbacks.fixed_noise_sampling import datamodule_of, draw_ima
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.data.shapes.prompts import Prompt
-from emf_lightning.evaluation.distribution import RandomFeatures, distribution
-from emf_lightning.evaluation.suite import PromptSuite
+from emf_lightning.evaluation.distances.distribution import RandomFeatures, distribution
+from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.modules.base import FlowMapModule
 
 SUMMARY = "summary.json"

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from emf_lightning.callbacks.charts import Layout, multiline
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
-from emf_lightning.evaluation.figures import contact_sheet, step_count_figure, step_name, training_curves
-from emf_lightning.evaluation.score import TaskScores, score_table
-from emf_lightning.evaluation.suite import PromptSuite
+from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
+from emf_lightning.evaluation.prompt_suite import PromptSuite
+from emf_lightning.evaluation.reports.figures import contact_sheet, step_count_figure, step_name, training_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

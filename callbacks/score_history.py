@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from emf_lightning.evaluation.score import TaskScores
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
 
 
 @dataclass(frozen=True)

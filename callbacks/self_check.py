@@ -19,8 +19,8 @@ from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBa
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative import ForwardMode
-from emf_lightning.flow.float64 import KeepFloat64, central_difference
+from emf_lightning.flow.derivative.derivative import ForwardMode
+from emf_lightning.flow.derivative.float64 import KeepFloat64, central_difference
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
@@ -164,7 +164,7 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
         raise _FaultError(
             "u(z, t, t) is not finite before the first step: look at the weights that training starts from"
         )
-    from emf_lightning.networks.interval_embedding import interval_left_out  # imports diffusers
+    from emf_lightning.networks.two_time.embedding import interval_left_out  # imports diffusers
 
     with interval_left_out(module.net) as anchored:
         if not anchored:

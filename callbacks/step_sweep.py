@@ -24,10 +24,10 @@ from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBa
 from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of, draw_images, settings_of
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.report import Report, ReportRow
-from emf_lightning.evaluation.report_figures import steps_figure
-from emf_lightning.evaluation.suite_metric import SuiteScore
+from emf_lightning.evaluation.reports.report import Report, ReportRow
+from emf_lightning.evaluation.reports.report_figures import steps_figure
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 

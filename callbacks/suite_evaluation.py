@@ -13,9 +13,9 @@ from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of,
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.results_file import JudgedImage
 from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.evaluation.geneval.task_scores import GenEvalScore, TaskScores
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.score import GenEvalScore, TaskScores
-from emf_lightning.evaluation.suite import PromptImage, PromptSuite
+from emf_lightning.evaluation.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.modules.base import FlowMapModule
 
 

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, SelfCheck, TrainingLog, WeightEMA
 from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
-from emf_lightning.flow.consistency import ConsistencyObjective, ConsistencyTerms
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.objectives.self_corrected import ConsistencyObjective, ConsistencyTerms
 from emf_lightning.flow.times import Schedule, Times, TimeSampler
-from emf_lightning.modules.critic import CriticModule
+from emf_lightning.modules.alternating import CriticModule
 from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.meanflow import MeanFlow
 from emf_lightning.modules.scflow import SCFlow

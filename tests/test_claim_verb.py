@@ -9,7 +9,7 @@ import yaml
 
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
-from emf_lightning.evaluation.score import TaskScores
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
 
 COUNTS = (1, 2, 4, 30)
 

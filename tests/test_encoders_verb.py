@@ -12,11 +12,11 @@ import yaml
 
 from emf_lightning.cli import main
 from emf_lightning.cli.encoders import _kept_features
-from emf_lightning.evaluation.encoder_study import pooled_features
-from emf_lightning.evaluation.pair_corpus import ShapesPairs
+from emf_lightning.evaluation.encoders.pair_corpus import ShapesPairs
+from emf_lightning.evaluation.encoders.study import pooled_features
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.words import WordEncoder
-from tests.evaluation.test_dpg_bench import write
+from tests.evaluation.dpg.test_dpg_bench import write
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--corpus", "ShapesPairs", "--corpus.count", "150", "--queries", "40"]

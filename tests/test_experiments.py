@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emf_lightning.experiments import expand, lineage, without_base
+from emf_lightning.cli.experiment_files import expand, lineage, without_base
 
 
 @pytest.fixture

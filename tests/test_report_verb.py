@@ -8,9 +8,9 @@ import pytest
 
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
-from emf_lightning.evaluation.report import Report
-from emf_lightning.evaluation.score import TaskScores
-from tests.evaluation.test_report import row
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.reports.report import Report
+from tests.evaluation.reports.test_report import row
 
 
 def trained(folder, overall: float, suite: str = "shapes"):

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import BlipForQuestionAnswering, BlipProcessor, Mask2FormerForUniversalSegmentation
 
 from emf_lightning.cli import main
-from emf_lightning.evaluation.clip_colours import ClipColours
-from emf_lightning.evaluation.dpg_bench import COLUMNS
-from emf_lightning.evaluation.geneval_prompts import CLASSES, geneval_prompts
-from emf_lightning.evaluation.mask2former import Mask2FormerDetector
+from emf_lightning.evaluation.dpg.dpg_bench import COLUMNS
+from emf_lightning.evaluation.geneval.clip_colours import ClipColours
+from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, geneval_prompts
+from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector
 from tests.evaluation.tiny_blip import save_tiny_blip
 from tests.evaluation.tiny_clip import save_tiny_clip
 from tests.evaluation.tiny_detector import save_tiny

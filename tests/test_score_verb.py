@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.cli import main
 from emf_lightning.cli.score import score
-from tests.evaluation.test_image_folder import write_listed
+from tests.evaluation.folders.test_image_folder import write_listed
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = """

@@ -16,8 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from emf_lightning.data.entry_format import EntryFormat
-from emf_lightning.evaluation.noise import fixed_noise
+from emf_lightning.data.cache.entry_format import EntryFormat
+from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.flow.weighting import UniformWeighting
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.networks.base import FlowMapNetwork

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emf_lightning.data.shapes.prompts import Prompt
 from emf_lightning.data.shapes.scenes import scene_for
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.meanflow import MeanFlow
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.words import WordEncoder

@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Callback
 
 from emf_lightning.callbacks import DerivativeMonitor, FewStepSampling
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
-from emf_lightning.flow.derivative import ForwardMode, Fused
-from emf_lightning.flow.meanflow import MeanFlowObjective
-from emf_lightning.flow.objective import FlowMapTerms
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
+from emf_lightning.flow.derivative.derivative import ForwardMode, Fused
+from emf_lightning.flow.objectives.base import FlowMapTerms
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import Schedule, UniformTimes
 from emf_lightning.modules.meanflow import MeanFlow
 from tests.callbacks import tiny

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from emf_lightning.callbacks import ExperimentProgressBar, FewStepSampling, TrainingLog
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
 
 

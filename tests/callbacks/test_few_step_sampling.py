@@ -12,9 +12,9 @@ from PIL import Image
 from emf_lightning.callbacks import FewStepSampling
 from emf_lightning.data.shapes.prompts import TASKS, Prompt
 from emf_lightning.data.shapes.scenes import scene_for
-from emf_lightning.evaluation.distribution_distance import FrechetDistance
-from emf_lightning.evaluation.image_features import RandomFeatures
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.meanflow import MeanFlow
 from tests.callbacks import tiny
 from tests.callbacks.oracle import Oracle

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from emf_lightning.callbacks import FewStepSampling, RunSummary, TrainingLog
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
 
 SUITE = ShapesSuite(per_task=4, scenes_per_task=4)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from emf_lightning.callbacks import ExperimentProgressBar, SelfCheck
-from emf_lightning.flow.derivative import FiniteDifference, ForwardMode, Fused
-from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.derivative.derivative import FiniteDifference, ForwardMode, Fused
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.modules.meanflow import MeanFlow
-from emf_lightning.networks.interval import AnchoredInterval, SummedInterval
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
 from tests.callbacks import tiny
 
 

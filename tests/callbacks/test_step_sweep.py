@@ -10,15 +10,15 @@ from PIL import Image
 
 from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
 from emf_lightning.data.shapes.scenes import scene_for
-from emf_lightning.evaluation.distribution_distance import FrechetDistance
-from emf_lightning.evaluation.dpg_bench import DpgBench
-from emf_lightning.evaluation.image_features import RandomFeatures
-from emf_lightning.evaluation.report import Report
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
-from emf_lightning.evaluation.suite_metric import SuiteScore
+from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
+from emf_lightning.evaluation.dpg.dpg_bench import DpgBench
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore
+from emf_lightning.evaluation.reports.report import Report
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
 from tests.callbacks.oracle import Oracle
-from tests.evaluation.test_dpg_bench import Scripted, write
+from tests.evaluation.dpg.test_dpg_bench import Scripted, write
 
 SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
 

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from emf_lightning.callbacks import FewStepSampling, TrainingLog
-from emf_lightning.data.feature_cache import FeatureCache
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
 
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tars import SIDE, picture, write_numbered, write_tar
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.feature_cache import FeatureCache
-from emf_lightning.data.streams import RawBatch
+from emf_lightning.data.reading.streams import RawBatch
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
+from tests.data.tars import SIDE, picture, write_numbered, write_tar
 
 
 class CountingEncoder(WordEncoder):

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import pytest
 import torch
 from PIL import Image
-from tars import SIDE, picture, write_tar
-from tests.tiny_blip3o import SETTINGS, save_checkpoint
-from tests.tiny_blip3o import SIDE as VIEW
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.decoding import SquareTransform, image_of, view_of
-from emf_lightning.data.feature_cache import FeatureCache
-from emf_lightning.data.latent_cache import LatentCache
-from emf_lightning.data.tar_samples import TarSample
+from emf_lightning.data.reading.decoding import SquareTransform, image_of, view_of
+from emf_lightning.data.reading.tar_samples import TarSample
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.blip3o_next import BLIP3oNext
+from tests.data.tars import SIDE, picture, write_tar
+from tests.tiny_blip3o import SETTINGS, save_checkpoint
+from tests.tiny_blip3o import SIDE as VIEW
 
 CAPTIONS = ["a red cube", "two blue ball on a ring", "a red cube", "a photo of a green ring"]
 """Two images of one caption among them."""

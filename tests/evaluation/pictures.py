@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from emf_lightning.data.shapes.prompts import TASKS
 from emf_lightning.data.shapes.scenes import Scene, random_prompt, scene_for
 from emf_lightning.data.shapes.world import World
-from emf_lightning.evaluation.geneval import judge
-from emf_lightning.evaluation.shapes_detector import ShapesDetector
+from emf_lightning.evaluation.geneval.verdict import judge
+from emf_lightning.evaluation.shapes.detector import ShapesDetector
 
 Images = NDArray[np.uint8]
 

@@ -9,13 +9,13 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operations import count_operations, peak_bytes
-from emf_lightning.flow.derivative import ForwardMode
-from emf_lightning.flow.flow_matching import flow_matching
-from emf_lightning.flow.lean import LeanForwardMode
-from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.derivative.derivative import ForwardMode
+from emf_lightning.flow.derivative.fast_forward_mode import LeanForwardMode
+from emf_lightning.flow.objectives.flow_matching import flow_matching
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import UniformWeighting
-from tests.flow.test_derivative import network, velocity
+from tests.flow.derivative.test_derivative import network, velocity
 
 
 def leaf(*shape: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from emf_lightning.flow.derivative import FiniteDifference
-from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.derivative.derivative import FiniteDifference
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting, TransitionWeighting, UniformWeighting
 from tests.flow.gaussian import average_velocity, states, velocity

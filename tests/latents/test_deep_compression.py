@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from tests import published
 
 from emf_lightning.latents.deep_compression import DeepCompression
+from tests import published
 
 
 @pytest.fixture(scope="module")

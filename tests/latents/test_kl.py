@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import pipelines
 
 from emf_lightning.latents.kl import KLAutoencoder
+from tests import pipelines
 
 
 @pytest.fixture(params=[{"scaling_factor": 0.18215}, {"scaling_factor": 1.5305, "shift_factor": 0.0609}])

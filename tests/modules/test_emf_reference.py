@@ -13,8 +13,8 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import AdaptiveWeighting
 from emf_lightning.modules.meanflow import MeanFlow
-from emf_lightning.networks.interval import SummedInterval
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.networks.two_time.rules import SummedInterval
 from emf_lightning.text.base import TextFeatures
 from tests import published
 

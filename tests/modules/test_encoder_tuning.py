@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from emf_lightning.callbacks import SaveEncoder
+from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.feature_cache import FeatureCache
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.callbacks import TrainingLog
-from emf_lightning.flow.matching import AlphaMatching, ExactMatching
+from emf_lightning.flow.objectives.flow_generator_matching import AlphaMatching, ExactMatching
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
 from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.schedules import WarmupCosine

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from emf_lightning.flow.improved_meanflow import Guidance, GuidanceLaw
+from emf_lightning.flow.objectives.improved_meanflow import Guidance, GuidanceLaw
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.modules.improved_meanflow import CaptionedHeads, ImprovedMeanFlow
-from emf_lightning.networks.interval import DecoupledInterval
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.networks.two_time.rules import DecoupledInterval
 from emf_lightning.text.words import WordEncoder
 from tests.modules.conftest import TINY
 from tests.modules.test_objectives import fit, moved, optimizer

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from emf_lightning.flow.derivative import Fused
+from emf_lightning.flow.derivative.derivative import Fused
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.modules.flow_matching import FlowMatching
 from emf_lightning.modules.meanflow import MeanFlow

@@ -8,16 +8,16 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from emf_lightning.flow.alpha_flow import AlphaFlowObjective, AlphaSchedule
-from emf_lightning.flow.derivative import FiniteDifference
-from emf_lightning.flow.meanflow import MeanFlowObjective
-from emf_lightning.flow.split_meanflow import SplitMeanFlowObjective
+from emf_lightning.flow.derivative.derivative import FiniteDifference
+from emf_lightning.flow.objectives.alpha_flow import AlphaFlowObjective, AlphaSchedule
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlowObjective
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
 from emf_lightning.modules.meanflow import MeanFlow
-from emf_lightning.networks.interval import DecoupledInterval, SummedInterval
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.networks.two_time.rules import DecoupledInterval, SummedInterval
 from tests.modules.conftest import TINY
 
 HALF = LogitNormalTimes(interval_share=Schedule(0.5), zero_share=0.25)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.adversarial import judges_loss
+from emf_lightning.flow.objectives.adversarial import judges_loss
 from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 

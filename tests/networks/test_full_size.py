@@ -7,7 +7,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from emf_lightning.networks.sana import SanaFlowMap
-from emf_lightning.published import CONFIGS
+from emf_lightning.pretrained.configs import CONFIGS
 
 SANA = "Efficient-Large-Model/SANA1.5_{}_1024px_diffusers"
 EMF = ["transformer_blocks", "time_embed", "scale_shift_table"]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from emf_lightning.flow.derivative import ForwardMode
-from emf_lightning.flow.improved_meanflow import Guidance
-from emf_lightning.networks.interval import DecoupledInterval, SummedInterval
+from emf_lightning.flow.derivative.derivative import ForwardMode
+from emf_lightning.flow.objectives.improved_meanflow import Guidance
 from emf_lightning.networks.prediction import PredictData, PredictVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.sana_transformer import IntervalSanaTransformer
+from emf_lightning.networks.two_time.rules import DecoupledInterval, SummedInterval
 
 TINY = SanaArchitecture(
     num_layers=2,

@@ -3,6 +3,10 @@ import re
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+from emf_lightning.text.base import NULL_CAPTION
+from emf_lightning.text.blip3o_next import BLIP3oNext, pool_tokens
 from tests.tiny_blip3o import (
     CODES,
     CONTEXT,
@@ -15,10 +19,6 @@ from tests.tiny_blip3o import (
     make_tokenizer,
     save_checkpoint,
 )
-from torch.nn import functional as F
-
-from emf_lightning.text.base import NULL_CAPTION
-from emf_lightning.text.blip3o_next import BLIP3oNext, pool_tokens
 
 SHORT, LONG = "a red cube", "a photo of two blue ball on a green ring"
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import published
 
 from emf_lightning.text.sana_gemma import SanaGemma, sana_instruction
+from tests import published
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from tests import pipelines
 
 from emf_lightning.text.no_text import NoText
 from emf_lightning.text.stable_diffusion import SD3TextEncoder, StableDiffusionTextEncoder
+from tests import pipelines
 
 CAPTIONS = ["a red cat", "a photo of two blue dog and a cat", ""]
 

@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    from emf_lightning.experiments import expand
+    from emf_lightning.cli.experiment_files import expand
 
     if verb in TRAINER_VERBS:
         from emf_lightning.cli.emf_cli import EMFCLI

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from emf_lightning.cli.emf_cli import EMFCLI
-from emf_lightning.data.cache_filling import CacheFilling
-from emf_lightning.data.entry_cache import readable
+from emf_lightning.data.cache.entry_cache import readable
+from emf_lightning.data.cache.filling import CacheFilling
 
 HELP = """\
 usage: emf cache --config FILE [--dry_run] [options of emf fit]

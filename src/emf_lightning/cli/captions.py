@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from emf_lightning.data.dataset_shards import write_samples
 from emf_lightning.data.prompt_list import PromptList
+from emf_lightning.data.reading.dataset_shards import write_samples
 
 
 def captions(prompts: Path, out: Path, samples_per_shard: int = 10_000) -> None:

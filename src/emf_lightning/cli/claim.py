@@ -12,11 +12,11 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.cli.experiment_files import lineage, without_base
 from emf_lightning.cli.trainings import fit, side_by_side
-from emf_lightning.evaluation.claim import FEW, MANY, Claim, ClaimRun
-from emf_lightning.evaluation.encoder_study import Estimate, discriminability, pooled_features
-from emf_lightning.evaluation.pair_corpus import PairCorpus, ShapesPairs
-from emf_lightning.experiments import lineage, without_base
+from emf_lightning.evaluation.encoders.claim import FEW, MANY, Claim, ClaimRun
+from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoders.study import Estimate, discriminability, pooled_features
 from emf_lightning.text import degraded, words  # noqa: F401  what the experiments name
 from emf_lightning.text.base import TextEncoder
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from emf_lightning.cli.trainings import fit, side_by_side
-from emf_lightning.evaluation.comparison import Run, comparison, comparison_figure
+from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
 
 CALIBRATION = 40
 """Optimiser steps by which an experiment's speed is found."""

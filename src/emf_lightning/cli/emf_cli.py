@@ -9,16 +9,16 @@ import re
 import warnings
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from emf_lightning.cli.experiment_files import without_base
 from emf_lightning.cli.parser_errors import class_of
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.experiments import without_base
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.checkpoint import read_checkpoint
 
@@ -54,7 +54,9 @@ class EMFCLI(LightningCLI):
     def run(cls, arguments: list[str]) -> EMFCLI:
         """Parses ``arguments`` (verb, then options), builds the objects and runs the verb."""
         for package in CHOICES:
-            for module in iter_modules(import_module(f"emf_lightning.{package}").__path__, f"emf_lightning.{package}."):
+            for module in walk_packages(
+                import_module(f"emf_lightning.{package}").__path__, f"emf_lightning.{package}."
+            ):
                 import_module(module.name)  # the parser resolves the short names of classes that it can find
         # `${a.b}` means the same wherever it stands, although the parser nests what it reads below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from emf_lightning.data.dataset_shards import open_dataset, samples_of, write_samples
+from emf_lightning.data.reading.dataset_shards import open_dataset, samples_of, write_samples
 
 
 def images(

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from emf_lightning.callbacks.score_history import ScoreHistory
-from emf_lightning.evaluation.geneval_suite import GenEvalSuite
-from emf_lightning.evaluation.report import REPORT, Report, ReportRow
-from emf_lightning.evaluation.report_figures import steps_figure, training_figure
-from emf_lightning.evaluation.shapes_suite import ShapesSuite
+from emf_lightning.evaluation.geneval.suite import GenEvalSuite
+from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
+from emf_lightning.evaluation.reports.report_figures import steps_figure, training_figure
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
 
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 Levels = dict[str, dict[str, dict[str, float]]]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import emf_lightning.evaluation
-from emf_lightning.evaluation.image_folder import drawn_images
+from emf_lightning.evaluation.folders.image_folder import drawn_images
+from emf_lightning.evaluation.folders.scoring import Rank, score_images
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.scoring import Rank, score_images
 
 for _module in iter_modules(emf_lightning.evaluation.__path__, "emf_lightning.evaluation."):
     import_module(_module.name)  # the parser resolves the short names of metrics and judges that it can find

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emf_lightning.cli.parser_errors import class_of
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 from emf_lightning.text.base import TextEncoder
 from emf_lightning.text.blip3o_next import BLIP3oNext
 from emf_lightning.text.pretrained import PretrainedTextEncoder
@@ -111,7 +111,7 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
 def _blip3o_size(arguments: Namespace) -> EncoderSize:
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
-    from emf_lightning.networks.released import released_config
+    from emf_lightning.pretrained.blip3o_sana import released_config
     from emf_lightning.text.blip3o_parts import make_connector
     from emf_lightning.text.ta_tok import TextAlignedTokenizer
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.data.caption_files import CaptionFiles
-from emf_lightning.data.decoding import SquareTransform
-from emf_lightning.data.feature_cache import FeatureCache, pair_name
-from emf_lightning.data.latent_cache import LatentCache
-from emf_lightning.data.loader import ShardLoader
+from emf_lightning.data.cache.feature_cache import FeatureCache, pair_name
+from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.prompt_list import PromptList
-from emf_lightning.data.shard_paths import shard_paths
-from emf_lightning.data.streams import RawBatch, ShardStream
+from emf_lightning.data.reading.caption_files import CaptionFiles
+from emf_lightning.data.reading.decoding import SquareTransform
+from emf_lightning.data.reading.loader import ShardLoader
+from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.streams import RawBatch, ShardStream
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.latents.base import Autoencoder
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 
 
 class PublishedAutoencoder(Autoencoder):

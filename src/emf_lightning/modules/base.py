@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative import Derivative
+from emf_lightning.flow.derivative.derivative import Derivative
 from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.objective import FlowMapTerms
+from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.flow.path import Velocity
 from emf_lightning.flow.weighting import Weighting
 from emf_lightning.modules.checkpoint import disagreement, first_difference, read_checkpoint

@@ -9,13 +9,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.flow_matching import flow_matching
-from emf_lightning.flow.matching import AlphaMatching, MatchingLoss, TimeWeight, generator_matching
+from emf_lightning.flow.objectives.flow_generator_matching import (
+    AlphaMatching,
+    MatchingLoss,
+    TimeWeight,
+    generator_matching,
+)
+from emf_lightning.flow.objectives.flow_matching import flow_matching
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import renoised, sample_renoised
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler
+from emf_lightning.modules.alternating import CriticModule
 from emf_lightning.modules.base import VALIDATION_TIMES
-from emf_lightning.modules.critic import CriticModule
 from emf_lightning.networks.base import FlowMapNetwork
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.flow_matching import flow_matching
+from emf_lightning.flow.objectives.flow_matching import flow_matching
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import sample_euler
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler

@@ -10,8 +10,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative import Derivative
-from emf_lightning.flow.improved_meanflow import Guidance, GuidanceLaw, ImprovedMeanFlowObjective, guided_velocity
+from emf_lightning.flow.derivative.derivative import Derivative
+from emf_lightning.flow.objectives.improved_meanflow import (
+    Guidance,
+    GuidanceLaw,
+    ImprovedMeanFlowObjective,
+    guided_velocity,
+)
 from emf_lightning.flow.path import Velocity, interpolate, over
 from emf_lightning.flow.sampling import sample_flow_map
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler

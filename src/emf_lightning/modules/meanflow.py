@@ -9,10 +9,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative import Derivative, Fused
+from emf_lightning.flow.derivative.derivative import Derivative, Fused
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.meanflow import MeanFlowObjective
-from emf_lightning.flow.objective import Objective
+from emf_lightning.flow.objectives.base import Objective
+from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import sample_flow_map
 from emf_lightning.flow.times import LogitNormalTimes, TimeSampler

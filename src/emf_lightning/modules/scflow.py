@@ -10,12 +10,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.adversarial import Judge, drawers_loss, judges_loss
-from emf_lightning.flow.consistency import ConsistencyObjective, one_step, step_alignment
+from emf_lightning.flow.objectives.adversarial import Judge, drawers_loss, judges_loss
+from emf_lightning.flow.objectives.self_corrected import ConsistencyObjective, one_step, step_alignment
 from emf_lightning.flow.path import Velocity, interpolate
 from emf_lightning.flow.sampling import sample_euler
 from emf_lightning.flow.times import Schedule, TimeSampler, UniformTimes
-from emf_lightning.modules.critic import CriticModule
+from emf_lightning.modules.alternating import CriticModule
 from emf_lightning.modules.frozen import MovingTarget
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator, DiscriminatorCallable

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_lightning.flow.improved_meanflow import Guidance
+from emf_lightning.flow.objectives.improved_meanflow import Guidance
 from emf_lightning.networks.base import FlowMapNetwork, written
-from emf_lightning.networks.interval import AnchoredInterval, IntervalInput
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
+from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput
 
 PRETRAINED_TIME_SCALE = 1000.0
 """The factor on t that SANA's published weights were trained with."""

@@ -11,12 +11,12 @@ import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.utils import logging
 
-from emf_lightning.flow.improved_meanflow import Guidance
-from emf_lightning.networks.improved import ConditionEmbedding, VelocityHead
-from emf_lightning.networks.interval import IntervalInput
-from emf_lightning.networks.interval_embedding import IntervalEmbedding
-from emf_lightning.networks.released import is_released, read_released, released_config
-from emf_lightning.published import config_of
+from emf_lightning.flow.objectives.improved_meanflow import Guidance
+from emf_lightning.networks.two_time.embedding import IntervalEmbedding
+from emf_lightning.networks.two_time.rules import IntervalInput
+from emf_lightning.networks.velocity_head import ConditionEmbedding, VelocityHead
+from emf_lightning.pretrained.blip3o_sana import is_released, read_released, released_config
+from emf_lightning.pretrained.files import config_of
 
 _PROJECTION = "caption_projection.linear_1.weight"
 """The one weight whose shape the text features' width decides."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 
 
 class SingleTimeFlowMap(FlowMapNetwork):

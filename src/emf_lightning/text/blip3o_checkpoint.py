@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 
 LANGUAGE = ""
 IMAGES = "model.vision_tower.vision_tower."

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emf_lightning.published import config_of
+from emf_lightning.pretrained.files import config_of
 from emf_lightning.text.base import TextEncoder, TextFeatures
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.truncation import Truncation

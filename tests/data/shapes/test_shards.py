@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emf_lightning.data.reading.tar_samples import read_samples
 from emf_lightning.data.shapes.scenes import training_scene
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
-from emf_lightning.data.tar_samples import read_samples
 
 
 def contents(paths: tuple[Path, ...]) -> dict[str, bytes]:

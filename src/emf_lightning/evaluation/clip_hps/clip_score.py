@@ -1,0 +1,173 @@
+"""How close CLIP sees an image and its prompt, and the scores built on such a model."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from emf_lightning.evaluation.clip_hps.clip_model import ClipModel, load_clip
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
+from emf_lightning.text.fingerprint import fingerprint
+
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+"""The parts of HPS's benchmark, in the order of published tables."""
+
+
+GROUPS = 2**16
+"""Of prompts, in which a CLIP score's images are summed."""
+
+
+class ClipScore(ImageMetric):
+    """100 times the cosine between OpenCLIP's features of image and prompt, averaged over images; never cut at 0.
+
+    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14. ``se`` is that of
+    a mean over clusters, the prompts: images of one resemble each other. Prompts whose checksums agree are one cluster,
+    which leaves it right: whatever the number of prompts, the state is 1 MB.
+
+    Args:
+        model: OpenCLIP's name of the architecture.
+        pretrained: path of its weights, or a tag of OpenCLIP's.
+        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        quick_gelu: see ``ClipColours``.
+    """
+
+    totals: Tensor
+    images: Tensor
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str = "openai",
+        device: str | None = None,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.title = "clip", f"CLIP score ({model})"
+        self._scorer = _Cosine(load_clip("ClipScore", model, pretrained, quick_gelu), device)
+        self.add_state("totals", torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(GROUPS, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
+        from PIL import Image
+
+        pictures = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
+        values = 100 * self._scorer(pictures, prompts).double().to(self.totals.device)
+        self.rows = [{"prompt": p, "clip": round(v, 4)} for p, v in zip(prompts, values.tolist(), strict=True)]
+        groups = torch.tensor([zlib.crc32(prompt.encode()) % GROUPS for prompt in prompts], device=values.device)
+        self.totals.index_add_(0, groups, values)
+        self.images.index_add_(0, groups, torch.ones_like(groups))
+
+    def compute(self) -> dict[str, Tensor]:
+        drawn = self.images > 0
+        totals, images, groups = self.totals[drawn], self.images[drawn], drawn.sum()
+        mean = totals.sum() / images.sum()
+        spread = (totals - mean * images).square().sum().sqrt() / images.sum()
+        return {"score": mean, "se": spread * (groups / (groups - 1)).sqrt()}  # of a single prompt nan
+
+    def settings(self) -> dict[str, Any]:
+        return self._scorer.settings
+
+
+class HpsScore(PromptMeans):
+    """HPS v2.1 (arXiv 2306.09341): 100 times the cosine of a ViT-H-14 trained on people's preferences.
+
+    ``score`` is the mean over all of the benchmark's prompts, beside it the four styles'; a text that stands in the
+    benchmark several times counts as often. A folder may have the benchmark's layout, ``photo/00012.jpg``.
+
+    Args:
+        weights: path of ``HPS_v2.1_compressed.pt``; v2.0 gives other numbers.
+        benchmark: folder with the prompts, ``anime.json``, ``concept-art.json``, ``paintings.json``, ``photo.json``.
+        antialias: how images are made small. False is what torchvision did when the scores were published; today's
+            default gives about two points less for SDXL.
+        device: see ``ClipScore``.
+        model: OpenCLIP's name of the architecture.
+
+    Raises:
+        ValueError: for weights or prompts that are not there or something else.
+    """
+
+    def __init__(
+        self,
+        weights: Path,
+        benchmark: Path,
+        antialias: bool = False,
+        device: str | None = None,
+        model: str = "ViT-H-14",
+    ) -> None:
+        styles = {style: _prompts_of(benchmark / f"{style}.json") for style in HPS_STYLES}
+        places = [(text, style) for style in HPS_STYLES for text in styles[style]]
+        super().__init__([text for text, _ in places], [style for _, style in places], scale=100.0)
+        self._styles = styles
+        self.name, self.title = "hps", "HPS v2.1"
+        self.antialias = antialias
+        self._scorer = _Cosine(load_clip("HpsScore", model, str(weights)), device)
+
+    def prompt_of(self, path: PurePath) -> str | None:
+        texts = self._styles.get(path.parts[0], []) if len(path.parts) == 2 else []
+        return texts[int(path.stem)] if path.stem.isdigit() and int(path.stem) < len(texts) else None
+
+    def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
+        size, mean, std = self._scorer.size, self._scorer.mean, self._scorer.std
+        pictures = torch.stack([fitted(image, size, self.antialias) for image in images])
+        pictures = (pictures - mean[:, None, None]) / std[:, None, None]
+        return self._scorer(pictures, prompts).double().tolist()
+
+    def settings(self) -> dict[str, Any]:
+        prompts = {"prompts": len(self._places), "benchmark": fingerprint(prompts=self._styles)[:12]}
+        return {**self._scorer.settings, "antialias": self.antialias, **prompts}
+
+
+def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
+    """``image`` ``[H, W, 3]`` as ``[3, size, size]`` in [0, 1]: the longer side scaled, black beside the shorter."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 255
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    shape = (round(height * scale), round(width * scale))
+    if shape != (height, width):
+        pixels = nn.functional.interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=antialias)
+    above, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+    return nn.functional.pad(pixels[0], (left, size - shape[1] - left, above, size - shape[0] - above))
+
+
+class _Cosine:
+    """OpenCLIP's cosines of images and texts, in fp32."""
+
+    def __init__(self, clip: ClipModel, device: str | None) -> None:
+        self.device = device_of(device)
+        self.settings = clip.settings
+        self.model, self.transform, self.tokenizer = clip.model.to(self.device), clip.transform, clip.tokenizer
+        self.size: int = clip.model.visual.image_size[0]
+        self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """``[B]``, of pictures as the model is shown them."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = self.model.encode_image(pictures.to(self.device), normalize=True)
+            texts = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
+        return (images * texts).sum(1)
+
+
+def _prompts_of(path: Path) -> list[str]:
+    """The list of prompts in a JSON file of HPS's benchmark."""
+    try:
+        texts = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"HpsScore: cannot read {str(path)!r} ({error.strerror}); give the benchmark folder of HPDv2, with "
+            f"{', '.join(f'{style}.json' for style in HPS_STYLES)}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"HpsScore: {str(path)!r} is no JSON ({error})") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"HpsScore: {str(path)!r} must be a list of prompts")
+    return texts

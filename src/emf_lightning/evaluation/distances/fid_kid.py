@@ -1,0 +1,214 @@
+"""How far the distribution of drawn images is from that of reference images: FID and KID."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emf_lightning.evaluation.distances.image_features import ImageFeatures
+from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resized, statistics
+from emf_lightning.evaluation.image_metric import ImageMetric
+
+
+class _Distance(ImageMetric):
+    """What FID and KID share: features, reference images, and how many images the protocol wants.
+
+    The reference is described when the first distance is computed, and shared with every twin.
+    """
+
+    higher_is_better = False
+    needs_prompts = False
+
+    def __init__(self, features: ImageFeatures, reference: Path, resolution: int | None, count: int | None) -> None:
+        super().__init__()
+        self._features = features
+        self.reference = Path(reference)
+        self.resolution = resolution
+        self.count = count
+        self._images: ReferenceImages | None = None  # none where statistics come from a file
+        if self.reference.suffix != ".npz":
+            self._images = ReferenceImages(type(self).__name__, self.reference, features, resolution)
+
+    def check_count(self, images: int) -> None:
+        """Raises a ``ValueError`` where the protocol wants another number of images: FID depends on it.
+
+        And for reference images that cannot be read.
+        """
+        if self.count is not None and images != self.count:
+            raise ValueError(
+                f"{self.title}: {images:,} images, but count is {self.count:,}; the number of images shifts the "
+                "distance: draw as many, or set count to what you have and say so"
+            )
+        if self._images is not None:
+            self._images.check()
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "reference": str(self.reference),
+            "reference_images": len(self._images.files) if self._images else None,
+            "features": self._features.digest,
+            "resize": self._features.resize,
+            "resolution": self.resolution,
+            "count": self.count,
+        }
+
+    def describe(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Features ``[B, D]`` of images, after they were brought to the protocol's resolution."""
+        return self._features([resized(image, self.resolution) for image in images])
+
+
+class FrechetDistance(_Distance):
+    """FID (arXiv 1706.08500): Fréchet's distance between Gaussians fitted to features.
+
+    Comparable numbers share features, their resize, resolution, reference and the number of images. The published
+    protocols: CIFAR-10, 50,000 images against its 50,000 training images; CelebA-HQ 256, 50,000 against 30,000 with
+    pytorch-fid's resize; COCO, 30,000 against val2014 or 5,000 against val2017, at 256 px.
+
+    Args:
+        features: of images.
+        reference: folder of reference images, or an ``.npz`` with their mean ``mu`` ``[D]`` and covariance ``sigma``;
+            what is found of a folder is kept in such a file in ``FOLDER-statistics`` beside it.
+        resolution: pixels of the square that images of other sizes are cut and scaled to, reference and drawn alike.
+        count: images that the protocol wants.
+
+    Raises:
+        ValueError: for a reference that is not there or does not fit.
+    """
+
+    def __init__(
+        self, features: ImageFeatures, reference: Path, resolution: int | None = None, count: int | None = None
+    ) -> None:
+        super().__init__(features, reference, resolution, count)
+        self.name = f"fid_{features.name}" if features.name else "fid"
+        self.title = f"FID ({features.name} features)" if features.name else "FID"
+        width = features.width
+        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        if self._images is None:
+            self._statistics = statistics(self.reference, features, resolution)
+        elif len(self._images.files) < 2:
+            raise ValueError(f"FrechetDistance: reference {reference} has one image; give two or more")
+
+    total: Tensor
+    products: Tensor
+    images: Tensor
+
+    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
+        rows = self.describe(images).double().to(self.total.device)
+        self.rows = [{} for _ in images]
+        self.total += rows.sum(0)
+        self.products += rows.T @ rows
+        self.images += len(rows)
+
+    def compute(self) -> dict[str, Tensor]:
+        if self.images < 2:
+            raise ValueError(f"{self.title}: needs two images or more, got {int(self.images)}")
+        mu, sigma = gaussian(self.total, self.products, int(self.images))
+        reference = self._images.moments(self.device) if self._images else self._statistics
+        distance = frechet(mu.cpu(), sigma.cpu(), *reference)
+        return {"score": distance.clamp(min=0), "images": self.images.double().cpu()}
+
+
+class KernelDistance(_Distance):
+    """KID (arXiv 1801.01401), times 1000: the unbiased squared MMD with a cubic kernel, for a few thousand images.
+
+    Subsets are drawn from the images in the order of their contents' digests, so that the distance depends neither on
+    ranks nor on batches. A part of a protocol's images, as those of one seed, may be smaller than a subset: it is one
+    subset then, all of it; the estimate is unbiased for any number of images, but varies more.
+
+    Args:
+        features: of images.
+        reference: folder of reference images; their features are kept in ``FOLDER-statistics`` beside it.
+        resolution: see ``FrechetDistance``.
+        count: see ``FrechetDistance``.
+        subsets: random subsets whose mean it is; ``spread`` is their standard deviation, which papers write behind ±.
+        subset_size: images in one of them, of either side.
+
+    Raises:
+        ValueError: for a reference that is not there or smaller than a subset.
+    """
+
+    def __init__(
+        self,
+        features: ImageFeatures,
+        reference: Path,
+        resolution: int | None = None,
+        count: int | None = None,
+        subsets: int = 100,
+        subset_size: int = 1000,
+    ) -> None:
+        super().__init__(features, reference, resolution, count)
+        self.name = f"kid_{features.name}" if features.name else "kid"
+        self.title = f"KID x 1000 ({features.name} features)" if features.name else "KID x 1000"
+        self.subsets, self.subset_size = subsets, subset_size
+        if self._images is None:
+            raise ValueError(
+                f"KernelDistance: reference {reference} must be a folder of images: KID needs each of them"
+            )
+        if len(self._images.files) < subset_size:
+            raise ValueError(
+                f"KernelDistance: reference {reference} has {len(self._images.files)} images, fewer than subset_size="
+                f"{subset_size}; give more images or a smaller subset_size"
+            )
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("keys", [], dist_reduce_fx="cat")
+
+    features: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
+
+    def check_count(self, images: int) -> None:
+        if images < self.subset_size:
+            raise ValueError(
+                f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; draw more, or set a "
+                "smaller subset_size"
+            )
+        super().check_count(images)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"subsets": self.subsets, "subset_size": self.subset_size}
+
+    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
+        assert isinstance(self.features, list) and isinstance(self.keys, list)
+        self.features.append(self.describe(images).to(self.device))
+        self.keys.append(torch.tensor([_key(image) for image in images], device=self.device))
+        self.rows = [{} for _ in images]
+
+    def compute(self) -> dict[str, Tensor]:
+        from torchmetrics.image.kid import poly_mmd
+
+        features, keys = (
+            (torch.cat(list(state)) if isinstance(state, list) else state).cpu() for state in (self.features, self.keys)
+        )
+        if len(features) < 2:
+            raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
+        assert self._images is not None
+        drawn, real = features[keys.argsort()], self._images.rows(self.device)
+        size = min(self.subset_size, len(drawn))
+        generator = torch.Generator().manual_seed(0)
+
+        def subset(rows: Tensor) -> Tensor:
+            return rows[torch.randperm(len(rows), generator=generator)[:size]].double()
+
+        distances = [poly_mmd(subset(real), subset(drawn)) for _ in range(self.subsets)]
+        values = 1000 * torch.stack(distances)
+        return {"score": values.mean(), "spread": values.std(unbiased=False)}
+
+
+def _key(image: NDArray[np.uint8]) -> int:
+    """Of the pixels: the same whoever describes the image, and when."""
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def frechet(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tensor) -> Tensor:
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^1/2) of two Gaussians, ``[D]`` and ``[D, D]``, in fp64."""
+    roots = torch.linalg.eigvals(sigma @ other_sigma).sqrt().real.sum()
+    return (mu - other_mu).square().sum() + sigma.trace() + other_sigma.trace() - 2 * roots

@@ -1,0 +1,181 @@
+"""Reference images of FID and KID: described when they are needed, by all ranks together, and kept in a file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from emf_lightning.data.reading.decoding import SquareTransform
+from emf_lightning.evaluation.distances.image_features import ImageFeatures
+from emf_lightning.evaluation.folders.checks import check_readable
+from emf_lightning.evaluation.folders.image_folder import image_files, read_image
+from emf_lightning.text.fingerprint import fingerprint
+
+log = logging.getLogger(__name__)
+
+BATCH = 64
+"""Images described at once."""
+
+
+class ReferenceImages:
+    """A folder of images and their features.
+
+    What was found is kept beside the folder, in ``FOLDER-statistics``, under a name that depends on the features, the
+    resolution and the files: their names, sizes and times.
+
+    Attributes:
+        files: the images, by path.
+
+    Args:
+        asker: begins error messages.
+        folder: of the images.
+        features: of images.
+        resolution: see ``resized``.
+
+    Raises:
+        ValueError: for a folder that is not there or holds no images.
+    """
+
+    def __init__(self, asker: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
+        self.asker, self.folder, self.features, self.resolution = asker, folder, features, resolution
+        self.files = image_files(folder, f"{asker}: reference")
+        self._found: dict[str, dict[str, NDArray[Any]]] = {}
+
+    def check(self) -> None:
+        """Raises a ``ValueError`` where images that will have to be described cannot be read."""
+        if not any(self._path(kind).is_file() for kind in ("moments", "features")):
+            check_readable(self.files, f"{self.asker}: reference")
+
+    def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64; ranks talk on ``device``, all must call it."""
+        if not self._is_kept("moments", device):
+            width, images = self.features.width, 0
+            total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+            for batch in self._mine():
+                rows = batch.double()
+                total, products, images = total + rows.sum(0), products + rows.T @ rows, images + len(rows)
+            sums = [torch.stack(gathered(part, device)).sum(0) for part in (total, products)]
+            mu, sigma = gaussian(sums[0], sums[1], len(self.files))
+            self._keep("moments", mu=mu.numpy(), sigma=sigma.numpy())
+        found = self._load("moments")
+        return torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The features ``[N, D]`` in the order of ``files``; ranks talk on ``device``, all must call it."""
+        if not self._is_kept("features", device):
+            parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._mine()]), device)
+            rows = torch.zeros(len(self.files), self.features.width)
+            for rank, part in enumerate(parts):
+                rows[rank :: len(parts)] = part
+            self._keep("features", rows=rows.numpy())
+        return torch.from_numpy(self._load("features")["rows"])
+
+    def _mine(self) -> Iterator[Tensor]:
+        """Batches of features of this rank's share of the images."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if _are_several() else (0, 1)
+        files = self.files[rank::ranks]
+        for first in range(0, len(files), BATCH):
+            pictures = [read_image(file) for file in files[first : first + BATCH]]
+            yield self.features([resized(picture, self.resolution) for picture in pictures])
+
+    @cached_property
+    def _key(self) -> str:
+        stats = [(str(path.relative_to(self.folder)), path.stat()) for path in self.files]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return fingerprint(features=self.features.digest, resolution=self.resolution, files=files)[:16]
+
+    def _path(self, kind: str) -> Path:
+        folder = self.folder.resolve()
+        return folder.with_name(f"{folder.name}-statistics") / f"{kind}-{self._key}.npz"
+
+    def _is_kept(self, kind: str, device: torch.device) -> bool:
+        """Whether every rank finds it, in memory or in a file."""
+        here = kind in self._found or self._path(kind).is_file()
+        return all(bool(there) for there in gathered(torch.tensor([int(here)]), device))
+
+    def _load(self, kind: str) -> dict[str, NDArray[Any]]:
+        if kind not in self._found:
+            with np.load(self._path(kind)) as content:
+                self._found[kind] = {name: content[name] for name in content.files}
+        return self._found[kind]
+
+    def _keep(self, kind: str, **arrays: NDArray[Any]) -> None:
+        self._found[kind] = arrays
+        if _are_several() and dist.get_rank() > 0:
+            return
+        path = self._path(kind)
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # another call may be about the same
+        about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with partial.open("wb") as file:
+                np.savez(file, **(arrays | about))  # type: ignore[arg-type]
+            os.replace(partial, path)
+        except OSError as error:  # the folder may be someone else's
+            log.info("%s: cannot keep what was found of %s (%s)", self.asker, self.folder, error)
+
+
+def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> tuple[Tensor, Tensor]:
+    """Mean ``mu`` ``[D]`` and covariance ``sigma`` ``[D, D]`` from an ``.npz``.
+
+    Raises:
+        ValueError: for another file, and statistics of other features or another resolution, where it says so; those of
+            pytorch-fid and others do not.
+    """
+    try:
+        with np.load(path) as content:
+            mu, sigma = (torch.from_numpy(np.asarray(content[name], np.float64)) for name in ("mu", "sigma"))
+            about = {name: content[name].item() for name in ("features", "resolution") if name in content}
+    except OSError as error:
+        raise ValueError(
+            f"FrechetDistance: cannot read reference {path}; give a folder of images or an .npz"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"FrechetDistance: {path} holds no mu and sigma ({error})") from error
+    width = features.width
+    if mu.shape != (width,) or sigma.shape != (width, width):
+        raise ValueError(
+            f"FrechetDistance: the statistics in {path} are of {mu.shape[0]} features, the images have {width}"
+        )
+    for name, value in {"features": features.digest, "resolution": resolution or 0}.items():
+        if about.get(name, value) != value:
+            raise ValueError(
+                f"FrechetDistance: the statistics in {path} are of {name} {about[name]}, the images would be of "
+                f"{value}: the two do not compare; give those of the same weights, resize and resolution"
+            )
+    return mu, sigma
+
+
+def gaussian(total: Tensor, products: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features, from their sum and their summed outer products."""
+    mean = total / images
+    return mean, (products - images * torch.outer(mean, mean)) / (images - 1)
+
+
+def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
+    """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; untouched where it has that size."""
+    if resolution is None or image.shape[:2] == (resolution, resolution):
+        return image
+    from PIL import Image
+
+    return SquareTransform(resolution)(Image.fromarray(image))
+
+
+def gathered(part: Tensor, device: torch.device) -> list[Tensor]:
+    """``part`` of every rank, on the CPU; ranks talk on ``device``."""
+    return [tensor.cpu() for tensor in gather_all_tensors(part.to(device))] if _are_several() else [part]
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

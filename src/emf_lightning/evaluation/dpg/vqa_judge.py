@@ -1,0 +1,190 @@
+"""Models that answer questions about pictures, behind one protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.pretrained.strict_loading import load_strict
+from emf_lightning.text.fingerprint import weights_digest
+
+
+class VqaJudge(ABC):
+    """Answers questions about a picture.
+
+    Attributes:
+        name: what scores are called after that rest on it; empty for a benchmark's own judge.
+    """
+
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare two judges' scores: name and weights; plain values."""
+        return {"judge": type(self).__name__}
+
+    @abstractmethod
+    def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
+        """The answers, in lower case and without a full stop, about ``image`` ``[H, W, 3]``, 8-bit RGB."""
+
+
+class _Hosted(VqaJudge):
+    """A judge that transformers runs."""
+
+    def _load(self, model: str, processor: Any, network: Any, device: str | None, **arguments: Any) -> None:
+        asker = type(self).__name__
+        remedy = f"download it first with `hf download {model}`, or give the path of a local folder"
+        self.device = device_of(device)
+        self._model = Path(model).name
+        self.network = load_strict(asker, network, model, remedy, **arguments).to(self.device)
+        try:
+            self.processor = processor.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{asker}: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.network)[:12]
+
+    def settings(self) -> dict[str, Any]:
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        return super().settings() | {"judge_model": self._model, "judge_weights": self._digest, "judge_dtype": dtype}
+
+
+class BlipJudge(_Hosted):
+    """BLIP's question answering (arXiv 2201.12086), e.g. ``Salesforce/blip-vqa-capfilt-large``.
+
+    Args:
+        model: hub name or local folder in transformers' format.
+        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        batch_size: questions answered at once.
+
+    Raises:
+        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
+    """
+
+    name = "blip"
+
+    def __init__(
+        self, model: str = "Salesforce/blip-vqa-capfilt-large", device: str | None = None, batch_size: int = 16
+    ) -> None:
+        from transformers import BlipForQuestionAnswering, BlipProcessor
+
+        self.batch_size = batch_size
+        self._load(model, BlipProcessor, BlipForQuestionAnswering, device)
+
+    @torch.no_grad()
+    def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.device)
+        tokens = self.processor(text=list(questions))["input_ids"]
+        answers = [""] * len(questions)
+        for batch in _of_one_length(tokens, self.batch_size):
+            ids = torch.tensor([tokens[i] for i in batch], device=self.device)
+            found = self.network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels.expand(len(batch), -1, -1, -1),
+                max_new_tokens=8,
+            )
+            for i, answer in zip(batch, self.processor.batch_decode(found, skip_special_tokens=True), strict=True):
+                answers[i] = _plain(answer)
+        return answers
+
+
+class QwenVlJudge(_Hosted):
+    """A vision-language chat model, e.g. ``Qwen/Qwen2.5-VL-7B-Instruct``, asked for "yes" or "no" in one word.
+
+    Args:
+        model: hub name or local folder in transformers' format.
+        device: see ``BlipJudge``.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
+    """
+
+    name = "qwen"
+
+    def __init__(
+        self,
+        model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        device: str | None = None,
+        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self._load(model, AutoProcessor, AutoModelForImageTextToText, device, dtype=getattr(torch, dtype))
+
+    @torch.no_grad()
+    def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
+        from PIL import Image
+
+        answers = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer yes or no, in one word."}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            inputs = self.processor(text=[text], images=[Image.fromarray(image)], return_tensors="pt").to(self.device)
+            ids = self.network.generate(**inputs, max_new_tokens=4, do_sample=False)
+            answers += self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_plain(answer) for answer in answers]
+
+
+class MplugJudge(VqaJudge):
+    """DPG-Bench's own judge, mPLUG-large, by way of the package ``modelscope``, which is not installed with this one.
+
+    Args:
+        model: ModelScope's name of it, or a local folder.
+        device: ``gpu`` or ``cpu``, in ModelScope's words.
+
+    Raises:
+        ValueError: where modelscope is not installed.
+    """
+
+    name = ""
+
+    def __init__(self, model: str = "damo/mplug_visual-question-answering_coco_large_en", device: str = "gpu") -> None:
+        try:
+            from modelscope.pipelines import pipeline
+        except ImportError as error:
+            raise ValueError(
+                "MplugJudge: the package modelscope is not installed; `pip install modelscope` with what its mPLUG "
+                "needs, or take BlipJudge or QwenVlJudge, whose scores bear their names"
+            ) from error
+        self._model = Path(model).name
+        self._pipeline: Any = pipeline("visual-question-answering", model=model, device=device)
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"judge_model": self._model}
+
+    def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
+        from PIL import Image
+
+        picture = Image.fromarray(image)
+        return [_plain(self._pipeline({"image": picture, "question": question})["text"]) for question in questions]
+
+
+def _of_one_length(tokens: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """The numbers of rows of ``tokens`` in batches of at most ``size`` rows of the same length.
+
+    BLIP's decoder is not told which tokens of a question are padding: there must be none.
+    """
+    rows: dict[int, list[int]] = {}
+    for i, row in enumerate(tokens):
+        rows.setdefault(len(row), []).append(i)
+    for same in rows.values():
+        for first in range(0, len(same), size):
+            yield same[first : first + size]
+
+
+def _plain(answer: str) -> str:
+    return answer.strip().lower().rstrip(".")

@@ -1,0 +1,208 @@
+"""Caption-image pairs among which an encoder study retrieves, with the similarity of any two images."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emf_lightning.data.shapes.scenes import Scene, training_scene
+from emf_lightning.data.shapes.world import WORLDS
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.folders.image_folder import read_image
+from emf_lightning.evaluation.geneval.verdict import relations
+from emf_lightning.pretrained.strict_loading import load_strict
+
+
+class PairCorpus(ABC):
+    """N caption-image pairs.
+
+    Attributes:
+        name: what reports call it.
+        captions: N of them.
+        owners: ``[N]``, number of the image of each pair; pairs of one image bear one number.
+        exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are known.
+        papers: whether EMF's Table 1 (arXiv 2604.18168) is about these pairs.
+    """
+
+    name: str
+    captions: Sequence[str]
+    owners: NDArray[np.int64]
+    exhaustive: bool
+    papers: bool = False
+
+    @abstractmethod
+    def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of the image of pair ``query`` and those of ``others`` ``[K]``, ``[K]``; 1 is the same."""
+
+    @abstractmethod
+    def image(self, pair: int) -> NDArray[np.uint8]:
+        """The image of a pair, ``[H, W, 3]``, 8-bit RGB."""
+
+
+class ShapesPairs(PairCorpus):
+    """Training scenes of a shapes world; images are as similar as their scenes are: exactly known, without a network.
+
+    The similarity is the F1 of two scenes' facts: of each object its shape, its colour and both together, of each two
+    objects how they stand to one another.
+
+    Args:
+        world: name of the world, ``small`` or ``full``.
+        count: pairs.
+        seed: of the scenes.
+    """
+
+    exhaustive = True
+
+    def __init__(self, world: str = "small", count: int = 3000, seed: int = 0) -> None:
+        if world not in WORLDS:
+            raise ValueError(f"ShapesPairs: no world {world!r}; the worlds are {', '.join(WORLDS)}")
+        if count < 2:
+            raise ValueError(f"ShapesPairs: count must be at least 2, got {count}")
+        self.world = WORLDS[world]
+        rng = np.random.default_rng(seed)
+        self.scenes = [training_scene(self.world, rng) for _ in range(count)]
+        self.name = f"shapes {world}, {count:,} pairs, seed {seed}"
+        self.captions = [scene.prompt.prompt for scene in self.scenes]
+        self.owners = np.arange(count)
+
+    @cached_property
+    def _facts(self) -> NDArray[np.int64]:
+        """How often each fact holds in each scene, ``[N, facts]``."""
+        counts = [facts_of(scene) for scene in self.scenes]
+        column = {fact: i for i, fact in enumerate(dict.fromkeys(fact for count in counts for fact in count))}
+        table = np.zeros((len(counts), len(column)), np.int64)
+        for row, count in enumerate(counts):
+            for fact, number in count.items():
+                table[row, column[fact]] = number
+        return table
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int64]:
+        return self._facts.sum(1, dtype=np.int64)
+
+    def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
+        mine = self._facts[query]
+        held = np.flatnonzero(mine)  # a scene has a dozen facts out of hundreds
+        common = np.minimum(mine[held], self._facts[np.ix_(others, held)]).sum(1)
+        return 2 * common / (self._sizes[query] + self._sizes[others])
+
+    def image(self, pair: int) -> NDArray[np.uint8]:
+        return self.scenes[pair].draw(self.world)
+
+
+def facts_of(scene: Scene) -> Counter[tuple[str, ...]]:
+    """What is true of a scene, each fact as often as it holds."""
+    facts: Counter[tuple[str, ...]] = Counter()
+    boxes = []
+    for thing in scene.objects:
+        facts.update([("shape", thing.shape), ("colour", thing.colour), ("object", thing.colour, thing.shape)])
+        (x, y), r = thing.centre, thing.radius
+        boxes.append((x - r, y - r, x + r, y + r))
+    for i, a in enumerate(scene.objects):
+        for j, b in enumerate(scene.objects):
+            held = relations(boxes[i], boxes[j]) & {"left of", "above"} if i != j else set()
+            facts.update([("relation", a.shape, relation, b.shape) for relation in held])
+    return facts
+
+
+class CocoPairs(PairCorpus):
+    """COCO captions 2017 on disk, one caption an image; image similarity is the cosine of DINOv3's pooled features.
+
+    Args:
+        root: folder with ``train2017/`` and ``annotations/captions_train2017.json``.
+        dinov3: hub name or local folder of a DINOv3 ViT in transformers' format.
+        split: ``train2017`` or ``val2017``.
+        caption: which of an image's captions, in the order of their ids.
+        limit: pairs; all of them by default.
+        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+
+    Raises:
+        ValueError: for files or weights that are not there.
+    """
+
+    exhaustive = False
+
+    def __init__(
+        self,
+        root: Path,
+        dinov3: str,
+        split: str = "train2017",
+        caption: int = 0,
+        limit: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        file = Path(root) / "annotations" / f"captions_{split}.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            of_image: dict[int, list[tuple[int, str]]] = {}
+            for row in content["annotations"]:
+                of_image.setdefault(row["image_id"], []).append((row["id"], row["caption"].strip()))
+        except OSError as error:
+            raise ValueError(f"CocoPairs: cannot read {file} ({error.strerror}); root is COCO's folder") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"CocoPairs: {file} is no COCO caption file ({error})") from error
+        kept = [(n, sorted(of_image[n])[caption][1]) for n in sorted(names) if len(of_image.get(n, ())) > caption]
+        kept = kept[:limit]
+        if len(kept) < 2:
+            raise ValueError(f"CocoPairs: {file} has fewer than two images with {caption + 1} captions")
+        self._paths = [Path(root) / split / names[number] for number, _ in kept]
+        absent = next((path for path in self._paths if not path.is_file()), None)
+        if absent is not None:
+            raise ValueError(f"CocoPairs: no image {absent}; unpack {split}.zip into {root}")
+        self.name = f"COCO {split}, {len(kept):,} pairs, caption {caption}, {Path(dinov3).name}"
+        self.papers = split == "train2017" and limit is None
+        self.captions = [text for _, text in kept]
+        self.owners = np.array([number for number, _ in kept])
+        self._describe = Dinov3(dinov3, device)
+        self._known: dict[int, NDArray[np.float64]] = {}
+
+    def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.stack([self._vector(int(other)) for other in others]) @ self._vector(query)
+
+    def _vector(self, pair: int) -> NDArray[np.float64]:
+        if pair not in self._known:
+            self._known[pair] = self._describe(self.image(pair))
+        return self._known[pair]
+
+    def image(self, pair: int) -> NDArray[np.uint8]:
+        return read_image(self._paths[pair])
+
+
+class Dinov3:
+    """The pooled feature of a DINOv3 ViT, of unit length.
+
+    Args:
+        model: hub name or local folder in transformers' format.
+        device: see ``CocoPairs``.
+
+    Raises:
+        ValueError: if the model cannot be loaded, or its weights are not all of a DINOv3 ViT's.
+    """
+
+    def __init__(self, model: str, device: str | None = None) -> None:
+        from transformers import AutoImageProcessor, DINOv3ViTModel
+
+        self.device = device_of(device)
+        remedy = f"accept its licence and download it with `hf download {model}`, or give a local folder"
+        self.network = load_strict("Dinov3", DINOv3ViTModel, model, remedy).to(self.device)
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"Dinov3: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
+
+    @torch.no_grad()
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """``[D]``, of ``image`` ``[H, W, 3]``, 8-bit RGB."""
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.device)
+        vector = self.network(pixel_values=pixels).pooler_output[0].double()
+        return (vector / vector.norm()).cpu().numpy()

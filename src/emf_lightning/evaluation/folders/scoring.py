@@ -1,0 +1,171 @@
+"""A folder of images scored: in bounded memory, on several ranks, and from where a killed run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from emf_lightning.evaluation.folders.image_folder import DrawnImage, read_image
+from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.files import write_atomic
+
+SCORES = "scores.json"
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that share the images.
+
+    Attributes:
+        number: 0 for the one that writes what all found.
+        count: of processes.
+    """
+
+    number: int = 0
+    count: int = 1
+
+
+def score_images(
+    images: Sequence[DrawnImage],
+    metric: ImageMetric,
+    directory: Path,
+    *,
+    rank: Rank | None = None,
+    batch_size: int = 16,
+    save_seconds: float = 30.0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The scores of ``images``, the same on every rank; in ``directory`` afterwards ``scores.json``, ``results.jsonl``.
+
+    Every rank takes each so-many-th image and keeps what it counted, with the lines it wrote, below ``directory``; the
+    same call goes on from there. Results of all ranks are brought together in the order of ``images``: the directory
+    has to be one that all ranks see.
+
+    Args:
+        images: all of them, the same on every rank.
+        metric: fresh.
+        directory: for results; made if missing.
+        rank: of this process; more than one need an initialised process group.
+        batch_size: images in memory at once.
+        save_seconds: between two saves of what was counted.
+        report: called with (images done by all ranks as far as known, images in all).
+
+    Raises:
+        ValueError: where ``directory`` holds the beginnings of another scoring; for a file that is no image: what was
+            counted before it is kept.
+    """
+    here = rank or Rank()
+    metric.check_count(len(images))
+    directory.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(directory, metric, images, here)
+    mine = images[here.number :: here.count]
+    began, saved, before = time.perf_counter(), time.perf_counter(), progress.done
+    with progress.results.open("a", encoding="utf-8") as lines:
+        report(min(progress.done * here.count, len(images)), len(images))
+        while progress.done < len(mine):
+            batch = mine[progress.done : progress.done + batch_size]
+            try:
+                pictures = [read_image(image.path) for image in batch]
+            except ValueError:
+                progress.save()
+                raise
+            metric.update(pictures, [image.prompt for image in batch])
+            for image, row in zip(batch, metric.rows, strict=True):
+                lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
+            lines.flush()
+            progress.done += len(batch)
+            if time.perf_counter() - saved > save_seconds:
+                progress.save()
+                saved = time.perf_counter()
+            report(min(progress.done * here.count, len(images)), len(images))
+    progress.save()
+    values = {name: float(value) for name, value in metric.compute().items()}  # asks all ranks
+    scores = {
+        "metric": metric.name,
+        "title": metric.title,
+        "scores": values,
+        "images": len(images),
+        "settings": metric.settings(),
+        "seconds": round(time.perf_counter() - began, 1),
+        "resumed_at": before * here.count,
+    }
+    if here.count > 1:
+        dist.barrier()
+    if here.number == 0:
+        _join(directory, here.count, len(images))
+        write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
+        _clear(directory, here.count)  # last: until then a killed run finds all that was counted
+    if here.count > 1:
+        dist.barrier()
+    return scores
+
+
+class _Progress:
+    """What one rank has counted so far, on disk; the metric is put where that stopped."""
+
+    def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[DrawnImage], rank: Rank) -> None:
+        self.metric = metric
+        self.path = directory / f".progress-{rank.number}-of-{rank.count}.pt"
+        self.results = directory / f".results-{rank.number}-of-{rank.count}.jsonl"
+        self.done = 0
+        what = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
+        self.key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{rank.count}.pt")]
+        if others:
+            count = others[0].stem.rpartition("-")[2]
+            raise ValueError(
+                f"out: {directory} was begun by {count} processes, this is one of {rank.count}: start as many as "
+                "before, or give another directory"
+            )
+        if self.path.is_file():
+            self._load(directory)
+        self._cut()
+
+    def _load(self, directory: Path) -> None:
+        saved = torch.load(self.path, weights_only=True)
+        if saved["key"] != self.key:
+            raise ValueError(
+                f"out: {directory} holds the beginnings of other images or another score than this; empty it or give "
+                "another directory"
+            )
+        for name, value in saved["state"].items():
+            setattr(self.metric, name, value)
+        self.metric._update_count = 1
+        self.done = saved["done"]
+
+    def _cut(self) -> None:
+        """Lets go of lines written after the last save: their images come again."""
+        lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
+        write_atomic(self.results, "".join(lines[: self.done]))
+
+    def save(self) -> None:
+        """Writes, at once or not at all."""
+        partial = self.path.with_suffix(".partial")
+        state = {name: getattr(self.metric, name) for name in self.metric._defaults}
+        torch.save({"key": self.key, "done": self.done, "state": state}, partial)
+        os.replace(partial, self.path)
+
+
+def _join(directory: Path, ranks: int, images: int) -> None:
+    """Brings the ranks' lines into the order of the images."""
+    parts = [
+        (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
+    ]
+    write_atomic(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
+
+
+def _clear(directory: Path, ranks: int) -> None:
+    """Removes what only a resumed run needs; counts first, as counts without their lines could not be resumed."""
+    for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
+        for number in range(ranks):
+            (directory / pattern.format(number, ranks)).unlink(missing_ok=True)

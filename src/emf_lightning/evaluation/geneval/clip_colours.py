@@ -1,0 +1,101 @@
+"""The colour of an object as GenEval reads it: CLIP, asked about the object on grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emf_lightning.data.shapes.world import BACKGROUND
+from emf_lightning.evaluation.clip_hps.clip_model import load_clip
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.geneval.coco_prompts import COLOURS
+from emf_lightning.evaluation.geneval.verdict import Detection
+
+TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
+
+
+class ClipColours:
+    """Zero-shot colours: the object alone on #999, cut to its box, against three sentences for each of ten colours.
+
+    Grey is none of the ten: every object gets one of them.
+
+    Args:
+        model: OpenCLIP's name; GenEval's is OpenAI's ViT-L/14.
+        pretrained: path of its weights, OpenAI's ``ViT-L-14.pt`` or OpenCLIP's, or a tag of OpenCLIP's.
+        device: see ``Mask2FormerDetector``.
+        quick_gelu: the activation is QuickGELU; needed for OpenAI's weights where neither the name, nor a tag, nor
+            OpenAI's own file says so.
+
+    Raises:
+        ValueError: if the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str = "openai",
+        device: str | None = None,
+        quick_gelu: bool = False,
+    ) -> None:
+        self.device = device_of(device)
+        clip = self._clip = load_clip("ClipColours", model, pretrained, quick_gelu)
+        self.model = clip.model.to(self.device)
+        self.transform, self.tokenizer = clip.transform, clip.tokenizer
+        self._classifiers: dict[str, Tensor] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare colours: model, activation and a digest of the weights."""
+        return {f"colours_{name}": value for name, value in self._clip.settings.items()}
+
+    @torch.no_grad()
+    def __call__(self, image: NDArray[np.uint8], detections: Sequence[Detection], label: str) -> list[str]:
+        """The colour of each of ``detections``, all of class ``label``, in ``image`` ``[H, W, 3]``, 8-bit RGB."""
+        if not detections:
+            return []
+        crops = torch.stack([self.transform(_alone(image, detection)) for detection in detections])
+        with torch.autocast(self.device.type, enabled=False):
+            features = self.model.encode_image(crops.to(self.device), normalize=True)
+        return [COLOURS[i] for i in (features @ self._classifier(label)).argmax(1).tolist()]
+
+    def _classifier(self, label: str) -> Tensor:
+        """A direction for each colour, ``[D, 10]``: the mean of its sentences' unit vectors, itself of unit length."""
+        if label not in self._classifiers:
+            texts = [t.format(colour=colour, label=label) for colour in COLOURS for t in TEMPLATES]
+            vectors = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
+            means = vectors.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1)
+            self._classifiers[label] = (means / means.norm(dim=1, keepdim=True)).T
+        return self._classifiers[label]
+
+
+def _alone(image: NDArray[np.uint8], detection: Detection) -> Any:
+    """The object of ``detection`` on GenEval's grey, cut to its box, as PIL's image."""
+    from PIL import Image
+
+    pixels = np.where(detection.mask[..., None], image, np.array(BACKGROUND, np.uint8))
+    x0, y0, x1, y1 = (round(edge) for edge in detection.box)
+    return Image.fromarray(pixels[y0:y1, x0:x1])
+
+
+def check_colours(read: ClipColours) -> None:
+    """Asks for the colours of flat discs.
+
+    Raises:
+        ValueError: where fewer than six of the ten are named right: by chance it is one.
+    """
+    from emf_lightning.data.shapes.drawing import draw
+
+    right = 0
+    for colour in COLOURS:
+        picture = draw([(colour, "circle", (112.0, 112.0), 90.0)], 224)
+        mask = (picture != np.array(BACKGROUND)).any(-1)
+        disc = Detection("sports ball", 1.0, (22.0, 22.0, 202.0, 202.0), mask)
+        right += read(picture, [disc], "sports ball") == [colour]
+    if right < 6:
+        raise ValueError(
+            f"ClipColours: of ten flat discs it names {right} colours right: its weights are broken or of another model"
+        )

@@ -1,0 +1,64 @@
+"""What an object detector offers to GenEval's decision."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Detection
+
+PERSON_SHARE = (0.2, 0.9)
+"""Of the sample photograph, the share that its person's mask may cover: she fills about half of it."""
+
+
+class ObjectDetector(ABC):
+    """Finds the instances of GenEval's 80 classes, under GenEval's names.
+
+    Attributes:
+        name: what reports call it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
+        """What is seen in ``image`` ``[H, W, 3]``, 8-bit RGB, best first; nothing below GenEval's lower threshold."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader must know to compare what two detectors see: name, weights, size of pictures; plain values."""
+        return {"detector": self.name}
+
+
+def check_detector(detector: ObjectDetector) -> None:
+    """Looks at a photograph of a person, which comes with matplotlib, and at a plain grey picture.
+
+    A detector with a wrong configuration or half of its weights gives scores of a few per cent without any other sign.
+
+    Raises:
+        ValueError: where the person is not found for sure, or anything is found for sure on the plain grey.
+    """
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image
+
+    with Image.open(get_sample_data("grace_hopper.jpg")) as opened:
+        photograph = np.asarray(opened.convert("RGB"))
+    found = detector(photograph)
+    people = [d for d in found if d.label == "person" and d.score > COUNTING_THRESHOLD]
+    fills = bool(people) and PERSON_SHARE[0] < people[0].mask.mean() < PERSON_SHARE[1]
+    phantoms = [d for d in detector(np.full((512, 512, 3), 153, np.uint8)) if d.score > COUNTING_THRESHOLD]
+    if len(people) == 1 and fills and not phantoms:
+        return
+    best = max((d.score for d in found if d.label == "person"), default=0.0)
+    seen = f"a person of score {best:.2f}" if best > THRESHOLD else "no person"
+    if people and not fills:
+        seen = f"a person who covers {people[0].mask.mean():.0%} of it"
+    if len(people) > 1:
+        seen = f"{len(people)} people"
+    extra = f", and on plain grey {phantoms[0].label!r} of score {phantoms[0].score:.2f}" if phantoms else ""
+    raise ValueError(
+        f"{type(detector).__name__}: {detector.name} is broken: on a portrait photograph it sees {seen}{extra}; its "
+        "scores would mean nothing: give weights that are complete and belong to their configuration"
+    )

@@ -1,0 +1,164 @@
+"""Mask2Former as GenEval's detector: transformers' network, mmdetection's pictures in and instances out."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
+from emf_lightning.evaluation.geneval.detector import ObjectDetector
+from emf_lightning.evaluation.geneval.verdict import THRESHOLD, Detection
+from emf_lightning.pretrained.strict_loading import load_strict
+from emf_lightning.text.fingerprint import weights_digest
+
+SHORT_SIDE, LONG_SIDE = 800, 1333
+"""Pixels: the test pipeline enlarges a picture until one of its sides reaches its limit,"""
+DIVISOR = 32
+"""and fills it up with zeros to a multiple of this."""
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+"""Of ImageNet's pixels, 8-bit RGB."""
+MAX_INSTANCES = 100
+"""(query, class) pairs looked at in an image, those of the highest class score."""
+
+UNUSED = ("swin.layernorm.", "encoder.layernorm.", "criterion.")
+"""Parts of the class without a say in its output: checkpoints may lack them."""
+
+
+class Mask2FormerDetector(ObjectDetector):
+    """Mask2Former with a Swin backbone on COCO's 80 things (arXiv 2112.01527), instances as mmdetection reports them.
+
+    GenEval was published with mmdetection's Swin-S checkpoint
+    ``mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth``: give the path of that file, and its
+    weights are taken over by name. ``facebook/mask2former-swin-small-coco-instance`` is another training of the same
+    architecture. The library's own post-processing is not used: it resizes masks in other ways and loses scores.
+
+    Args:
+        model: mmdetection's ``.pth``, or a folder or hub name in transformers' format.
+        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+        short_side: pixels of the shorter side of what the network sees; published scores are at 800.
+
+    Raises:
+        ValueError: if the weights cannot be loaded, lack a part, or know other classes.
+    """
+
+    def __init__(self, model: str, device: str | None = None, short_side: int = SHORT_SIDE) -> None:
+        self.name = f"Mask2Former {Path(model).name}"
+        self.device = device_of(device)
+        self.short_side = short_side
+        self.network = _load(model).to(self.device)
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.network)[:12]
+
+    def settings(self) -> dict[str, Any]:
+        return {"detector": self.name, "detector_weights": self._digest, "short_side": self.short_side}
+
+    @torch.no_grad()
+    def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
+        pixels = torch.tensor(image, device=self.device)
+        inputs, (height, width) = prepared(pixels, self.short_side)
+        with torch.autocast(self.device.type, enabled=False):
+            output = self.network(pixel_values=inputs)
+        return instances(
+            output.class_queries_logits[0].float(),
+            output.masks_queries_logits[0].float(),
+            padded=(inputs.shape[2], inputs.shape[3]),
+            resized=(height, width),
+            original=(image.shape[0], image.shape[1]),
+        )
+
+
+def prepared(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
+    """What the network is shown ``[1, 3, H', W']``, and the height and width in it that are picture, not padding.
+
+    As mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, zeros to the right and
+    below.
+
+    Args:
+        pixels: ``[H, W, 3]``, 8-bit RGB.
+        short_side: of the result, where the longer one stays within 1333.
+    """
+    height, width = pixels.shape[:2]
+    scale = min(LONG_SIDE * short_side / SHORT_SIDE / max(height, width), short_side / min(height, width))
+    size = int(height * scale + 0.5), int(width * scale + 0.5)
+    image = pixels.permute(2, 0, 1)[None].float()
+    image = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False).round()
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
+    padding = (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR)
+    return nn.functional.pad((image - mean) / std, padding), size
+
+
+def instances(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    *,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    original: tuple[int, int],
+    threshold: float = THRESHOLD,
+) -> list[Detection]:
+    """The instances of one image, best first, as mmdetection's ``instance_postprocess`` has them.
+
+    Of all (query, class) pairs the 100 of the highest class probability; a pair's score is that probability times the
+    mean probability of its mask's pixels, and its box is the mask's. Masks become the original size as logits.
+
+    Args:
+        class_logits: ``[Q, 81]``, no object last.
+        mask_logits: ``[Q, h, w]``.
+        padded: height and width of what the network saw,
+        resized: of the picture in it,
+        original: of the picture.
+        threshold: scores that are not above it are left out; full masks are made for the others alone.
+    """
+    scores = class_logits.softmax(-1)[:, :-1].flatten()
+    scores, pairs = scores.topk(min(MAX_INSTANCES, len(scores)))
+    pairs = pairs[scores > threshold]  # a mask's probability is at most 1
+    scores = scores[scores > threshold]
+    queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
+    found = []
+    for score, query, label in zip(scores.tolist(), queries.tolist(), labels.tolist(), strict=True):
+        logits = mask_logits[None, None, query]
+        logits = nn.functional.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
+        logits = logits[..., : resized[0], : resized[1]]
+        logits = nn.functional.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0, 0]
+        mask = logits > 0
+        score *= float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
+        if score <= threshold:
+            continue
+        rows, columns = (torch.where(mask.any(axis))[0] for axis in (1, 0))
+        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+        found.append(Detection(CLASSES[label], score, box, mask.cpu().numpy()))
+    return sorted(found, key=lambda detection: -detection.score)
+
+
+def _load(model: str) -> Any:
+    """The network, all of whose parts came from the weights."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    from emf_lightning.evaluation.geneval.mmdet_checkpoint import as_transformers
+
+    arguments: dict[str, Any] = {}
+    if model.endswith(".pth"):
+        arguments["config"], arguments["state_dict"] = as_transformers(model)
+    remedy = (
+        f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
+    )
+    network = load_strict(
+        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, remedy, unused=UNUSED, **arguments
+    )
+    labels = network.config.num_labels
+    if labels != len(CLASSES):
+        raise ValueError(
+            f"Mask2FormerDetector: model={model!r} knows {labels} classes, not COCO's 80 things; take a coco-instance "
+            "checkpoint"
+        )
+    return network

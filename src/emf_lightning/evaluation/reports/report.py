@@ -1,0 +1,290 @@
+"""The scores of checkpoints as one report: JSON for programs, Markdown in the layout of published tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emf_lightning.evaluation.geneval.task_scores import HEADINGS
+from emf_lightning.evaluation.reports.published import PUBLISHED, PUBLISHED_FID, PublishedRow
+from emf_lightning.files import to_json, write_atomic
+
+REPORT = "report.json"
+
+FAMILIES = {"geneval_hf": "geneval"}
+"""Metrics whose published sibling has another judge: their numbers stand in columns of their own."""
+TABLE_4 = ("dpg", "hps")
+OFFICIAL = "dpg_official"
+"""DPG-Bench as it was published: mPLUG's answers, counted as its script does."""
+STYLES = {"anime": "anime", "concept-art": "concept art", "paintings": "painting", "photo": "photo", "score": "average"}
+LEVELS = {"ceiling": "ceiling: clean pictures of the prompt", "chance": "chance: of another prompt of its task"}
+SPLIT = {"seen": "seen", "held_out": "held out"}
+"""Compositions that the training images show, and those that they do not."""
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One metric of one checkpoint, drawn in one way.
+
+    Attributes:
+        run: what the checkpoint is called.
+        metric: name of the metric.
+        title: what it is called in tables.
+        weights: ``averaged`` or ``trained``.
+        step: optimiser steps taken.
+        steps: network steps.
+        guidance: scale of classifier-free guidance; 1 is none.
+        nfe: network evaluations per image.
+        images: drawn, over all seeds.
+        seeds: of the noise.
+        scores: name -> value; ``score`` is the main one, ``se`` its standard error where there is one.
+        seed_spread: standard deviation of ``score`` over seeds; NaN for one seed.
+        seconds: that drawing and scoring took.
+        settings: of the metric: model, weights, protocol.
+        benchmark: name of the metric whose prompts were drawn; empty where that is ``metric`` itself.
+    """
+
+    run: str
+    metric: str
+    title: str
+    weights: str
+    step: int
+    steps: int
+    guidance: float
+    nfe: int
+    images: int
+    seeds: tuple[int, ...]
+    scores: dict[str, float]
+    seed_spread: float = math.nan
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    benchmark: str = ""
+
+    @property
+    def model(self) -> str:
+        """The words for the checkpoint in tables."""
+        name = self.run if self.weights == "averaged" else f"{self.run}, not averaged"
+        return name if self.guidance == 1 else f"{name}, guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of one or several checkpoints.
+
+    Attributes:
+        rows: in the order of the tables.
+        about: what holds for all of them, e.g. the checkpoint and the libraries' versions.
+        levels: metric -> ``ceiling`` or ``chance`` -> scores, where they are known.
+    """
+
+    rows: tuple[ReportRow, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Writes ``report.json`` and ``report.md`` into ``directory``, which is made if missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"about": self.about, "levels": self.levels, "rows": [asdict(row) for row in self.rows]}
+        write_atomic(directory / REPORT, to_json(content))
+        write_atomic(directory / "report.md", self.markdown())
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in a ``report.json``.
+
+        Raises:
+            ValueError: where the file holds something else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            rows = tuple(_row(row) for row in content["rows"])
+            levels = {
+                metric: {level: _numbers(scores) for level, scores in known.items()}
+                for metric, known in content.get("levels", {}).items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no report of `emf test` ({error}); make it anew") from error
+        return cls(rows, content["about"], levels)
+
+    def groups(self) -> list[list[ReportRow]]:
+        """The rows that belong into one table: those of one metric of one benchmark's images."""
+        groups: dict[tuple[str, str], list[ReportRow]] = {}
+        for row in self.rows:
+            groups.setdefault((row.benchmark or row.metric, row.metric), []).append(row)
+        return list(groups.values())
+
+    def markdown(self) -> str:
+        """All tables: tasks as in the paper's Table 3, DPG-Bench and HPS as in its Table 4, then what else there is."""
+        parts = ["# Scores\n"]
+        parts += [f"- {name}: {value}" for name, value in self.about.items()]
+        parts.append("")
+        in_table_4 = []
+        for rows in self.groups():
+            if rows[0].metric.partition("_")[0] in TABLE_4:
+                in_table_4.append(rows)
+                continue
+            has_tasks = bool(set(HEADINGS) & set(rows[0].scores))
+            table = tasks_table(rows, self.levels.get(rows[0].metric, {})) if has_tasks else plain_table(rows)
+            parts += [f"## {rows[0].title}\n", _facts(rows), "", table, ""]
+        if in_table_4:
+            everything = [row for rows in in_table_4 for row in rows]
+            parts += ["## DPG-Bench and HPS v2.1\n", _facts(everything), "", preference_table(everything), ""]
+        for rows in in_table_4:
+            if categories := _categories(rows):
+                parts += [f"## {rows[0].title}: categories\n", categories_table(rows, categories), "", CATEGORIES, ""]
+        return "\n".join(parts)
+
+
+def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, float]]) -> str:
+    """GenEval's tasks and their mean by model and steps, as Table 3; published rows where they are of the same tasks.
+
+    Published shares stand in the same columns, but their mean in one of its own where another judge gave it. Below our
+    rows stand the ``levels`` between which they lie.
+    """
+    family = FAMILIES.get(rows[0].metric, rows[0].metric)
+    published = [row for row in PUBLISHED if family in row.scores]
+    tasks = [task for task in HEADINGS if task in rows[0].scores]
+    split = [name for name in SPLIT if any(name in row.scores for row in rows)]
+    ours = "overall" if family == rows[0].metric else "overall (this detector)"
+    columns = ["model", "steps", "NFE", *(HEADINGS[task] for task in tasks), ours, "± se", "± seeds"]
+    columns += [SPLIT[name] for name in split]
+    lines = []
+    for row in rows:
+        cells = {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe), "± seeds": _number(row.seed_spread)}
+        lines.append(cells | _shares(row.scores, tasks, split, ours))
+    for name, scores in levels.items():
+        lines.append({"model": LEVELS[name]} | _shares(scores, tasks, split, ours))
+    if published:
+        theirs = "overall" if ours == "overall" else "overall (published, its own detector)"
+        if theirs not in columns:
+            columns.append(theirs)
+        for known in published:
+            scores = known.scores[family]
+            cells = {"model": known.model, "steps": str(known.steps), theirs: f"{scores['score']:.2f}"}
+            form = "{:.2f}" if theirs == ours else "({:.2f})"
+            cells |= {HEADINGS[task]: form.format(scores[task]) for task in tasks if task in scores}
+            lines.append(cells)
+    return _table(columns, lines)
+
+
+def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[str], overall: str) -> dict[str, str]:
+    cells = {HEADINGS[task]: _number(scores.get(task)) for task in tasks}
+    cells |= {SPLIT[name]: _number(scores.get(name)) for name in split}
+    return cells | {overall: f"**{scores['score']:.3f}**", "± se": _number(scores.get("se"))}
+
+
+def preference_table(rows: Sequence[ReportRow]) -> str:
+    """DPG-Bench and HPS by model and steps, as Table 4; a DPG of another judge or count in a column of its own."""
+    titles = {row.metric: row.title for row in rows if row.metric.startswith("dpg")}
+    has_hps = any(row.metric == "hps" for row in rows)
+    columns = ["model", "steps", "NFE", *titles.values()]
+    if OFFICIAL not in titles and titles:
+        columns.append("DPG-Bench (published, mPLUG)")
+    columns += [f"HPS {name}" for name in STYLES.values()] if has_hps else []
+    lines: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        cells = lines.setdefault((row.model, row.steps), {"model": row.model, "steps": str(row.steps)})
+        cells["NFE"] = str(row.nfe)
+        error = f" ± {row.scores['se']:.2f}" if "se" in row.scores else ""
+        error += "" if math.isnan(row.seed_spread) else f" (seeds ± {row.seed_spread:.2f})"
+        if row.metric == "hps":
+            cells |= {f"HPS {STYLES[n]}": f"{v:.2f}" for n, v in row.scores.items() if n in STYLES}
+            cells[f"HPS {STYLES['score']}"] += error
+        else:
+            cells[row.title] = f"{row.scores['score']:.2f}{error}"
+    for known in PUBLISHED:
+        cells = _published_preferences(known, titles, has_hps)
+        if cells:
+            lines[f"{known.model} ", known.steps] = {"model": known.model, "steps": str(known.steps), **cells}
+    return _table(columns, list(lines.values()))
+
+
+def _published_preferences(row: PublishedRow, titles: Mapping[str, str], has_hps: bool) -> dict[str, str]:
+    cells = {}
+    if titles and "dpg" in row.scores:
+        column = titles.get(OFFICIAL, "DPG-Bench (published, mPLUG)")
+        cells[column] = f"{row.scores['dpg']['score']:.2f}"
+    if has_hps and "hps" in row.scores:
+        cells |= {f"HPS {STYLES[name]}": f"{value:.2f}" for name, value in row.scores["hps"].items()}
+    return cells
+
+
+CATEGORIES = """\
+Published categories were counted by mPLUG over the last of four images alone, without the parents' say
+(`official: true`); in brackets where ours were not."""
+
+
+def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> str:
+    """DPG-Bench's kinds of questions by model and steps, as Table 6."""
+    alike = all(row.metric == OFFICIAL for row in rows)
+    form = "{:.2f}" if alike else "({:.2f})"
+    lines = [
+        {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
+        | {name: f"{row.scores[name]:.2f}" for name in categories if name in row.scores}
+        for row in rows
+    ]
+    for known in PUBLISHED:
+        scores = known.scores.get("dpg", {})
+        if cells := {name: form.format(scores[name]) for name in categories if name in scores}:
+            lines.append({"model": known.model, "steps": str(known.steps), **cells})
+    return _table(["model", "steps", "NFE", *categories], lines)
+
+
+def _categories(rows: Sequence[ReportRow]) -> list[str]:
+    """The kinds of questions that DPG-Bench's ``rows`` have scores of; the finer ones are in ``report.json``."""
+    if not rows[0].metric.startswith("dpg"):
+        return []
+    names = dict.fromkeys(name for row in rows for name in row.scores)
+    return [name for name in names if name not in ("score", "se") and " - " not in name]
+
+
+def plain_table(rows: Sequence[ReportRow]) -> str:
+    """Every number of a metric by model and steps; published FIDs of the same resolution and number of images."""
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
+    lines = [
+        {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
+        | {name: f"{value:.4g}" for name, value in row.scores.items()}
+        | dict.fromkeys(spread, f"{row.seed_spread:.2g}")
+        for row in rows
+    ]
+    if rows[0].metric == "fid":
+        protocol = rows[0].settings.get("resolution"), rows[0].settings.get("count")
+        for known in PUBLISHED_FID.get(protocol, ()):
+            score = f"{known.scores['fid']['score']:.4g}"
+            lines.append({"model": f"{known.model} (published)", "steps": str(known.steps), "score": score})
+    return _table(["model", "steps", "NFE", *names, *spread], lines)
+
+
+def _facts(rows: Sequence[ReportRow]) -> str:
+    """What a reader needs to compare: images, seeds, settings."""
+    images = " / ".join(dict.fromkeys(f"{row.images:,}" for row in rows))
+    seeds = " / ".join(dict.fromkeys(", ".join(map(str, row.seeds)) or "as in training" for row in rows))
+    settings = {f"{name} {value}": None for row in rows for name, value in row.settings.items() if value is not None}
+    return f"{images} images each, noise seeds {seeds}" + "".join(f", {line}" for line in settings) + "."
+
+
+def _row(content: dict[str, Any]) -> ReportRow:
+    """The row that was written as ``content``."""
+    spread = _numbers({"": content["seed_spread"]})[""]
+    changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"]), "seed_spread": spread}
+    return ReportRow(**{**content, **changed})
+
+
+def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """``scores`` with NaN for what has no value."""
+    return {name: math.nan if value is None else value for name, value in scores.items()}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _table(columns: Sequence[str], lines: Iterable[Mapping[str, str]]) -> str:
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows += ["| " + " | ".join(line.get(column, "") for column in columns) + " |" for line in lines]
+    return "\n".join(rows)

@@ -1,0 +1,109 @@
+"""Figures of a report: score against network steps, and against training, for one run or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, STYLE, step_colour, step_name
+from emf_lightning.evaluation.reports.published import PUBLISHED
+from emf_lightning.evaluation.reports.report import FAMILIES, Report, ReportRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#1f8a83", "#c8443c", "#3d5a98", "#e39a2d", "#6b4c8f", "#555555")
+"""One for each run."""
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
+"""One for each guidance scale of each run."""
+
+
+def steps_figure(report: Report) -> Figure:
+    """Score against network steps, a panel for each metric, a line for each run, weights and guidance.
+
+    A run has a colour, each of its guidance scales a marker; weights without averaging are dashed. The paper's EMF and
+    its parent are grey where the tasks are the same; the legend says where their judge is another.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    groups = report.groups()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * max(len(groups), 1), 3.2), layout="constrained")
+        panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
+        runs = list(dict.fromkeys(row.run for row in report.rows))
+        scales = list(dict.fromkeys((row.run, row.guidance) for row in report.rows))
+        for axes, group in zip(panels, groups, strict=False):
+            name, title = group[0].metric, group[0].title
+            counts = sorted({row.steps for row in group})
+            for model, rows in _lines(group).items():
+                axes.errorbar(
+                    [row.steps for row in rows],
+                    [row.scores["score"] for row in rows],
+                    yerr=[row.scores.get("se", 0.0) for row in rows],
+                    label=model,
+                    color=COLOURS[runs.index(rows[0].run) % len(COLOURS)],
+                    marker=MARKERS[scales.index((rows[0].run, rows[0].guidance)) % len(MARKERS)],
+                    linestyle="-" if rows[0].weights == "averaged" else "--",
+                    capsize=2,
+                    elinewidth=0.8,
+                )
+            family = FAMILIES.get(name, name)
+            for model, marker in (("EMF", "o"), ("BLIP3o-NEXT 3B", "s")):
+                known = [
+                    (r.steps, r.scores[family]["score"]) for r in PUBLISHED if r.model == model and family in r.scores
+                ]
+                if known:
+                    label = f"{model} (published{', its own detector' if family != name else ''})"
+                    style = {"color": "#aaaaaa", "linestyle": ":", "marker": marker, "markersize": 3}
+                    axes.plot(*zip(*sorted(known), strict=True), label=label, **style)
+                    counts = sorted({*counts, *(steps for steps, _ in known)})
+            for level, scores in report.levels.get(name, {}).items():
+                axes.axhline(scores["score"], color="#999999", linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
+                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate(level, (1, scores["score"]), fontsize=6.5, color="#777777", **place)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.minorticks_off()
+            axes.set(title=fill(title, 44), xlabel="network steps", ylabel="score")
+        # one legend, beside no line: most panels show the same runs
+        shown = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        columns = min(len(panels), 3)
+        figure.set_figheight(2.6 + 0.15 * -(-len(shown) // columns))  # the panels keep their size
+        figure.legend(list(shown.values()), list(shown), loc="outside lower center", handlelength=2.4, ncols=columns)
+    return figure
+
+
+def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str) -> Figure:
+    """Score against optimiser steps, a colour for each step count, a line style for each run: the paper's Figure 4.
+
+    Args:
+        curves: run -> network steps -> (optimiser step, score) points in order.
+        title: what the score is.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    styles = ("-", "--", "-.", ":")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for number, (run, lines) in enumerate(curves.items()):
+            style = styles[number % len(styles)]
+            for steps, points in sorted(lines.items()):
+                axes.plot(*zip(*points, strict=True), color=step_colour(steps), linestyle=style)
+            axes.plot([], [], color=OTHER_COLOUR, linestyle=style, label=run)
+        for steps in sorted({steps for lines in curves.values() for steps in lines}):
+            axes.plot([], [], color=step_colour(steps), label=step_name(steps))
+        axes.set(title=title, xlabel="optimiser steps", ylabel="score", ylim=(-0.02, 1.04))
+        axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
+    return figure
+
+
+def _lines(rows: Sequence[ReportRow]) -> dict[str, list[ReportRow]]:
+    """The rows of each line, fewest steps first."""
+    lines: dict[str, list[ReportRow]] = {}
+    for row in sorted(rows, key=lambda row: row.steps):
+        lines.setdefault(row.model, []).append(row)
+    return lines

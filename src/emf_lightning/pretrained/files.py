@@ -1,0 +1,84 @@
+"""Files of published weights, in a folder or on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emf_lightning.pretrained.configs import CONFIGS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
+    """The ``config.json`` of a folder or hub name, or what is known of its size where it cannot be read.
+
+    Raises:
+        OSError: where neither is to be had.
+    """
+    try:
+        config = json.loads(_file(name, "config.json", subfolder).read_text())
+    except OSError:
+        known = CONFIGS.get("/".join(filter(None, (name, subfolder))))
+        if known is None:
+            raise
+        return dict(known)
+    assert isinstance(config, dict)
+    return config
+
+
+def tensors_of(name: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it, from a folder's or hub name's safetensors.
+
+    Only the files that hold one of them are read, or downloaded.
+
+    Raises:
+        OSError: where there are no safetensors.
+        ValueError: where a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for path in _weight_files(name, prefix):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # no mapping
+                    if key.startswith(prefix):
+                        tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
+    return tensors
+
+
+def _weight_files(name: str, prefix: str) -> Iterator[Path]:
+    try:
+        index = json.loads(_file(name, "model.safetensors.index.json").read_text())
+    except OSError:
+        yield _file(name, "model.safetensors")
+        return
+    for file in sorted({file for key, file in index["weight_map"].items() if key.startswith(prefix)}):
+        yield _file(name, file)
+
+
+def _file(name: str, file: str, subfolder: str | None = None) -> Path:
+    """A file of a folder, or of a hub repository, from the local cache where it is there.
+
+    Raises:
+        OSError: where it is not to be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        path = folder / (subfolder or "") / file
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, subfolder=subfolder))
+    except HFValidationError as error:  # a path that is not there
+        raise FileNotFoundError(f"no folder {name}") from error

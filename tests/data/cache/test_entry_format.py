@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from emf_lightning.data.cache.entry_format import EntryFormat
+
+DTYPES = ("float32", "bfloat16", "float16", "float8")
+MASKS = {
+    "prefix": [True] * 4 + [False] * 7,
+    "all": [True] * 11,
+    "none": [False] * 11,
+    "suffix": [False] * 4 + [True] * 7,
+    "scattered": [True, False, False, True, True, False, True, False, False, False, True],
+}
+
+
+def row(dtype: str = "float32", mask: str = "prefix") -> tuple[EntryFormat, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return EntryFormat(length=11, width=5, dtype=dtype), torch.randn(1, 11, 5) * 100, torch.tensor([MASKS[mask]])
+
+
+def unpacked(entries: EntryFormat, entry: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    assert entries.is_intact(entry)
+    context, mask = entries.unpack([entry])
+    return context[0], mask[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_round_trip_keeps_the_mask_and_the_rounded_tokens_and_zeroes_the_rest(dtype, mask):
+    entries, context, kept = row(dtype, mask)
+    (entry,) = entries.pack(context, kept)
+    loaded, loaded_mask = unpacked(entries, entry)
+    assert loaded.dtype == getattr(torch, "bfloat16" if dtype == "float8" else dtype)
+    assert torch.equal(loaded_mask, kept[0])
+    if dtype != "float8":
+        expected = torch.where(kept[0, :, None], context[0].to(getattr(torch, dtype)), 0.0)
+        assert torch.equal(loaded, expected)
+    assert not loaded[~loaded_mask].any()
+    assert torch.equal(entries.rounded(context)[kept], loaded[loaded_mask].float())
+
+
+def test_several_entries_are_unpacked_in_order():
+    entries, context, _ = row("bfloat16")
+    contexts, masks = torch.cat([context, -context]), torch.tensor([MASKS["scattered"], MASKS["prefix"]])
+    loaded, loaded_masks = entries.unpack(entries.pack(contexts, masks))
+    assert torch.equal(loaded_masks, masks)
+    assert torch.equal(loaded[masks], contexts.bfloat16()[masks])
+    assert entries.unpack([])[0].shape == (0, 11, 5)
+
+
+def test_float8_keeps_four_bits_of_each_number_whatever_the_size_of_its_token():
+    entries = EntryFormat(length=4, width=2000, dtype="float8")
+    context = torch.randn(1, 4, 2000, generator=torch.Generator().manual_seed(0))
+    context *= torch.tensor([1e-6, 1.0, 300.0, 1e9])[:, None]
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loaded = unpacked(entries, entries.pack(context, mask)[0])[0].float()
+    largest = context[0].abs().amax(-1, keepdim=True)
+    kept = context[0].abs() > largest * 2**-14  # smaller ones lose bits
+    assert ((loaded - context[0]).abs() / context[0].abs())[kept].max() <= 2**-4
+    assert 0.02 < entries.error(context, mask) < 0.035
+    assert EntryFormat(4, 2000, "bfloat16").error(context, mask) < 0.002
+    assert EntryFormat(4, 2000, "float32").error(context, mask) == 0
+
+
+def test_a_token_of_zeros_and_the_largest_number_survive_float8():
+    entries = EntryFormat(length=2, width=3, dtype="float8")
+    context = torch.tensor([[[0.0, 0.0, 0.0], [448.0 * 2**5, -448.0 * 2**5, 1.0]]])
+    loaded = unpacked(entries, entries.pack(context, torch.ones(1, 2, dtype=torch.bool))[0])[0]
+    assert torch.equal(loaded.float(), context[0])
+
+
+def test_infinities_and_tiny_numbers_survive_bfloat16():
+    entries = EntryFormat(length=11, width=5, dtype="bfloat16")
+    context = torch.zeros(1, 11, 5)
+    context[0, 0] = torch.tensor([float("inf"), float("-inf"), -0.0, 1e-40, 3e38])
+    (entry,) = entries.pack(context, torch.ones(1, 11, dtype=torch.bool))
+    assert torch.equal(unpacked(entries, entry)[0], context[0].bfloat16())
+
+
+def test_only_unmasked_tokens_take_room():
+    entries, context, mask = row("bfloat16", "prefix")
+    (entry,) = entries.pack(context, mask)
+    assert entries.largest - len(entry) == 7 * 5 * 2
+    assert len(EntryFormat(11, 5, "bfloat16").pack(context, torch.ones_like(mask))[0]) == entries.largest
+
+
+def test_what_lies_in_masked_positions_is_not_stored():
+    entries, context, mask = row()
+    other = context.masked_fill(~mask[..., None], torch.nan)
+    assert entries.pack(context, mask) == entries.pack(other, mask)
+
+
+def test_rows_that_are_views_of_other_memory_are_packed_alike():
+    entries, context, mask = row()
+    strided = context.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert entries.pack(strided, mask) == entries.pack(context, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_flipped_bit_goes_unnoticed(dtype):
+    entries, context, mask = row(dtype, "scattered")
+    (entry,) = entries.pack(context, mask)
+    for place in range(len(entry)):
+        if place in (2, 3):  # padding of the header
+            continue
+        damaged = bytearray(entry)
+        damaged[place] ^= 1 << place % 8
+        assert not entries.is_intact(memoryview(damaged)), place
+
+
+def test_a_shortened_or_lengthened_entry_is_not_intact():
+    entries, context, mask = row()
+    (entry,) = entries.pack(context, mask)
+    for wrong in (b"", entry[:7], entry[:-1], entry + b"\0"):
+        assert not entries.is_intact(memoryview(wrong))
+
+
+@pytest.mark.parametrize("other", [(10, 5, "float32"), (11, 6, "float32"), (11, 5, "bfloat16")], ids=str)
+def test_an_entry_of_another_shape_or_dtype_is_not_intact(other):
+    entries, context, mask = row()
+    (entry,) = entries.pack(context, mask)
+    assert entries.is_intact(memoryview(entry))
+    assert not EntryFormat(*other).is_intact(memoryview(entry))

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.filling import CacheFilling
+from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.streams import ShardStream
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.text.base import TextEncoder
+from emf_lightning.text.blip3o_next import BLIP3oNext
+from emf_lightning.text.words import WordEncoder
+from tests.data.tars import SIDE, picture, write_tar
+from tests.tiny_blip3o import SETTINGS, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> BLIP3oNext:
+    return BLIP3oNext(str(save_checkpoint(tmp_path_factory.mktemp("blip3o"))), **SETTINGS)
+
+
+@pytest.fixture
+def shards(tmp_path) -> list[str]:
+    paths = []
+    for shard in range(3):
+        members = {}
+        for number in range(5 * shard, 5 * shard + 5):
+            members |= {f"{number}.png": picture(number), f"{number}.txt": f"two ball and {number % 4} ring".encode()}
+        paths.append(write_tar(tmp_path / f"{shard}.tar", members))
+    return paths
+
+
+def make(text: TextEncoder, shards: list[str], folder: Path | None, **options) -> CaptionImageData:
+    caches = {}
+    if folder is not None:
+        caches = {"cache": FeatureCache(folder / "f", 0.01), "latent_cache": LatentCache(folder / "l", 0.01)}
+    options = {"batch_size": 4, "resolution": SIDE, "num_workers": 0, **caches, **options}
+    return CaptionImageData(text, Pixels(), shards, **options)
+
+
+def pairs(data: CaptionImageData) -> tuple[list[str], torch.Tensor]:
+    """The captions and views of the first batch in the shards' order."""
+    stream = ShardStream(data.shards, SIDE, data.batch_size, view_side=data.text.view_side)
+    batch = next(iter(stream))
+    return list(batch.captions), batch.views.float() / 127.5 - 1
+
+
+def fill(data: CaptionImageData, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
+    *_, last = CacheFilling(data, CPU, rank, ranks).fill()
+    return last.done, last.present
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_computes_nothing_after_filling(encoder, shards, tmp_path, num_workers):
+    assert fill(make(encoder, shards, tmp_path, num_workers=num_workers)) == (15, 0)
+    data = make(encoder, shards, tmp_path)
+    data.setup("fit")
+    expected = make(encoder, shards, None)
+    expected.setup("fit")
+    for raw, other in zip(data.train_dataloader(), expected.train_dataloader(), strict=True):
+        assert raw.found.all() and raw.latents_found.all()
+        batch, fresh = (d.on_after_batch_transfer(r, 0) for d, r in ((data, raw), (expected, other)))
+        assert batch.captions == fresh.captions
+        torch.testing.assert_close(batch.text.context, fresh.text.context, atol=1e-5, rtol=1e-4)
+        assert torch.equal(batch.latents, fresh.latents)
+    assert data.cache.fetch("") is not None  # the null caption
+
+
+def test_ranks_share_the_work_and_a_second_call_finds_it_done(encoder, shards, tmp_path):
+    done = [fill(make(encoder, shards, tmp_path), rank, 2)[0] for rank in range(2)]
+    assert sum(done) == 15
+    assert min(done) > 0
+    assert fill(make(encoder, shards, tmp_path)) == (0, 15)
+
+
+def test_what_was_interrupted_goes_on(encoder, shards, tmp_path):
+    running = CacheFilling(make(encoder, shards, tmp_path), CPU).fill()
+    assert next(running).done == 4
+    running.close()
+    assert fill(make(encoder, shards, tmp_path)) == (11, 4)
+
+
+def test_only_the_missing_kind_is_computed(encoder, shards, tmp_path):
+    fill(make(encoder, shards, tmp_path, latent_cache=None))
+    filling = CacheFilling(make(encoder, shards, tmp_path), CPU)
+    *batches, _ = filling.stream
+    assert all(batch.found.all() and not batch.latents_found.any() for batch in batches)
+    assert all(len(batch.views) == 0 and len(batch.images) == len(batch) for batch in batches)
+    assert fill(make(encoder, shards, tmp_path)) == (15, 0)
+
+
+def test_captions_alone_need_no_image_to_be_decoded(shards, tmp_path):
+    members = {"0.png": picture(0)[:50], "0.txt": b"a red cube"}  # corrupt: decoding it would leave it out
+    data = make(WordEncoder(width=8, length=4), [write_tar(tmp_path / "x.tar", members)], tmp_path, latent_cache=None)
+    assert fill(data) == (1, 0)
+    assert data.cache.fetch("a red cube") is not None
+
+
+def test_options_state_the_size_and_the_measured_error_of_each_dtype(encoder, shards, tmp_path):
+    filling = CacheFilling(make(encoder, shards, tmp_path), CPU)
+    assert filling.count() == 15
+    options = filling.options(100_000)
+    assert set(options) == {"features", "latents"}
+    *_, pooled = options["features"]
+    whole = encoder.encode_pairs(*pairs(filling.data)).context
+    averaged = torch.cat([whole[:, :1], whole[:, 1:].mean(1, keepdim=True).expand(-1, 9, -1)], dim=1)
+    assert pooled.token_pool == 3
+    assert pooled.error == pytest.approx(float((averaged - whole).norm() / whole.norm()))
+    assert pooled.size < 0.3 * options["features"][0].size
+    for choices in (options["latents"], options["features"][:4]):
+        errors = {choice.dtype: choice.error for choice in choices}
+        assert errors["float32"] == 0
+        assert 0 < errors["float16"] < errors["bfloat16"] < 0.004 < errors["float8"] < 0.05
+        sizes = [choice.size for choice in choices]
+        assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
+    assert options["latents"][0].size == filling.caches["latents"].size(100_000)
+
+
+def test_the_published_size_is_what_it_is_said_to_be(tmp_path):
+    cache = FeatureCache(tmp_path, max_gb=700, dtype="bfloat16")
+    with pytest.warns(UserWarning, match="the disk of"):  # 700 GB are not to be had where tests run
+        cache._open("published", 730, 2304)
+    with pytest.raises(ValueError, match=r"too small: 170,000 samples x 3\.37 MB = 572 GB; free: .*float8"):
+        cache.estimate(170_000)
+
+
+def test_too_little_room_is_said_before_anything_is_encoded(encoder, shards, tmp_path):
+    small = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
+    filling = CacheFilling(make(encoder, shards, None, **small), CPU)
+    filling.check(1000)
+    with pytest.raises(ValueError, match=r"the features would not fit: 30,000 samples x .*raise max_gb to"):
+        filling.check(30_000)
+    each = filling.caches["features"].size(1)
+    with pytest.raises(ValueError, match=r"share .* and take .* together, the limit is 10 MB"):
+        filling.check(int(0.95e7 / each))
+
+
+def test_a_cache_that_fills_up_stops_with_a_sentence(encoder, shards, tmp_path):
+    members = {}
+    for number in range(2000):
+        members |= {f"{number}.png": picture(1), f"{number}.txt": f"{number} ring".encode()}
+    words = WordEncoder(width=64, length=4)
+    data = make(words, [write_tar(tmp_path / "x.tar", members)], None, cache=FeatureCache(tmp_path / "c", 0.001))
+    with pytest.warns(UserWarning, match="reached max_gb"), pytest.raises(ValueError, match="took no more at max_gb"):
+        fill(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"cache": None, "latent_cache": None}, "nothing to fill"), ({"flip": True}, "data.flip: mirrors images")],
+)
+def test_data_that_cannot_be_filled_ahead_say_why(encoder, shards, tmp_path, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CacheFilling(make(encoder, shards, tmp_path, **change), CPU)
+
+
+def test_shards_without_a_usable_sample_are_named(encoder, tmp_path):
+    data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": picture(0)})], tmp_path)
+    with pytest.raises(ValueError, match=r"data\.shards: no usable sample in 1 shards"):
+        CacheFilling(data, CPU).options(1)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.dataset_shards import open_dataset, samples_of, write_samples
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.text.words import WordEncoder
+from tests import pipelines
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    return pipelines.cifar10(tmp_path_factory.mktemp("hub") / "cifar10")
+
+
+def batch_of(shards, **settings):
+    data = CaptionImageData(
+        WordEncoder(width=16), Pixels(), str(shards), batch_size=8, num_workers=0, shuffle_block=1, **settings
+    )
+    data.setup("fit")
+    return data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+
+
+def test_pictures_and_classes_come_back_as_they_were(cifar, tmp_path):
+    dataset = open_dataset(str(cifar), "train")
+    paths = write_samples(samples_of(dataset, "label"), tmp_path / "shards", {}, samples_per_shard=10)
+    assert [path.name for path in paths] == ["data-000000.tar", "data-000001.tar", "data-000002.tar"]
+    batch = batch_of(paths[0], resolution=32)
+    for row in range(8):
+        pixels = torch.from_numpy(np.asarray(dataset[row]["img"])).permute(2, 0, 1)
+        assert torch.allclose((batch.latents[row] + 1) * 127.5, pixels.float(), atol=1e-3)
+    assert batch.captions[:3] == ("a photo of an airplane", "a photo of an automobile", "a photo of a bird")
+
+
+def test_an_interrupted_call_writes_only_what_is_missing(tmp_path):
+    samples = [(None, f"caption {i}") for i in range(25)]
+    paths = write_samples(samples, tmp_path, {"rows": 25}, samples_per_shard=10)
+    before = [path.stat().st_mtime_ns for path in paths]
+    content = paths[1].read_bytes()
+    paths[1].unlink()
+    assert write_samples(samples, tmp_path, {"rows": 25}, samples_per_shard=10) == paths
+    after = [path.stat().st_mtime_ns for path in paths]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert len(paths[1].read_bytes()) == len(content)
+    with pytest.raises(ValueError, match="holds other samples"):
+        write_samples(samples, tmp_path, {"rows": 26}, samples_per_shard=10)
+
+
+def test_captions_alone_are_read_without_pictures(tmp_path):
+    write_samples([(None, f"a red cat {i}") for i in range(8)], tmp_path, {})
+    batch = batch_of(tmp_path, resolution=16, pictures=False)
+    assert batch.captions == tuple(f"a red cat {i}" for i in range(8))
+    assert batch.latents.shape == (8, 3, 16, 16)
+    assert not batch.latents.any()
+    with pytest.raises(ValueError, match="8 x missing image"):
+        batch_of(tmp_path, resolution=16)
+
+
+def test_a_copy_that_save_to_disk_wrote_is_read_too(cifar, tmp_path):
+    whole = open_dataset(str(cifar), "train")
+    whole.save_to_disk(str(tmp_path / "saved"))
+    again = open_dataset(str(tmp_path / "saved"), "train")
+    assert again[5]["label"] == whole[5]["label"]
+    with pytest.raises(ValueError, match="there are no samples"):
+        write_samples(iter(()), tmp_path / "none", {})

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from emf_lightning.data.shapes.prompts import TASKS, evaluation_prompts
+from emf_lightning.data.shapes.world import SMALL
+from emf_lightning.evaluation.geneval.task_scores import GenEvalScore, TaskScores, score_table
+from emf_lightning.evaluation.geneval.verdict import Judgement
+
+PROMPTS = evaluation_prompts(SMALL, per_task=20)
+RIGHT, LOOSE, WRONG = Judgement(True, True, ""), Judgement(True, False, ""), Judgement(False, False, "missing")
+
+
+def judged(probability: float, images: int = 4, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [(prompt, RIGHT if rng.random() < probability else WRONG) for prompt in PROMPTS for _ in range(images)]
+
+
+def counted(rows) -> GenEvalScore:
+    metric = GenEvalScore(PROMPTS)
+    metric.update([prompt for prompt, _ in rows], [judgement for _, judgement in rows])
+    return metric
+
+
+def test_overall_is_the_mean_of_the_task_means_not_of_the_images():
+    rows = [(prompt, RIGHT if prompt.tag == "single_object" else WRONG) for prompt in PROMPTS]
+    singles = sum(prompt.tag == "single_object" for prompt in PROMPTS)
+    scores = TaskScores.of(rows)
+    assert list(scores.correct) == list(TASKS)
+    assert scores.correct["single_object"] == 1
+    assert scores.overall == pytest.approx(1 / 6)
+    assert singles / len(PROMPTS) < 0.1  # what the mean of the images would be
+
+
+def test_strict_and_correct_are_counted_apart():
+    scores = TaskScores.of((prompt, LOOSE) for prompt in PROMPTS)
+    assert (scores.overall, scores.overall_strict) == (1.0, 0.0)
+
+
+def test_two_metrics_added_up_equal_one_that_saw_everything():
+    rows = judged(0.6)
+    whole, first, second = counted(rows), counted(rows[::2]), counted(rows[1::2])
+    for name in ("images", "correct", "strict"):
+        assert whole._reductions[name] is not None  # summed over ranks
+        setattr(first, name, getattr(first, name) + getattr(second, name))
+    assert first.scores() == whole.scores()
+
+
+def first_of_two_ranks_scores_alone(rank, store, ended, answers):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    if rank == 0:
+        answers.put(TaskScores.of(judged(0.6)))
+    ended.wait(60)  # the other rank is there and never asks for a score
+
+
+def test_scores_of_single_images_ask_no_other_rank(tmp_path):
+    ranks = torch.multiprocessing.get_context("fork")
+    answers, ended = ranks.Queue(), ranks.Event()
+    arguments = (tmp_path / "store", ended, answers)
+    processes = [ranks.Process(target=first_of_two_ranks_scores_alone, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        assert answers.get(timeout=30) == TaskScores.of(judged(0.6))
+    finally:
+        ended.set()
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def test_the_metric_starts_anew_after_a_reset():
+    metric = counted(judged(0.5))
+    metric.reset()
+    assert metric.images.sum() == 0
+    assert math.isnan(metric.scores().overall)
+
+
+def test_computed_values_are_tensors_by_tag():
+    metric = counted(judged(0.7))
+    values = metric.compute()
+    assert set(values) == {*TASKS, "overall", "strict", "se", "seen", "held_out"}
+    assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values.values())
+    assert {name: value.item() for name, value in values.items()} == pytest.approx(metric.scores().values(), rel=1e-6)
+
+
+def test_seen_and_held_out_compositions_are_told_apart():
+    scores = TaskScores.of((prompt, WRONG if prompt.held_out else RIGHT) for prompt in PROMPTS)
+    split = {prompt.tag for prompt in PROMPTS if prompt.held_out}
+    assert set(scores.held_out) == set(scores.seen) == split
+    assert set(scores.held_out.values()) == {0.0}
+    assert set(scores.seen.values()) == {1.0}
+    assert scores.values()["held_out"] == 0.0
+
+
+def test_the_standard_error_is_that_of_prompts_not_of_images():
+    rng = np.random.default_rng(1)
+    by_prompt = {prompt.prompt: rng.random() < 0.5 for prompt in PROMPTS}  # images of a prompt all alike
+    few, many = (
+        TaskScores.of((p, RIGHT if by_prompt[p.prompt] else WRONG) for p in PROMPTS for _ in range(images))
+        for images in (1, 16)
+    )
+    assert many.standard_error == pytest.approx(few.standard_error, rel=0.1)
+    shares = [[by_prompt[p.prompt] for p in PROMPTS if p.tag == task] for task in TASKS]
+    closed_form = math.sqrt(sum(np.var(share) / len(share) for share in shares)) / len(TASKS)
+    assert many.standard_error == pytest.approx(closed_form, rel=0.1)
+
+
+def test_a_model_that_is_right_with_probability_p_scores_p():
+    scores = TaskScores.of(judged(0.7, images=20))
+    assert abs(scores.overall - 0.7) < 3 * scores.standard_error
+    assert 0 < scores.standard_error < 0.05
+
+
+def test_tasks_without_images_are_left_out():
+    scores = TaskScores.of(row for row in judged(0.5) if row[0].tag == "colors")
+    assert list(scores.correct) == ["colors"]
+    assert scores.overall == scores.correct["colors"]
+
+
+def test_strange_prompts_are_errors():
+    metric = GenEvalScore(PROMPTS[:3])
+    with pytest.raises(ValueError, match=f"'{PROMPTS[5].prompt}' is none of the 3"):
+        metric.update([PROMPTS[5]], [RIGHT])
+    with pytest.raises(ValueError, match="prompts must differ"):
+        GenEvalScore([PROMPTS[0], PROMPTS[0]])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        metric.update(PROMPTS[:2], [RIGHT])
+
+
+def test_the_table_has_a_row_a_score_and_a_column_a_task():
+    table = score_table({"1 step": TaskScores.of(judged(0.3)), "4 steps": TaskScores.of(judged(1.0))})
+    head, _, first, last = table.splitlines()
+    assert head.count("|") == first.count("|") == len(TASKS) + 5
+    assert "attribution" in head
+    assert last.startswith("| 4 steps | 1.000 |")
+    assert "**1.000** ± 0.000" in last

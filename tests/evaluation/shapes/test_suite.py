@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from emf_lightning.data.shapes.prompts import TASKS, colors, evaluation_prompts
+from emf_lightning.data.shapes.scenes import scene_for
+from emf_lightning.data.shapes.world import SMALL
+from emf_lightning.evaluation.shapes.suite import ShapesSuite
+
+SUITE = ShapesSuite(per_task=8, scenes_per_task=10)
+
+
+def test_every_task_gets_as_many_images_whatever_its_number_of_prompts():
+    images = SUITE.images(12)
+
+    assert Counter(image.prompt.tag for image in images) == dict.fromkeys(TASKS, 12)
+    assert len({(image.prompt.prompt, image.index) for image in images}) == len(images)
+    single = [image for image in images if image.prompt.tag == "single_object"]
+    assert [image.index for image in single] == [0] * 5 + [1] * 5 + [2] * 2
+
+
+def test_few_images_are_a_beginning_of_many():
+    few, many = SUITE.images(3), SUITE.images(20)
+    assert all(image in many for image in few)
+
+
+def test_prompts_are_the_worlds():
+    assert list(ShapesSuite("small").prompts()) == evaluation_prompts(SMALL)
+
+
+def test_clean_scenes_score_the_ceiling_and_other_scenes_of_the_task_hardly_anything():
+    assert SUITE.ceiling().overall == 1
+    assert SUITE.chance().overall < 0.1
+    assert SUITE.ceiling() is SUITE.ceiling(), "not kept"
+
+
+def test_a_picture_is_judged_by_its_prompt():
+    red = colors(SMALL, "red", "circle")
+    picture = scene_for(SMALL, red, np.random.default_rng(0)).draw(SMALL)
+
+    assert SUITE.judge(picture, red).strict
+    assert not SUITE.judge(picture, colors(SMALL, "blue", "circle")).correct
+    assert not SUITE.judge(np.full_like(picture, 153), red).correct
+
+
+def test_an_unknown_world_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="no world 'huge'; the worlds are small, full"):
+        ShapesSuite("huge")

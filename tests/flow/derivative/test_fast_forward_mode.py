@@ -1,0 +1,96 @@
+"""Each rule against torch's own forward mode, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from emf_lightning.flow.derivative.fast_forward_mode import LeanForwardMode
+
+
+def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def tangent(function, *moving: torch.Tensor, lean: bool) -> torch.Tensor:
+    """Of ``function`` along random tangents of its arguments."""
+    tangents = [tensor(*x.shape, seed=10 + i) for i, x in enumerate(moving)]
+    if not lean:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(function, moving, tuple(tangents))[1]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), LeanForwardMode():
+        duals = [forward_ad.make_dual(x, dx) for x, dx in zip(moving, tangents, strict=True)]
+        return forward_ad.unpack_dual(function(*duals)).tangent
+
+
+X, Q, K = tensor(2, 5, 6), tensor(2, 3, 5, 4, seed=1), tensor(2, 3, 7, 4, seed=2)
+V, W, B = tensor(2, 3, 7, 4, seed=3), tensor(6, seed=4), tensor(6, seed=5)
+IMAGE = tensor(2, 5, 7, 6, seed=6).permute(0, 3, 1, 2)  # as SANA's, whose channels lie innermost
+SEEN = torch.tensor([[True] * 4 + [False] * 3])
+CASES = {
+    "linear": (lambda x: F.linear(x, tensor(4, 6), tensor(4)), X),
+    "linear by keyword": (lambda x: F.linear(input=x, weight=tensor(4, 6)), X),
+    "linear whose weight moves": (lambda x, w: F.linear(x, w), X, tensor(4, 6)),
+    "convolution": (lambda x: F.conv2d(x, tensor(8, 6, 3, 3), tensor(8), stride=2, padding=1), IMAGE),
+    "depthwise": (lambda x: F.conv2d(x, tensor(6, 1, 3, 3), None, 1, 1, 1, 6), IMAGE),
+    "layer norm": (lambda x: F.layer_norm(x, (6,)), X),
+    "layer norm with weights": (lambda x: F.layer_norm(x, (6,), W, B, 1e-6), X),
+    "layer norm whose weight moves": (lambda x, w: F.layer_norm(x, (6,), w, B), X, W),
+    "layer norm over two dimensions": (lambda x: F.layer_norm(x, (5, 6)), X),
+    "attention to what stands still": (lambda q: F.scaled_dot_product_attention(q, K, V), Q),
+    "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), Q, K, V),
+    "attention of keys": (lambda k: F.scaled_dot_product_attention(Q, k, V), K),
+    "attention of values": (lambda v: F.scaled_dot_product_attention(Q, K, v), V),
+    "masked attention": (lambda q, k: F.scaled_dot_product_attention(q, k, V, SEEN), Q, K),
+    "attention with a bias": (lambda q: F.scaled_dot_product_attention(q, K, V, -1e4 * (~SEEN).double()), Q),
+    "attention with a scale": (lambda q, k: F.scaled_dot_product_attention(q, k, V, scale=0.3), Q, K),
+    "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, V, is_causal=True), Q, K),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule_equals_torchs(case):
+    function, *moving = CASES[case]
+    lean, stock = (tangent(function, *moving, lean=lean) for lean in (True, False))
+    assert (lean - stock).norm() < 1e-12 * stock.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_is_the_plain_one(case):
+    function, *moving = CASES[case]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), LeanForwardMode():
+        value = forward_ad.unpack_dual(function(*(forward_ad.make_dual(x, x) for x in moving))).primal
+    assert (value - function(*moving)).abs().max() < 1e-12
+
+
+def test_a_row_that_sees_nothing_is_0_and_stays_0():
+    nothing = torch.zeros(1, 7, dtype=torch.bool)
+    derivative = tangent(lambda q, k: F.scaled_dot_product_attention(q, k, V, nothing), Q, K, lean=True)
+    assert torch.equal(derivative, torch.zeros_like(derivative))
+
+
+def test_tangents_lie_in_memory_as_their_values_do():
+    with torch.no_grad(), forward_ad.dual_level(), LeanForwardMode():
+        x = forward_ad.make_dual(IMAGE, IMAGE)
+        result = forward_ad.unpack_dual(F.conv2d(x, tensor(6, 1, 3, 3), None, 1, 1, 1, 6))
+    assert result.tangent.stride() == result.primal.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_stock_types(dtype):
+    x, w = torch.randn(2, 5, 6, dtype=dtype), torch.randn(4, 6)
+    q = torch.randn(2, 3, 5, 4, dtype=dtype)
+    for function, moving in (
+        (lambda x: F.linear(x, w), x),
+        (lambda x: F.layer_norm(x, (6,)), x),
+        (lambda q: F.scaled_dot_product_attention(q, q.detach(), q.detach()), q),
+    ):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), forward_ad.dual_level():
+            plain = function(moving)
+            with LeanForwardMode():
+                result = forward_ad.unpack_dual(function(forward_ad.make_dual(moving, moving)))
+        assert result.primal.dtype == result.tangent.dtype == plain.dtype
