@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
 ARGS ?=
-# devices/ is what goes on top of one; encoders/ and scores/ are for other verbs
-EXPERIMENTS := $(filter-out devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
+# parts/ are what experiments build on, devices/ overlays; encoders/ and scores/ are for other verbs
+EXPERIMENTS := $(filter-out parts/% devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
 BENCHMARKS := shapes_detector derivative support_table feature_cache token_sampling
 SOURCES := src callbacks tests benchmarks
 
@@ -76,7 +76,7 @@ compare: $(READY) $(SHARDS) ## train all methods from the same parent for the sa
 
 objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and the same time, 3 seeds, write docs/objectives.md (4 hours on 2 cores)
 	$(BIN)/emf compare --out runs/objectives --experiments "$(call listed,$(OBJECTIVES))" \
-		--overlays "[experiments/short_comparison.yaml]" --steps 600 --minutes 5 --seeds "[0,1,2]" \
+		--overlays "[experiments/parts/short_comparison.yaml]" --steps 600 --minutes 5 --seeds "[0,1,2]" \
 		--images_per_prompt 4 --jobs 2 $(ARGS)
 	cp runs/objectives/comparison.md docs/objectives.md
 

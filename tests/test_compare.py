@@ -12,7 +12,7 @@ from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 
 EXPERIMENT = """
-base: {root}/experiments/small_adaptation.yaml
+base: {root}/experiments/parts/shapes_adaptation.yaml
 trainer: {{accelerator: cpu, precision: 32-true{trainer}}}
 data: {{shards: {shards}, validation_shards: null, batch_size: 4, num_workers: 0, cache: null}}
 model:

@@ -147,7 +147,10 @@ OVERLAYS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments
 STUDIES = sorted(
     str(path.relative_to(ROOT)) for kind in ("encoders", "scores") for path in ROOT.glob(f"experiments/{kind}/*.yaml")
 )
-SHIPPED = sorted({str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml")} - {*OVERLAYS, *STUDIES})
+PARTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/parts/*.yaml"))
+SHIPPED = sorted(
+    {str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml")} - {*OVERLAYS, *STUDIES, *PARTS}
+)
 BUILT = [path for path in SHIPPED if path.split("/")[1] not in ("fgm", "scflow")]
 """test_published_experiments.py looks at the others."""
 
@@ -216,7 +219,7 @@ def test_an_overlay_goes_on_top_of_an_experiment(overlay: str, monkeypatch: pyte
     assert "WeightEMA" in [type(callback).__name__ for callback in cli.trainer.callbacks]
 
 
-@pytest.mark.parametrize("experiment", [*SHIPPED, *OVERLAYS, *STUDIES])
+@pytest.mark.parametrize("experiment", [*SHIPPED, *OVERLAYS, *STUDIES, *PARTS])
 def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
     table = (ROOT / "experiments/README.md").read_text()
 
@@ -229,7 +232,7 @@ def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monk
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
-    files = (f"experiments/shapes/{experiment}.yaml", "experiments/short_comparison.yaml")
+    files = (f"experiments/shapes/{experiment}.yaml", "experiments/parts/short_comparison.yaml")
     options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32"]
     cli = EMFCLI.run(expand(["fit", *(part for file in files for part in ("--config", file)), *options]))
 
@@ -243,7 +246,7 @@ def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -
     from emf_lightning.cli.plan import PlanningCLI
 
     monkeypatch.chdir(ROOT)
-    files = ("experiments/emf/blip3o_next.yaml", "experiments/geneval.yaml")
+    files = ("experiments/emf/blip3o_next.yaml", "experiments/parts/geneval_in_training.yaml")
     settings = PlanningCLI.run(expand(["fit", *(part for file in files for part in ("--config", file))])).settings
     suite = settings.trainer.callbacks[-1].init_args.suite
     assert suite.class_path.endswith("GenEvalSuite")

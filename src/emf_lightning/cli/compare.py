@@ -120,7 +120,7 @@ def compare(
         minutes: of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each.
         seeds: one run of each experiment for each.
-        overlays: YAML files that apply on top of each experiment, e.g. experiments/short_comparison.yaml.
+        overlays: YAML files that apply on top of each experiment, e.g. experiments/parts/short_comparison.yaml.
         jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: by which distances and diversity are taken.
     """
