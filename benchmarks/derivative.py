@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operations import count_operations, peak_bytes
-from emf_lightning.flow.derivative.derivative import Derivative, FiniteDifference, ForwardMode, Fused
+from emf_lightning.flow.derivative.base import Derivative
+from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.derivative.float64 import KeepFloat64
-from emf_lightning.flow.objectives.base import regress
-from emf_lightning.flow.objectives.flow_matching import flow_matching
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
-from emf_lightning.flow.path import Velocity, over
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
+from emf_lightning.flow.objectives.base import weighted_mse
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.times import Times
+from emf_lightning.flow.velocity import AverageVelocity, Velocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
-from emf_lightning.modules.base import CaptionedVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.text.base import TextFeatures
 
@@ -127,7 +129,7 @@ class Bench:
         steps: dict[str, Callable[[], None]] = {FLOW: lambda: self._flow()}
         kinds: dict[str, Callable[[], Derivative]] = {
             "ForwardMode": ForwardMode,
-            "ForwardMode, not lean": lambda: ForwardMode(lean=False),
+            "ForwardMode(fast=False)": lambda: ForwardMode(fast=False),
             "Fused": Fused,
             "FiniteDifference": FiniteDifference,
         }
@@ -141,9 +143,9 @@ class Bench:
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def velocity(self, net: SanaFlowMap | None = None) -> CaptionedVelocity:
+    def velocity(self, net: SanaFlowMap | None = None) -> AverageVelocity:
         """u of ``net``, or of this network, given the batch's captions."""
-        return CaptionedVelocity(net or self.net, self.text)
+        return AverageVelocity(net or self.net, (self.text.context, self.text.mask))
 
     def _times(self, share: float) -> Times:
         n = round(share * self.rows)
@@ -151,13 +153,14 @@ class Bench:
 
     def _flow(self) -> None:
         with self._autocast():
-            terms = flow_matching(self.velocity(), self.z, self.v, Times(self.t, self.t, 0), AdaptiveWeighting())
+            times = Times(self.t, self.t, 0)
+            terms = FlowMatching().terms(self.velocity(), self.z, self.v, times, AdaptiveWeighting())
         torch.autograd.backward(terms.loss)
 
     def _meanflow(self, derivative: Derivative, share: float) -> None:
         with self._autocast():
-            objective, times = MeanFlowObjective(derivative), self._times(share)
-            terms = objective(self.velocity(), self.z, self.v, times, AdaptiveWeighting(), 0.0)
+            objective, times = MeanFlow(derivative=derivative), self._times(share)
+            terms = objective.terms(self.velocity(), self.z, self.v, times, AdaptiveWeighting(), 0.0)
         torch.autograd.backward(terms.loss)
 
     def _jvp(self, net: SanaFlowMap, times: Times) -> Tensor:
@@ -189,9 +192,9 @@ class Bench:
             self._regress(self.net, times, dudt)
 
     def _regress(self, net: SanaFlowMap, times: Times, dudt: Tensor) -> None:
-        target = (self.v - over(times.t - times.r, self.z) * dudt).detach()
+        target = (self.v - expand_like(times.t - times.r, self.z) * dudt).detach()
         value = self.velocity(net)(self.z, times.r, times.t)
-        terms = regress(value, target, self.v, times, AdaptiveWeighting(), dudt.detach())
+        terms = weighted_mse(value, target, self.v, times, AdaptiveWeighting(), dudt.detach())
         torch.autograd.backward(terms.loss)
 
     def clear(self) -> None:
@@ -243,9 +246,9 @@ def exactness(device: torch.device) -> list[list[str]]:
         z, v, t = bench.z, bench.v, bench.t
         r = 0.4 * t
         double = copy.deepcopy(net).double()
-        u64 = CaptionedVelocity(double, bench.text.to(dtype=torch.float64))
+        u64 = AverageVelocity(double, (bench.text.context.double(), bench.text.mask))
         with KeepFloat64():
-            exact = ForwardMode().along(u64, z.double(), r.double(), t.double(), v.double())
+            exact = ForwardMode().jvp(u64, z.double(), r.double(), t.double(), v.double())
         full, coarse = bench.velocity(), bench.velocity(copy.deepcopy(net).bfloat16())
 
         def rounded(z: Tensor, r: Tensor, t: Tensor, coarse: Velocity = coarse, scale: float = scale) -> Tensor:
@@ -253,7 +256,7 @@ def exactness(device: torch.device) -> list[list[str]]:
 
         for name, derivative, u in (
             ("ForwardMode, fp32", ForwardMode("fp32"), full),
-            ("ForwardMode, fp32, not lean", ForwardMode("fp32", lean=False), full),
+            ("ForwardMode(fast=False), fp32", ForwardMode("fp32", fast=False), full),
             ("ForwardMode, bf16 autocast", ForwardMode("bf16"), full),
             ("ForwardMode, bf16 weights", ForwardMode(), coarse),
             ("ForwardMode, bf16 weights, times rounded to bf16", ForwardMode(), rounded),
@@ -264,7 +267,7 @@ def exactness(device: torch.device) -> list[list[str]]:
                 for kind in (FiniteDifference(h, central=central),)
             ),
         ):
-            dudt = derivative.along(u, z, r, t, v).double()
+            dudt = derivative.jvp(u, z, r, t, v).double()
             error = float((dudt - exact).norm() / exact.norm())
             rows.setdefault(name, []).append(f"{error:.1e}")
     return [[name, *errors] for name, errors in rows.items()]
@@ -380,7 +383,7 @@ def main() -> None:
         f"- *{RECORDED}*: as EMF's release does it, the network goes to fp32 and back (in the bf16 tables; in fp32",
         "  there is nothing to cast), and all rows' du/dt records a graph that nobody uses.",
         f"- *{SEPARATE}*: without graph and casts. Both do the same whatever the share of r < t rows is.",
-        "- *ForwardMode, not lean*: torch's own forward mode, for the r < t rows.",
+        "- *ForwardMode(fast=False)*: torch's own forward mode, for the r < t rows.",
         "- *FiniteDifference* takes its passes in fp32 always.",
         "",
         *sections,

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
-from emf_lightning.flow.sampling import sample_flow_map
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.sampling import FlowMapSampler
 from emf_lightning.flow.times import Times
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
-from emf_lightning.modules.base import CaptionedVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.pretrained.files import CONFIGS
 from emf_lightning.text.base import TextFeatures
@@ -112,9 +112,9 @@ class Latency:
     @torch.no_grad()
     def drawing(self, steps: int, guidance: bool) -> float:
         """Seconds of ``steps`` network steps, with or without guidance."""
-        u = CaptionedVelocity(self.net, self.text)
-        velocity = guided(u, CaptionedVelocity(self.net, self.text), 2.0) if guidance else u
-        return self.seconds(lambda: sample_flow_map(velocity, self.noise, steps))
+        u = AverageVelocity(self.net, (self.text.context, self.text.mask))
+        velocity = guided(u, AverageVelocity(self.net, (self.text.context, self.text.mask)), 2.0) if guidance else u
+        return self.seconds(lambda: FlowMapSampler()(velocity, self.noise, steps))
 
     @torch.no_grad()
     def decoding(self, dtype: torch.dtype) -> float:
@@ -140,11 +140,13 @@ class Latency:
                 torch.randn(rows, setting.tokens, setting.width), torch.ones(rows, setting.tokens, dtype=torch.bool)
             )
         times = Times(torch.cat([0.5 * t[:n], t[n:]]), t, n)
-        objective, weighting = MeanFlowObjective(), AdaptiveWeighting()
+        objective, weighting = MeanFlow(), AdaptiveWeighting()
 
         def step() -> None:
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = objective(CaptionedVelocity(self.net, text), z, v, times, weighting, 0.0).loss
+                loss = objective.terms(
+                    AverageVelocity(self.net, (text.context, text.mask)), z, v, times, weighting, 0.0
+                ).loss
             loss.backward()
             adam.step()
             adam.zero_grad()

@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from tests import ranks  # noqa: E402  the runs are those of the tests
 
-from emf_lightning.flow.derivative.derivative import Derivative, FiniteDifference, ForwardMode, Fused  # noqa: E402
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective  # noqa: E402
+from emf_lightning.flow.derivative.base import Derivative  # noqa: E402
+from emf_lightning.flow.derivative.finite_difference import FiniteDifference  # noqa: E402
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "devices.md"
 MARKS = ("<!-- measured by benchmarks/support_table.py -->", "<!-- end of what was measured -->")
@@ -36,7 +37,7 @@ STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 DERIVATIVES: dict[str, Callable[[], Derivative]] = {
     "`ForwardMode`": ForwardMode,
-    "`ForwardMode(lean=False)`": lambda: ForwardMode(lean=False),
+    "`ForwardMode(fast=False)`": lambda: ForwardMode(fast=False),
     "`Fused`": Fused,
     # the network reads 10 t: between the best steps for t and for 1000 t
     "`FiniteDifference(1e-3)`": lambda: FiniteDifference(1e-3),
@@ -54,7 +55,7 @@ NOT_RUN = "not run"
 def cell(out: Path, rank: int, places: list[ranks.Place], strategy: str, derivative: str, column: str) -> str | None:
     """The error of one combination, on rank 0; None on the others."""
     torch._dynamo.reset()
-    model = {"objective": MeanFlowObjective(DERIVATIVES[derivative]()), "gather_once": "once" in strategy}
+    model = {"derivative": DERIVATIVES[derivative](), "gather_once": "once" in strategy}
     try:
         ranks.train(out, "cell", places, max_steps=1, model=model, **COLUMNS[column], **STRATEGIES[strategy]())
     except Exception as error:  # every combination gets its cell

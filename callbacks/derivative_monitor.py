@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from emf_lightning.callbacks.charts import Layout, multiline, plot_charts
-from emf_lightning.flow.derivative.derivative import Derivative
+from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 BY_LENGTH = ("mse", "derivative", "cosine", "nan_rows")
 """Tags ``train/<name>_by_length/<from>-<to>``."""
@@ -70,14 +70,14 @@ class DerivativeMonitor(Callback):
         derivative = _derivative(pl_module)
         if derivative is not None and batch_idx % self.time_every_n_steps == 0:
             self._watch = _Watch(pl_module.device)
-            derivative.clock = self._watch
+            derivative.timer = self._watch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         derivative = _derivative(pl_module)
         if self._watch is not None and derivative is not None:
-            derivative.clock = nullcontext()
+            derivative.timer = nullcontext()
             self._watch.stop()
             self._watches.append(self._watch)
             self._watch = None

@@ -26,7 +26,7 @@ from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptSuite
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class FewStepSampling(Callback):
             step=step,
             label=setting.label,
             steps=setting.steps,
-            guidance=module.guidance if setting.guidance is None else setting.guidance,
+            guidance=module.guidance_scale if setting.guidance is None else setting.guidance,
             nfe=module.nfe(setting.steps, setting.guidance),
             seconds=round(evaluation.seconds, 3),
             scores=evaluation.scores,

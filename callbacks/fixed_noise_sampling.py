@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.reports.figures import step_name
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,6 @@ def draw_images(
     noise = torch.stack(rows).to(text.context.device)
     for setting in settings:
         began = time.perf_counter()
-        latents = module.sample(text, null, noise, setting.steps, setting.guidance)
+        latents = module.sample_latents(text, null, noise, setting.steps, setting.guidance)
         images = data.decode(latents).cpu().numpy()  # waits for the device
         yield Drawn(setting, images, time.perf_counter() - began)

@@ -21,7 +21,7 @@ from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.data.shapes.prompts import Prompt
 from emf_lightning.evaluation.distances.distribution import RandomFeatures, distribution
 from emf_lightning.evaluation.prompt_suite import PromptSuite
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 SUMMARY = "summary.json"
 """What is written, into the run directory."""
@@ -91,7 +91,7 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         summary: dict[str, Any] = {
-            "model": type(pl_module).__name__,
+            "model": type(pl_module.objective).__name__,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "steps": step,
             "seconds": self._before + now - self._began[0],

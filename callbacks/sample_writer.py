@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from emf_lightning.callbacks.fixed_noise_sampling import datamodule_of, draw_images, settings_of
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.undisturbed import undisturbed
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
 
@@ -83,7 +83,7 @@ class SampleWriter(Callback):
                                 "image": index,
                                 "steps": setting.steps,
                                 "nfe": pl_module.nfe(setting.steps, setting.guidance),
-                                "guidance": pl_module.guidance if setting.guidance is None else setting.guidance,
+                                "guidance": pl_module.guidance_scale if setting.guidance is None else setting.guidance,
                             }
                         )
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.undisturbed import averaged_weights
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 
 class SaveNetwork(Callback):
@@ -30,7 +30,7 @@ class SaveNetwork(Callback):
         assert isinstance(pl_module, FlowMapModule)
         run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
         with averaged_weights(trainer, pl_module):
-            net = pl_module.whole_network()
+            net = pl_module.full_network()
         if net is None:  # rank 0 has it
             return
         if self.time_scale is not None:

@@ -19,10 +19,10 @@ from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBa
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.derivative.derivative import ForwardMode
 from emf_lightning.flow.derivative.float64 import KeepFloat64, central_difference
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.path import interpolate
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
@@ -149,7 +149,7 @@ def _check(
     if derivative is not None:
         _sees_times(module, point)
         r, t = point.times(R, T)
-        trained = derivative(module.velocity(point.text), point.z, r, t, point.v, 1)[1]
+        trained = derivative(module.average_velocity(point.text), point.z, r, t, point.v, 1)[1]
         name = f"{type(derivative).__name__}, {trainer.precision}"
         check = _against_float64 if _copyable(module.net, largest) else _against_itself
         figures.insert(0, check(module, point, trained, name, tolerance))
@@ -157,7 +157,7 @@ def _check(
 
 
 def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
-    u = module.velocity(point.text)
+    u = module.average_velocity(point.text)
     r, t = point.times(T, T)
     value = u(point.z, r, t)
     if not value.isfinite().all():
@@ -179,7 +179,7 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
 
 
 def _sees_times(module: FlowMapModule, point: _Point) -> None:
-    u = module.velocity(point.text)
+    u = module.average_velocity(point.text)
     r, t = point.times(0.25, 0.5)
     with torch.autocast(point.z.device.type, enabled=False):
         value, later, longer = u(point.z, r, t), u(point.z, r, t + NUDGE), u(point.z, torch.zeros_like(r), t)
@@ -218,7 +218,7 @@ def _against_itself(module: FlowMapModule, point: _Point, trained: Tensor, name:
         return "du/dt not checked (neither a float64 copy nor fp32 weights)"
     r, t = point.times(R, T)
     with torch.autocast(point.z.device.type, enabled=False):
-        u = module.velocity(point.text)
+        u = module.average_velocity(point.text)
         error = min(_error(trained, central_difference(u, point.z, r, t, point.v, h)) for h in FP32_STEPS)
     if error > tolerance:
         raise _FaultError(_too_far(name, error, tolerance, "finite differences in fp32"))
@@ -237,9 +237,9 @@ def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
     """du/dt by forward mode in float64, and how far it is from finite differences at the best of several steps."""
     net, point = copy.deepcopy(module.net).double(), point.double()
     r, t = point.times(R, T)
-    u = module.velocity(point.text, net)
+    u = module.average_velocity(point.text, net)
     with torch.autocast(point.z.device.type, enabled=False), KeepFloat64():
-        exact = ForwardMode().along(u, point.z, r, t, point.v)
+        exact = ForwardMode().jvp(u, point.z, r, t, point.v)
         quotients = (central_difference(u, point.z, r, t, point.v, h) for h in FLOAT64_STEPS)
         return exact, min(_error(exact, quotient) for quotient in quotients)
 

@@ -28,7 +28,7 @@ from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class StepSweep(Callback):
             weights=weights,
             step=self._step,
             steps=setting.steps,
-            guidance=module.guidance if setting.guidance is None else setting.guidance,
+            guidance=module.guidance_scale if setting.guidance is None else setting.guidance,
             nfe=module.nfe(setting.steps, setting.guidance),
             images=tally.images,
             seeds=self.seeds,

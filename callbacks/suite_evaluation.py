@@ -16,7 +16,7 @@ from emf_lightning.callbacks.undisturbed import undisturbed
 from emf_lightning.evaluation.geneval.task_scores import GenEvalScore, TaskScores
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptImage, PromptSuite
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.modules.flow_map import FlowMapModule
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,15 @@ from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.self_corrected import ConsistencyObjective, ConsistencyTerms
+from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.objectives.self_corrected import ConsistencyTerms, SelfCorrectedFlow, VelocityConsistency
+from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import Schedule, Times, TimeSampler
-from emf_lightning.modules.alternating import CriticModule
+from emf_lightning.modules.alternating import AlternatingModule, Alternation
 from emf_lightning.modules.fgm import FGM
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.optimization import Optimization
 from emf_lightning.modules.scflow import SCFlow
 from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.prediction import PredictData
@@ -87,7 +91,7 @@ class GivenTimes(TimeSampler):
         super().__init__(Schedule(0.5))
         self.places, self.parts, self.calls = places, parts, 0
 
-    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def __call__(self, rows: int, progress: float, device: torch.device) -> Times:
@@ -158,8 +162,18 @@ def train(
 ) -> None:
     """Trains on ``places`` and leaves ``<name>.pt``."""
     parts = settings.get("accumulate_grad_batches", 1)
-    arguments = {"times": GivenTimes(places, parts), "optimizer": sgd, "caption_dropout": 0.0} | (model or {})
-    module, found = MeanFlow(network(**net or {}), **arguments), Found()
+    arguments = {"times": GivenTimes(places, parts), **(model or {})}
+    optimization, gather_once = Optimization(arguments.pop("optimizer", sgd)), arguments.pop("gather_once", False)
+    module, found = (
+        FlowMapModule(
+            network(**net or {}),
+            MeanFlow(**arguments),
+            optimization=optimization,
+            caption_dropout=0.0,
+            gather_once=gather_once,
+        ),
+        Found(),
+    )
     trainer = Trainer(
         **{
             "max_steps": STEPS,
@@ -192,7 +206,7 @@ def replicated() -> dict[str, Any]:
     return {"strategy": DDPStrategy(), "devices": 2}
 
 
-TEACHER = {"velocity": "teacher", "target_guidance": TargetGuidance(scale=2.0)}
+TEACHER = {"velocity": TeacherVelocity(), "guidance": TargetGuidance(scale=2.0)}
 
 
 def saver(out: Path, name: str) -> ModelCheckpoint:
@@ -228,28 +242,32 @@ class OneTime(TimeSampler):
     """t = .6 in every row."""
 
     def __init__(self) -> None:
-        super().__init__(Schedule(0.0))
+        super().__init__(Schedule(1.0))
 
-    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.full((rows,), 0.6), torch.full((rows,), 0.6)
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.full((batch,), 0.6), torch.full((batch,), 0.6)
 
 
 def fgm() -> FGM:
-    return FGM(network(), times=OneTime(), generator_time=0.7, optimizer=sgd, critic_updates=2, gradient_clip_val=0.5)
+    return FGM(
+        network(),
+        FlowGeneratorMatching(times=OneTime(), generator_time=0.7),
+        optimization=Optimization(sgd),
+        alternation=Alternation(auxiliary_updates=2, gradient_clip_val=0.5),
+    )
 
 
 def scflow() -> SCFlow:
     return SCFlow(
         network(),
         lambda net: ConvDiscriminator(net, 4, 8, group=1),
-        OneStep(truncation=0.0),
-        OneTime(),
-        optimizer=sgd,
-        gradient_clip_val=0.5,
+        SelfCorrectedFlow(consistency=OneStep(truncation=0.0), times=OneTime()),
+        optimization=Optimization(sgd),
+        alternation=Alternation(gradient_clip_val=0.5),
     )
 
 
-class OneStep(ConsistencyObjective):
+class OneStep(VelocityConsistency):
     """Steps of one length, whichever row it is."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> ConsistencyTerms:
@@ -257,12 +275,12 @@ class OneStep(ConsistencyObjective):
             return super().__call__(*arguments, **settings)
 
 
-def _in_parts(module: CriticModule) -> CriticModule:
+def _in_parts(module: AlternatingModule) -> AlternatingModule:
     module.micro_batches = 2
     return module
 
 
-def in_turn(out: Path, name: str, places: list[Place], module: CriticModule, **settings: Any) -> None:
+def in_turn(out: Path, name: str, places: list[Place], module: AlternatingModule, **settings: Any) -> None:
     """Trains two networks in turn on ``places``, and leaves the weights of both."""
     trainer = Trainer(
         max_steps=STEPS,

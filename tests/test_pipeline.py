@@ -12,6 +12,11 @@ from diffusers import SanaTransformer2DModel
 from PIL import Image
 
 from emf_lightning.cli import main
+from emf_lightning.cli.export import spec_of
+from emf_lightning.flow.guidance import ClassifierFreeGuidance
+from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
+from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
+from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from tests.callbacks.tiny import SIZE
@@ -42,10 +47,11 @@ data:
   batch_size: 8
   num_workers: 0
 model:
-  class_path: {model}
+  class_path: FlowMapModule
   init_args:
-    guidance: {guidance}
-    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.05}}}}
+    guidance_scale: {guidance}
+    objective: {{class_path: {objective}}}
+    optimization: {{optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.05}}}}}}
     net:
       class_path: SanaFlowMap
       init_args:
@@ -71,8 +77,8 @@ trainer:
 """
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 RUNS = {
-    "meanflow": {"model": "MeanFlow", "guidance": 1.0, "precision": "32-true"},
-    "guided": {"model": "FlowMatching", "guidance": 2.5, "precision": "bf16-mixed"},
+    "meanflow": {"objective": "MeanFlow", "guidance": 1.0, "precision": "32-true"},
+    "guided": {"objective": "FlowMatching", "guidance": 2.5, "precision": "bf16-mixed"},
 }
 
 
@@ -149,15 +155,19 @@ def test_guidance_can_be_set_and_counts_its_evaluations(pipelines):
     assert not torch.equal(plain.images, guided.images)
 
 
+def sampling(pipe: EMFPipeline) -> dict:
+    return {name: pipe.config[name] for name in ("sampler", "guidance", "guidance_scale")}
+
+
 def test_the_bar_counts_evaluations(pipelines, capsys):
-    pipe = EMFPipeline(**pipelines["guided"].components, model=pipelines["guided"].config.model, latent_size=36)
+    pipe = EMFPipeline(**pipelines["guided"].components, **sampling(pipelines["guided"]), latent_size=36)
     pipe(PROMPTS[0], num_inference_steps=2)
     assert "4/4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [{"prompt": []}, {"prompt": "a", "num_inference_steps": 0}])
 def test_nothing_to_draw_is_refused(pipelines, arguments):
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing to generate"):
         pipelines["meanflow"](**arguments)
 
 
@@ -165,7 +175,7 @@ def test_offloading_asks_for_each_part_in_its_turn(pipelines, monkeypatch):
     """On a CPU accelerate's hooks have nothing to move; that they are called is all that can be seen."""
     from accelerate.hooks import CpuOffload
 
-    pipe = EMFPipeline(**pipelines["meanflow"].components, model=pipelines["meanflow"].config.model, latent_size=36)
+    pipe = EMFPipeline(**pipelines["meanflow"].components, **sampling(pipelines["meanflow"]), latent_size=36)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(PROMPTS[0], output_type="pt").images
     pipe.enable_model_cpu_offload(device="cpu:0")
@@ -221,9 +231,9 @@ def test_a_run_that_is_none_and_a_folder_that_is_full_are_refused(world, monkeyp
 def test_every_objectives_own_sampler_is_kept(pipelines):
     """FGM renoises, SCFlow steps along u(z, t, t), Improved MeanFlow is told its guidance."""
     from emf_lightning.modules.fgm import FGM
-    from emf_lightning.modules.improved_meanflow import ImprovedMeanFlow
+    from emf_lightning.modules.flow_map import FlowMapModule
     from emf_lightning.modules.scflow import SCFlow
-    from tests.modules.test_scflow import judge
+    from tests.modules.test_scflow import discriminator
 
     def network(**settings):
         torch.manual_seed(0)
@@ -231,23 +241,27 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
 
     parts = {name: part for name, part in pipelines["meanflow"].components.items() if name != "transformer"}
     noise, drawn = torch.randn(1, 3, 36, 36), []
-    for module, arguments in (
-        (FGM(network(), generator_time=0.8), {"generator_time": 0.8}),
-        (SCFlow(network(), judge), {}),
-        (
-            ImprovedMeanFlow(network(improved=True), guidance=3.0, guidance_interval=(0.2, 0.7)),
-            {"guidance": 3.0, "guidance_interval": [0.2, 0.7]},
-        ),
+    conditioned = ImprovedMeanFlow(sampling_interval=(0.2, 0.7))
+    for module in (
+        FGM(network(), FlowGeneratorMatching(generator_time=0.8)),
+        SCFlow(network(), discriminator),
+        FlowMapModule(network(improved=True), conditioned, guidance_scale=3.0),
     ):
         kind = type(module)
-        spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": arguments}
-        pipe = EMFPipeline(transformer=PipelinePart(module.net, {}), **parts, model=spec, latent_size=36)
+        pipe = EMFPipeline(
+            transformer=PipelinePart(module.net, {}),
+            **parts,
+            sampler=spec_of(module.objective.sampler),
+            guidance=spec_of(module.objective.sampling_guidance),
+            guidance_scale=module.guidance_scale,
+            latent_size=36,
+        )
         pipe.set_progress_bar_config(disable=True)
         torch.manual_seed(2)
         drawn.append(pipe(PROMPTS[0], num_inference_steps=2, latents=noise, output_type="latent"))
         text = [parts["text_encoder"].part(captions) for captions in ([PROMPTS[0]], [""])]
         torch.manual_seed(2)
-        assert torch.equal(drawn[-1].images, module.sample(*text, noise, 2)), kind
+        assert torch.equal(drawn[-1].images, module.sample_latents(*text, noise, 2)), kind
     assert [output.nfe for output in drawn] == [2, 2, 2]
 
 
@@ -278,7 +292,8 @@ def test_an_unconditional_unet_over_a_kl_autoencoder_is_exported_too(tmp_path, p
         PipelinePart(net, {"class_path": "emf_lightning.networks.unet.UNetFlowMap", "init_args": start}),
         PipelinePart(autoencoder, {"class_path": "emf_lightning.latents.kl.KLAutoencoder", "init_args": where}),
         PipelinePart(NoText(), {"class_path": "emf_lightning.text.no_text.NoText"}),
-        model={"class_path": "emf_lightning.modules.flow_matching.FlowMatching"},
+        sampler=spec_of(EulerSampler()),
+        guidance=spec_of(ClassifierFreeGuidance()),
         latent_size=8,
     ).save_pretrained(str(tmp_path / "exported"))
     pipe = EMFPipeline.from_pretrained(str(tmp_path / "exported"))

@@ -1,4 +1,4 @@
-"""A trained model as a diffusers pipeline: what `emf export` writes and anyone loads."""
+"""A trained model as a diffusers pipeline: `emf export` writes it, ``EMFPipeline.from_pretrained`` loads it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from emf_lightning.data.cache.entry_format import EntryFormat
+from emf_lightning.earlier_exports import migrate_part, sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise
-from emf_lightning.flow.weighting import UniformWeighting
-from emf_lightning.modules.base import FlowMapModule
-from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.flow.guidance import SamplingGuidance
+from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 
 Spec = dict[str, Any]
-"""A class and its arguments as experiments write them: ``class_path`` and ``init_args``."""
+"""A class and its arguments in the form of experiment files: ``class_path`` and ``init_args``."""
 
 _FILE = "part.json"
 _HERE = "."
-_AT_THE_START = ("architecture", "refit", "trainable", "subfolder", "gradient_checkpointing", "compile")
-"""Arguments of a network that say how training began, not what it is."""
+_TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
+"""Arguments of a network that concern its training or its start, which a saved network does not need."""
 
 
 def build(spec: Any) -> Any:
-    """The object that ``spec`` describes, the specs among its arguments included; anything else as it is."""
+    """The object that ``spec`` describes, its arguments built alike; values that are no spec stay as they are."""
     if isinstance(spec, list):
         return [build(item) for item in spec]
     if not isinstance(spec, dict):
@@ -44,26 +44,11 @@ def build(spec: Any) -> Any:
     return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
 
 
-def drawing_module(spec: Spec, net: FlowMapNetwork) -> FlowMapModule:
-    """A LightningModule that can draw and nothing else: made without critics, teachers, discriminators and optimisers.
-
-    Args:
-        spec: its class, and of its arguments those that drawing reads as attributes of the same name.
-        net: its network.
-    """
-    module, _, name = spec["class_path"].rpartition(".")
-    drawing: FlowMapModule = object.__new__(getattr(import_module(module), name))
-    FlowMapModule.__init__(drawing, net, UniformWeighting())
-    for argument, value in build(spec.get("init_args", {})).items():
-        setattr(drawing, argument, value)
-    return drawing
-
-
 class PipelinePart(ModelMixin):
-    """A network, autoencoder or text encoder of an experiment, with what is needed to build it again.
+    """A network, autoencoder or text encoder of an experiment, with the spec that builds it again.
 
-    A part that saves its own weights does so in its library's format, so that stock classes read them, too. Of the
-    others, folders that their arguments name are copied; hub names stay names.
+    A part with a ``save_pretrained`` saves its weights in its library's format, so that stock classes read them, too.
+    For other parts, folders that their arguments name are copied, and hub names stay names.
 
     Args:
         part: the object.
@@ -74,15 +59,15 @@ class PipelinePart(ModelMixin):
         super().__init__()
         self.part: Any = part
         self.spec = spec
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # on the part's device, if it has no parameter
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # tells the device of a part without parameters
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, also of a part without parameters."""
+        """The device on which the part computes, also without parameters."""
         return self.place.device
 
     def forward(self, *arguments: Any) -> Any:
-        """What the part is for: u of a network, features of a text encoder, images of an autoencoder."""
+        """u of a network, features of a text encoder, images of an autoencoder."""
         return self.part(*arguments)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
@@ -93,7 +78,7 @@ class PipelinePart(ModelMixin):
         save = getattr(self.part, "save_pretrained", None)
         if callable(save):
             save(folder)
-            arguments = {name: value for name, value in arguments.items() if name not in _AT_THE_START}
+            arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
             arguments["pretrained"] = _HERE
             if "subfolder" in self.spec.get("init_args", {}):
                 arguments["subfolder"] = None
@@ -104,8 +89,8 @@ class PipelinePart(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> PipelinePart:
-        """The part that lies in ``folder``; ``torch_dtype`` is for parts that have no precision of their own."""
-        spec = json.loads((Path(folder) / _FILE).read_text())
+        """The part saved in ``folder``; ``torch_dtype`` applies to parts without a precision of their own."""
+        spec = migrate_part(json.loads((Path(folder) / _FILE).read_text()))
         arguments = spec["init_args"]
         spec["init_args"] = {name: _found(value, Path(folder)) for name, value in arguments.items()}
         part = build(spec)
@@ -115,7 +100,7 @@ class PipelinePart(ModelMixin):
 
 
 def _kept(value: Any, folder: Path) -> Any:
-    """An argument as the saved part has it: a folder becomes its copy."""
+    """An argument as a saved part names it; a folder is copied."""
     if not isinstance(value, str) or not Path(value).expanduser().is_dir():
         return value
     shutil.copytree(Path(value).expanduser(), folder, dirs_exist_ok=True)
@@ -130,11 +115,11 @@ def _found(value: Any, folder: Path) -> Any:
 
 
 class EMFPipelineOutput(BaseOutput):
-    """The images, and how many network evaluations each took.
+    """Generated images and their cost.
 
     Attributes:
         images: PIL images, an array ``[B, H, W, 3]`` in [0, 1], or latents.
-        nfe: guidance doubles the steps.
+        nfe: network evaluations per image; guidance doubles the steps.
     """
 
     images: Any
@@ -151,10 +136,13 @@ class EMFPipeline(DiffusionPipeline):
         transformer: the network, part of an experiment.
         vae: the autoencoder.
         text_encoder: the frozen text encoder.
-        model: class of the LightningModule, whose sampler this is, and the arguments that concern drawing.
+        sampler: spec of the sampler, see ``emf_lightning.flow.sampling``.
+        guidance: spec of the way in which a guidance scale acts, see ``emf_lightning.flow.guidance``.
+        guidance_scale: the default; 1 is none.
         latent_size: H = W of the latents.
         autocast: precision of the network's passes where it is not that of the weights, e.g. ``bfloat16``.
-        features: what the network's training had its text features rounded to, by their cache, e.g. ``bfloat16``.
+        features: dtype to which the cache rounded the text features in training, e.g. ``bfloat16``.
+        model: class and arguments of the LightningModule, in folders that earlier versions wrote.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -164,19 +152,32 @@ class EMFPipeline(DiffusionPipeline):
         transformer: PipelinePart,
         vae: PipelinePart,
         text_encoder: PipelinePart,
-        model: Spec | None = None,
+        sampler: Spec | None = None,
+        guidance: Spec | None = None,
+        guidance_scale: float = 1.0,
         latent_size: int = 32,
         autocast: str | None = None,
         features: str | None = None,
+        model: Spec | None = None,
     ) -> None:
         super().__init__()
-        if model is None:  # diffusers takes arguments without a default for parts
-            raise ValueError("EMFPipeline: model is not set; from_pretrained reads it from an exported folder")
+        if model is not None:
+            sampler, guidance, guidance_scale = sampling_of_model(model)
+        if sampler is None or guidance is None:  # diffusers takes arguments without a default for parts
+            raise ValueError("EMFPipeline: sampler is not set; from_pretrained reads it from an exported folder")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder)
-        self.register_to_config(model=model, latent_size=latent_size, autocast=autocast, features=features)
+        self.register_to_config(
+            sampler=sampler,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            latent_size=latent_size,
+            autocast=autocast,
+            features=features,
+            model=None,
+        )
         self.image_processor = VaeImageProcessor()
-        # its sampler and guidance; the passes themselves go through `transformer`, which may be moved about
-        self._module = drawing_module(model, transformer.part)
+        self._sampler: Sampler = build(sampler)
+        self._guidance: SamplingGuidance = build(guidance)
 
     @torch.no_grad()
     def __call__(
@@ -195,39 +196,50 @@ class EMFPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or several; all of them are one batch.
-            num_inference_steps: from noise to data; 1, 2 and 4 are what these models are trained for.
-            guidance_scale: of classifier-free guidance; by default as trained, 1 for none. Each step then takes two
-                network evaluations.
+            num_inference_steps: from noise to data; these models train for 1, 2 and 4.
+            guidance_scale: of classifier-free guidance; by default the trained model's, 1 for none. It doubles the
+                network evaluations, unless the network takes guidance as a condition.
             num_images_per_prompt: each from its own noise.
-            seed: of the noise, which belongs to the prompt: the same as `emf predict` draws, in any batch.
-            generator: draws the noise instead.
+            seed: of the noise, a function of (seed, prompt, image index): the same as in `emf predict`, in any batch.
+            generator: generates the noise instead.
             latents: the noise itself, ``[B, C, H, W]``.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
             return_dict: whether to return an ``EMFPipelineOutput`` or a tuple.
 
         Raises:
-            ValueError: for arguments that make no image.
+            ValueError: for no prompts, steps or images.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_inference_steps < 1 or num_images_per_prompt < 1:
             raise ValueError(
-                f"EMFPipeline: nothing to draw of {len(prompts)} prompts, num_inference_steps={num_inference_steps}, "
-                f"num_images_per_prompt={num_images_per_prompt}; each must be at least 1"
+                f"EMFPipeline: nothing to generate for {len(prompts)} prompts, "
+                f"num_inference_steps={num_inference_steps}, num_images_per_prompt={num_images_per_prompt}; each must "
+                "be at least 1"
             )
-        device = self._execution_device
+        device, scale = self._execution_device, self.config.guidance_scale if guidance_scale is None else guidance_scale
         captions = [caption for caption in prompts for _ in range(num_images_per_prompt)]
         indices = list(range(num_images_per_prompt)) * len(prompts)
         noise = self._noise(captions, indices, seed, generator, latents).to(device)
         text = self._features(prompts).to(device)
         text = text[torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)]
         null = self._features([NULL_CAPTION]).to(device)
-        if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: its passes are called on the part itself
+        if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: the sampler calls the part itself
             hook.pre_forward(self.transformer)
-        with self._progress(num_inference_steps, guidance_scale) as nfe, self._precision(device):
-            drawn = self._module.sample(text, null, noise, num_inference_steps, guidance_scale)
-        images: Any = drawn
+        nfe = num_inference_steps * self._guidance.evaluations(scale)
+        with self._progress(nfe), self._precision(device):
+            generated = sample(
+                self.transformer.part,
+                noise,
+                (text.context, text.mask),
+                steps=num_inference_steps,
+                sampler=self._sampler,
+                guidance_scale=scale,
+                null_context=(null.context, null.mask),
+                guidance=self._guidance,
+            )
+        images: Any = generated
         if output_type != "latent":
-            images = self.image_processor.postprocess(self.vae(drawn.float()), output_type=output_type)
+            images = self.image_processor.postprocess(self.vae(generated.float()), output_type=output_type)
         self.maybe_free_model_hooks()
         return EMFPipelineOutput(images=images, nfe=nfe) if return_dict else (images,)
 
@@ -258,13 +270,12 @@ class EMFPipeline(DiffusionPipeline):
         return torch.stack([fixed_noise(seed, caption, index, shape[1:]) for caption, index in rows])
 
     @contextmanager
-    def _progress(self, steps: int, guidance: float | None) -> Iterator[int]:
-        """A bar over the network's evaluations, which it yields the number of."""
-        nfe = self._module.nfe(steps, guidance)
+    def _progress(self, nfe: int) -> Iterator[None]:
+        """A progress bar over the network evaluations of a batch."""
         with self.progress_bar(total=nfe) as bar:
             handle = self.transformer.part.register_forward_hook(lambda *_: bar.update())
             try:
-                yield nfe
+                yield
             finally:
                 handle.remove()
 

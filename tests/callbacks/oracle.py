@@ -11,13 +11,13 @@ from torch import Tensor
 from emf_lightning.data.shapes.prompts import Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.words import WordEncoder
 from tests.callbacks import tiny
 
 
-class Oracle(MeanFlow):
+class Oracle(FlowMapModule):
     """Knows each caption by its features, and draws a picture of what ``answer`` makes of the prompt, None a blank."""
 
     def __init__(self, suite: ShapesSuite, answer: Callable[[Prompt], Prompt | None]) -> None:
@@ -28,8 +28,8 @@ class Oracle(MeanFlow):
         self.known = encoder([prompt.prompt for prompt in suite.prompts()]).context.flatten(1)
         self.rng = np.random.default_rng(0)
 
-    def sample(
-        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance: float | None = None
+    def sample_latents(
+        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance_scale: float | None = None
     ) -> Tensor:
         rows = torch.cdist(text.context.flatten(1), self.known).argmin(1)
         images = [self._picture(self.answers[row]) for row in rows.tolist()]

@@ -8,11 +8,11 @@ from lightning.pytorch import Callback
 
 from emf_lightning.callbacks import DerivativeMonitor, FewStepSampling
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
-from emf_lightning.flow.derivative.derivative import ForwardMode, Fused
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Schedule, UniformTimes
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
 from tests.callbacks import tiny
 
 EDGES = (0.0, 0.5, 1.0)
@@ -23,9 +23,8 @@ def shards(tmp_path_factory):
     return tiny.shards(tmp_path_factory.mktemp("shards"))
 
 
-def meanflow(derivative=None, share: float = 0.75) -> MeanFlow:
-    objective = MeanFlowObjective(derivative)
-    return MeanFlow(tiny.network(), objective=objective, times=UniformTimes(Schedule(share)))
+def meanflow(derivative=None, share: float = 0.75) -> FlowMapModule:
+    return tiny.meanflow(derivative=derivative, times=UniformTimes(Schedule(1 - share)))
 
 
 class Keeper(Callback):
@@ -71,17 +70,18 @@ def test_bins_are_means_over_the_rows_since_the_last_logging_step(shards, tmp_pa
     assert last(found, "cosine_r_equals_t") == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
 
 
-class LongRowsFail(MeanFlowObjective):
+class LongRowsFail(MeanFlow):
     """Rows with t - r > .5 are not finite."""
 
-    def __call__(self, u, z, v, times, *rest):
+    def terms(self, u, z, v, times, *rest):
         v = v.clone()
         v[times.t - times.r > 0.5] = float("nan")
-        return super().__call__(u, z, v, times, *rest)
+        return super().terms(u, z, v, times, *rest)
 
 
 def test_rows_that_are_not_finite_are_counted_where_they_are_and_spoil_no_mean(shards, tmp_path):
-    model = MeanFlow(tiny.network(), objective=LongRowsFail(), times=UniformTimes(Schedule(0.75)), nan_patience=99)
+    objective = LongRowsFail(times=UniformTimes(Schedule(0.25)))
+    model = FlowMapModule(tiny.network(), objective, nan_patience=99)
     found = fit(shards, tmp_path / "run", model, DerivativeMonitor(EDGES), log_every_n_steps=4)
     assert last(found, "nan_rows_by_length/0.5-1") > 0
     assert last(found, "nan_rows_by_length/0-0.5") == 0
@@ -90,9 +90,9 @@ def test_rows_that_are_not_finite_are_counted_where_they_are_and_spoil_no_mean(s
 
 
 class Slow(ForwardMode):
-    def along(self, *arguments):
+    def jvp(self, *arguments):
         clock.now += 3.0
-        return super().along(*arguments)
+        return super().jvp(*arguments)
 
 
 class Paced(Callback):
@@ -119,7 +119,7 @@ def test_share_of_the_derivative_is_its_time_over_the_batchs(shards, tmp_path, m
     tiny.trainer(tiny_run, monitor, Paced(), log_every_n_steps=2).fit(model, datamodule=tiny.data(shards))
     monkeypatch.undo()
     assert [e.value for e in tiny.events(tiny_run).Scalars("train/derivative_share")] == pytest.approx([0.75, 0.75])
-    assert type(model.interval_objective.derivative.clock).__name__ == "nullcontext", "the clock was left running"
+    assert type(model.objective.derivative.timer).__name__ == "nullcontext", "the clock was left running"
 
 
 def test_a_fused_derivative_has_no_time_of_its_own(shards, tmp_path):
@@ -146,7 +146,7 @@ def test_rows_of_two_ranks_are_counted_together(shards, tmp_path):
     found = fit(
         shards,
         tmp_path / "run",
-        MeanFlow(tiny.network(), objective=LongRowsFail(), times=UniformTimes(Schedule(1.0)), nan_patience=99),
+        FlowMapModule(tiny.network(), LongRowsFail(times=UniformTimes(Schedule(0.0))), nan_patience=99),
         DerivativeMonitor((0.0, 1.0)),
         Sum(),
         devices=2,

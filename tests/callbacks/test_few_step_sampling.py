@@ -15,7 +15,7 @@ from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
 from tests.callbacks import tiny
 from tests.callbacks.oracle import Oracle
 
@@ -113,7 +113,7 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
 # -- training is undisturbed ------------------------------------------------------------------------------------------
 
 
-class Recorder(MeanFlow):
+class Recorder(FlowMapModule):
     """Keeps its losses, and of every call of ``sample`` the noise and a weight."""
 
     def __init__(self) -> None:
@@ -128,14 +128,14 @@ class Recorder(MeanFlow):
         self.losses.append(loss.item())
         return loss
 
-    def sample(self, text, null, noise, steps, guidance=None):
+    def sample_latents(self, text, null, noise, steps, guidance_scale=None):
         self.calls.append((steps, noise.clone()))
         self.weights.append(next(self.net.parameters()).detach().clone())
         assert not any(part.training for part in self.net.modules())
         torch.rand(3), np.random.rand()  # noqa: NPY002  a sampler may draw numbers of its own
         if self.fails:
             raise RuntimeError("sampling failed")
-        return super().sample(text, null, noise, steps, guidance)
+        return super().sample_latents(text, null, noise, steps, guidance_scale)
 
 
 def fit(shards, run, *callbacks, **arguments) -> Recorder:

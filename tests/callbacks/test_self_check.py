@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emf_lightning.callbacks import ExperimentProgressBar, SelfCheck
-from emf_lightning.flow.derivative.derivative import FiniteDifference, ForwardMode, Fused
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.flow.derivative.finite_difference import FiniteDifference
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
 from tests.callbacks import tiny
@@ -49,7 +49,7 @@ def test_a_sound_training_gets_one_line_of_figures(shards, tmp_path, capsys):
 
 @pytest.mark.parametrize("derivative", [Fused(), FiniteDifference(1e-5), ForwardMode("fp32"), ForwardMode("bf16")])
 def test_the_derivative_is_checked_as_training_takes_it(shards, tmp_path, capsys, derivative):
-    model = MeanFlow(tiny.network(), objective=MeanFlowObjective(derivative))
+    model = tiny.meanflow(derivative=derivative)
     said = line(shards, tmp_path / "run", capsys, model, precision="bf16-mixed")
     assert f"({type(derivative).__name__}, bf16-mixed" in said
     exact = derivative.precision == "fp32"
@@ -70,7 +70,7 @@ def test_a_network_too_large_to_copy_is_held_against_its_own_differences(shards,
     assert "not checked" in said
 
 
-class Recorder(MeanFlow):
+class Recorder(FlowMapModule):
     """Keeps its losses."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class PlainSumCalledAnchored(SanaFlowMap):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_network_that_would_fail_in_silence_is_refused(shards, tmp_path, kind, named, precision):
     torch.manual_seed(0)
-    model = MeanFlow(kind(tiny.SIZE, context_width=16))
+    model = FlowMapModule(kind(tiny.SIZE, context_width=16))
     with pytest.raises(ValueError, match=f"SelfCheck: .*{named}"):
         fit(shards, tmp_path / "run", model, SelfCheck(), precision=precision)
 
@@ -156,16 +156,16 @@ def test_a_network_that_would_fail_in_silence_is_refused(shards, tmp_path, kind,
 @pytest.mark.parametrize("kind", [TimesInBf16, IgnoresInterval])
 def test_it_is_refused_without_a_float64_copy_too(shards, tmp_path, kind):
     with pytest.raises(ValueError, match="SelfCheck"):
-        fit(shards, tmp_path / "run", MeanFlow(kind(tiny.SIZE, context_width=16)), SelfCheck(largest_copy=1))
+        fit(shards, tmp_path / "run", FlowMapModule(kind(tiny.SIZE, context_width=16)), SelfCheck(largest_copy=1))
 
 
 def test_a_derivative_too_coarse_for_the_network_is_refused(shards, tmp_path):
-    model = MeanFlow(tiny.network(), objective=MeanFlowObjective(FiniteDifference(0.1)))
+    model = tiny.meanflow(derivative=FiniteDifference(0.1))
     with pytest.raises(ValueError, match=r"du/dt as training takes it \(FiniteDifference, 32-true\).*another step"):
         fit(shards, tmp_path / "run", model, SelfCheck())
 
 
-class OneRankAlone(MeanFlow):
+class OneRankAlone(FlowMapModule):
     """Rank 1 scales its gradients after they were averaged: as good as gradients that were not."""
 
     def on_after_backward(self):

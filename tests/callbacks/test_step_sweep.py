@@ -151,7 +151,7 @@ def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, 
 
 def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_drawn(shards, reference, tmp_path):
     class Idle(Oracle):
-        def sample(self, *arguments, **options):
+        def sample_latents(self, *arguments, **options):
             raise AssertionError("drew an image")
 
     fid = FrechetDistance(RandomFeatures(width=8), reference, count=len(SUITE.prompts()))  # and not three
@@ -162,10 +162,10 @@ def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is
 
 def test_a_sweep_that_breaks_off_leaves_what_it_has_found(shards, tmp_path):
     class Dying(Oracle):
-        def sample(self, text, null, noise, steps, guidance=None):
+        def sample_latents(self, text, null, noise, steps, guidance_scale=None):
             if steps == 2:
                 raise RuntimeError("out of memory")
-            return super().sample(text, null, noise, steps, guidance)
+            return super().sample_latents(text, null, noise, steps, guidance_scale)
 
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluated(tmp_path / "run", shards, sweep(), Dying(SUITE, lambda prompt: prompt))
@@ -224,8 +224,8 @@ def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
     class Corrupt(Oracle):
         """Draws nothing from three noises in ten."""
 
-        def sample(self, text, null, noise, steps, guidance=None):
-            images = super().sample(text, null, noise, steps, guidance)
+        def sample_latents(self, text, null, noise, steps, guidance_scale=None):
+            images = super().sample_latents(text, null, noise, steps, guidance_scale)
             lost = noise.flatten(1)[:, 0, None, None, None] < torch.distributions.Normal(0, 1).icdf(torch.tensor(0.3))
             return torch.where(lost, torch.full_like(images, 0.2), images)
 

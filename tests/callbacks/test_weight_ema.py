@@ -7,7 +7,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from emf_lightning.callbacks import WeightEMA
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.flow.target_velocity import TeacherVelocity
 from tests.callbacks import tiny
 
 ELSEWHERE = torch.device("meta")
@@ -18,7 +18,7 @@ ELSEWHERE = torch.device("meta")
 def test_averages_lie_where_the_module_trains_unless_a_device_is_given(asked, expected):
     strategy = SingleDeviceStrategy(ELSEWHERE, accelerator=CPUAccelerator())
     trainer = Trainer(strategy=strategy, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    module = MeanFlow(tiny.network(), velocity="teacher")
+    module = tiny.meanflow(velocity=TeacherVelocity())
     average = WeightEMA(device=asked)
     average.setup(trainer, module, "fit")
 

@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.latents.pixels import Pixels
-from emf_lightning.modules.flow_matching import FlowMatching
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.text.words import WordEncoder
 
@@ -46,12 +47,12 @@ def network() -> SanaFlowMap:
     return SanaFlowMap(SIZE, context_width=16)
 
 
-def meanflow() -> MeanFlow:
-    return MeanFlow(network())
+def meanflow(**settings) -> FlowMapModule:
+    return FlowMapModule(network(), MeanFlow(**settings))
 
 
-def flow_matching() -> FlowMatching:
-    return FlowMatching(network())
+def flow_matching() -> FlowMapModule:
+    return FlowMapModule(network(), FlowMatching())
 
 
 def trainer(run: Path, *callbacks: Callback, **arguments) -> Trainer:

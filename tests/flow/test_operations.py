@@ -9,10 +9,10 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operations import count_operations, peak_bytes
-from emf_lightning.flow.derivative.derivative import ForwardMode
-from emf_lightning.flow.derivative.fast_forward_mode import LeanForwardMode
-from emf_lightning.flow.objectives.flow_matching import flow_matching
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.derivative.fast_forward_mode import FastForwardMode
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import UniformWeighting
 from tests.flow.derivative.test_derivative import network, velocity
@@ -52,7 +52,7 @@ def test_forward_mode_is_counted_with_its_product_by_the_weights_zero_tangent():
     x, w = torch.randn(5, 3), torch.randn(3, 4)
     product = 2 * 5 * 3 * 4
     assert count_operations(lambda: torch.func.jvp(lambda x: x @ w, (x,), (x,))) == 3 * product
-    with torch.no_grad(), forward_ad.dual_level(), LeanForwardMode():
+    with torch.no_grad(), forward_ad.dual_level(), FastForwardMode():
         dual = forward_ad.make_dual(x, x)
         assert count_operations(lambda: F.linear(dual, w.T)) == 2 * product
 
@@ -81,13 +81,13 @@ def test_a_meanflow_step_costs_at_most_a_fiftieth_more_than_it_must(share):
     n = round(share * 8)
 
     def flow() -> None:
-        flow_matching(u, z, v, Times(t, t, 0), UniformWeighting()).loss.backward()
+        FlowMatching().terms(u, z, v, Times(t, t, 0), UniformWeighting()).loss.backward()
 
-    def meanflow(lean: bool) -> None:
+    def meanflow(fast: bool) -> None:
         times = Times(torch.cat([t[:n] / 2, t[n:]]), t, n)
-        MeanFlowObjective(ForwardMode(lean=lean))(u, z, v, times, UniformWeighting(), 0.0).loss.backward()
+        MeanFlow(derivative=ForwardMode(fast=fast)).terms(u, z, v, times, UniformWeighting(), 0.0).loss.backward()
 
     plain = count_operations(flow)
     least = (3 + 2 * share) / 3
-    assert count_operations(lambda: meanflow(lean=True)) <= 1.02 * least * plain
-    assert count_operations(lambda: meanflow(lean=False)) > 1.02 * least * plain, "lean mode has nothing left to save"
+    assert count_operations(lambda: meanflow(fast=True)) <= 1.02 * least * plain
+    assert count_operations(lambda: meanflow(fast=False)) > 1.02 * least * plain, "fast mode has nothing left to save"

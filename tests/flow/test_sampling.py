@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emf_lightning.flow.guidance import TargetGuidance, guided
-from emf_lightning.flow.sampling import sample_euler, sample_flow_map
+from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler
 from tests.flow.gaussian import M, S, average_velocity
 
 
@@ -16,26 +16,26 @@ def noise(rows: int = 4096) -> torch.Tensor:
 def test_steps_of_the_exact_flow_map_equal_one_step(steps: int):
     e = noise()
     assert torch.allclose(
-        sample_flow_map(average_velocity, e, steps), sample_flow_map(average_velocity, e, 1), atol=1e-5
+        FlowMapSampler()(average_velocity, e, steps), FlowMapSampler()(average_velocity, e, 1), atol=1e-5
     )
 
 
 def test_one_step_of_the_exact_flow_map_samples_the_data():
-    x = sample_flow_map(average_velocity, noise(), 1)
+    x = FlowMapSampler()(average_velocity, noise(), 1)
     assert abs(x.mean() - M) < 0.02
     assert abs(x.std() - S) < 0.02
 
 
 def test_euler_needs_many_steps():
     e = noise()
-    exact = sample_flow_map(average_velocity, e, 1)
-    errors = [(sample_euler(average_velocity, e, k) - exact).abs().max() for k in (1, 4, 64)]
+    exact = FlowMapSampler()(average_velocity, e, 1)
+    errors = [(EulerSampler()(average_velocity, e, k) - exact).abs().max() for k in (1, 4, 64)]
     assert errors[0] > 2 * errors[1] > 20 * errors[2]
 
 
 def test_zero_steps_are_refused():
     with pytest.raises(ValueError, match="at least one step"):
-        sample_flow_map(average_velocity, noise(), 0)
+        FlowMapSampler()(average_velocity, noise(), 0)
 
 
 def test_guidance_extrapolates_from_the_null_velocity():

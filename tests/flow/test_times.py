@@ -6,7 +6,7 @@ import torch
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, UniformTimes
 
 CPU = torch.device("cpu")
-EMF = LogitNormalTimes(Schedule(-0.5, 0.5), Schedule(1.0, 2.0), Schedule(0.25, 0.75))
+EMF = LogitNormalTimes(Schedule(-0.5, 0.5), Schedule(1.0, 2.0), Schedule(0.75, 0.25))
 
 
 @pytest.mark.parametrize("sampler", [EMF, UniformTimes(Schedule(0.5))])
@@ -20,7 +20,7 @@ def test_interval_rows_come_first_and_the_rest_have_r_equal_t(sampler):
     assert 0 < times.r.min() and times.t.max() < 1
 
 
-def test_share_and_law_follow_progress():
+def test_ratio_and_distribution_follow_progress():
     torch.manual_seed(0)
     early, late = EMF(40_000, 0.0, CPU), EMF(40_000, 1.0, CPU)
     assert (early.n_interval, late.n_interval) == (10_000, 30_000)
@@ -30,36 +30,36 @@ def test_share_and_law_follow_progress():
         assert abs(logits.std() - sigma) < 0.05
 
 
-def test_r_may_have_its_own_law():
+def test_r_may_have_its_own_distribution():
     torch.manual_seed(0)
-    times = LogitNormalTimes(Schedule(0.0), Schedule(0.1), Schedule(1.0), Schedule(-4.0), Schedule(0.1))(1000, 0.0, CPU)
+    times = LogitNormalTimes(Schedule(0.0), Schedule(0.1), Schedule(0.0), Schedule(-4.0), Schedule(0.1))(1000, 0.0, CPU)
     assert abs(torch.logit(times.r).mean() + 4) < 0.05
     assert abs(torch.logit(times.t).mean()) < 0.05
 
 
-def test_share_outside_the_unit_interval_is_refused():
-    with pytest.raises(ValueError, match="interval_share"):
+def test_ratio_outside_the_unit_interval_is_refused():
+    with pytest.raises(ValueError, match="flow_matching_ratio"):
         UniformTimes(Schedule(0.5, 1.5))
 
 
 @pytest.mark.parametrize("sampler", [UniformTimes, LogitNormalTimes])
 def test_some_intervals_end_at_the_data(sampler):
     torch.manual_seed(0)
-    times = sampler(interval_share=Schedule(0.5), zero_share=0.1)(1000, 0.5, CPU)
+    times = sampler(flow_matching_ratio=Schedule(0.5), consistency_ratio=0.1)(1000, 0.5, CPU)
     assert times.n_interval == 500
     assert (times.r[:100] == 0).all()
     assert (times.r[100:] > 0).all()
     assert (times.t > 0).all()
     torch.manual_seed(0)
-    without = sampler(interval_share=Schedule(0.5))(1000, 0.5, CPU)
+    without = sampler(flow_matching_ratio=Schedule(0.5))(1000, 0.5, CPU)
     assert torch.equal(times.t, without.t)
     assert torch.equal(times.r[100:], without.r[100:])
 
 
-@pytest.mark.parametrize("share", [Schedule(0.05), Schedule(0.5, 0.05)])
-def test_more_rows_at_zero_than_intervals_are_refused(share):
-    with pytest.raises(ValueError, match="zero_share must lie"):
-        UniformTimes(share, zero_share=0.1)
+@pytest.mark.parametrize("ratio", [Schedule(0.95), Schedule(0.5, 0.95)])
+def test_more_rows_at_zero_than_intervals_are_refused(ratio):
+    with pytest.raises(ValueError, match="consistency_ratio must lie"):
+        UniformTimes(ratio, consistency_ratio=0.1)
 
 
 @pytest.mark.parametrize("sampler", [EMF, UniformTimes(Schedule(0.5))])

@@ -17,8 +17,8 @@ def test_a_checkpoint_is_read_with_its_tensors(tmp_path):
 def test_other_files_are_named_with_the_remedy(tmp_path, content):
     path = tmp_path / "run.ckpt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"initial: {path} cannot be read .*; give the path of a \.ckpt"):
-        read_checkpoint(path, "initial")
+    with pytest.raises(ValueError, match=rf"init_from: {path} cannot be read .*; give the path of a \.ckpt"):
+        read_checkpoint(path, "init_from")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), {"weight": torch.zeros(2)}, {"state_dict": None}])

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import AdaptiveWeighting
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import SummedInterval
 from emf_lightning.text.base import TextFeatures
@@ -71,18 +72,14 @@ class Progress:
 @pytest.mark.parametrize("step", [0, 40, 100])
 def test_loss_and_gradient_are_the_releases(both, batch, step):
     u, ours, reference = both
-    module = MeanFlow(
-        ours,
-        times=LogitNormalTimes(
-            mu=Schedule(-0.5, 0.5), sigma=Schedule(1.0, 2.0), interval_share=Schedule(0.25, 0.75), larger=True
-        ),
-        weighting=AdaptiveWeighting(1.0, 1e-3),
-        caption_dropout=0.3,
+    times = LogitNormalTimes(
+        mu=Schedule(-0.5, 0.5), sigma=Schedule(1.0, 2.0), flow_matching_ratio=Schedule(0.75, 0.25), sort_first=True
     )
+    module = FlowMapModule(ours, MeanFlow(times=times, weighting=AdaptiveWeighting(1.0, 1e-3)), caption_dropout=0.3)
     module._trainer, module._planned_steps = Progress(step), 100
     module.log = lambda *_, **__: None
     torch.manual_seed(3)
-    loss = module.objective(batch)
+    loss = module.compute_loss(batch)
     loss.backward()
 
     # sections 1.2 and 1.4 of the method's description, with the same draws
@@ -118,9 +115,9 @@ def test_loss_and_gradient_are_the_releases(both, batch, step):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_samples_are_the_releases(both, batch, steps):
     u, ours, _ = both
-    module = MeanFlow(ours.eval(), guidance=2.0)
+    module = FlowMapModule(ours.eval(), guidance_scale=2.0)
     noise = torch.randn(ROWS, 4, 4, 4)
-    drawn = module.sample(batch.text, batch.null, noise, steps)
+    drawn = module.sample_latents(batch.text, batch.null, noise, steps)
     grid, z = torch.linspace(1, 0, steps + 1), noise
     with torch.no_grad():
         for now, then in zip(grid, grid[1:], strict=False):
@@ -129,4 +126,6 @@ def test_samples_are_the_releases(both, batch, steps):
             null, text = u(torch.cat([z, z]), t, r, context).chunk(2)
             z = z - (now - then) * (null + 2.0 * (text - null))
     assert torch.allclose(drawn, z, atol=1e-4)
-    assert not torch.allclose(module.sample(batch.text, batch.null, noise, steps, guidance=1.0), drawn, atol=1e-3)
+    assert not torch.allclose(
+        module.sample_latents(batch.text, batch.null, noise, steps, guidance_scale=1.0), drawn, atol=1e-3
+    )

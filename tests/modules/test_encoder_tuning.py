@@ -10,6 +10,7 @@ from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.modules.encoder_tuning import EncoderTuning
+from emf_lightning.modules.optimization import Optimization
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 from tests import published
 from tests.callbacks import tiny
@@ -29,7 +30,9 @@ def data(tmp_path, model: str, dtype: str = "float32", **arguments) -> CaptionIm
 
 def test_encoder_and_network_learn_together_and_the_encoder_is_written(tmp_path, gemma):
     tuning = EncoderTuning(
-        tiny.network(), optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), encoder_rate=0.5
+        tiny.network(),
+        optimization=Optimization(lambda groups: torch.optim.AdamW(groups, lr=1e-2)),
+        encoder_rate=0.5,
     )
     samples = data(tmp_path, gemma)
     before = [copy.deepcopy(part.state_dict()) for part in (tuning.net, samples.text)]

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.callbacks import TrainingLog
-from emf_lightning.flow.objectives.flow_generator_matching import AlphaMatching, ExactMatching
+from emf_lightning.flow.objectives.flow_generator_matching import AlphaMatching, ExactMatching, FlowGeneratorMatching
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
+from emf_lightning.modules.alternating import Alternation
 from emf_lightning.modules.fgm import FGM
-from emf_lightning.modules.schedules import WarmupCosine
+from emf_lightning.modules.optimization import Optimization, WarmupCosine
 from tests.callbacks import tiny
 from tests.modules.conftest import Batches
 from tests.modules.test_modules import trainer
 
-ALWAYS = LogitNormalTimes(interval_share=Schedule(0.0))
+ALWAYS = LogitNormalTimes(flow_matching_ratio=Schedule(1.0))
 
 
 def sgd(parameters) -> torch.optim.Optimizer:
@@ -50,8 +51,8 @@ class Watch(Callback):
         self.others: list[bool] = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        networks = {"net": module.net, "critic": module.critic}
-        own = "net" if optimizer is trainer.optimizers[0] else "critic"
+        networks = {"net": module.net, "online_flow": module.online_flow}
+        own = "net" if optimizer is trainer.optimizers[0] else "online_flow"
         self.steps.append(own)
         self.others.append(
             any(p.grad is not None for name, n in networks.items() if name != own for p in n.parameters())
@@ -63,39 +64,39 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("settings", [{}, {"steps": 3, "loss": ExactMatching(), "teacher_guidance": 2.0}])
+@pytest.mark.parametrize("settings", [{}, {"steps": 3, "loss": ExactMatching(), "teacher_guidance_scale": 2.0}])
 def test_both_networks_learn_and_the_teacher_stays_bit_for_bit(tmp_path, net, loader, precision, settings):
     start = weights(net)
-    model = FGM(net, optimizer=adam, times=ALWAYS, generator_time=0.7, **settings)
+    objective = FlowGeneratorMatching(times=ALWAYS, generator_time=0.7, **settings)
+    model = FGM(net, objective, optimization=Optimization(adam))
     fit = trainer(tmp_path, precision=precision)
     fit.fit(model, loader)
-    for network in (model.net, model.critic):
+    for network in (model.net, model.online_flow):
         still = [name for name, value in network.state_dict().items() if torch.equal(value, start[name])]
-        assert all(".interval." in name for name in still), "a critic knows no intervals, and a bias cancels"
+        assert all(".interval." in name for name in still), "a flow knows no intervals, and a bias cancels"
     assert same(weights(model.teacher.net), start)
     assert all(p.grad is None for p in model.teacher.net.parameters())
     logged = fit.callback_metrics
     assert logged["train/velocity_gap"] > 0
-    assert logged["train/critic_mse"] > 0
+    assert logged["train/online_flow_mse"] > 0
     assert logged["train/nan_rows"] == 0
     fit.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert {name.partition(".")[0] for name in saved["state_dict"]} == {"net", "critic"}
+    assert {name.partition(".")[0] for name in saved["state_dict"]} == {"net", "online_flow"}
 
 
-def test_steps_are_the_generators_and_the_critic_has_its_own_count(tmp_path, net, loader):
+def test_steps_are_the_generators_and_the_online_flow_has_its_own_count(tmp_path, net, loader):
     watch = Watch()
     model = FGM(
         net,
-        optimizer=adam,
-        times=ALWAYS,
-        critic_updates=2,
-        scheduler=lambda optimizer: WarmupCosine(optimizer, total=4, warmup=2),
+        FlowGeneratorMatching(times=ALWAYS),
+        optimization=Optimization(adam, lambda optimizer: WarmupCosine(optimizer, total=4, warmup=2)),
+        alternation=Alternation(auxiliary_updates=2),
     )
     fit = trainer(tmp_path, max_steps=4, callbacks=[watch])
     fit.fit(model, loader)
-    assert (fit.global_step, model.critic_steps) == (4, 8)
-    assert watch.steps == ["critic", "critic", "net"] * 4
+    assert (fit.global_step, model.auxiliary_steps) == (4, 8)
+    assert watch.steps == ["online_flow", "online_flow", "net"] * 4
     assert not any(watch.others), "a network has gradients in its own turn alone"
     expected = [1e-3 * share for share in (2 / 3, 1, 0.51, 0.02)]
     assert [rates[0] for rates in watch.rates] == pytest.approx(expected)
@@ -105,7 +106,7 @@ def test_steps_are_the_generators_and_the_critic_has_its_own_count(tmp_path, net
 def test_each_networks_gradient_has_a_norm_of_its_own_in_the_log(tmp_path, net, loader):
     watch = Watch()
     fit = trainer(tmp_path, max_steps=2, callbacks=[watch, TrainingLog()])
-    fit.fit(FGM(net, optimizer=adam, times=ALWAYS, generator_time=0.7), loader)
+    fit.fit(FGM(net, FlowGeneratorMatching(times=ALWAYS, generator_time=0.7), optimization=Optimization(adam)), loader)
     logged = [float(fit.callback_metrics[f"train/{name}"]) for name in ("critic_gradient_norm", "gradient_norm")]
     assert logged == pytest.approx(watch.norms[-2:])  # of its first batch, Lightning forgets all but the last hook's
 
@@ -114,12 +115,14 @@ def test_each_network_moves_in_its_own_turn_alone(tmp_path, net, loader):
     moved = []
 
     class Watched(FGM):
-        def _update(self, optimizer, batch, objective):
-            before = weights(self.net), weights(self.critic)
-            super()._update(optimizer, batch, objective)
-            moved.append((not same(before[0], weights(self.net)), not same(before[1], weights(self.critic))))
+        def _update(self, optimizer, batch, loss_of):
+            before = weights(self.net), weights(self.online_flow)
+            super()._update(optimizer, batch, loss_of)
+            moved.append((not same(before[0], weights(self.net)), not same(before[1], weights(self.online_flow))))
 
-    trainer(tmp_path, max_steps=1).fit(Watched(net, optimizer=adam, times=ALWAYS), loader)
+    trainer(tmp_path, max_steps=1).fit(
+        Watched(net, FlowGeneratorMatching(times=ALWAYS), optimization=Optimization(adam)), loader
+    )
     assert moved == [(False, True), (True, False)]
 
 
@@ -132,7 +135,9 @@ def test_gradients_are_clipped_after_they_were_logged(tmp_path, net, loader):
             clipped.append(float(torch.nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]])))
 
     watch = Watch()
-    model = Watched(net, optimizer=adam, times=ALWAYS, generator_time=0.7, gradient_clip_val=1e-4)
+    objective = FlowGeneratorMatching(times=ALWAYS, generator_time=0.7)
+    alternation = Alternation(gradient_clip_val=1e-4)
+    model = Watched(net, objective, optimization=Optimization(adam), alternation=alternation)
     trainer(tmp_path, max_steps=2, callbacks=[watch]).fit(model, loader)
     assert all(norm > 1.1e-4 for norm in watch.norms)
     assert clipped == pytest.approx([1e-4] * len(clipped), rel=0.02)
@@ -146,14 +151,16 @@ class RowTimes(UniformTimes):
         return Times(r=t, t=t, n_interval=0)
 
 
-NEVER = Schedule(0.0)
+NEVER = Schedule(1.0)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_of_a_batch_train_as_the_batch_does(tmp_path, net, loader, parts):
     found = []
     for count in (1, parts):
-        model = FGM(copy.deepcopy(net), optimizer=sgd, times=RowTimes(NEVER), generator_time=0.7, micro_batches=count)
+        objective = FlowGeneratorMatching(times=RowTimes(NEVER), generator_time=0.7)
+        alternation = Alternation(micro_batches=count)
+        model = FGM(copy.deepcopy(net), objective, optimization=Optimization(sgd), alternation=alternation)
         with patch("torch.randn_like", lambda x: x.roll(1, -1)):
             trainer(tmp_path, max_steps=2).fit(model, loader)
         found.append(weights(model))
@@ -164,21 +171,23 @@ def test_parts_of_a_batch_train_as_the_batch_does(tmp_path, net, loader, parts):
 def test_weights_cast_for_one_update_do_not_serve_the_next(tmp_path, net):
     """Lightning keeps one autocast context open over all updates of a step, and with it the weights cast to bf16."""
     batch = Batches(1)[0]
-    model = FGM(copy.deepcopy(net), optimizer=sgd, times=RowTimes(NEVER), critic_updates=3, gradient_clip_val=None)
+    objective = FlowGeneratorMatching(times=RowTimes(NEVER))
+    alternation = Alternation(auxiliary_updates=3, gradient_clip_val=None)
+    model = FGM(copy.deepcopy(net), objective, optimization=Optimization(sgd), alternation=alternation)
     by_hand = copy.deepcopy(model)
     with patch("torch.randn_like", lambda x: x.roll(1, -1)):
         trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(model, DataLoader([batch], batch_size=None))
-        optimizer = sgd(by_hand.critic.parameters())
+        optimizer = sgd(by_hand.online_flow.parameters())
         by_hand.log = lambda *args, **kwargs: None
         by_hand.trainer = trainer(tmp_path)
         by_hand._planned_steps = 1
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = by_hand.critic_objective(batch)
+                loss = by_hand.compute_auxiliary_loss(batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert same(weights(model.critic), weights(by_hand.critic))
+    assert same(weights(model.online_flow), weights(by_hand.online_flow))
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
@@ -187,10 +196,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     def run(name: str, steps: int, **resumed) -> tuple[FGM, dict]:
         model = FGM(
             tiny.network(),
-            optimizer=adam,
-            critic_updates=2,
-            steps=2,
-            scheduler=lambda optimizer: WarmupCosine(optimizer, total=6, warmup=1),
+            FlowGeneratorMatching(steps=2),
+            optimization=Optimization(adam, lambda optimizer: WarmupCosine(optimizer, total=6, warmup=1)),
+            alternation=Alternation(auxiliary_updates=2),
         )
         saver = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
         averages = EMAWeightAveraging(decay=0.5)
@@ -201,7 +209,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     whole, expected = run("whole", 6)
     run("part", 3)
     resumed, found = run("part", 6, ckpt_path=tmp_path / "part" / "step=3.ckpt")
-    assert (resumed.critic_steps, whole.critic_steps) == (12, 12)
+    assert (resumed.auxiliary_steps, whole.auxiliary_steps) == (12, 12)
     for kind in ("state_dict", "current_model_state"):
         assert same(found[kind], expected[kind])
     for one, other in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
@@ -210,11 +218,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 
 
 def test_few_steps_are_drawn_with_noise_of_the_row_alone(net):
-    model = FGM(net, steps=4, generator_time=0.7)
+    model = FGM(net, FlowGeneratorMatching(steps=4, generator_time=0.7))
     batch = Batches(1)[0]
     noise = torch.randn(8, 3, 8, 8)
-    whole = model.sample(batch.text, batch.null, noise, 3)
-    part = model.sample(batch.text[2:5], batch.null, noise[2:5], 3)
+    whole = model.sample_latents(batch.text, batch.null, noise, 3)
+    part = model.sample_latents(batch.text[2:5], batch.null, noise[2:5], 3)
     assert torch.allclose(whole[2:5], part, atol=1e-6)
     assert model.nfe(3) == 3
 
@@ -222,33 +230,34 @@ def test_few_steps_are_drawn_with_noise_of_the_row_alone(net):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"gradient_clip_val": 1.0}, "model.init_args.gradient_clip_val to 1.0"),
-        ({"accumulate_grad_batches": 2}, "model.init_args.micro_batches to 2"),
+        ({"gradient_clip_val": 1.0}, "model.init_args.alternation.gradient_clip_val to 1.0"),
+        ({"accumulate_grad_batches": 2}, "model.init_args.alternation.micro_batches to 2"),
     ],
 )
 def test_what_lightning_does_for_one_optimiser_is_refused_with_the_remedy(tmp_path, net, loader, settings, said):
     with pytest.raises(ValueError, match=said):
-        trainer(tmp_path, **settings).fit(FGM(net, optimizer=adam), loader)
+        trainer(tmp_path, **settings).fit(FGM(net, optimization=Optimization(adam)), loader)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"generator_time": 0.0}, "generator_time must lie in"),
-        ({"critic_updates": 0}, "critic_updates must be at least 1"),
-        ({"micro_batches": 0}, "micro_batches must be at least 1"),
-        ({"times": LogitNormalTimes()}, "interval_share to 0"),
+        ((FlowGeneratorMatching, {"steps": 0}), "steps must be at least 1"),
+        ((FlowGeneratorMatching, {"generator_time": 0.0}), "generator_time must lie in"),
+        ((Alternation, {"auxiliary_updates": 0}), "auxiliary_updates must be at least 1"),
+        ((Alternation, {"micro_batches": 0}), "micro_batches must be at least 1"),
+        ((FlowGeneratorMatching, {"times": LogitNormalTimes()}), "flow_matching_ratio of its times to 1"),
     ],
 )
-def test_impossible_settings_are_refused(net, settings, said):
+def test_impossible_settings_are_refused(settings, said):
+    kind, arguments = settings
     with pytest.raises(ValueError, match=said):
-        FGM(net, **settings)
+        kind(**arguments)
 
 
 def test_training_stops_where_rows_stay_bad(tmp_path, net, loader):
     torch.nn.init.constant_(net.transformer.proj_out.bias, float("nan"))
-    model = FGM(net, optimizer=adam, loss=AlphaMatching(1.0))
-    model.nan_patience = 2
+    model = FGM(net, FlowGeneratorMatching(loss=AlphaMatching(1.0)), optimization=Optimization(adam))
+    model._non_finite.patience = 2
     with pytest.raises(ValueError, match="not finite, 2 batches in a row"):
         trainer(tmp_path).fit(model, loader)

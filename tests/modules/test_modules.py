@@ -7,13 +7,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from emf_lightning.flow.derivative.derivative import Fused
+from emf_lightning.flow.derivative.forward_mode import Fused
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.target_velocity import SelfVelocity, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
-from emf_lightning.modules.flow_matching import FlowMatching
-from emf_lightning.modules.meanflow import MeanFlow
-from emf_lightning.modules.schedules import WarmupCosine
+from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.optimization import Optimization, WarmupCosine
 from emf_lightning.text.words import WordEncoder
 
 
@@ -35,17 +36,20 @@ def optimizer(params):
     return torch.optim.AdamW(params, lr=1e-3)
 
 
-@pytest.mark.parametrize("module", [FlowMatching, MeanFlow])
+ADAMW = Optimization(optimizer)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching, MeanFlow])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_moves_the_weights_and_logs_raw_errors(tmp_path, net, loader, module, precision):
+def test_training_moves_the_weights_and_logs_raw_errors(tmp_path, net, loader, objective, precision):
     before = copy.deepcopy(net.state_dict())
-    model = module(net, optimizer=optimizer)
+    model = FlowMapModule(net, objective(), optimization=ADAMW)
     fit = trainer(tmp_path, precision=precision)
     fit.fit(model, loader)
     assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
     logged = fit.callback_metrics
     assert logged["train/mse_r_equals_t"] > 0
-    if module is MeanFlow:
+    if objective is MeanFlow:
         assert logged["train/mse_r_below_t"] > 0
         assert logged["train/derivative_norm"] > 0
         assert logged["train/nan_rows"] == 0
@@ -54,12 +58,12 @@ def test_training_moves_the_weights_and_logs_raw_errors(tmp_path, net, loader, m
 def test_progress_counts_optimiser_steps_not_batches(tmp_path, net, loader):
     seen = []
 
-    class Watched(MeanFlow):
-        def objective(self, batch):
+    class Watched(FlowMapModule):
+        def compute_loss(self, batch):
             seen.append(self.progress)
-            return super().objective(batch)
+            return super().compute_loss(batch)
 
-    trainer(tmp_path, max_steps=3, accumulate_grad_batches=2).fit(Watched(net, optimizer=optimizer), loader)
+    trainer(tmp_path, max_steps=3, accumulate_grad_batches=2).fit(Watched(net, optimization=ADAMW), loader)
     assert seen == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
 
 
@@ -67,56 +71,58 @@ def test_target_guidance_changes_the_objective(tmp_path, net, loader):
     batch = next(iter(loader))
     losses = []
     for guidance in (None, TargetGuidance(scale=2.0, kappa=0.3)):
-        model = MeanFlow(copy.deepcopy(net), optimizer=optimizer, target_guidance=guidance, caption_dropout=0.0)
+        model = FlowMapModule(copy.deepcopy(net), MeanFlow(guidance=guidance), caption_dropout=0.0)
         model.trainer = trainer(tmp_path)
         model._planned_steps = 6
         model.log = lambda *args, **kwargs: None
         torch.manual_seed(0)
-        losses.append(model.objective(batch).item())
+        losses.append(model.compute_loss(batch).item())
     assert losses[0] != losses[1]
 
 
 def test_teacher_is_the_network_at_the_start_and_never_saved(tmp_path, net, loader):
     before = copy.deepcopy(net.state_dict())
-    model = MeanFlow(net, optimizer=optimizer, velocity="teacher", target_guidance=TargetGuidance(scale=2.0))
+    objective = MeanFlow(velocity=TeacherVelocity(), guidance=TargetGuidance(scale=2.0))
+    model = FlowMapModule(net, objective, optimization=ADAMW)
     fit = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
     fit.fit(model, loader)
     assert any(not torch.equal(before[name], value) for name, value in net.state_dict().items())
-    for name, value in model.teacher.net.state_dict().items():
+    for name, value in objective.velocity.teacher.net.state_dict().items():
         assert torch.equal(value, before[name]), name
     fit.save_checkpoint(tmp_path / "run.ckpt")
     assert set(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]) == {f"net.{name}" for name in before}
 
 
-@pytest.mark.parametrize("velocity", ["own", "teacher"])
+@pytest.mark.parametrize("velocity", [SelfVelocity, TeacherVelocity])
 def test_velocity_of_a_network_takes_the_place_of_the_conditional_one(net, loader, monkeypatch, velocity):
     batch = next(iter(loader))
     seen = {}
 
-    class Spy(MeanFlowObjective):
-        def __call__(self, u, z, v, times, *rest):
+    class Spy(MeanFlow):
+        def terms(self, u, z, v, times, *rest):
             seen.update(z=z, v=v, t=times.t, u=u)
-            return super().__call__(u, z, v, times, *rest)
+            return super().terms(u, z, v, times, *rest)
 
-    model = MeanFlow(net, objective=Spy(), velocity=velocity, caption_dropout=0.0)
-    monkeypatch.setattr(MeanFlow, "progress", 0.0)
+    model = FlowMapModule(net, Spy(velocity=velocity()), caption_dropout=0.0)
+    monkeypatch.setattr(FlowMapModule, "progress", 0.0)
     monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
     with torch.no_grad():
         net.transformer.proj_out.bias += 1.0
-    model.objective(batch)
+    model.compute_loss(batch)
     own = seen["u"](seen["z"], seen["t"], seen["t"])
     assert not seen["v"].requires_grad
-    assert torch.equal(seen["v"], own) == (velocity == "own")
+    assert torch.equal(seen["v"], own) == (velocity is SelfVelocity)
 
 
-def test_unknown_velocity_is_refused(net):
-    with pytest.raises(ValueError, match="conditional, own or teacher"):
-        MeanFlow(net, velocity="parent")
+def test_a_teacher_that_nobody_gave_is_asked_for(net, loader):
+    batch = next(iter(loader))
+    with pytest.raises(ValueError, match="TeacherVelocity has no teacher"):
+        MeanFlow(velocity=TeacherVelocity())(net, batch.latents, (batch.text.context, batch.text.mask))
 
 
 def test_caption_dropout_makes_rows_null(net, loader):
     batch = next(iter(loader))
-    text, dropped = MeanFlow(net, caption_dropout=0.5).drop_captions(batch)
+    text, dropped = FlowMapModule(net, caption_dropout=0.5).drop_captions(batch)
     assert dropped.any() and not dropped.all()
     for row in range(len(batch)):
         expected = batch.null if dropped[row] else batch.text[row : row + 1]
@@ -126,12 +132,12 @@ def test_caption_dropout_makes_rows_null(net, loader):
 
 def test_flow_matching_starts_meanflow_from_its_checkpoint(tmp_path, net, loader):
     fit = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
-    parent = FlowMatching(net, optimizer=optimizer)
+    parent = FlowMapModule(net, FlowMatching(), optimization=ADAMW)
     fit.fit(parent, loader)
     fit.save_checkpoint(tmp_path / "parent.ckpt")
     child = copy.deepcopy(net)
     torch.nn.init.normal_(child.transformer.proj_out.weight)
-    model = MeanFlow(child, initial=str(tmp_path / "parent.ckpt"))
+    model = FlowMapModule(child, init_from=str(tmp_path / "parent.ckpt"))
     averaged = torch.load(tmp_path / "parent.ckpt", weights_only=True)["state_dict"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, averaged[name]), name
@@ -140,31 +146,38 @@ def test_flow_matching_starts_meanflow_from_its_checkpoint(tmp_path, net, loader
 def test_checkpoint_of_another_configuration_is_refused(tmp_path, net, loader):
     torch.save({"state_dict": {"net.transformer.proj_out.weight": torch.zeros(2, 2)}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="another configuration"):
-        MeanFlow(net, initial=str(tmp_path / "other.ckpt"))
+        FlowMapModule(net, init_from=str(tmp_path / "other.ckpt"))
     with pytest.raises(ValueError, match="no checkpoint at"):
-        MeanFlow(net, initial=str(tmp_path / "none.ckpt"))
+        FlowMapModule(net, init_from=str(tmp_path / "none.ckpt"))
 
 
 def test_weights_that_mean_something_else_are_refused(tmp_path, net, loader):
     fit = trainer(tmp_path, max_steps=1)
-    fit.fit(FlowMatching(net, optimizer=optimizer), loader)
+    fit.fit(FlowMapModule(net, FlowMatching(), optimization=ADAMW), loader)
     fit.save_checkpoint(tmp_path / "parent.ckpt")
     other = copy.deepcopy(net)
     other.time_scale = 1.0
 
-    class Descendant(FlowMatching):
+    class Descendant(FlowMapModule):
         pass
 
     for model, named in (
-        (MeanFlow(net, optimizer=optimizer), "its model is FlowMatching, not MeanFlow"),
-        (FlowMatching(other, optimizer=optimizer), "its time_scale is 10.0, not 1.0"),
-        (FlowMatching(net, optimizer=torch.optim.SGD), "its optimizer is AdamW, not SGD"),
+        (
+            FlowMapModule(net, MeanFlow(), optimization=ADAMW),
+            "its objective is FlowMatching, not MeanFlow",
+        ),
+        (FlowMapModule(other, FlowMatching(), optimization=ADAMW), "its time_scale is 10.0, not 1.0"),
+        (
+            FlowMapModule(net, FlowMatching(), optimization=Optimization(torch.optim.SGD)),
+            "its optimizer is AdamW, not SGD",
+        ),
     ):
         with pytest.raises(ValueError, match=named):
             trainer(tmp_path).fit(model, loader, ckpt_path=tmp_path / "parent.ckpt")
-    with pytest.raises(ValueError, match=r"initial: .*its time_scale is 10\.0, not 1\.0"):
-        MeanFlow(other, initial=str(tmp_path / "parent.ckpt"))
-    trainer(tmp_path, max_steps=2).fit(Descendant(net, optimizer=optimizer), loader, ckpt_path=tmp_path / "parent.ckpt")
+    with pytest.raises(ValueError, match=r"init_from: .*its time_scale is 10\.0, not 1\.0"):
+        FlowMapModule(other, init_from=str(tmp_path / "parent.ckpt"))
+    model = Descendant(net, FlowMatching(), optimization=ADAMW)
+    trainer(tmp_path, max_steps=2).fit(model, loader, ckpt_path=tmp_path / "parent.ckpt")
 
 
 def test_unbounded_training_is_refused(tmp_path, net):
@@ -178,49 +191,50 @@ def test_unbounded_training_is_refused(tmp_path, net):
 
     with pytest.raises(ValueError, match="max_steps"):
         trainer(tmp_path, max_steps=-1, max_epochs=2).fit(
-            MeanFlow(net, optimizer=optimizer), torch.utils.data.DataLoader(Stream(), batch_size=None)
+            FlowMapModule(net, optimization=ADAMW),
+            torch.utils.data.DataLoader(Stream(), batch_size=None),
         )
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_weights_of_sixteen_bits_are_refused_for_training(tmp_path, net, loader, precision):
     with pytest.raises(ValueError, match="set bf16-mixed"):
-        trainer(tmp_path, precision=precision).fit(MeanFlow(net, optimizer=optimizer), loader)
+        trainer(tmp_path, precision=precision).fit(FlowMapModule(net, optimization=ADAMW), loader)
 
 
 def test_flow_matching_refuses_interval_rows(net):
     with pytest.raises(ValueError, match="r < t"):
-        FlowMatching(net, times=LogitNormalTimes(interval_share=Schedule(0.25)))
+        FlowMatching(times=LogitNormalTimes(flow_matching_ratio=Schedule(0.75)))
 
 
 def test_guidance_doubles_the_evaluations(net):
-    model = MeanFlow(net, guidance=2.0)
-    assert (model.nfe(4), model.nfe(4, guidance=1.0)) == (8, 4)
+    model = FlowMapModule(net, guidance_scale=2.0)
+    assert (model.nfe(4), model.nfe(4, guidance_scale=1.0)) == (8, 4)
     calls = []
     net.register_forward_hook(lambda *args: calls.append(1))
     encoder = WordEncoder(width=16, length=4)
-    model.sample(encoder(["a red circle"]), encoder([""]), torch.randn(1, 3, 8, 8), steps=2)
+    model.sample_latents(encoder(["a red circle"]), encoder([""]), torch.randn(1, 3, 8, 8), steps=2)
     assert len(calls) == 4
 
 
 def test_meanflow_stops_when_most_rows_are_not_finite(tmp_path, net, loader):
     torch.nn.init.constant_(net.transformer.proj_out.bias, float("nan"))
     with pytest.raises(ValueError, match="not finite, 3 batches in a row: lower the learning rate"):
-        trainer(tmp_path).fit(MeanFlow(net, optimizer=optimizer, nan_patience=3), loader)
+        trainer(tmp_path).fit(FlowMapModule(net, optimization=ADAMW, nan_patience=3), loader)
 
 
-class Hiccup(MeanFlowObjective):
+class Hiccup(MeanFlow):
     """No finite row in two batches of four."""
 
     calls = 0
 
-    def __call__(self, u, z, v, *rest):
+    def terms(self, u, z, v, *rest):
         self.calls += 1
-        return super().__call__(u, z, v * float("nan") if self.calls % 4 > 1 else v, *rest)
+        return super().terms(u, z, v * float("nan") if self.calls % 4 > 1 else v, *rest)
 
 
 def test_meanflow_goes_on_when_bad_batches_pass(tmp_path, net, loader):
-    model = MeanFlow(net, objective=Hiccup(), optimizer=optimizer, nan_patience=3)
+    model = FlowMapModule(net, Hiccup(), optimization=ADAMW, nan_patience=3)
     fit = trainer(tmp_path, max_steps=6)
     fit.fit(model, loader)
     assert fit.global_step == 6
@@ -228,20 +242,20 @@ def test_meanflow_goes_on_when_bad_batches_pass(tmp_path, net, loader):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
-class Failing(MeanFlowObjective):
+class Failing(MeanFlow):
     """No finite row from the second batch on."""
 
     calls = 0
 
-    def __call__(self, u, z, v, *rest):
+    def terms(self, u, z, v, *rest):
         self.calls += 1
-        return super().__call__(u, z, v * float("nan") if self.calls > 1 else v, *rest)
+        return super().terms(u, z, v * float("nan") if self.calls > 1 else v, *rest)
 
 
 @pytest.mark.parametrize(("patience", "stops_at"), [(2, 3), (3, 4)])
 def test_bad_batches_are_counted_also_where_nobody_looks(tmp_path, net, loader, patience, stops_at):
     """The bad step 2 is counted on the device; the count is asked for at step 3, and at each step from there on."""
-    model = MeanFlow(net, objective=Failing(), optimizer=optimizer, nan_patience=patience)
+    model = FlowMapModule(net, Failing(), optimization=ADAMW, nan_patience=patience)
     with pytest.raises(ValueError, match=f"at step {stops_at} .* {patience} batches in a row"):
         trainer(tmp_path, log_every_n_steps=3).fit(model, loader)
 
@@ -265,4 +279,4 @@ def test_schedule_warms_up_and_ends_at_its_final_share():
 def test_the_fused_derivative_and_gradient_checkpointing_are_refused_together(net):
     net.recomputed = True
     with pytest.raises(ValueError, match="take ForwardMode, or set net"):
-        MeanFlow(net, MeanFlowObjective(Fused()))
+        FlowMapModule(net, MeanFlow(derivative=Fused()))

@@ -8,24 +8,26 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from emf_lightning.flow.derivative.derivative import FiniteDifference
-from emf_lightning.flow.objectives.alpha_flow import AlphaFlowObjective, AlphaSchedule
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
-from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlowObjective
+from emf_lightning.flow.derivative.finite_difference import FiniteDifference
+from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
+from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
-from emf_lightning.modules.meanflow import MeanFlow
+from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import DecoupledInterval, SummedInterval
 from tests.modules.conftest import TINY
 
-HALF = LogitNormalTimes(interval_share=Schedule(0.5), zero_share=0.25)
+HALF = LogitNormalTimes(flow_matching_ratio=Schedule(0.5), consistency_ratio=0.25)
 OBJECTIVES = {
-    "meanflow": {"objective": MeanFlowObjective()},
-    "alpha_flow": {"objective": AlphaFlowObjective(AlphaSchedule(0.0, 0.9, gamma=4.0))},
-    "split_meanflow": {"objective": SplitMeanFlowObjective()},
-    "transition": {"objective": MeanFlowObjective(FiniteDifference(0.005)), "weighting": TransitionWeighting()},
+    "meanflow": (MeanFlow, {}),
+    "alpha_flow": (AlphaFlow, {"alpha": AlphaSchedule(0.0, 0.9, gamma=4.0)}),
+    "split_meanflow": (SplitMeanFlow, {}),
+    "transition": (MeanFlow, {"derivative": FiniteDifference(0.005), "weighting": TransitionWeighting()}),
 }
 
 
@@ -57,7 +59,9 @@ def moved(before: dict[str, torch.Tensor], net: SanaFlowMap) -> set[str]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_objective_trains_every_weight(tmp_path, net, loader, objective, precision):
     before = copy.deepcopy(net.state_dict())
-    model = MeanFlow(net, times=HALF, velocity="teacher", optimizer=optimizer, **OBJECTIVES[objective])
+    kind, settings = OBJECTIVES[objective]
+    trained = kind(times=HALF, velocity=TeacherVelocity(), **settings)
+    model = FlowMapModule(net, trained, optimization=Optimization(optimizer))
     logged = fit(model, loader, tmp_path, precision=precision).callback_metrics
     assert moved(before, net) == set(before)
     assert logged["train/nan_rows"] == 0
@@ -72,7 +76,9 @@ def test_a_network_trains_with_every_interval(tmp_path, loader, interval):
         TINY, prediction=PredictData(), time_scale=10.0, latent_size=8, context_width=16, interval=interval
     )
     before = copy.deepcopy(net.state_dict())
-    logged = fit(MeanFlow(net, times=HALF, optimizer=optimizer), loader, tmp_path).callback_metrics
+    logged = fit(
+        FlowMapModule(net, MeanFlow(times=HALF), optimization=Optimization(optimizer)), loader, tmp_path
+    ).callback_metrics
     assert moved(before, net) == set(before)
     assert logged["train/nan_rows"] == 0
 
@@ -80,11 +86,11 @@ def test_a_network_trains_with_every_interval(tmp_path, loader, interval):
 def test_alpha_flow_takes_derivatives_from_the_end_of_its_schedule_on(tmp_path, net, loader):
     steps = []
 
-    class Watched(MeanFlow):
+    class Watched(FlowMapModule):
         def log_terms(self, terms):
             steps.append(len(terms.derivative_norm))
             super().log_terms(terms)
 
-    objective = AlphaFlowObjective(AlphaSchedule(0.0, 0.5))
-    fit(Watched(net, objective=objective, times=HALF, optimizer=optimizer), loader, tmp_path)
+    objective = AlphaFlow(AlphaSchedule(0.0, 0.5), times=HALF)
+    fit(Watched(net, objective, optimization=Optimization(optimizer)), loader, tmp_path)
     assert steps == [0, 0, 4]

@@ -70,7 +70,7 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text(self._config())
         # an experiment's own warm-up may be longer than a short run
-        warmup = ["--model.init_args.scheduler.init_args.warmup", "0"] if self.steps < SHORT else []
+        warmup = ["--model.init_args.optimization.scheduler.init_args.warmup", "0"] if self.steps < SHORT else []
         fit(["--config", str(self.file), *warmup], self.folder, jobs)
         if not self.done:
             raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; what it said tells why")

@@ -19,8 +19,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from emf_lightning.cli.experiment_files import without_base
 from emf_lightning.cli.parser_errors import class_of
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.checkpoint import read_checkpoint
+from emf_lightning.modules.flow_map import FlowMapModule
 
 CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes an experiment chooses from, by their short names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,8 @@ from emf_lightning.cli.builder import BuildingCLI
 from emf_lightning.cli.emf_cli import LINKED
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.modules.base import FlowMapModule
-from emf_lightning.modules.encoder_tuning import EncoderTuning
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
-
-DRAWING = ("guidance", "guidance_interval", "generator_time")
-"""Arguments of a LightningModule that concern how it draws."""
 
 _AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
@@ -39,8 +36,8 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
         raise ValueError(f"run: no config.yaml in {run}; give the directory of a run, e.g. runs/shapes/emf/version_0")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
-    built = BuildingCLI.run(["fit", "--config", str(config), "--model.init_args.initial", str(weights)])
-    if isinstance(built.model, EncoderTuning):
+    built = BuildingCLI.run(["fit", "--config", str(config), "--model.init_args.init_from", str(weights)])
+    if built.model.tunes_encoder:
         raise ValueError("run: its encoder lies in its folder encoder/; export a run that was adapted with it")
     pipeline = pipeline_of(built.model, built.datamodule, built.settings)
     pipeline.save_pretrained(str(out))
@@ -51,7 +48,7 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
 
 
 def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespace) -> EMFPipeline:
-    """The pipeline that draws as ``module`` does in `emf predict`.
+    """The pipeline that generates the same images as ``module`` in `emf predict`.
 
     Args:
         module: with its weights.
@@ -61,16 +58,13 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters
     net["init_args"] |= {name: getattr(data, name) for name in LINKED if name in known}
-    arguments = settings.model.init_args
-    model = {
-        "class_path": settings.model.class_path,
-        "init_args": {name: arguments[name] for name in DRAWING if arguments.get(name) is not None},
-    }
     return EMFPipeline(
         PipelinePart(module.net.eval(), net),
         PipelinePart(data.autoencoder, _spec(settings.data.autoencoder)),
         PipelinePart(data.text, _spec(settings.data.text)),
-        model=model,
+        sampler=spec_of(module.objective.sampler),
+        guidance=spec_of(module.objective.sampling_guidance),
+        guidance_scale=module.guidance_scale,
         latent_size=data.latent_size,
         autocast=_AUTOCAST.get(str(settings.trainer.precision)),
         features=data.cache.dtype if data.cache is not None else None,
@@ -80,3 +74,9 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
 def _spec(part: Namespace) -> dict[str, Any]:
     spec = part.as_dict()
     return {"class_path": spec["class_path"], "init_args": dict(spec.get("init_args") or {})}
+
+
+def spec_of(settings: Any) -> dict[str, Any]:
+    """The class of a dataclass and its fields."""
+    kind = type(settings)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(settings)}

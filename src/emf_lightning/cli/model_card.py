@@ -54,7 +54,7 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
     name = logger.get("init_args.name") if isinstance(logger, Namespace) else None
     facts = {
         "experiment": name or run.name,
-        "objective": settings.model.class_path.rpartition(".")[2],
+        "objective": (settings.model.get("init_args.objective.class_path") or settings.model.class_path).rpartition(".")[2],
         "started from": net.get("init_args.pretrained") or settings.model.init_args.get("initial") or "nothing",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",
         "text encoder": _described(settings.data.text),

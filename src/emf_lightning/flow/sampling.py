@@ -1,84 +1,161 @@
-"""From noise to data in a few steps."""
+"""Samplers: from noise to data in a few steps."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.path import Velocity, over
+from emf_lightning.flow.guidance import ClassifierFreeGuidance, SamplingGuidance
+from emf_lightning.flow.path import expand_like
+from emf_lightning.flow.velocity import Context, Velocity, no_grad_pass
 
 
-@torch.no_grad()
-def sample_flow_map(u: Velocity, e: Tensor, steps: int) -> Tensor:
-    """Data from noise by jumps z_r = z_t - (t - r) u(z_t, r, t) over a uniform grid (arXiv 2505.13447, eq. 12)."""
-    return _march(e, steps, lambda z, r, t: u(z, r, t))
+class Sampler(ABC):
+    """Base of the samplers."""
+
+    @abstractmethod
+    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+        """Data, like ``noise``, without a graph.
+
+        Args:
+            u: average velocity of the B samples.
+            noise: ``[B, C, H, W]``, unit normal, the state at t = 1.
+            steps: evaluations of ``u``, at least 1.
+
+        Raises:
+            ValueError: for no steps.
+        """
 
 
-@torch.no_grad()
-def sample_euler(u: Velocity, e: Tensor, steps: int) -> Tensor:
-    """Data from noise by Euler steps along the velocity u(z, t, t): the sampler of a flow-matching model."""
-    return _march(e, steps, lambda z, r, t: u(z, t, t))
+@dataclass(frozen=True)
+class FlowMapSampler(Sampler):
+    """Jumps z_r = z_t - (t - r) u(z_t, r, t) over a uniform grid (arXiv 2505.13447, eq. 12).
 
-
-@torch.no_grad()
-def sample_renoised(u: Velocity, e: Tensor, steps: int, start: float = 1.0) -> Tensor:
-    """Data from noise by jumps to the data, with fresh noise in between: the sampler of a generator.
-
-    The noise of step k > 0 is a function of the row's ``e`` and k: a row is the same in whatever batch it is drawn.
+    Example:
+        >>> u = lambda z, r, t: z - 3.0  # data is 3 and noise is z at t = 1
+        >>> FlowMapSampler()(u, torch.tensor([[5.0]]), 1)
+        tensor([[3.]])
     """
-    return renoised(u, e, steps, lambda k: _fresh(e, k), start)
+
+    @torch.no_grad()
+    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+        return _integrate(noise, steps, u)
 
 
-def renoised(u: Velocity, e: Tensor, steps: int, fresh: Callable[[int], Tensor], start: float = 1.0) -> Tensor:
-    """Data from noise ``e``, ``[B, C, H, W]``; the graph is that of the last jump alone.
+@dataclass(frozen=True)
+class EulerSampler(Sampler):
+    """Euler steps along the velocity u(z, t, t): the sampler of a flow-matching model."""
 
-    At each t of the uniform grid from ``start`` down, z = (1 - t) x + t e' becomes x = z - t u(z, 0, t); e' is ``e``
+    @torch.no_grad()
+    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+        return _integrate(noise, steps, lambda z, r, t: u(z, t, t))
+
+
+@dataclass(frozen=True)
+class MultistepSampler(Sampler):
+    """Jumps to the data, with fresh noise in between: the sampler of a one-step generator (arXiv 2303.01469).
+
+    The noise of step k > 0 is a function of the sample's first noise and of k, so a sample does not depend on its
+    batch.
+
+    Attributes:
+        start: the first t, in (0, 1].
+    """
+
+    start: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+        return multistep_sample(u, noise, steps, lambda k: _fresh_noise(noise, k), self.start)
+
+
+def sample(
+    net: Callable[..., Tensor],
+    noise: Tensor,
+    context: Context = None,
+    *,
+    steps: int = 1,
+    sampler: Sampler = FlowMapSampler(),
+    guidance_scale: float = 1.0,
+    null_context: Context = None,
+    guidance: SamplingGuidance = ClassifierFreeGuidance(),
+) -> Tensor:
+    """Data ``[B, C, H, W]`` from noise, in a few steps.
+
+    Args:
+        net: called as ``net(z, r, t, context)``; see ``AverageVelocity``.
+        noise: ``[B, C, H, W]``, unit normal.
+        context: conditioning of the B samples.
+        steps: from noise to data.
+        sampler: ``FlowMapSampler`` for average velocities, ``EulerSampler`` for flow matching.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        null_context: conditioning without a caption, of one sample or of all; guidance needs it.
+        guidance: how the scale acts.
+
+    Raises:
+        ValueError: for no steps, or for guidance without ``null_context``.
+
+    Example:
+        >>> sample(lambda z, r, t, mean: z - mean, torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), steps=1)
+        tensor([[1.],
+                [2.]])
+    """
+    return sampler(guidance(net, context, null_context, len(noise), guidance_scale), noise, steps)
+
+
+def multistep_sample(
+    u: Velocity, noise: Tensor, steps: int, fresh_noise: Callable[[int], Tensor], start: float = 1.0
+) -> Tensor:
+    """Data from noise, with the graph of the last jump alone.
+
+    At each t of the uniform grid from ``start`` down, z = (1 - t) x + t e becomes x = z - t u(z, 0, t); e is ``noise``
     at first, beside x = 0, then fresh.
 
     Args:
         u: the generator's average velocity.
-        e: unit normal.
+        noise: ``[B, C, H, W]``, unit normal.
         steps: jumps.
-        fresh: k -> the noise of step k > 0, like ``e``.
+        fresh_noise: k -> the noise of step k > 0, like ``noise``.
         start: the first t, in (0, 1].
 
     Raises:
         ValueError: for no steps.
     """
-    _check(steps)
-    x = torch.zeros_like(e)
+    _check_steps(steps)
+    x = torch.zeros_like(noise)
     for k in range(steps):
-        t = torch.full((len(e),), start * (1 - k / steps), device=e.device, dtype=torch.float32)
-        noise = e if k == 0 else fresh(k)
-        z = (1 - over(t, e)) * x + over(t, e) * noise
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k == steps - 1):
-            x = z - over(t, z) * u(z, torch.zeros_like(t), t).to(z.dtype)
-        if k < steps - 1:
-            torch.clear_autocast_cache()  # weights cast without a graph must not serve the pass that needs one
+        t = torch.full((len(noise),), start * (1 - k / steps), device=noise.device, dtype=torch.float32)
+        e = noise if k == 0 else fresh_noise(k)
+        z = (1 - expand_like(t, e)) * x + expand_like(t, e) * e
+        with nullcontext() if k == steps - 1 else no_grad_pass():
+            x = z - expand_like(t, z) * u(z, torch.zeros_like(t), t).to(z.dtype)
     return x
 
 
-def _fresh(e: Tensor, k: int) -> Tensor:
-    """Unit normal noise like ``e``, ``[B, ...]``, each row's a function of that row's bits and ``k``."""
+def _fresh_noise(e: Tensor, k: int) -> Tensor:
+    """Unit normal noise like ``e``, ``[B, ...]``; that of a sample is a function of its bits in ``e`` and of ``k``."""
     first = e.detach().flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()
-    rows = []
+    samples = []
     for a, b in first:
         generator = torch.Generator().manual_seed(((a & 0x7FFFFFFF) << 32 | (b & 0xFFFFFFFF)) ^ k)
-        rows.append(torch.randn(e.shape[1:], generator=generator))
-    return torch.stack(rows).to(e)
+        samples.append(torch.randn(e.shape[1:], generator=generator))
+    return torch.stack(samples).to(e)
 
 
-def _march(e: Tensor, steps: int, average_velocity: Velocity) -> Tensor:
-    _check(steps)
-    grid = torch.linspace(1, 0, steps + 1, device=e.device).unsqueeze(1).expand(-1, len(e))
-    z = e
+def _integrate(noise: Tensor, steps: int, average_velocity: Velocity) -> Tensor:
+    _check_steps(steps)
+    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, len(noise))
+    z = noise
     for t, r in zip(grid, grid[1:], strict=False):
-        z = z - over(t - r, z) * average_velocity(z, r, t).to(z.dtype)
+        z = z - expand_like(t - r, z) * average_velocity(z, r, t).to(z.dtype)
     return z
 
 
-def _check(steps: int) -> None:
+def _check_steps(steps: int) -> None:
     if steps < 1:
-        raise ValueError(f"sampling needs at least one step, got {steps}")
+        raise ValueError(f"steps: sampling needs at least one step, got {steps}")

@@ -1,4 +1,4 @@
-"""Which times a training step looks at: samplers of (r, t), and EMF's schedule of them over training progress."""
+"""Samplers of the times (r, t) of a training step, and their schedule over training progress."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Times:
-    """Interval ends of B rows.
+    """Interval ends of B samples.
 
     Attributes:
-        r: ``[B]``, fp32, where the interval ends, in [0, 1); r <= t.
-        t: ``[B]``, fp32, where it starts, in (0, 1).
-        n_interval: the first ``n_interval`` rows are drawn with r < t; in the rest r = t exactly.
+        r: ``[B]``, fp32, the interval's end, in [0, 1); r <= t.
+        t: ``[B]``, fp32, its start, in (0, 1).
+        n_interval: the first ``n_interval`` samples have r < t; in the rest r = t exactly.
     """
 
     r: Tensor
@@ -38,39 +38,50 @@ class Schedule:
 
 
 class TimeSampler(ABC):
-    """A law of (r, t), with the share of rows that have r < t.
+    """Base of the distributions of (r, t).
 
     Args:
-        interval_share: share of the rows with r < t; EMF moves it from .25 to .75.
-        zero_share: share of the rows with r = 0, out of those with r < t: intervals that end at the data, as one step's
-            does and a drawn r hardly ever (arXiv 2509.04394 takes .1).
+        flow_matching_ratio: share of the samples with r = t, which train on the velocity; EMF moves it from .75 to .25.
+        consistency_ratio: share of the samples with r = 0, out of those with r < t: intervals that end at the data, as
+            that of one step does and a random r hardly ever (arXiv 2509.04394 has .1).
     """
 
-    def __init__(self, interval_share: Schedule, zero_share: float = 0.0) -> None:
-        for share in (interval_share(0.0), interval_share(1.0)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{type(self).__name__}: interval_share must lie in [0, 1], got {share}")
-            if not 0 <= zero_share <= share:
+    def __init__(self, flow_matching_ratio: Schedule, consistency_ratio: float = 0.0) -> None:
+        for ratio in (flow_matching_ratio(0.0), flow_matching_ratio(1.0)):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"{type(self).__name__}: flow_matching_ratio must lie in [0, 1], got {ratio}")
+            if not 0 <= consistency_ratio <= 1 - ratio:
                 raise ValueError(
-                    f"{type(self).__name__}: rows with r = 0 are some of those with r < t, so zero_share must lie in "
-                    f"[0, interval_share]; got {zero_share}, and interval_share is {share} at its least"
+                    f"{type(self).__name__}: samples with r = 0 are some of those with r < t, so consistency_ratio "
+                    f"must lie in [0, 1 - flow_matching_ratio]; got {consistency_ratio}, and flow_matching_ratio is "
+                    f"{ratio} at its largest"
                 )
-        self.interval_share = interval_share
-        self.zero_share = zero_share
+        self.flow_matching_ratio = flow_matching_ratio
+        self.consistency_ratio = consistency_ratio
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether any sample has r < t."""
+        return self.flow_matching_ratio(0.0) < 1 or self.flow_matching_ratio(1.0) < 1
 
     @abstractmethod
-    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Two fp32 vectors ``[rows]`` in (0, 1): t's law and r's, in any order."""
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two fp32 vectors ``[batch]`` in (0, 1), from the distributions of t and of r, not sorted."""
 
-    def __call__(self, rows: int, progress: float, device: torch.device) -> Times:
-        """Times of ``rows`` rows, the r < t rows first, and of these the r = 0 rows.
+    def __call__(self, batch: int, progress: float, device: torch.device) -> Times:
+        """Times of ``batch`` samples, the r < t samples first, and of these the r = 0 samples.
 
-        The number of r < t rows is ``round(interval_share * rows)``, not drawn, so shapes are equal on all ranks.
+        The number of r < t samples is ``round((1 - flow_matching_ratio) * batch)``, so shapes are equal on all ranks.
+
+        Args:
+            batch: B.
+            progress: of training, in [0, 1].
+            device: of the result.
         """
-        a, b = self.draw(rows, progress, device)
-        n = round(self.interval_share(progress) * rows)
+        a, b = self.sample(batch, progress, device)
+        n = round((1 - self.flow_matching_ratio(progress)) * batch)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
-        r[: round(self.zero_share * rows)] = 0
+        r[: round(self.consistency_ratio * batch)] = 0
         t = torch.cat([t[:n], a[n:]])
         return Times(r=torch.cat([r[:n], a[n:]]), t=t, n_interval=n)
 
@@ -79,59 +90,66 @@ class UniformTimes(TimeSampler):
     """t and r uniform on (0, 1).
 
     Args:
-        interval_share: see ``TimeSampler``, as ``zero_share``.
+        flow_matching_ratio: see ``TimeSampler``.
+        consistency_ratio: see ``TimeSampler``.
+
+    Example:
+        >>> times = UniformTimes(Schedule(0.5))(4, progress=0.0, device=torch.device("cpu"))
+        >>> times.n_interval, bool((times.r <= times.t).all())
+        (2, True)
     """
 
-    def __init__(self, interval_share: Schedule = Schedule(0.25), zero_share: float = 0.0) -> None:
-        super().__init__(interval_share, zero_share)
+    def __init__(self, flow_matching_ratio: Schedule = Schedule(0.75), consistency_ratio: float = 0.0) -> None:
+        super().__init__(flow_matching_ratio, consistency_ratio)
 
-    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two independent uniform vectors."""
         options = _fp32_on(device)
-        return torch.rand(rows, **options), torch.rand(rows, **options)
+        return torch.rand(batch, **options), torch.rand(batch, **options)
 
 
 class LogitNormalTimes(TimeSampler):
     """t and r as sigmoids of normal numbers; the larger is t (arXiv 2505.13447, section 4.3).
 
-    With ``mu`` -.5 -> .5, ``sigma`` 1 -> 2, ``interval_share`` .25 -> .75 it is EMF's sampler (arXiv 2604.18168,
-    released code). One departure: for r = t rows t is one draw, not the larger of two, unless ``larger`` is set.
+    With ``mu`` -.5 -> .5, ``sigma`` 1 -> 2 and ``flow_matching_ratio`` .75 -> .25 it is EMF's sampler (arXiv
+    2604.18168, released code), except that t of an r = t sample is one number, not the larger of two, unless
+    ``sort_first`` is set.
 
     Args:
         mu: mean of t's logit; larger is noisier.
         sigma: its standard deviation.
-        interval_share: share of the rows with r < t.
-        r_mu: mean of r's logit, where r has a law of its own (MeanFlow's CIFAR-10 release); else ``mu``.
-        r_sigma: likewise.
-        larger: r = t rows take the larger of two draws, as the release does.
-        zero_share: share of the rows with r = 0.
+        flow_matching_ratio: share of the samples with r = t.
+        r_mu: mean of r's logit, where r has a distribution of its own (MeanFlow's CIFAR-10 release); else ``mu``.
+        r_sigma: its standard deviation; else ``sigma``.
+        sort_first: r = t samples, too, take the larger of two numbers, as in EMF's release.
+        consistency_ratio: share of the samples with r = 0.
     """
 
     def __init__(
         self,
         mu: Schedule = Schedule(-0.4),
         sigma: Schedule = Schedule(1.0),
-        interval_share: Schedule = Schedule(0.25),
+        flow_matching_ratio: Schedule = Schedule(0.75),
         r_mu: Schedule | None = None,
         r_sigma: Schedule | None = None,
-        larger: bool = False,
-        zero_share: float = 0.0,
+        sort_first: bool = False,
+        consistency_ratio: float = 0.0,
     ) -> None:
-        super().__init__(interval_share, zero_share)
+        super().__init__(flow_matching_ratio, consistency_ratio)
         self.mu = mu
         self.sigma = sigma
         self.r_mu = r_mu or mu
         self.r_sigma = r_sigma or sigma
-        self.larger = larger
+        self.sort_first = sort_first
 
-    def draw(self, rows: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two independent logit-normal vectors at this point of the schedule."""
         options = _fp32_on(device)
-        t = torch.sigmoid(self.mu(progress) + self.sigma(progress) * torch.randn(rows, **options))
-        r = torch.sigmoid(self.r_mu(progress) + self.r_sigma(progress) * torch.randn(rows, **options))
-        return (torch.maximum(t, r), torch.minimum(t, r)) if self.larger else (t, r)
+        t = torch.sigmoid(self.mu(progress) + self.sigma(progress) * torch.randn(batch, **options))
+        r = torch.sigmoid(self.r_mu(progress) + self.r_sigma(progress) * torch.randn(batch, **options))
+        return (torch.maximum(t, r), torch.minimum(t, r)) if self.sort_first else (t, r)
 
 
 def _fp32_on(device: torch.device) -> dict[str, Any]:
-    """How times are drawn: a precision plugin makes bf16 the default dtype, and rounded times are useless."""
+    """Tensor options for times: a precision plugin may make bf16 the default dtype, and rounded times are useless."""
     return {"dtype": torch.float32, "device": device}

@@ -1,4 +1,4 @@
-"""How much each row's squared error counts."""
+"""Weightings: from squared errors to losses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from emf_lightning.flow.times import Times
 
 
 class Weighting(ABC):
-    """A rule from squared errors to losses."""
+    """Base of the weightings."""
 
     @abstractmethod
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
-        """The rows' losses ``[B]``, from ``squared_error`` ``[B]``, summed over dimensions, and the rows' (r, t)."""
+        """Per-sample losses ``[B]``, from squared errors ``[B]``, summed over dimensions, and the samples' (r, t)."""
 
 
 class UniformWeighting(Weighting):
-    """Every row counts by its squared error: MeanFlow as the EMF paper writes it."""
+    """The squared error itself, unweighted: MeanFlow as the EMF paper writes it."""
 
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """The squared error itself."""
@@ -27,45 +27,51 @@ class UniformWeighting(Weighting):
 
 
 class AdaptiveWeighting(Weighting):
-    """w = 1 / sg(D + c)^p of a row's own summed squared error D (arXiv 2505.13447, eq. 22).
+    """w = 1 / sg(D + c)^p of a sample's summed squared error D (arXiv 2505.13447, eq. 22).
 
-    With p = 1 the loss is about 1 whatever is learned: read the raw mean squared errors instead.
+    With p = 1 the loss stays near 1 while the network learns: read the raw mean squared errors instead.
 
     Args:
-        power: p; 0 is no weighting, 1 the papers' default.
-        offset: c > 0, in units of the sum over all dimensions.
+        p: 0 is no weighting, 1 the papers' default.
+        c: positive, in units of the sum over all dimensions.
+
+    Example:
+        >>> times = Times(torch.zeros(2), torch.ones(2), n_interval=2)
+        >>> AdaptiveWeighting(p=1.0, c=1.0)(torch.tensor([1.0, 3.0]), times)
+        tensor([0.5000, 0.7500])
     """
 
-    def __init__(self, power: float = 1.0, offset: float = 1e-3) -> None:
-        if offset <= 0:
-            raise ValueError(f"AdaptiveWeighting: offset must be positive, got {offset}")
-        self.power = power
-        self.offset = offset
+    def __init__(self, p: float = 1.0, c: float = 1e-3) -> None:
+        if c <= 0:
+            raise ValueError(f"AdaptiveWeighting: c must be positive, got {c}")
+        self.p = p
+        self.c = c
 
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """D / sg(D + c)^p; the weight carries no gradient."""
-        return squared_error / (squared_error.detach() + self.offset) ** self.power
+        return squared_error / (squared_error.detach() + self.c) ** self.p
 
 
 class TransitionWeighting(AdaptiveWeighting):
     """The adaptive weight times (tan t - tan r + sigma_d)^(-1/2): long intervals count less (arXiv 2509.04394).
 
-    The tangent is that of t itself, in radians, as the release takes it for the linear path: tan 1 = 1.56, so nothing
-    has to be guarded at the noise's end. Rows with r = t have a factor of 1.
+    The tangent is that of t itself, in radians, as the release takes it for the linear path: tan 1 = 1.56, so t = 1
+    needs no guard. Samples with r = t have a factor of 1.
 
     Args:
         sigma_data: sigma_d > 0, the data's standard deviation; the release's 1 makes the factor continuous at r = t.
-        power: see ``AdaptiveWeighting``, as ``offset``; the release has p = 1 and c = 1e-5 of the mean over dimensions.
+        p: see ``AdaptiveWeighting``; 1 in the release.
+        c: see ``AdaptiveWeighting``; 1e-5 of the mean over dimensions in the release.
     """
 
-    def __init__(self, sigma_data: float = 1.0, power: float = 1.0, offset: float = 1e-3) -> None:
-        super().__init__(power, offset)
+    def __init__(self, sigma_data: float = 1.0, p: float = 1.0, c: float = 1e-3) -> None:
+        super().__init__(p, c)
         if sigma_data <= 0:
             raise ValueError(f"TransitionWeighting: sigma_data must be positive, got {sigma_data}")
         self.sigma_data = sigma_data
 
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
-        """The adaptive losses times the factor, which is between .62 and 1 at sigma_d = 1."""
+        """Adaptive losses times the factor, which is between .62 and 1 at sigma_d = 1."""
         factor = torch.rsqrt(torch.tan(times.t) - torch.tan(times.r) + self.sigma_data)
         factor[times.n_interval :] = 1
         return factor * super().__call__(squared_error, times)

@@ -1,1 +1,1 @@
-
+"""LightningModules: one training loop each; the mathematics is in ``emf_lightning.flow``."""

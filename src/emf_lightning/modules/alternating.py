@@ -1,112 +1,130 @@
-"""Distillation with two networks in turn: the one that draws, and a critic that follows or judges it."""
+"""Distillation that trains two networks in turn: a generator, and an online flow or a discriminator."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.path import Velocity
-from emf_lightning.flow.weighting import UniformWeighting
-from emf_lightning.modules.base import FlowMapModule
+from emf_lightning.flow.velocity import fresh_casts
+from emf_lightning.modules.flow_map import FlowMapModule, trainable
 from emf_lightning.modules.frozen import FrozenNetwork
+from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
 
-CRITIC_STEPS = "critic_steps"
-"""Where a checkpoint keeps the critic's count."""
+_STEPS, _EARLIER_STEPS = "auxiliary_steps", "critic_steps"
+"""Keys of a checkpoint under which it counts the auxiliary network's steps, today and in earlier versions."""
 
 
-class CriticModule(FlowMapModule):
-    """Base of the modules that distil ``net`` as it starts, and train a second network beside it, in turn.
+@dataclass(frozen=True)
+class Alternation:
+    """How the two networks take turns.
 
-    A batch is one step: ``critic_updates`` of the critic, then one of the network, with the other's parameters frozen.
-    ``trainer.global_step`` counts the network's steps alone, and with it ``max_steps``, ``progress``, averages, scores
-    and checkpoints; ``critic_steps`` counts the critic's. Both optimisers' states are in the checkpoint, and both
-    schedules move once a batch. A subclass sets ``critic`` and calls ``save_hyperparameters``.
-
-    Args:
-        net: see ``FlowMapModule``, as ``optimizer``, ``scheduler``, ``guidance``, ``initial``.
-        critic_optimizer: called with the critic's parameters; by default ``optimizer``.
-        critic_scheduler: called with the critic's optimiser; by default ``scheduler``.
-        critic_updates: of the critic before each of the network, at least 1.
+    Attributes:
+        auxiliary_updates: of the online flow or discriminator before each of the network, at least 1.
         gradient_clip_val: largest norm of either network's gradient; None does not clip.
         micro_batches: parts of a batch whose gradients are accumulated, one part's activations in memory at a time.
-        teacher_guidance: scale of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
     """
 
-    critic: nn.Module
+    auxiliary_updates: int = 1
+    gradient_clip_val: float | None = 1.0
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("auxiliary_updates", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Alternation: {name} must be at least 1, got {getattr(self, name)}")
+
+
+class AlternatingModule(FlowMapModule):
+    """Base of the modules that distil ``net`` as it starts, and train an auxiliary network beside it, in turn.
+
+    A batch is one step: ``auxiliary_updates`` of the auxiliary network, then one of the network, with the other's
+    parameters frozen. ``trainer.global_step`` counts the network's steps alone, and with it ``max_steps``,
+    ``progress``, averages, scores and checkpoints; ``auxiliary_steps`` counts the other's. Both optimisers' states are
+    in the checkpoint, and both schedules move once a batch.
+
+    Attributes:
+        AUXILIARY: name of the attribute that holds the auxiliary network; a subclass sets both.
+
+    Args:
+        net: see ``FlowMapModule``.
+        objective: losses of both networks.
+        optimization: of the network.
+        auxiliary_optimization: of the auxiliary network; by default as the network's.
+        alternation: how the two take turns.
+        guidance_scale: see ``FlowMapModule``.
+        init_from: see ``FlowMapModule``.
+    """
+
+    AUXILIARY: str
+    trained_networks = 2
 
     def __init__(
         self,
         net: FlowMapNetwork,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        critic_optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        critic_scheduler: LRSchedulerCallable | None = None,
-        critic_updates: int = 1,
-        gradient_clip_val: float | None = 1.0,
-        micro_batches: int = 1,
-        teacher_guidance: float = 1.0,
-        guidance: float = 1.0,
-        initial: str | None = None,
+        objective: Any,
+        *,
+        optimization: Optimization,
+        auxiliary_optimization: Optimization | None,
+        alternation: Alternation,
+        guidance_scale: float,
+        init_from: str | None,
     ) -> None:
-        super().__init__(net, UniformWeighting(), optimizer, scheduler, 0.0, guidance, initial)
-        for name, value in (("critic_updates", critic_updates), ("micro_batches", micro_batches)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        super().__init__(
+            net,
+            objective,
+            optimization=optimization,
+            caption_dropout=0.0,
+            guidance_scale=guidance_scale,
+            init_from=init_from,
+        )
         self.automatic_optimization = False
-        self.critic_optimizer = critic_optimizer or optimizer
-        self.critic_scheduler = critic_scheduler or scheduler
-        self.critic_updates = critic_updates
-        self.gradient_clip_val = gradient_clip_val
-        self.micro_batches = micro_batches
-        self.teacher_guidance = teacher_guidance
+        self.auxiliary_optimization = auxiliary_optimization or optimization
+        self.alternation = alternation
         self.teacher = FrozenNetwork(self.net)
-        self.critic_steps = 0
+        self.auxiliary_steps = 0
         self.last_finite: Tensor | None = None
-        """``[B]``, which rows of the network's last loss were finite: a subclass sets it."""
-
-    @abstractmethod
-    def critic_objective(self, batch: CaptionImageBatch) -> Tensor:
-        """The critic's loss of one batch, a scalar; logs what makes learning visible."""
-
-    def teacher_velocity(self, batch: CaptionImageBatch) -> Velocity:
-        """The frozen teacher's, of the batch's captions, with guidance where there is any."""
-        net = self.teacher.on(batch.latents.device)
-        text = self.velocity(batch.text, net)
-        if self.teacher_guidance == 1:
-            return text
-        return guided(text, self.velocity(batch.null.expand(len(batch)), net), self.teacher_guidance)
+        """``[B]``, False for samples of the network's last loss that were not finite; a subclass sets it."""
 
     @property
-    def critic_turns(self) -> int:
-        """Updates of the critic in this step."""
-        return self.critic_updates
+    def auxiliary(self) -> nn.Module:
+        """The online flow or discriminator."""
+        network: nn.Module = getattr(self, self.AUXILIARY)
+        return network
 
-    # -- what the trainer is told -------------------------------------------------------------------------------------
+    @abstractmethod
+    def compute_auxiliary_loss(self, batch: CaptionImageBatch) -> Tensor:
+        """The auxiliary network's loss of one batch, a scalar; logs diagnostics."""
+
+    @property
+    def auxiliary_updates(self) -> int:
+        """Updates of the auxiliary network in this step."""
+        return self.alternation.auxiliary_updates
+
+    # -- Trainer ------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """None; but this is the first that the module hears of a trainer, and Lightning's own errors name no remedy."""
+        """Validates Trainer settings, whose own errors name no remedy; adds no callbacks."""
         trainer, name = self.trainer, type(self).__name__
         if trainer.gradient_clip_val:
             raise ValueError(
                 f"{name}: trainer.gradient_clip_val clips one optimiser, and here are two: set it to null, and "
-                f"model.init_args.gradient_clip_val to {trainer.gradient_clip_val}"
+                f"model.init_args.alternation.gradient_clip_val to {trainer.gradient_clip_val}"
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"{name}: trainer.accumulate_grad_batches accumulates for one optimiser, and here are two: leave it at "
-                f"1, give the whole batch as data.batch_size, and set model.init_args.micro_batches to "
+                f"1, give the whole batch as data.batch_size, and set model.init_args.alternation.micro_batches to "
                 f"{trainer.accumulate_grad_batches}"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -119,58 +137,63 @@ class CriticModule(FlowMapModule):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> Any:
-        optimizers, schedulers = [], []
-        for network, make, schedule in (
-            (self.net, self.optimizer, self.scheduler),
-            (self.critic, self.critic_optimizer, self.critic_scheduler),
-        ):
-            optimizers.append(make([p for p in network.parameters() if p.requires_grad]))
-            schedulers += [] if schedule is None else [schedule(optimizers[-1])]
-        return optimizers, schedulers
+        pairs = (self.optimization, self.net), (self.auxiliary_optimization, self.auxiliary)
+        optimizers, schedulers = zip(*(o.build(trainable(network)) for o, network in pairs), strict=True)
+        return list(optimizers), [scheduler for scheduler in schedulers if scheduler is not None]
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:  # type: ignore[override]
-        own, critics = self.optimizers()  # type: ignore[attr-defined]
-        assert isinstance(own, LightningOptimizer) and isinstance(critics, LightningOptimizer)
+        optimizer, auxiliary = self.optimizers()  # type: ignore[attr-defined]
+        assert isinstance(optimizer, LightningOptimizer) and isinstance(auxiliary, LightningOptimizer)
         # Lightning counts each step of each optimiser, and resets these at every batch
-        critics._on_before_step = critics._on_after_step = do_nothing_closure
-        for _ in range(self.critic_turns):
-            self._update(critics, batch, self.critic_objective)
-            self.critic_steps += 1
-        self._update(own, batch, self.objective)
+        auxiliary._on_before_step = auxiliary._on_after_step = do_nothing_closure
+        for _ in range(self.auxiliary_updates):
+            self._update(auxiliary, batch, self.compute_auxiliary_loss)
+            self.auxiliary_steps += 1
+        self._update(optimizer, batch, self.compute_loss)
         schedulers = self.lr_schedulers() or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[call-arg]
 
     def _update(
-        self, optimizer: LightningOptimizer, batch: CaptionImageBatch, objective: Callable[[CaptionImageBatch], Tensor]
+        self, optimizer: LightningOptimizer, batch: CaptionImageBatch, loss_of: Callable[[CaptionImageBatch], Tensor]
     ) -> None:
-        parts = batch.parts(self.micro_batches)
+        parts = batch.parts(self.alternation.micro_batches)
         for k, part in enumerate(parts):
-            with optimizer.toggle_model(sync_grad=k == len(parts) - 1):
-                loss = objective(part) * (len(part) / len(batch))
+            with fresh_casts(), optimizer.toggle_model(sync_grad=k == len(parts) - 1):
+                loss = loss_of(part) * (len(part) / len(batch))
                 with torch.autocast(self.device.type, enabled=False):
                     self.manual_backward(loss)
-            torch.clear_autocast_cache()  # weights cast for one pass have a graph that is gone
-        with torch.autocast(self.device.type, enabled=False):
+        with fresh_casts(), torch.autocast(self.device.type, enabled=False):
             optimizer.step()
-        optimizer.zero_grad()
-        torch.clear_autocast_cache()  # and are old now
+            optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # after the callbacks, who log the norm before it is clipped
-        if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, self.gradient_clip_val, "norm")
+        # after the callbacks, which log the norm before clipping
+        if self.alternation.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.alternation.gradient_clip_val, "norm")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.last_finite is not None:
-            self._stop_where_rows_stay_bad(self.last_finite)
+            self._check_finite(self.last_finite)
+
+    def log_metrics(self, metrics: dict[str, Tensor], finite: Tensor) -> None:
+        """Logs the network's loss, its diagnostics and how many samples are not finite."""
+        self.last_finite = finite
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value, batch_size=len(finite))
+        self.log("train/nan_rows", (~finite).sum().float(), batch_size=len(finite), reduce_fx="sum")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CRITIC_STEPS] = self.critic_steps
+        checkpoint[_STEPS] = self.auxiliary_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.critic_steps = checkpoint.get(CRITIC_STEPS, 0)
+        self.auxiliary_steps = checkpoint.get(_STEPS, checkpoint.get(_EARLIER_STEPS, 0))
+        state = checkpoint.get("state_dict", {})
+        for name in [name for name in state if name.startswith("critic.")]:  # the name in earlier versions
+            state[f"{self.AUXILIARY}.{name.removeprefix('critic.')}"] = state.pop(name)

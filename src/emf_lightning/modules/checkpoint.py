@@ -1,21 +1,34 @@
-"""What can be said about a Lightning checkpoint before, and instead of, loading it."""
+"""Lightning checkpoints: reading them, and comparing them with a configuration before they are loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emf_lightning.networks.base import FlowMapNetwork
+
+PARAMETRIZATION = "flow_map"
+"""Key of a checkpoint under which it describes its weights."""
+
+_EARLIER_MODELS = {
+    "MeanFlow": {"model": "FlowMapModule", "objective": "MeanFlow"},
+    "FlowMatching": {"model": "FlowMapModule", "objective": "FlowMatching"},
+    "ImprovedMeanFlow": {"model": "FlowMapModule", "objective": "ImprovedMeanFlow"},
+}
+"""Classes that earlier versions trained with, and their names today."""
 
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (\S+\(\[.*?\]\)) from checkpoint, .*?(\S+\(\[.*?\]\))")
 _KEYS = re.compile(r"(Missing|Unexpected) key\(s\) in state_dict: (.*)")
 
 
 def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
-    """The checkpoint in the file at ``path``; its tensors are on the CPU, and read from the file when they are used.
+    """The checkpoint at ``path``; its tensors are on the CPU, and read from the file when they are used.
 
     Raises:
-        ValueError: where there is no such file, or it holds something else; the message begins with ``argument``.
+        ValueError: for a missing file or one with other content; the message begins with ``argument``.
     """
     import torch
 
@@ -24,9 +37,9 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
         raise ValueError(f"{argument}: no checkpoint at {path}; {remedy}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds, according to which bytes are wrong
+    except Exception as error:  # its type depends on which bytes are wrong
         raise ValueError(
-            f"{argument}: {path} cannot be read as a checkpoint ({type(error).__name__}), it is something else or was "
+            f"{argument}: {path} cannot be read as a checkpoint ({type(error).__name__}): it is something else or was "
             f"cut short; {remedy}"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -34,14 +47,46 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     return checkpoint
 
 
+def parametrization_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a checkpoint's weights, in today's names; empty where it has none."""
+    about = dict(checkpoint.get(PARAMETRIZATION, {}))
+    return about | _EARLIER_MODELS.get(about.get("model", ""), {})
+
+
+def check_parametrization(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises a ``ValueError`` where training cannot go on from a checkpoint that describes itself as ``theirs``."""
+    if clash := disagreement(theirs, ours):
+        raise ValueError(
+            f"ckpt_path: the checkpoint belongs to another configuration: {clash}; give the config.yaml that lies "
+            "beside it in its run directory, or start from its weights alone with --model.init_args.init_from"
+        )
+
+
+def load_network(net: FlowMapNetwork, path: str) -> None:
+    """Loads the network weights of the Lightning checkpoint at ``path``, its EMA's where it has one, into ``net``.
+
+    Raises:
+        ValueError: where it cannot be read, or holds another network.
+    """
+    saved = read_checkpoint(path, "init_from")
+    weights = {n.removeprefix("net."): value for n, value in saved["state_dict"].items() if n.startswith("net.")}
+    problem = f"init_from: {path} holds a network of another configuration than model.net"
+    if clash := disagreement(saved.get(PARAMETRIZATION, {}), net.parametrization):
+        raise ValueError(f"{problem}: {clash}; make them agree")
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{problem}: {first_difference(error)}") from error
+
+
 def disagreement(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """The first thing that both speak of and on which they differ, in words."""
+    """A sentence about the first key that both have with different values; None where there is none."""
     names = (name for name in ours if name in theirs and theirs[name] != ours[name])
     return next((f"its {name} is {theirs[name]}, not {ours[name]}" for name in names), None)
 
 
 def first_difference(error: RuntimeError) -> str:
-    """The first of the differences that ``load_state_dict`` complains of, and how many more there are."""
+    """The first difference in an error of ``load_state_dict``, and the number of others."""
     differences = []
     for line in map(str.strip, str(error).splitlines()[1:]):
         if mismatch := _MISMATCH.search(line):

@@ -1,49 +1,62 @@
-"""Flow matching that trains the text encoder, too: what the EMF paper's encoder-SFT rows start from."""
+"""Training of the network together with the text encoder: the start of the EMF paper's encoder-SFT rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.flow.times import TimeSampler
-from emf_lightning.flow.weighting import Weighting
-from emf_lightning.modules.flow_matching import FlowMatching
+from emf_lightning.flow.objectives.base import Objective
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
+from emf_lightning.modules.flow_map import FlowMapModule, trainable
+from emf_lightning.modules.optimization import Optimization, lightning_optimizers
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 
-class EncoderTuning(FlowMatching):
-    """Trains network and text encoder together by flow matching (arXiv 2604.18168, table 5: "encoder SFT").
+class EncoderTuning(FlowMapModule):
+    """Trains network and text encoder together (arXiv 2604.18168, table 5: "encoder SFT").
 
     The encoder is the datamodule's, a ``PretrainedTextEncoder`` in float32 without a cache; it stays in eval mode, so
     without dropout. ``SaveEncoder`` writes it as a folder that later experiments name in place of the hub's.
 
     Args:
-        net: see ``FlowMatching``, as ``times``, ``weighting``, ``scheduler``, ``caption_dropout``, ``guidance``,
-            ``initial``, ``gather_once``.
-        optimizer: called with the trainable parameters of both, in two groups.
+        net: see ``FlowMapModule``.
+        objective: by default ``FlowMatching``.
+        optimization: of the trainable parameters of both, in two groups.
         encoder_rate: the encoder's learning rate over the network's.
+        caption_dropout: see ``FlowMapModule``.
+        guidance_scale: see ``FlowMapModule``.
+        init_from: see ``FlowMapModule``.
+        gather_once: see ``FlowMapModule``.
     """
+
+    tunes_encoder = True
 
     def __init__(
         self,
         net: FlowMapNetwork,
-        times: TimeSampler | None = None,
-        weighting: Weighting | None = None,
-        optimizer: OptimizerCallable = optim.AdamW,
-        scheduler: LRSchedulerCallable | None = None,
-        caption_dropout: float = 0.1,
-        guidance: float = 1.0,
-        initial: str | None = None,
-        gather_once: bool = False,
+        objective: Objective | None = None,
+        *,
+        optimization: Optimization = Optimization(),
         encoder_rate: float = 1.0,
+        caption_dropout: float = 0.1,
+        guidance_scale: float = 1.0,
+        init_from: str | None = None,
+        gather_once: bool = False,
     ) -> None:
-        super().__init__(net, times, weighting, optimizer, scheduler, caption_dropout, guidance, initial, gather_once)
+        super().__init__(
+            net,
+            objective or FlowMatching(),
+            optimization=optimization,
+            caption_dropout=caption_dropout,
+            guidance_scale=guidance_scale,
+            init_from=init_from,
+            gather_once=gather_once,
+        )
         if encoder_rate <= 0:
             raise ValueError(f"EncoderTuning: encoder_rate must be positive, got {encoder_rate}")
         self.encoder_rate = encoder_rate
@@ -51,7 +64,7 @@ class EncoderTuning(FlowMatching):
         self.save_hyperparameters(logger=False)
 
     def configure_model(self) -> None:
-        """Takes the datamodule's encoder, in which captions are encoded for validation and sampling, too."""
+        """Takes the datamodule's encoder, which also encodes captions for validation and sampling."""
         super().configure_model()
         if self.encoder is not None:
             return
@@ -59,7 +72,7 @@ class EncoderTuning(FlowMatching):
         if not isinstance(data, CaptionImageData) or not isinstance(data.text, PretrainedTextEncoder):
             raise ValueError("EncoderTuning trains a PretrainedTextEncoder: set data.text to one, e.g. SanaGemma")
         if data.cache is not None:
-            raise ValueError("EncoderTuning: data.cache would keep what the encoder said before; leave it out")
+            raise ValueError("EncoderTuning: data.cache would keep features of the untrained encoder; leave it out")
         if data.text.dtype != "float32":
             raise ValueError(
                 f"EncoderTuning: data.text.init_args.dtype is {data.text.dtype}, whose weights lose small updates; set "
@@ -70,22 +83,21 @@ class EncoderTuning(FlowMatching):
 
     def configure_optimizers(self) -> Any:
         assert self.encoder is not None
-        network, encoder = ([p for p in m.parameters() if p.requires_grad] for m in (self.net, self.encoder))
-        optimizer = self.optimizer([{"params": network}, {"params": encoder}])  # type: ignore[arg-type]
+        groups = [{"params": trainable(self.net)}, {"params": trainable(self.encoder)}]
+        optimizer = self.optimization.optimizer(groups)
         optimizer.param_groups[1]["lr"] *= self.encoder_rate
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        scheduler = self.optimization.scheduler
+        return lightning_optimizers(optimizer, None if scheduler is None else scheduler(optimizer))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         self.trainer.datamodule.forget_null()  # type: ignore[attr-defined]
 
     def drop_captions(self, batch: CaptionImageBatch) -> tuple[TextFeatures, Tensor]:
-        """The captions' features as the encoder gives them now, with a graph; the null caption's likewise."""
+        """Features of the captions as the encoder is now, with a graph; those of the null caption likewise."""
         assert isinstance(self.encoder, PretrainedTextEncoder)
         both = self.encoder.encode([*batch.captions, NULL_CAPTION])
-        rows = len(batch)
+        size = len(batch)
         return super().drop_captions(
-            CaptionImageBatch(batch.latents, both[slice(rows)], both[slice(rows, None)], batch.captions)
+            CaptionImageBatch(batch.latents, both[slice(size)], both[slice(size, None)], batch.captions)
         )

@@ -1,4 +1,4 @@
-"""A network that a module reads and never owns."""
+"""Frozen copies of a network, outside its module's parameters."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emf_lightning.networks.base import FlowMapNetwork
 
 
 class FrozenNetwork:
-    """A copy of a network as it is now: no parameter of the holder's, in no checkpoint and no average.
+    """A frozen copy of a network as it is now; no checkpoint, optimiser or average of its owner holds it.
 
     Args:
-        net: what to copy.
+        net: the network to copy.
     """
 
     def __init__(self, net: FlowMapNetwork) -> None:
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         if net.compiled:
-            self.net.compile_blocks()  # copies are not
+            self.net.compile_blocks()  # copies are not compiled
+
+    def __call__(self, z: Tensor, *inputs: Any, **conditions: Any) -> Tensor:
+        """The network's output, computed on the device of ``z``."""
+        output: Tensor = self.on(z.device)(z, *inputs, **conditions)
+        return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
         return self  # weight averaging copies the whole module; this part of it never changes
@@ -32,31 +38,31 @@ class FrozenNetwork:
         return self.net
 
 
-class MovingTarget(FrozenNetwork):
-    """A network that follows another by a moving average, and is part of a checkpoint by ``state``.
+class EMATarget(FrozenNetwork):
+    """An exponential moving average of a network; ``state`` puts it into a checkpoint.
 
     Args:
-        net: what to copy, and then to follow.
+        net: the network to copy, and then to average.
         decay: share that is kept at each step, in [0, 1).
     """
 
     def __init__(self, net: FlowMapNetwork, decay: float) -> None:
         super().__init__(net)
         if not 0 <= decay < 1:
-            raise ValueError(f"MovingTarget: decay must lie in [0, 1), got {decay}")
+            raise ValueError(f"EMATarget: decay must lie in [0, 1), got {decay}")
         self.decay = decay
 
     @torch.no_grad()
-    def follow(self, net: FlowMapNetwork) -> None:
-        """Moves by one step towards ``net``."""
-        own = self.on(next(net.parameters()).device)
-        for kept, value in zip(own.parameters(), net.parameters(), strict=True):
-            kept.lerp_(value, 1 - self.decay)
+    def update(self, net: FlowMapNetwork) -> None:
+        """Moves one step towards ``net``."""
+        target = self.on(next(net.parameters()).device)
+        for average, value in zip(target.parameters(), net.parameters(), strict=True):
+            average.lerp_(value, 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Its weights by name."""
+        """The weights by name."""
         return self.net.state_dict()
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes weights that ``state`` gave."""
+        """Takes the weights that ``state`` returned."""
         self.net.load_state_dict(state)

@@ -1,11 +1,16 @@
-"""A network whose weights are spread over ranks (FSDP2), and whole again where one rank needs all of it."""
+"""Networks whose weights are sharded over ranks (FSDP2), and gathered where one rank needs all of them."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -18,7 +23,7 @@ LIVE = "current_model_state."
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether weights are spread over ranks (FSDP2): then forward passes are collective, and so is reading weights."""
+    """Whether weights are sharded over ranks (FSDP2), which makes forward passes and reading weights collective."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
@@ -26,8 +31,8 @@ def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh's data-parallel dimension.
 
     Raises:
-        ValueError: where ranks are left for tensor parallelism, as Lightning's default sizes do on one node: these
-            ranks would train on different data and each believe itself alone.
+        ValueError: for a tensor-parallel dimension, which Lightning's default sizes make on one node: its ranks would
+            train on different data, each by itself.
     """
     tensor = mesh["tensor_parallel"].size()
     if tensor > 1:
@@ -39,14 +44,14 @@ def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def shard(net: FlowMapNetwork, mesh: DeviceMesh) -> FlowMapNetwork:
-    """Spreads ``net`` over the ranks of a 1-D ``mesh``, in place, each block a unit and the rest another.
+    """Shards ``net`` over the ranks of a 1-D ``mesh``, in place, each block a unit and the rest another.
 
-    Rank 0's weights count, as in DDP. Weights, gradients and what is communicated keep the weights' precision, bf16
-    gradients are summed in fp32; lower precision is autocast's, as everywhere else. Inputs are never cast: at the root
-    they hold t and r, whose rounding to bf16 was measured to put du/dt off by 113 %.
+    All ranks start from the weights of rank 0, as in DDP. Weights, gradients and communication keep the weights'
+    precision, and bf16 gradients are summed in fp32; autocast alone lowers the precision. Inputs are never cast: at the
+    root they hold t and r, and rounding these to bf16 put du/dt off by 113 % in a measurement.
 
     Returns:
-        A copy of the network as it was, without storage for its parameters (on the meta device).
+        A copy of the network before sharding, without storage for its parameters (on the meta device).
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -57,8 +62,8 @@ def shard(net: FlowMapNetwork, mesh: DeviceMesh) -> FlowMapNetwork:
         for tensor in (*part.parameters(), *part.buffers()):
             if not isinstance(tensor, DTensor):  # a block's, once its turn was
                 dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
-        # said for the root, too: by default its weights stay whole after a pass without gradients, and whoever then
-        # asks for the parameters (averaging, checkpoints) would get those instead of the shards
+        # The root reshards, too: by default its weights stay gathered after a pass without gradients, and averaging
+        # and checkpoints would read those instead of the shards.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return template
 
@@ -69,7 +74,7 @@ def _without_storage(net: FlowMapNetwork) -> FlowMapNetwork:
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's tensors whole and on the CPU, on rank 0; empty on the others. Every rank must call it."""
+    """The full tensors of a state dict on the CPU, on rank 0; empty on the others. Every rank must call it."""
     whole = {}
     for name, tensor in state.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -79,7 +84,7 @@ def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shards of whole tensors that every rank holds, laid out as those of ``like`` are."""
+    """This rank's shards of full tensors that every rank holds, laid out as those of ``like``."""
     return {name: _scattered(tensor, like[name]) for name, tensor in state.items()}
 
 
@@ -91,12 +96,12 @@ def _scattered(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_network(net: FlowMapNetwork, template: FlowMapNetwork | None) -> FlowMapNetwork | None:
+def full_network(net: FlowMapNetwork, template: FlowMapNetwork | None) -> FlowMapNetwork | None:
     """A plain copy of ``net`` with all its weights, on rank 0; None on the others. Every rank must call it.
 
     Args:
         net: the network, sharded or not.
-        template: what ``shard`` returned, None where the network is not sharded.
+        template: the return value of ``shard``, None where the network is not sharded.
     """
     if template is None:
         return copy.deepcopy(net) if not dist.is_initialized() or dist.get_rank() == 0 else None
@@ -106,3 +111,46 @@ def whole_network(net: FlowMapNetwork, template: FlowMapNetwork | None) -> FlowM
     whole = copy.deepcopy(template)
     whole.load_state_dict(state, assign=True)
     return whole
+
+
+class ShardableModule(LightningModule):
+    """A LightningModule whose network ``ModelParallelStrategy`` shards.
+
+    Attributes:
+        net: the network.
+        gather_once: gather sharded weights once a step instead of once a pass.
+    """
+
+    net: FlowMapNetwork
+    gather_once = False
+    _template: tuple[FlowMapNetwork] | None = None  # a tuple, so that it is no part of the module
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy is ``ModelParallelStrategy``."""
+        if self.device_mesh is None or is_sharded(self.net):
+            return
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        for callback in self.trainer.callbacks if fitting else ():  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging) and not getattr(callback, "averages_shards", False):
+                raise ValueError(
+                    f"{type(callback).__name__} copies the whole module, which a sharded one does not allow: name "
+                    "WeightEMA in trainer.callbacks instead, with the same arguments"
+                )
+        self._template = (shard(self.net, data_parallel(self.device_mesh)),)
+
+    def full_network(self) -> FlowMapNetwork | None:
+        """A plain copy of the network with all its weights, on rank 0; None on the others. Every rank must call it."""
+        return full_network(self.net, self._template[0] if self._template else None)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A context in which sharded weights are gathered once, where ``gather_once`` asks for it."""
+        if not (self.gather_once and is_sharded(self.net)):
+            yield
+            return
+        assert isinstance(self.net, FSDPModule)
+        self.net.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            self.net.set_reshard_after_forward(True)  # the backward pass shards each block again in any case

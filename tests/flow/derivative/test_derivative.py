@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from emf_lightning.flow.derivative.derivative import Derivative, FiniteDifference, ForwardMode, Fused
-from emf_lightning.modules.base import CaptionedVelocity
+from emf_lightning.flow.derivative.base import Derivative
+from emf_lightning.flow.derivative.finite_difference import FiniteDifference
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.networks.prediction import PredictVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
-from emf_lightning.text.base import TextFeatures
 
 ROWS, N = 6, 4
 TINY = {
@@ -21,7 +22,7 @@ TINY = {
     "cross_attention_head_dim": 8,
     "patch_size": 4,
 }
-EXACT = [ForwardMode(), ForwardMode(lean=False), Fused()]
+EXACT = [ForwardMode(), ForwardMode(fast=False), Fused()]
 
 
 def network(time_scale: float = 1.0, **architecture) -> SanaFlowMap:
@@ -48,8 +49,8 @@ def inputs():
     return z, r, t, v, context, mask
 
 
-def velocity(net: SanaFlowMap, context: torch.Tensor, mask: torch.Tensor) -> CaptionedVelocity:
-    return CaptionedVelocity(net, TextFeatures(context, mask))
+def velocity(net: SanaFlowMap, context: torch.Tensor, mask: torch.Tensor) -> AverageVelocity:
+    return AverageVelocity(net, (context, mask))
 
 
 def of(net: SanaFlowMap, derivative: Derivative) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,11 +90,11 @@ def test_gradient_is_the_full_batch_one(derivative):
     assert error(gradient(net, derivative), full_batch_gradient(net)) < 1e-6
 
 
-def test_lean_mode_differs_by_rounding_from_torchs_own():
+def test_fast_mode_differs_by_rounding_from_torchs_own():
     net = network()
-    lean, stock = of(net, ForwardMode()), of(net, ForwardMode(lean=False))
-    assert error([lean[1]], [stock[1]]) < 1e-6
-    assert torch.equal(lean[0], stock[0])
+    fast, stock = of(net, ForwardMode()), of(net, ForwardMode(fast=False))
+    assert error([fast[1]], [stock[1]]) < 1e-6
+    assert torch.equal(fast[0], stock[0])
 
 
 @pytest.mark.parametrize("derivative", [*EXACT, FiniteDifference(1e-3)])
@@ -153,7 +154,7 @@ def test_relative_error_against_float64(derivative, bound, time_scale):
 def of64(net: SanaFlowMap) -> torch.Tensor:
     z, r, t, v, context, mask = (x.double() if x.is_floating_point() else x for x in inputs())
     net = copy.deepcopy(net).double()
-    return ForwardMode().along(velocity(net, context[:N], mask[:N]), z[:N], r[:N], t[:N], v[:N])
+    return ForwardMode().jvp(velocity(net, context[:N], mask[:N]), z[:N], r[:N], t[:N], v[:N])
 
 
 def test_times_rounded_to_bf16_ruin_the_derivative_and_are_refused():
@@ -168,9 +169,9 @@ def test_times_rounded_to_bf16_ruin_the_derivative_and_are_refused():
 
     def rounded(z, r, t):  # as the policy casts 1000 t at the transformer's door
         scaled = ((scale * time).bfloat16().float() / scale for time in (r, t))
-        return u.rows(slice(len(z)))(z, *scaled)
+        return net(z, *scaled, context[:N], mask[:N])
 
-    assert error([ForwardMode()(rounded, z, r, t, v, N)[1]], [of(net, ForwardMode())[1]]) > 0.1
+    assert error([ForwardMode().jvp(rounded, z[:N], r[:N], t[:N], v[:N])], [of(net, ForwardMode())[1]]) > 0.1
 
 
 def test_precision_is_the_derivatives_own():
@@ -222,7 +223,7 @@ def test_dropout_masks_are_the_same_in_u_and_its_derivative(derivative):
     torch.manual_seed(3)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected, derived = torch.func.jvp(
-            lambda z, t: u.rows(slice(N))(z, r[:N], t), (z[:N], t[:N]), (v[:N], torch.ones(N))
+            lambda z, t: u.slice(slice(N))(z, r[:N], t), (z[:N], t[:N]), (v[:N], torch.ones(N))
         )
     assert torch.allclose(value[:N], expected, atol=1e-6)
     assert error([dudt], [derived]) < 1e-6

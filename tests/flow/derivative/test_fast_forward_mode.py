@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_lightning.flow.derivative.fast_forward_mode import LeanForwardMode
+from emf_lightning.flow.derivative.fast_forward_mode import FastForwardMode
 
 
 def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,13 +16,13 @@ def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def tangent(function, *moving: torch.Tensor, lean: bool) -> torch.Tensor:
+def tangent(function, *moving: torch.Tensor, fast: bool) -> torch.Tensor:
     """Of ``function`` along random tangents of its arguments."""
     tangents = [tensor(*x.shape, seed=10 + i) for i, x in enumerate(moving)]
-    if not lean:
+    if not fast:
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(function, moving, tuple(tangents))[1]
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), LeanForwardMode():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), FastForwardMode():
         duals = [forward_ad.make_dual(x, dx) for x, dx in zip(moving, tangents, strict=True)]
         return forward_ad.unpack_dual(function(*duals)).tangent
 
@@ -55,26 +55,26 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_rule_equals_torchs(case):
     function, *moving = CASES[case]
-    lean, stock = (tangent(function, *moving, lean=lean) for lean in (True, False))
-    assert (lean - stock).norm() < 1e-12 * stock.norm()
+    fast, stock = (tangent(function, *moving, fast=fast) for fast in (True, False))
+    assert (fast - stock).norm() < 1e-12 * stock.norm()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_value_is_the_plain_one(case):
     function, *moving = CASES[case]
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), LeanForwardMode():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), FastForwardMode():
         value = forward_ad.unpack_dual(function(*(forward_ad.make_dual(x, x) for x in moving))).primal
     assert (value - function(*moving)).abs().max() < 1e-12
 
 
 def test_a_row_that_sees_nothing_is_0_and_stays_0():
     nothing = torch.zeros(1, 7, dtype=torch.bool)
-    derivative = tangent(lambda q, k: F.scaled_dot_product_attention(q, k, V, nothing), Q, K, lean=True)
+    derivative = tangent(lambda q, k: F.scaled_dot_product_attention(q, k, V, nothing), Q, K, fast=True)
     assert torch.equal(derivative, torch.zeros_like(derivative))
 
 
 def test_tangents_lie_in_memory_as_their_values_do():
-    with torch.no_grad(), forward_ad.dual_level(), LeanForwardMode():
+    with torch.no_grad(), forward_ad.dual_level(), FastForwardMode():
         x = forward_ad.make_dual(IMAGE, IMAGE)
         result = forward_ad.unpack_dual(F.conv2d(x, tensor(6, 1, 3, 3), None, 1, 1, 1, 6))
     assert result.tangent.stride() == result.primal.stride()
@@ -91,6 +91,6 @@ def test_autocast_gives_the_stock_types(dtype):
     ):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), forward_ad.dual_level():
             plain = function(moving)
-            with LeanForwardMode():
+            with FastForwardMode():
                 result = forward_ad.unpack_dual(function(forward_ad.make_dual(moving, moving)))
         assert result.primal.dtype == result.tangent.dtype == plain.dtype

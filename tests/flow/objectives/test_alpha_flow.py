@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from emf_lightning.flow.derivative.derivative import ForwardMode
-from emf_lightning.flow.objectives.alpha_flow import AlphaFlowObjective, AlphaSchedule
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Times
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting, UniformWeighting, Weighting
 from tests.flow.gaussian import average_velocity, rms, states, velocity
 
@@ -20,8 +21,8 @@ class Constant(AlphaSchedule):
 
 
 def alpha_flow(u, z, v, times, alpha: float, weighting: Weighting | None = None, **settings) -> FlowMapTerms:
-    objective = AlphaFlowObjective(Constant(start=alpha, end=1.0) if alpha < 1 else AlphaSchedule(), **settings)
-    return objective(u, z, v, times, weighting or UniformWeighting(), 0.0)
+    objective = AlphaFlow(Constant(start=alpha, end=1.0) if alpha < 1 else AlphaSchedule(), **settings)
+    return objective.terms(AverageVelocity(u), z, v, times, weighting or UniformWeighting(), 0.0)
 
 
 def bias(alpha: float) -> float:
@@ -31,12 +32,12 @@ def bias(alpha: float) -> float:
     return float(terms.squared_error.double().mean().sqrt())
 
 
-def written_out(alpha: float, *, s_weight: float, v_weight: float, along: float = 1.0) -> float:
-    """The same of the formula itself; right at s_weight = v_weight = alpha and along = 1."""
+def written_out(alpha: float, *, s_weight: float, v_weight: float, direction: float = 1.0) -> float:
+    """The same of the formula itself; right at s_weight = v_weight = alpha and direction = 1."""
     z, r, t = states()
     v = velocity(z, t)
     s = s_weight * r + (1 - s_weight) * t
-    z_s = z - along * (t - s).view(-1, 1, 1, 1) * v
+    z_s = z - direction * (t - s).view(-1, 1, 1, 1) * v
     target = v_weight * v + (1 - v_weight) * average_velocity(z_s, r, s)
     return rms(average_velocity(z, r, t) - target)
 
@@ -61,8 +62,8 @@ def test_bias_at_the_exact_average_velocity_is_of_second_order_in_alpha():
     [
         lambda alpha: written_out(alpha, s_weight=1 - alpha, v_weight=alpha),  # s at the wrong end
         lambda alpha: written_out(alpha, s_weight=alpha, v_weight=1 - alpha),  # weights swapped
-        lambda alpha: written_out(alpha, s_weight=alpha, v_weight=alpha, along=-1.0),  # a step towards the noise
-        lambda alpha: written_out(alpha, s_weight=alpha, v_weight=alpha, along=0.0),  # z_t for z_s
+        lambda alpha: written_out(alpha, s_weight=alpha, v_weight=alpha, direction=-1.0),  # a step towards the noise
+        lambda alpha: written_out(alpha, s_weight=alpha, v_weight=alpha, direction=0.0),  # z_t for z_s
     ],
 )
 def test_wrong_formulas_have_a_larger_bias(wrong):
@@ -81,8 +82,9 @@ def test_alpha_one_is_flow_matching_on_every_row():
 def test_alpha_zero_is_meanflow():
     z, r, t = states()
     v, times = torch.randn_like(z), Times(r, t, 40)
-    terms = AlphaFlowObjective(AlphaSchedule(end=0.5))(average_velocity, z, v, times, AdaptiveWeighting(), 0.7)
-    expected = MeanFlowObjective()(average_velocity, z, v, times, AdaptiveWeighting(), 0.7)
+    u = AverageVelocity(average_velocity)
+    terms = AlphaFlow(AlphaSchedule(end=0.5)).terms(u, z, v, times, AdaptiveWeighting(), 0.7)
+    expected = MeanFlow().terms(u, z, v, times, AdaptiveWeighting(), 0.7)
     assert torch.equal(terms.squared_error, expected.squared_error)
     assert torch.equal(terms.derivative_norm, expected.derivative_norm)
     assert terms.derivative_norm.numel() == 40
@@ -91,7 +93,7 @@ def test_alpha_zero_is_meanflow():
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_no_derivative_is_taken_while_alpha_is_positive(alpha: float):
     class Refuses(ForwardMode):
-        def along(self, *args):
+        def jvp(self, *args):
             raise AssertionError
 
     z, r, t = states(8)
@@ -124,7 +126,7 @@ def test_gradient_goes_over_into_meanflows_as_alpha_falls(weighting: Weighting):
     def u(z, r, t):
         return theta * average_velocity(z, r, t)
 
-    wanted = gradient(MeanFlowObjective()(u, z, v, times, weighting, 0.0), theta)
+    wanted = gradient(MeanFlow().terms(AverageVelocity(u), z, v, times, weighting, 0.0), theta)
     far, near = (abs(gradient(alpha_flow(u, z, v, times, a, weighting), theta) / wanted - 1) for a in (0.02, 0.01))
     assert near < 0.05
     assert far / near == pytest.approx(2, abs=0.3)
@@ -155,7 +157,7 @@ def test_bound_cuts_the_targets_of_interval_rows_alone():
     z, r, t = states()
     n, v = 20, torch.full_like(z, 9.0)
     r = torch.cat([r[:n], t[n:]])
-    terms = alpha_flow(lambda z, r, t: torch.zeros_like(z), z, v, Times(r, t, n), 0.5, bound=2.0)
+    terms = alpha_flow(lambda z, r, t: torch.zeros_like(z), z, v, Times(r, t, n), 0.5, clip_target=2.0)
     assert torch.allclose(terms.squared_error[:n].double(), torch.tensor(4.0, dtype=z.dtype))
     assert torch.allclose(terms.squared_error[n:].double(), torch.tensor(81.0, dtype=z.dtype))
 

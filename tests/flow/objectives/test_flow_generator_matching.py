@@ -9,9 +9,9 @@ from torch import Tensor
 from emf_lightning.flow.objectives.flow_generator_matching import (
     AlphaMatching,
     ExactMatching,
+    FlowGeneratorMatching,
     MatchingLoss,
     TimeWeight,
-    generator_matching,
 )
 
 M, S = 0.7, 0.4
@@ -69,13 +69,13 @@ def sampled_gradient(loss: MatchingLoss, weight: TimeWeight, wrong: str = "") ->
         return u
 
     teacher = velocity(M, S, cut=wrong == "no gradient through the teacher's input")
-    own = velocity(B, A, cut=wrong == "no gradient through the critic's input")
+    online = velocity(B, A, cut=wrong == "no gradient through the online flow's input")
     if wrong == "no gradient through c":
         attached, x = x, x.detach()
-        inner, own_inner = teacher, own
+        inner, online_inner = teacher, online
         teacher = lambda z, r, t: inner(z + (1 - t).view(-1, 1, 1, 1) * (attached - x), r, t)  # noqa: E731
-        own = lambda z, r, t: own_inner(z + (1 - t).view(-1, 1, 1, 1) * (attached - x), r, t)  # noqa: E731
-    terms = generator_matching(teacher, own, x, e, t, loss, weight)
+        online = lambda z, r, t: online_inner(z + (1 - t).view(-1, 1, 1, 1) * (attached - x), r, t)  # noqa: E731
+    terms = FlowGeneratorMatching(loss=loss, weight=weight).terms(teacher, online, x, e, t)
     rows = torch.stack(torch.autograd.grad(terms.loss * ROWS, (a, b))).flatten(1)
     return rows.mean(1), rows.std(1) / ROWS**0.5
 
@@ -99,7 +99,7 @@ def test_neither_term_alone_has_the_exact_gradient(loss):
     "wrong",
     [
         "no gradient through the teacher's input",
-        "no gradient through the critic's input",
+        "no gradient through the online flow's input",
         "no gradient through c",
         "noise used again",
     ],
@@ -122,16 +122,15 @@ def test_rows_that_are_not_finite_are_left_out():
     x = torch.randn(4, 1, 2, 2, requires_grad=True)
     spoiled = torch.tensor([False, True, False, False]).view(-1, 1, 1, 1)
 
-    def own(z, r, t):
+    def online(z, r, t):
         return torch.where(spoiled, float("inf"), 0.5 * z)
 
     t, e = torch.full((4,), 0.4), torch.randn(4, 1, 2, 2)
-    terms = generator_matching(lambda z, r, t: -z, own, x, e, t, AlphaMatching(), TimeWeight())
+    objective = FlowGeneratorMatching()
+    terms = objective.terms(lambda z, r, t: -z, online, x, e, t)
     assert terms.finite.tolist() == [True, False, True, True]
     keep = ~spoiled.flatten()
-    alone = generator_matching(
-        lambda z, r, t: -z, lambda z, r, t: 0.5 * z, x[keep], e[keep], t[keep], AlphaMatching(), TimeWeight()
-    )
+    alone = objective.terms(lambda z, r, t: -z, lambda z, r, t: 0.5 * z, x[keep], e[keep], t[keep])
     assert torch.allclose(terms.loss, alone.loss)
     assert torch.allclose(terms.gap[keep], alone.gap)
     assert terms.cosine[keep].tolist() == pytest.approx([-1.0] * 3)

@@ -5,14 +5,10 @@ import math
 import pytest
 import torch
 
+from emf_lightning.flow.guidance import GuidanceCondition, GuidanceSampler
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.flow.objectives.improved_meanflow import (
-    Guidance,
-    GuidanceLaw,
-    ImprovedMeanFlowObjective,
-    guided_velocity,
-)
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow, _Heads, guided_velocity
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.weighting import AdaptiveWeighting, UniformWeighting
@@ -26,7 +22,7 @@ def exact(z, r, t):
 
 
 def improved(heads, z, v_g, v_c, times, weighting=None, **settings) -> FlowMapTerms:
-    return ImprovedMeanFlowObjective(**settings)(heads, z, v_g, v_c, times, weighting or UniformWeighting())
+    return ImprovedMeanFlow(**settings).head_terms(_Heads(heads), z, v_g, v_c, times, weighting or UniformWeighting())
 
 
 def test_exact_heads_have_zero_error_on_the_true_velocity():
@@ -75,7 +71,7 @@ def test_raw_error_is_the_velocitys_variance_and_meanflows_is_not():
     times = Times(r, t, len(t))
     unknowable = float((v - velocity(z, t)).square().mean())
     predicted = improved(exact, z, v, velocity(z, t), times).squared_error.mean()
-    meanflow = MeanFlowObjective()(average_velocity, z, v, times, UniformWeighting(), 0.0).squared_error.mean()
+    meanflow = MeanFlow().terms(average_velocity, z, v, times, UniformWeighting(), 0.0).squared_error.mean()
     assert predicted == pytest.approx(unknowable, rel=1e-3)
     assert meanflow != pytest.approx(unknowable, rel=0.1)
 
@@ -141,7 +137,7 @@ def test_each_head_has_its_own_weight_and_rows_must_be_finite_in_both():
     terms = improved(heads, z, v, v, Times(r, t, 8), AdaptiveWeighting())
     assert terms.finite.tolist() == [True, True, False, *[True] * 5]
     assert terms.loss.isfinite()
-    flat = improved(lambda z, r, t: 1.5 * exact(z, r, t), z, v, v, Times(r, t, 8), AdaptiveWeighting(offset=1e-6))
+    flat = improved(lambda z, r, t: 1.5 * exact(z, r, t), z, v, v, Times(r, t, 8), AdaptiveWeighting(c=1e-6))
     assert flat.loss.item() == pytest.approx(2, abs=1e-2)
 
 
@@ -149,11 +145,11 @@ def test_bound_cuts_the_targets_of_u_on_interval_rows_alone():
     z, r, t = states()
     n, v = 20, torch.full_like(z, 9.0)
     r = torch.cat([r[:n], t[n:]])
-    terms = improved(lambda z, r, t: torch.cat([0 * z, v[: len(z)]], 1), z, v, v, Times(r, t, n), bound=2.0)
+    terms = improved(lambda z, r, t: torch.cat([0 * z, v[: len(z)]], 1), z, v, v, Times(r, t, n), clip_target=2.0)
     assert torch.allclose(terms.squared_error[:n].double(), torch.tensor(4.0, dtype=f64))
     assert torch.allclose(terms.squared_error[n:].double(), torch.tensor(81.0, dtype=f64))
-    with pytest.raises(ValueError, match="bound"):
-        ImprovedMeanFlowObjective(bound=0.0)
+    with pytest.raises(ValueError, match="clip_target"):
+        ImprovedMeanFlow(clip_target=0.0)
 
 
 def test_guided_velocity_of_a_network_that_has_learned_it_is_classifier_free_guidance():
@@ -168,17 +164,19 @@ def test_guided_velocity_of_a_network_that_has_learned_it_is_classifier_free_gui
 
 
 def test_guidance_acts_in_its_interval_and_its_conditions_lie_between_zero_and_one():
-    guidance = Guidance(torch.tensor([2.0, 4.0, 1.0]), torch.tensor([0.2, 0.6, 0.0]), torch.tensor([0.8, 1.0, 1.0]))
+    guidance = GuidanceCondition(
+        torch.tensor([2.0, 4.0, 1.0]), torch.tensor([0.2, 0.6, 0.0]), torch.tensor([0.8, 1.0, 1.0])
+    )
     assert guidance.at(torch.tensor([0.2, 0.5, 0.5])).tolist() == [2.0, 1.0, 1.0]
     assert guidance.conditions[:, 0].tolist() == [0.5, 0.75, 0.0]
     assert torch.equal(guidance.conditions[:, 1:], torch.stack([guidance.start, guidance.end], 1))
-    assert Guidance.none(torch.zeros(2)).conditions.tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert GuidanceCondition.everywhere(torch.ones(2)).conditions.tolist() == [[0, 0, 1], [0, 0, 1]]
 
 
-def test_law_of_guidance_is_flat_in_the_logarithm_and_leaves_rows_with_r_equal_t_the_whole_interval():
+def test_distribution_of_guidance_is_flat_in_the_logarithm_and_leaves_rows_with_r_equal_t_the_whole_interval():
     torch.manual_seed(0)
     half = torch.full((20_000,), 0.5)
-    guidance = GuidanceLaw(largest=8.0, latest_start=0.4, earliest_end=0.6)(Times(half, half, 15_000))
+    guidance = GuidanceSampler(largest=8.0, latest_start=0.4, earliest_end=0.6)(Times(half, half, 15_000))
     logarithm = guidance.omega.log() / math.log(8.0)
     assert 0 <= logarithm.min() and logarithm.max() <= 1
     assert abs(logarithm.mean() - 0.5) < 0.01
@@ -190,6 +188,6 @@ def test_law_of_guidance_is_flat_in_the_logarithm_and_leaves_rows_with_r_equal_t
 
 
 @pytest.mark.parametrize("settings", [{"largest": 0.5}, {"latest_start": 0.7}])
-def test_impossible_laws_are_refused(settings):
-    with pytest.raises(ValueError, match="GuidanceLaw"):
-        GuidanceLaw(**settings)
+def test_impossible_samplers_are_refused(settings):
+    with pytest.raises(ValueError, match="GuidanceSampler"):
+        GuidanceSampler(**settings)

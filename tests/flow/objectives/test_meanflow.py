@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.derivative.derivative import ForwardMode
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.flow.objectives.meanflow import MeanFlowObjective
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.times import Times
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting, UniformWeighting
 from tests.flow.gaussian import average_velocity, states, velocity
 
@@ -15,7 +16,7 @@ f64 = torch.float64
 
 
 def meanflow(u, z, v, times, weighting, **settings) -> FlowMapTerms:
-    return MeanFlowObjective(**settings)(u, z, v, times, weighting, 0.0)
+    return MeanFlow(**settings).terms(AverageVelocity(u), z, v, times, weighting, 0.0)
 
 
 def central_difference(u, z, r, t, dz, dr, dt, h=1e-5):
@@ -36,7 +37,7 @@ def test_derivative_equals_float64_central_differences():
 def test_derivative_differs_from_wrong_tangents(dr: float, dt: float):
     z, r, t = states()
     v = velocity(z, t)
-    dudt = ForwardMode().along(average_velocity, z, r, t, v)
+    dudt = ForwardMode().jvp(average_velocity, z, r, t, v)
     wrong = central_difference(average_velocity, z, r, t, v, dr, dt)
     assert (dudt - wrong).abs().max() > 0.1
 
@@ -144,6 +145,6 @@ def test_bound_cuts_the_targets_of_interval_rows_alone():
     z, r, t = states()
     n, v = 20, torch.full_like(z, 9.0)
     r = torch.cat([r[:n], t[n:]])
-    terms = meanflow(lambda z, r, t: torch.zeros_like(z), z, v, Times(r, t, n), UniformWeighting(), bound=2.0)
+    terms = meanflow(lambda z, r, t: torch.zeros_like(z), z, v, Times(r, t, n), UniformWeighting(), clip_target=2.0)
     assert torch.allclose(terms.squared_error[:n].double(), torch.full((n,), 4.0, dtype=f64))
     assert torch.allclose(terms.squared_error[n:].double(), torch.full((len(t) - n,), 81.0, dtype=f64))

@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.objectives.self_corrected import (
-    ConsistencyObjective,
-    end_of_path,
-    one_step,
-    pseudo_huber,
-    step_alignment,
-)
+from emf_lightning.flow.objectives.self_corrected import VelocityConsistency, one_step, predict_x0, pseudo_huber, step_alignment
 from tests.flow.gaussian import M, S, average_velocity, velocity
 
 A, B = 0.4, 0.7
@@ -46,7 +40,7 @@ def to_data(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
 
 def test_every_term_is_zero_on_a_straight_flow():
     x, e, t = inputs()
-    objective = ConsistencyObjective(reach=0.3, truncation=0.4)
+    objective = VelocityConsistency(max_step=0.3, truncation=0.4)
     terms = objective(straight, straight, straight, x, e, t, backward=True)
     assert terms.forward.abs().max() < 1e-9
     assert terms.backward.abs().max() < 1e-9
@@ -56,11 +50,11 @@ def test_every_term_is_zero_on_a_straight_flow():
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_the_teachers_step_leaves_an_error_of_second_order_in_its_length(part):
-    def error(reach: float) -> float:
+    def error(max_step: float) -> float:
         torch.manual_seed(0)
         _, e, t = inputs()
         x = M + S * torch.randn_like(e)
-        objective = ConsistencyObjective(reach, truncation=0.0, offset=1e-12)
+        objective = VelocityConsistency(max_step, truncation=0.0, huber_c=1e-12)
         terms = objective(to_data, to_data, gaussian, x, e, t, backward=True)
         return float(getattr(terms, part).mean())
 
@@ -76,8 +70,8 @@ def written_out(x: Tensor, e: Tensor, t: Tensor, **wrong: float) -> Tensor:
     sign = wrong.get("sign", 1.0)
     after = z - sign * down.view(-1, 1, 1, 1) * straight(z, t, t)
     time = t - down if wrong.get("time", True) else t
-    target = end_of_path(straight, after, time)
-    return pseudo_huber(end_of_path(straight, z, t), target, 1e-12).mean() + up
+    target = predict_x0(straight, after, time)
+    return pseudo_huber(predict_x0(straight, z, t), target, 1e-12).mean() + up
 
 
 def test_a_step_the_wrong_way_or_a_time_that_stays_is_seen():
@@ -92,7 +86,7 @@ def test_truncation_is_the_rows_own():
     t = torch.tensor([0.05, 0.9, 0.15, 0.6], dtype=torch.float64)
     off = x + 100.0  # data that are on no path show where they are the target
     torch.manual_seed(0)
-    terms = ConsistencyObjective(reach=1e-6, truncation=0.2)(
+    terms = VelocityConsistency(max_step=1e-6, truncation=0.2)(
         lambda z, r, t: 0 * z, lambda z, r, t: 0 * z, lambda z, r, t: 0 * z, off, e, t, backward=False
     )
     z = (1 - t.view(-1, 1, 1, 1)) * off + t.view(-1, 1, 1, 1) * e
@@ -109,7 +103,7 @@ def test_steps_end_inside_the_path():
         return straight(z, r, t)
 
     x, e, t = inputs()
-    objective = ConsistencyObjective(reach=1.0, truncation=0.0)
+    objective = VelocityConsistency(max_step=1.0, truncation=0.0)
     objective(straight, target, straight, x, e, t, backward=True)
     after, before = seen
     assert ((after >= 0) & (after < t)).all()
@@ -123,7 +117,7 @@ def test_gradient_flows_through_the_student_at_t_alone():
     def scaled(name: str):
         return lambda z, r, t: (1.1 if name == "s" else 1.0) * parameters[name] * straight(z, r, t)
 
-    terms = ConsistencyObjective()(scaled("s"), scaled("m"), scaled("t"), x, e, t, backward=True)
+    terms = VelocityConsistency()(scaled("s"), scaled("m"), scaled("t"), x, e, t, backward=True)
     (terms.forward + terms.backward).sum().backward()
     assert parameters["s"].grad != 0
     assert parameters["m"].grad is None
@@ -154,7 +148,7 @@ def test_pseudo_huber_is_a_distance_far_away_and_a_square_near():
     assert near == pytest.approx(1e-8 / 0.02, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"reach": 0.0}, {"truncation": 1.0}, {"offset": 0.0}])
+@pytest.mark.parametrize("settings", [{"max_step": 0.0}, {"truncation": 1.0}, {"huber_c": 0.0}])
 def test_impossible_settings_are_refused(settings):
-    with pytest.raises(ValueError, match=f"ConsistencyObjective: {next(iter(settings))}"):
-        ConsistencyObjective(**settings)
+    with pytest.raises(ValueError, match=f"VelocityConsistency: {next(iter(settings))}"):
+        VelocityConsistency(**settings)

@@ -4,19 +4,20 @@ import pytest
 import torch
 
 from emf_lightning.flow.objectives.base import FlowMapTerms
-from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlowObjective
+from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
 from emf_lightning.flow.times import Times
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import UniformWeighting
 from tests.flow.gaussian import average_velocity, rms, states, velocity
 
 
-class Fixed(SplitMeanFlowObjective):
+class Fixed(SplitMeanFlow):
     def split(self, r):
         return torch.linspace(0.1, 0.9, len(r), dtype=r.dtype)
 
 
-def split(u, z, v, times, objective=SplitMeanFlowObjective, **settings) -> FlowMapTerms:
-    return objective(**settings)(u, z, v, times, UniformWeighting(), 0.0)
+def split(u, z, v, times, objective=SplitMeanFlow, **settings) -> FlowMapTerms:
+    return objective(**settings).terms(AverageVelocity(u), z, v, times, UniformWeighting(), 0.0)
 
 
 def written_out(u, z, r, t, lam, *, share=None, back=1.0, second=None) -> torch.Tensor:
@@ -105,7 +106,7 @@ def test_gradient_flows_through_u_alone():
 
 def test_split_points_fill_the_interval():
     torch.manual_seed(0)
-    lam = SplitMeanFlowObjective().split(torch.zeros(10_000))
+    lam = SplitMeanFlow().split(torch.zeros(10_000))
     assert 0 <= lam.min() < 0.01 < 0.99 < lam.max() <= 1
     assert abs(lam.mean() - 0.5) < 0.02
 
@@ -114,8 +115,8 @@ def test_bound_cuts_the_targets_of_interval_rows_alone():
     z, r, t = states()
     n, v = 20, torch.full_like(z, 9.0)
     r = torch.cat([r[:n], t[n:]])
-    terms = split(lambda z, r, t: torch.full_like(z, 5.0), z, v, Times(r, t, n), bound=2.0)
+    terms = split(lambda z, r, t: torch.full_like(z, 5.0), z, v, Times(r, t, n), clip_target=2.0)
     assert torch.allclose(terms.squared_error[:n].double(), torch.tensor(9.0, dtype=z.dtype))
     assert torch.allclose(terms.squared_error[n:].double(), torch.tensor(16.0, dtype=z.dtype))
-    with pytest.raises(ValueError, match="bound"):
-        SplitMeanFlowObjective(bound=0.0)
+    with pytest.raises(ValueError, match="clip_target"):
+        SplitMeanFlow(clip_target=0.0)

@@ -1,4 +1,4 @@
-"""Forward mode at the price that the mathematics asks: rules that know what has no tangent."""
+"""Rules that make forward mode fast: operations skip inputs that have no tangent."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
-class LeanForwardMode(TorchFunctionMode):
-    """While it is entered, linear layers, 2-D convolutions, layer norm and attention have forward rules of their own.
+class FastForwardMode(TorchFunctionMode):
+    """A mode in which linear layers, 2-D convolutions, layer norm and attention use forward rules of our own.
 
-    Stock forward mode gives weights a tangent of zeros and multiplies by it: 2.87 forward passes' operations where the
-    mathematics takes 2 (one for u, one for du/dt), and it pushes tangents through layer norm in a dozen elementwise
-    steps. Results differ by rounding only. For dual numbers (``torch.autograd.forward_ad``) in passes without a graph:
-    the rules define no backward. A weight that is a ``DTensor`` (tensor parallelism; FSDP2's are plain inside a forward
-    pass), dropout inside attention, a causal mask and grouped queries take the stock path.
+    Torch's forward mode gives weights a tangent of zeros and multiplies by it: 2.87 forward passes' operations where
+    the mathematics takes 2 (one for u, one for du/dt), and it pushes tangents through layer norm in a dozen elementwise
+    steps. Results differ by rounding only. The rules are for dual numbers (``torch.autograd.forward_ad``) in passes
+    without a graph: they define no backward. A weight that is a ``DTensor`` (tensor parallelism; FSDP2's are plain
+    inside a forward pass), dropout inside attention, a causal mask and grouped queries take torch's own path.
     """
 
     def __torch_function__(
@@ -35,7 +35,7 @@ class LeanForwardMode(TorchFunctionMode):
 
 
 class _Affine(torch.autograd.Function):
-    """op(x, w) + b where only x moves."""
+    """op(x, w) + b where only x has a tangent."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ class _Affine(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(x - mean) / std, times w plus b, where only x moves.
+    """(x - mean) / std, times w plus b, where only x has a tangent.
 
     Its Jacobian without w is symmetric, (1 - 11'/N - yy'/N) / std, so the one kernel of the backward pass serves.
     """
@@ -77,7 +77,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k' scale + mask) v, where any of q, k, v may stand still: text does, in cross-attention."""
+    """softmax(q k' scale + mask) v, where some of q, k, v may have no tangent, as the text in cross-attention."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -133,7 +133,7 @@ def _attention(given: dict[str, Any]) -> Tensor | None:
 
 
 def _plain(weight: Any) -> bool:
-    """Whether ``weight`` is an ordinary tensor that stands still."""
+    """Whether ``weight`` is an ordinary tensor without a tangent."""
     if type(weight) is Tensor:
         return forward_ad.unpack_dual(weight).tangent is None  # type: ignore[no-untyped-call]
     return weight is None or type(weight) is torch.nn.Parameter

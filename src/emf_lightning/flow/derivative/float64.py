@@ -1,4 +1,4 @@
-"""What a derivative is held against: float64 all the way, and difference quotients."""
+"""References for checking a derivative: float64 throughout, and difference quotients."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from emf_lightning.flow.path import Velocity
+from emf_lightning.flow.velocity import Velocity
 
 
 class KeepFloat64(TorchFunctionMode):
-    """While it is entered, a float64 tensor that is asked to become fp32 stays what it is.
+    """A mode in which casts from float64 to fp32 do nothing.
 
     Networks compute parts in fp32 on purpose (SANA its linear attention, its sinusoids, its normalisation), also when
-    they are cast to float64; rounding then leaves a difference quotient no better than 1e-3 of du/dt at SANA's time
-    scale. In here it is 4e-6 at h = 1e-6. Casts to coarser types go through: they are what a check is to find.
+    they are cast to float64; rounding then limits a difference quotient to 1e-3 of du/dt at SANA's time scale. In this
+    mode the limit is 4e-6 at h = 1e-6. Casts to coarser types go through: a check has to find them.
     """
 
     def __torch_function__(

@@ -1,30 +1,35 @@
-"""What the objectives of the MeanFlow family share: their terms, and the masked, weighted error that ends each."""
+"""The base of the objectives, their terms, and the masked, weighted error that most of them end in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.derivative.derivative import Derivative
-from emf_lightning.flow.path import Velocity
-from emf_lightning.flow.times import Times
-from emf_lightning.flow.weighting import Weighting
+from emf_lightning.flow.derivative.base import Derivative
+from emf_lightning.flow.guidance import ClassifierFreeGuidance, SamplingGuidance, TargetGuidance
+from emf_lightning.flow.path import interpolate
+from emf_lightning.flow.sampling import FlowMapSampler, Sampler
+from emf_lightning.flow.target_velocity import ConditionalVelocity, TargetVelocity
+from emf_lightning.flow.times import LogitNormalTimes, Times, TimeSampler
+from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, expand_context, no_grad_pass
+from emf_lightning.flow.weighting import AdaptiveWeighting, Weighting
 
 
 @dataclass(frozen=True)
 class FlowMapTerms:
-    """What a training step computes; N rows have r < t, the rest r = t.
+    """Loss and diagnostics of one batch; N samples have r < t, the rest r = t.
 
     Attributes:
-        loss: the weighted loss over the finite rows, a scalar with a graph.
+        loss: the weighted loss over the finite samples, a scalar with a graph.
         squared_error: ``[B]``, mean over dimensions of (u - u_tgt)^2, detached.
-        finite: ``[B]``, False for rows whose error is not finite; they are left out of the loss.
+        finite: ``[B]``, False for samples whose error is not finite; the loss leaves them out.
         cosine: ``[B]``, of u and v over all dimensions, detached.
-        derivative_norm: ``[N]``, root mean square over dimensions of du/dt; empty where the objective takes none.
-        times: the rows' (r, t).
+        derivative_norm: ``[N]``, root mean square over dimensions of du/dt; empty for objectives without it.
+        times: the samples' (r, t).
     """
 
     loss: Tensor
@@ -35,46 +40,140 @@ class FlowMapTerms:
     times: Times
 
     def detached(self) -> FlowMapTerms:
-        """The same without the loss's graph, to be kept and looked at."""
+        """The same without the loss's graph."""
         return replace(self, loss=self.loss.detach())
 
 
 class Objective(ABC):
-    """A rule from the average velocity to a regression target.
+    """Base of the objectives that train one network u(z, r, t) by regression.
+
+    A subclass computes the error of u in ``terms``, and says by its class attributes what it asks for.
 
     Attributes:
-        derivative: how du/dt is taken, where it is.
+        needs_interval: whether u has to depend on r.
+        needs_guidance_conditioning: whether the network has to take guidance as a condition and predict v beside u.
+        takes_derivative: whether the r < t samples take du/dt.
+        sampler: the sampler of models that it trains.
+        sampling_guidance: how a guidance scale acts when sampling from them.
+        derivative: computes du/dt, where the objective takes it.
+
+    Args:
+        times: sampler of (r, t).
+        weighting: from summed squared errors to losses.
+        velocity: source of v in target and tangent.
+        guidance: classifier-free guidance inside the target; sampling then needs none.
     """
 
+    needs_interval = True
+    needs_guidance_conditioning = False
+    takes_derivative = False
+    sampler: Sampler = FlowMapSampler()
+    sampling_guidance: SamplingGuidance = ClassifierFreeGuidance()
     derivative: Derivative | None = None
 
-    @abstractmethod
+    def __init__(
+        self,
+        *,
+        times: TimeSampler | None = None,
+        weighting: Weighting | None = None,
+        velocity: TargetVelocity | None = None,
+        guidance: TargetGuidance | None = None,
+    ) -> None:
+        self.times = times or LogitNormalTimes()
+        self.weighting = weighting or AdaptiveWeighting()
+        self.velocity = velocity or ConditionalVelocity()
+        self.guidance = guidance
+
     def __call__(
-        self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float
+        self,
+        net: Callable[..., Tensor],
+        x: Tensor,
+        context: Context = None,
+        *,
+        progress: float = 0.0,
+        null_context: Context = None,
+        dropped: Tensor | None = None,
     ) -> FlowMapTerms:
-        """The error of u(z, r, t).
+        """Loss and diagnostics of a batch, at random times and noise.
 
         Args:
-            u: the average velocity of all B rows; ``of_rows`` is that of some.
+            net: called as ``net(z, r, t, context)`` -> u, with z and u ``[B, C, H, W]`` and fp32 times ``[B]``.
+            x: ``[B, C, H, W]``, data.
+            context: conditioning: a tensor ``[B, ...]``, or a tuple or dictionary of such tensors, which become further
+                positional or keyword arguments of ``net``.
+            progress: of training, in [0, 1]; schedules read it.
+            null_context: conditioning without a caption, of one sample or of all; guidance needs it.
+            dropped: ``[B]``, bool, True for samples whose conditioning is already the null one.
+
+        Raises:
+            ValueError: for conditioning of another number of samples, or guidance without ``null_context``.
+        """
+        times = self.times(len(x), progress, x.device)
+        e = torch.randn_like(x)
+        z = interpolate(x, e, times.t)
+        v = self._target_velocity(net, e - x, z, times.t, context, null_context, dropped)
+        return self.terms(AverageVelocity(net, context), z, v, times, self.weighting, progress)
+
+    @abstractmethod
+    def terms(
+        self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float
+    ) -> FlowMapTerms:
+        """Loss and diagnostics at given states, velocities and times: the lower layer of ``__call__``.
+
+        Args:
+            u: the average velocity of all B samples; an ``AverageVelocity`` where it depends on conditioning.
             z: ``[B, C, H, W]``, the state at t.
-            v: like ``z``, dz/dt: conditional, or guided, or a teacher's; without a graph.
-            times: the rows' (r, t), r < t rows first.
+            v: like ``z``, dz/dt: conditional, guided, or a teacher's; without a graph.
+            times: the samples' (r, t), r < t samples first.
             weighting: from squared errors to losses.
             progress: of training, in [0, 1].
         """
 
+    def _target_velocity(
+        self,
+        net: Callable[..., Tensor],
+        v: Tensor,
+        z: Tensor,
+        t: Tensor,
+        context: Context,
+        null_context: Context,
+        dropped: Tensor | None,
+    ) -> Tensor:
+        if self.guidance is None and isinstance(self.velocity, ConditionalVelocity):
+            return v
+        if self.guidance is not None and null_context is None:
+            raise ValueError(f"{type(self).__name__}: guidance needs null_context, the conditioning without a caption")
+        reference = self.velocity.reference(net)
+        conditional = AverageVelocity(reference, context)
+        with no_grad_pass():
+            v = self.velocity(v, conditional, z, t)
+            if self.guidance is not None:
+                null = AverageVelocity(reference, expand_context(null_context, len(z)))
+                v = self.guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
+        return v
 
-def bounded(target: Tensor, bound: float | None) -> Tensor:
-    """``target`` cut to +-``bound``, elementwise: the exact u averages velocities and never leaves their range."""
-    return target if bound is None else target.clamp(-bound, bound)
+
+def check_clip_target(objective: object, limit: float | None) -> float | None:
+    """``limit``, or a ``ValueError`` where it is not positive."""
+    if limit is not None and limit <= 0:
+        raise ValueError(f"{type(objective).__name__}: clip_target must be positive, got {limit}")
+    return limit
 
 
-def regress(
+def clip(target: Tensor, limit: float | None) -> Tensor:
+    """``target`` clipped to +-``limit``, elementwise.
+
+    The exact u averages velocities, so it never leaves their range; du/dt of an untrained u does, and feeds on itself.
+    """
+    return target if limit is None else target.clamp(-limit, limit)
+
+
+def weighted_mse(
     u: Tensor, target: Tensor, v: Tensor, times: Times, weighting: Weighting, dudt: Tensor | None = None
 ) -> FlowMapTerms:
-    """The terms of u's weighted squared error against a target without a graph, all ``[B, C, H, W]``.
+    """Terms of the weighted squared error of u against a target without a graph, all ``[B, C, H, W]``.
 
-    Rows that are not finite are left out of the loss and marked, so that one cannot spoil the others.
+    Samples whose error is not finite are marked and left out of the loss, so that one cannot spoil the others.
     """
     error = (u.float() - target).flatten(1)
     squared_error = error.detach().square().mean(1)

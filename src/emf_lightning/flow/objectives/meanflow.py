@@ -5,37 +5,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.derivative.derivative import Derivative, ForwardMode
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, bounded, regress
-from emf_lightning.flow.path import Velocity, over
-from emf_lightning.flow.times import Times
+from emf_lightning.flow.derivative.base import Derivative
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, check_clip_target, clip, weighted_mse
+from emf_lightning.flow.path import expand_like
+from emf_lightning.flow.target_velocity import TargetVelocity
+from emf_lightning.flow.times import Times, TimeSampler
+from emf_lightning.flow.velocity import Velocity
 from emf_lightning.flow.weighting import Weighting
 
 
-class MeanFlowObjective(Objective):
-    """u_tgt = sg[v - (t - r) du/dt], which is v where r = t.
+class MeanFlow(Objective):
+    """Regression of u(z, r, t) on u_tgt = sg[v - (t - r) du/dt], which is v where r = t.
 
-    The derivative is taken for the r < t rows only (the others' factor t - r is zero), before the one forward pass
-    that carries gradients. With ``FiniteDifference`` it is the objective of TiM (arXiv 2509.04394).
+    The derivative is taken for the r < t samples only (t - r is zero for the others), before the one forward pass that
+    has gradients. With ``FiniteDifference`` it is the objective of TiM (arXiv 2509.04394).
 
     Args:
-        derivative: how du/dt is taken.
-        bound: the target of the r < t rows is cut to +-bound, elementwise. The exact u averages velocities, so it
-            never leaves their range; du/dt of an untrained u does, and then feeds on itself.
+        times: sampler of (r, t); by default the paper's.
+        weighting: from summed squared errors to losses; by default adaptive with p = 1.
+        velocity: source of v in target and tangent; by default e - x.
+        guidance: classifier-free guidance inside the target; sampling then needs none.
+        derivative: computes du/dt; by default exactly.
+        clip_target: the target of the r < t samples is clipped to +- this, elementwise; None does not clip.
+
+    Raises:
+        ValueError: for a ``clip_target`` that is not positive.
+
+    Example:
+        >>> net = lambda z, r, t, c: z * c[:, None]
+        >>> terms = MeanFlow()(net, torch.randn(8, 4), torch.ones(8), progress=0.5)
+        >>> terms.loss.shape, terms.times.n_interval
+        (torch.Size([]), 2)
     """
 
-    def __init__(self, derivative: Derivative | None = None, bound: float | None = None) -> None:
-        if bound is not None and bound <= 0:
-            raise ValueError(f"MeanFlowObjective: bound must be positive, got {bound}")
-        self.derivative: Derivative = derivative or ForwardMode()
-        self.bound = bound
+    takes_derivative = True
 
-    def __call__(
+    def __init__(
+        self,
+        *,
+        times: TimeSampler | None = None,
+        weighting: Weighting | None = None,
+        velocity: TargetVelocity | None = None,
+        guidance: TargetGuidance | None = None,
+        derivative: Derivative | None = None,
+        clip_target: float | None = None,
+    ) -> None:
+        super().__init__(times=times, weighting=weighting, velocity=velocity, guidance=guidance)
+        self.derivative: Derivative = derivative or ForwardMode()
+        self.clip_target = check_clip_target(self, clip_target)
+
+    def terms(
         self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float
     ) -> FlowMapTerms:
-        """The error of u(z, r, t) against u_tgt."""
+        """The error of u(z, r, t) against u_tgt; see ``Objective.terms``."""
         n, r, t = times.n_interval, times.r, times.t
         u_theta, dudt = self.derivative(u, z, r, t, v, n)
-        u_tgt = v[:n] - over(t[:n] - r[:n], z) * dudt.to(v.dtype)
-        target = torch.cat([bounded(u_tgt, self.bound), v[n:]])
-        return regress(u_theta, target, v, times, weighting, dudt)
+        u_tgt = v[:n] - expand_like(t[:n] - r[:n], z) * dudt.to(v.dtype)
+        target = torch.cat([clip(u_tgt, self.clip_target), v[n:]])
+        return weighted_mse(u_theta, target, v, times, weighting, dudt)

@@ -1,0 +1,54 @@
+"""Approximate derivatives by finite differences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emf_lightning.flow.derivative.base import Derivative, Precision
+from emf_lightning.flow.velocity import Velocity
+
+
+class FiniteDifference(Derivative):
+    """(u(z + h v, r, t + h) - u(z - h v, r, t - h)) / 2 h, or one-sided: two plain passes, on any attention kernel.
+
+    For networks or strategies without forward mode (arXiv 2509.04394, h = .005). The state moves along the path's
+    tangent, which needs neither data nor noise. Measured on a SANA with times x 1000: relative error 8e-4 in fp32 at
+    the best h; in bf16 11 % at the best h and above 100 % at small ones, hence refused.
+
+    Args:
+        step: h > 0; with times x 1000 inside the network 3e-5 was best, with times in [0, 1] 1e-3.
+        central: two-sided; one-sided costs one pass less and is ten times less exact.
+        precision: see ``Derivative``; the default leaves autocast.
+
+    Raises:
+        ValueError: on the first batch, where u comes out of bf16 or fp16 arithmetic.
+    """
+
+    def __init__(self, step: float = 0.005, central: bool = True, precision: Precision = "fp32") -> None:
+        super().__init__(precision)
+        if step <= 0:
+            raise ValueError(f"FiniteDifference: step must be positive, got {step}")
+        if precision == "bf16":
+            raise ValueError(_TOO_COARSE.format("bf16"))
+        self.step = step
+        self.central = central
+
+    @torch.no_grad()
+    def jvp(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The difference quotient."""
+        with self._autocast(z):
+            if torch.is_autocast_enabled(z.device.type):
+                raise ValueError(_TOO_COARSE.format(torch.get_autocast_dtype(z.device.type)))
+            h = self.step
+            back = h if self.central else 0.0
+            ahead, behind = u(z + h * v, r, t + h), u(z - back * v, r, t - back)
+        if torch.finfo(ahead.dtype).eps > torch.finfo(torch.float32).eps:
+            raise ValueError(_TOO_COARSE.format(ahead.dtype))
+        return (ahead - behind) / (h + back)
+
+
+_TOO_COARSE = (
+    "FiniteDifference in {}: rounding leaves an error of 11 % of du/dt at the best step and over 100 % at small ones "
+    "(fp32: 0.1 %); set the derivative's precision to fp32 and keep fp32 weights, or use ForwardMode"
+)

@@ -1,0 +1,312 @@
+"""The LightningModule that trains a network by one objective, and the base of those that train two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.flow.derivative.base import Derivative
+from emf_lightning.flow.derivative.forward_mode import Fused
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.sampling import sample
+from emf_lightning.flow.target_velocity import TeacherVelocity
+from emf_lightning.flow.velocity import AverageVelocity
+from emf_lightning.modules import checkpoint as checkpoints
+from emf_lightning.modules.frozen import FrozenNetwork
+from emf_lightning.modules.generation import generate_images
+from emf_lightning.modules.non_finite import NonFiniteGuard
+from emf_lightning.modules.optimization import Optimization, lightning_optimizers
+from emf_lightning.modules.sharding import LIVE, ShardableModule
+from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.text.base import TextFeatures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The times at which the validation error is taken."""
+
+
+class FlowMapModule(ShardableModule):
+    """Trains a network u(z, r, t) by an objective, and samples from it in few steps.
+
+    Args:
+        net: the network, called as ``net(z, r, t, context, mask)`` -> u.
+        objective: e.g. ``MeanFlow`` (the default), ``FlowMatching``, ``AlphaFlow``.
+        optimization: optimiser and schedule of the network's trainable parameters.
+        caption_dropout: share of the training captions replaced by the null caption, in [0, 1).
+        guidance_scale: of classifier-free guidance at sampling; 1 is none, anything else doubles the evaluations,
+            unless the network takes guidance as a condition.
+        init_from: a Lightning checkpoint (``.ckpt``) whose network weights to start from, its EMA's where it has one.
+        nan_patience: consecutive batches with more than half of their samples not finite after which training stops.
+            Single samples that are not finite are left out of the loss.
+        gather_once: where the weights are sharded, gather them once a step instead of once a pass, for the memory of
+            the whole network.
+
+    Raises:
+        ValueError: for a network that lacks what the objective needs, and for values out of range.
+    """
+
+    trained_networks = 1
+    """How many networks train; a plan of the memory reads it."""
+    tunes_encoder = False
+    """Whether the text encoder trains, too."""
+
+    def __init__(
+        self,
+        net: FlowMapNetwork,
+        objective: Objective | None = None,
+        *,
+        optimization: Optimization = Optimization(),
+        caption_dropout: float = 0.1,
+        guidance_scale: float = 1.0,
+        init_from: str | None = None,
+        nan_patience: int = 10,
+        gather_once: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1), got {caption_dropout}")
+        self.net = net
+        self.objective: Any = MeanFlow() if objective is None else objective
+        self.optimization = optimization
+        self.caption_dropout = caption_dropout
+        self.guidance_scale = guidance_scale
+        self.gather_once = gather_once
+        self.last_terms: FlowMapTerms | None = None
+        """Terms of the last training step, without a graph, for callbacks."""
+        self.autocast: torch.dtype | None = None
+        """Precision of ``sample`` where it is not that of the weights; ``load_run`` sets it."""
+        self.data: Any = None
+        """The datamodule that ``sample`` encodes prompts and decodes latents with; by default the trainer's."""
+        self._non_finite = NonFiniteGuard(nan_patience)
+        self._planned_steps = 0
+        self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
+        self._check_network()
+        if init_from is not None:
+            checkpoints.load_network(self.net, init_from)
+        velocity = getattr(self.objective, "velocity", None)
+        if isinstance(velocity, TeacherVelocity) and velocity.teacher is None:
+            velocity.teacher = FrozenNetwork(self.net)
+        self.save_hyperparameters(logger=False)
+
+    def _check_network(self) -> None:
+        objective, net = self.objective, self.net
+        name, kind = type(objective).__name__, type(net).__name__
+        if objective.needs_interval and not net.takes_interval:
+            raise ValueError(
+                f"{name} trains u(z, r, t), and u of {kind} ignores r: take a network with a second time input, e.g. "
+                "SanaFlowMap, or an objective with one time, e.g. FlowMatching"
+            )
+        if getattr(objective, "needs_guidance_conditioning", False) and not net.takes_guidance:
+            raise ValueError(
+                f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true"
+            )
+        if net.recomputed and isinstance(self.derivative, Fused):
+            raise ValueError(
+                f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "
+                "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"
+            )
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        steps: int = 4,
+        *,
+        guidance_scale: float | None = None,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+    ) -> list[Image]:
+        """PIL images of prompts, those of one prompt beside each other.
+
+        The noise is a function of (seed, prompt, image index): the same as in ``emf predict`` and ``EMFPipeline``.
+
+        Args:
+            prompts: one or several; all of them are one batch.
+            steps: from noise to data.
+            guidance_scale: by default the module's own.
+            images_per_prompt: each from its own noise.
+            seed: of the noise.
+
+        Raises:
+            ValueError: for a module without a datamodule, and for no prompts, steps or images.
+        """
+        return generate_images(self, prompts, steps, guidance_scale, images_per_prompt, seed)
+
+    @torch.no_grad()
+    def sample_latents(
+        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Latents ``[B, C, H, W]`` of B captions.
+
+        Args:
+            text: features of the captions.
+            null: features of the null caption, one sample.
+            noise: ``[B, C, H, W]``, unit normal.
+            steps: from noise to data.
+            guidance_scale: by default the module's own.
+        """
+        return sample(
+            self.net,
+            noise,
+            context_of(text),
+            steps=steps,
+            sampler=self.objective.sampler,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            null_context=context_of(null),
+            guidance=self.objective.sampling_guidance,
+        )
+
+    def nfe(self, steps: int, guidance_scale: float | None = None) -> int:
+        """Network evaluations per image."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return steps * int(self.objective.sampling_guidance.evaluations(scale))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: CaptionImageBatch) -> Tensor:
+        """The training loss of one batch, a scalar; logs diagnostics."""
+        text, dropped = self.drop_captions(batch)
+        terms = self.objective(
+            self.net,
+            batch.latents,
+            context_of(text),
+            progress=self.progress,
+            null_context=context_of(batch.null),
+            dropped=dropped,
+        )
+        self.log_terms(terms)
+        return terms.loss
+
+    def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
+        with self.gathered():
+            loss = self.compute_loss(batch)
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        return loss
+
+    def drop_captions(self, batch: CaptionImageBatch) -> tuple[TextFeatures, Tensor]:
+        """The batch's features with a share of the captions made null, and which, ``[B]``."""
+        dropped = torch.rand(len(batch), device=batch.latents.device) < self.caption_dropout
+        return batch.text.where(~dropped, batch.null), dropped
+
+    def average_velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> AverageVelocity:
+        """u(z, r, t) of ``net``, or of this module's, given the samples' ``text``."""
+        return AverageVelocity(net or self.net, context_of(text))
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """The objective's method for du/dt, if it takes it."""
+        derivative: Derivative | None = getattr(self.objective, "derivative", None)
+        return derivative
+
+    @property
+    def progress(self) -> float:
+        """Optimiser steps taken over optimiser steps planned, in [0, 1]."""
+        return min(self.trainer.global_step / self._planned_steps, 1.0)
+
+    def log_terms(self, terms: FlowMapTerms) -> None:
+        """Keeps the terms and logs their means, without waiting for the device."""
+        self.last_terms = terms.detached()
+        batch, n = len(terms.finite), terms.times.n_interval
+        self.log("train/nan_rows", (~terms.finite).sum().float(), batch_size=batch, reduce_fx="sum")
+        for name, part in (("r_equals_t", slice(n, None)), ("r_below_t", slice(n))):
+            error, finite = terms.squared_error[part], terms.finite[part]
+            if len(error):
+                mean = torch.where(finite, error, 0).sum() / finite.sum()
+                self.log(f"train/mse_{name}", mean, batch_size=batch)
+        if len(terms.derivative_norm):
+            self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=batch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Noise, times and dropped captions are a function of (seed, rank, step): a resumed run repeats the
+        # uninterrupted one, and no random number that a callback takes in between changes it.
+        trainer = self.trainer
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        key = (int(os.environ.get("PL_GLOBAL_SEED", 0)), trainer.global_rank, trainer.global_step, micro_batch)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.last_terms is not None:
+            self._check_finite(self.last_terms.finite)
+
+    def _check_finite(self, finite: Tensor) -> None:
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._non_finite.check(finite, self.trainer.global_step, interval)
+
+    def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+        self._log_error(batch, batch_idx, "validation")
+
+    def test_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+        self._log_error(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Does nothing: the ``SampleWriter`` callback samples, so that all step counts start from the same noise."""
+
+    def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
+        """Logs the mean squared error of u(z, t, t) against v at fixed times, with noise fixed by the batch's index."""
+        x, u = batch.latents, self.average_velocity(batch.text)
+        noise = torch.Generator().manual_seed(batch_idx)
+        e = torch.randn(x.shape, generator=noise).to(x)
+        for time in VALIDATION_TIMES:
+            t = torch.full((len(batch),), time, device=x.device)
+            error = (u((1 - time) * x + time * e, t, t).float() - (e - x)).square().mean()
+            self.log(f"{stage}/mse_v_at_{time}", error, batch_size=len(batch), sync_dist=True)
+
+    # -- set-up and checkpoints --------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        return lightning_optimizers(*self.optimization.build(trainable(self.net)))
+
+    def on_fit_start(self) -> None:
+        if str(self.trainer.precision).endswith("16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: 16-bit weights lose the small updates of fine-tuning; "
+                "set bf16-mixed, with ModelParallelStrategy where memory is short"
+            )
+        planned = self.trainer.estimated_stepping_batches
+        if not 0 < planned < float("inf"):
+            raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
+        self._planned_steps = int(planned)
+        # Lightning loads the optimiser's state after this, whichever optimiser it came from
+        checkpoints.check_parametrization(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # From a configuration they are plain values that rebuild the module; from Python they are the objects
+        # themselves, and pickling the network once more would double the file and need trust to load.
+        if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
+            checkpoint.pop("hyper_parameters", None)
+        about = {"model": type(self).__name__, "objective": type(self.objective).__name__, **self.net.parametrization}
+        for optimizer in self.trainer.optimizers[:1]:  # none outside `fit`
+            about["optimizer"] = type(optimizer).__name__
+        checkpoint[checkpoints.PARAMETRIZATION] = about
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # weights of the same shapes but another parametrization would load, and sample nonsense
+        self._loaded = checkpoints.parametrization_of(checkpoint)
+        ours = dict(self.net.parametrization)
+        for name, part in (("model", self), ("objective", self.objective)):
+            if self._loaded.get(name) not in {kind.__name__ for kind in type(part).__mro__}:
+                ours[name] = type(part).__name__
+        checkpoints.check_parametrization(self._loaded, ours)
+        # a sharded checkpoint that was made one file holds the live weights beside the averages
+        state = checkpoint.get("state_dict", {})
+        checkpoint |= {"state_dict": {k: v for k, v in state.items() if not k.startswith(LIVE)}} if state else {}
+
+
+def context_of(text: TextFeatures) -> tuple[Tensor, Tensor]:
+    """The conditioning that networks and discriminators take: features ``[B, L, D]`` and mask ``[B, L]``."""
+    return text.context, text.mask
+
+
+def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
