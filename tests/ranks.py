@@ -241,7 +241,7 @@ def fgm() -> FGM:
 def scflow() -> SCFlow:
     return SCFlow(
         network(),
-        lambda net: ConvDiscriminator(net, 4, 8, group=1),
+        lambda net: ConvDiscriminator(net, 4, 8, mbstd_group_size=1),
         OneStep(truncation=0.0),
         OneTime(),
         optimizer=sgd,

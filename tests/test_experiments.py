@@ -180,7 +180,6 @@ def tiny(experiment: str, models: Path) -> list[str]:
     else:
         encoder = "qwen" if "openuni" in experiment else "gemma"
         options |= {f"{text}.model": models / encoder, f"{net}.pretrained": models / "sana/transformer"}
-        options |= {f"{net}.subfolder": "null"}
     return [part for option, value in options.items() for part in (option, str(value))]
 
 

@@ -235,7 +235,7 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
         (FGM(network(), generator_time=0.8), {"generator_time": 0.8}),
         (SCFlow(network(), judge), {}),
         (
-            ImprovedMeanFlow(network(improved=True), guidance=3.0, guidance_interval=(0.2, 0.7)),
+            ImprovedMeanFlow(network(guidance_conditioning=True), guidance=3.0, guidance_interval=(0.2, 0.7)),
             {"guidance": 3.0, "guidance_interval": [0.2, 0.7]},
         ),
     ):

@@ -28,7 +28,7 @@ Spec = dict[str, Any]
 
 _FILE = "part.json"
 _HERE = "."
-_AT_THE_START = ("architecture", "refit", "trainable", "subfolder", "gradient_checkpointing", "compile")
+_AT_THE_START = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
 """Arguments of a network that say how training began, not what it is."""
 
 

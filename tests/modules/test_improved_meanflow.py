@@ -19,7 +19,13 @@ from tests.modules.test_objectives import fit, moved, optimizer
 def improved(**settings) -> SanaFlowMap:
     torch.manual_seed(0)
     return SanaFlowMap(
-        TINY, prediction=PredictData(), time_scale=10.0, latent_size=8, context_width=16, improved=True, **settings
+        TINY,
+        prediction=PredictData(),
+        time_scale=10.0,
+        latent_size=8,
+        context_width=16,
+        guidance_conditioning=True,
+        **settings,
     )
 
 
@@ -136,7 +142,7 @@ def test_guidance_at_sampling_is_a_condition_and_costs_nothing(heads):
 
 
 def test_impossible_settings_are_refused(net):
-    with pytest.raises(ValueError, match=r"net\.improved"):
+    with pytest.raises(ValueError, match=r"net\.guidance_conditioning"):
         ImprovedMeanFlow(net)
     with pytest.raises(ValueError, match="conditional or teacher"):
         ImprovedMeanFlow(improved(), velocity="own")

@@ -8,6 +8,7 @@ from diffusers import SanaTransformer2DModel
 
 from emf_lightning.flow.derivative.derivative import ForwardMode
 from emf_lightning.flow.objectives.improved_meanflow import Guidance
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.prediction import PredictData, PredictVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.sana_transformer import IntervalSanaTransformer
@@ -90,7 +91,7 @@ NEW = ("time_embed.interval.", "time_embed.conditions.", "proj_out.velocity.")
 
 @pytest.mark.parametrize(
     ("settings", "new"),
-    [({}, NEW[:1]), ({"improved": True}, NEW), ({"interval": DecoupledInterval(1)}, ())],
+    [({}, NEW[:1]), ({"guidance_conditioning": True}, NEW), ({"interval": DecoupledInterval(1)}, ())],
 )
 def test_parameters_keep_the_published_names(settings, new):
     net = tiny(**settings)
@@ -133,7 +134,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path, settings, named)
 
 
 def test_missing_weights_are_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="no readable weights at pretrained"):
+    with pytest.raises(ValueError, match="SanaFlowMap: cannot load pretrained="):
         SanaFlowMap(pretrained=str(tmp_path / "nowhere"))
 
 
@@ -257,7 +258,7 @@ def test_decoupled_blocks_see_t_first_and_then_r():
     norm = net.transformer.norm_out.register_forward_pre_hook(lambda norm, arguments: seen.append(arguments[1]))
     with torch.no_grad():
         net(z, t / 3, t, context, mask)
-        start, end = (net.transformer.time_embed.of_time(1000.0 * time, z.dtype) for time in (t, t / 3))
+        start, end = (net.transformer.time_embed.embed_time(1000.0 * time, z.dtype) for time in (t, t / 3))
     norm.remove()
     for got, expected in zip(seen, (start[0], end[0], end[1]), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
@@ -319,9 +320,9 @@ def some_guidance(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("interval", [None, DecoupledInterval(1)])
 @pytest.mark.parametrize("prediction", [PredictVelocity(), PredictData()])
-def test_improved_network_starts_as_its_parent_in_both_heads_with_any_conditions(tmp_path, interval, prediction):
+def test_guided_network_starts_as_its_parent_in_both_heads_with_any_conditions(tmp_path, interval, prediction):
     parent = stock_parent(tmp_path)
-    net = adapted(tmp_path, improved=True, interval=interval, prediction=prediction)
+    net = adapted(tmp_path, guidance_conditioning=True, interval=interval, prediction=prediction)
     z, t, context, mask = inputs()
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -331,13 +332,13 @@ def test_improved_network_starts_as_its_parent_in_both_heads_with_any_conditions
 
 
 def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip(tmp_path):
-    net = tiny(improved=True).eval()
+    net = tiny(guidance_conditioning=True).eval()
     transformer = net.transformer
     with torch.no_grad():
         transformer.time_embed.conditions.linear.weight.normal_()
         transformer.proj_out.velocity.weight.normal_()
     net.save_pretrained(tmp_path / "net")
-    again = adapted(tmp_path, "net", improved=True)
+    again = adapted(tmp_path, "net", guidance_conditioning=True)
     z, t, context, mask = inputs()
     with torch.no_grad():
         told = net(z, t / 3, t, context, mask, some_guidance(t))
@@ -352,8 +353,8 @@ def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip
 
 
 def test_heads_keep_apart_in_patches():
-    """Each head's picture is what a network with that projection alone draws."""
-    net = tiny(improved=True).eval()
+    """Each head's output is that of a network with that projection alone."""
+    net = tiny(guidance_conditioning=True).eval()
     head = net.transformer.proj_out
     torch.nn.init.normal_(head.velocity.weight)
     z, t, context, mask = inputs()
@@ -373,7 +374,7 @@ def test_refit_reads_the_new_scale_as_the_parent_read_its_own(tmp_path):
         waves = parent.time_embed.emb.timestep_embedder.linear_1.weight
         waves[:, :60] = waves[:, 128:188] = 0
     parent.save_pretrained(str(tmp_path / "parent"))
-    raw, net = adapted(tmp_path, time_scale=1.0), adapted(tmp_path, time_scale=1.0, refit=True)
+    raw, net = adapted(tmp_path, time_scale=1.0), adapted(tmp_path, time_scale=1.0, finetuning=Finetuning(refit=True))
     z, t, context, mask = inputs(16)
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -385,12 +386,12 @@ def test_refit_reads_the_new_scale_as_the_parent_read_its_own(tmp_path):
 
 def test_refit_at_the_pretrained_scale_changes_nothing(tmp_path):
     parent = stock_parent(tmp_path)
-    net = adapted(tmp_path, refit=True)
+    net = adapted(tmp_path, finetuning=Finetuning(refit=True))
     assert torch.equal(net.transformer.time_embed.linear.weight, parent.time_embed.linear.weight)
 
 
 def test_only_what_is_named_trains():
-    net = tiny(trainable=["transformer_blocks.1", "time_embed", "scale_shift_table"])
+    net = tiny(finetuning=Finetuning(trainable=["transformer_blocks.1", "time_embed", "scale_shift_table"]))
     trained = {name for name, p in net.transformer.named_parameters() if p.requires_grad}
     assert {name.partition(".")[0] for name in trained} == {"transformer_blocks", "time_embed", "scale_shift_table"}
     assert all(name.startswith("transformer_blocks.1.") for name in trained if name.startswith("transformer_blocks"))
@@ -399,7 +400,7 @@ def test_only_what_is_named_trains():
 
 def test_a_name_of_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"trainable='time_embed_t' is the beginning of no .* there are .*time_embed"):
-        tiny(trainable=["time_embed_t"])
+        tiny(finetuning=Finetuning(trainable=["time_embed_t"]))
 
 
 def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
@@ -407,7 +408,7 @@ def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
     settings = {"pretrained": str(tmp_path / "parent"), "latent_size": 12, "context_width": 24}
     with pytest.raises(ValueError, match="text feature width 16, this experiment has 24"):
         SanaFlowMap(**settings)
-    net = SanaFlowMap(fresh_context=True, **settings)
+    net = SanaFlowMap(finetuning=Finetuning(reset_text_projection=True), **settings)
     assert net.transformer.config.caption_channels == 24
     for name, weight in parent.state_dict().items():
         if not name.startswith("caption_projection.linear_1."):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
 from tests import published
@@ -42,7 +43,7 @@ def test_the_sana_of_a_blip3o_checkpoint_is_the_stock_network_bit_for_bit_where_
         assert not torch.allclose(net(z, t / 2, t, context, mask), expected, atol=1e-4)
 
 
-def test_an_emf_checkpoint_draws_as_its_release_computes(tmp_path, stock, monkeypatch):
+def test_an_emf_checkpoint_computes_what_its_release_computes(tmp_path, stock, monkeypatch):
     """Both modulations summed, of raw t and raw t - r, for the blocks and for the output norm."""
     embeds = emf(tmp_path / "emf", stock)
     net = SanaFlowMap(pretrained=str(tmp_path / "emf"), interval=SummedInterval(), time_scale=1, **SIZE).eval()
@@ -78,7 +79,10 @@ def test_every_tensor_of_an_emf_checkpoint_has_a_place_but_the_embedding_it_does
     [
         ({"interval": AnchoredInterval(), "time_scale": 1}, "with interval 'SummedInterval"),
         ({"interval": SummedInterval(), "time_scale": 1000}, "with time_scale 1"),
-        ({"interval": SummedInterval(), "time_scale": 1000, "refit": True}, "knows intervals at time_scale 1,"),
+        (
+            {"interval": SummedInterval(), "time_scale": 1000, "finetuning": Finetuning(refit=True)},
+            "knows intervals at time_scale 1,",
+        ),
     ],
 )
 def test_an_emf_checkpoint_read_in_another_way_is_refused(tmp_path, stock, settings, named):

@@ -111,12 +111,12 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
 def _blip3o_size(arguments: Namespace) -> EncoderSize:
     from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
 
-    from emf_lightning.pretrained.blip3o_sana import released_config
+    from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config
     from emf_lightning.text.blip3o_parts import make_connector
     from emf_lightning.text.ta_tok import TextAlignedTokenizer
 
     config = config_of(arguments.pretrained)
-    width = released_config(arguments.pretrained)["caption_channels"]
+    width = blip3o_sana_config(arguments.pretrained)["caption_channels"]
     tower = SiglipVisionConfig(  # SigLIP2 so400m at 384 px
         hidden_size=1152,
         intermediate_size=4304,

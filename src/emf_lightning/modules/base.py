@@ -121,7 +121,7 @@ class FlowMapModule(LightningModule):
         saved = read_checkpoint(checkpoint, "initial")
         weights = {n.removeprefix("net."): value for n, value in saved["state_dict"].items() if n.startswith("net.")}
         what = f"initial: {checkpoint} holds a network of another configuration than model.net"
-        if clash := disagreement(saved.get(MEANING, {}), self.net.meaning):
+        if clash := disagreement(saved.get(MEANING, {}), self.net.parametrization):
             raise ValueError(f"{what}: {clash}; make them agree")
         try:
             self.net.load_state_dict(weights)
@@ -196,7 +196,7 @@ class FlowMapModule(LightningModule):
         # themselves, and pickling the network once more would double the file and need trust to load.
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
             checkpoint.pop("hyper_parameters", None)
-        checkpoint[MEANING] = {"model": type(self).__name__, **self.net.meaning}
+        checkpoint[MEANING] = {"model": type(self).__name__, **self.net.parametrization}
         for optimizer in self.trainer.optimizers[:1]:  # none outside `fit`
             checkpoint[MEANING]["optimizer"] = type(optimizer).__name__
 
@@ -204,7 +204,7 @@ class FlowMapModule(LightningModule):
         # weights of the same shapes that mean something else would be taken, and draw nonsense
         self._loaded = checkpoint.get(MEANING, {})
         related = self._loaded.get("model") in {kind.__name__ for kind in type(self).__mro__}
-        ours = ({} if related else {"model": type(self).__name__}) | self.net.meaning
+        ours = ({} if related else {"model": type(self).__name__}) | self.net.parametrization
         if clash := disagreement(self._loaded, ours):
             raise _other_configuration(clash)
         # a sharded checkpoint that was made one file holds the live weights beside the averages

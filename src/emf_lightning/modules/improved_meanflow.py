@@ -78,8 +78,10 @@ class ImprovedMeanFlow(FlowMapModule):
     ) -> None:
         weighting = weighting or AdaptiveWeighting(offset=0.01)
         super().__init__(net, weighting, optimizer, scheduler, caption_dropout, guidance, initial, gather_once)
-        if not getattr(net, "improved", False):
-            raise ValueError("ImprovedMeanFlow: the network takes no guidance and gives no v; set net.improved to true")
+        if not net.takes_guidance:
+            raise ValueError(
+                "ImprovedMeanFlow: the network takes no guidance and gives no v; set net.guidance_conditioning to true"
+            )
         if velocity not in ("conditional", "teacher"):
             raise ValueError(f"ImprovedMeanFlow: velocity must be conditional or teacher, got {velocity!r}")
         self.interval_objective = objective or ImprovedMeanFlowObjective()

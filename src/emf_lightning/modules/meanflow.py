@@ -60,7 +60,7 @@ class MeanFlow(FlowMapModule):
             net, weighting or AdaptiveWeighting(), optimizer, scheduler, caption_dropout, guidance, initial, gather_once
         )
         self.interval_objective = objective or MeanFlowObjective()
-        if net.recomputed and isinstance(self.derivative, Fused):
+        if net.gradient_checkpointing and isinstance(self.derivative, Fused):
             raise ValueError(
                 "MeanFlow: the Fused derivative does not go together with gradient checkpointing (torch counts the "
                 "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"

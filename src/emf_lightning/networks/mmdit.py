@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
+from emf_lightning.networks.architecture_checks import check_patches, check_position_width, check_positive
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
+from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,11 @@ class MMDiTArchitecture:
 
     Attributes:
         num_layers: joint blocks.
-        num_attention_heads: of each; the width is heads x ``attention_head_dim``.
+        num_attention_heads: heads of each block; the width is heads x ``attention_head_dim``.
         attention_head_dim: channels of one of them.
         patch_size: latent positions per token, along each side.
         pooled_projection_dim: channels of the pooled text features.
-        pos_embed_max_size: patches along the side for which positions are made.
+        pos_embed_max_size: patches along each side for which there are positions.
         qk_norm: normalisation of queries and keys: ``rms_norm`` for SD3.5, None for SD3.
     """
 
@@ -33,22 +35,27 @@ class MMDiTArchitecture:
     pos_embed_max_size: int = 192
     qk_norm: str | None = None
 
+    def __post_init__(self) -> None:
+        check_positive(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+        check_positive(self, "pooled_projection_dim", "pos_embed_max_size")
+        check_position_width(self, self.num_attention_heads, self.attention_head_dim)
+
 
 class MMDiTFlowMap(SingleTimeFlowMap):
     """diffusers' ``SD3Transformer2DModel``, with the features of ``SD3TextEncoder``.
 
-    The first token holds the pooled features, the others are the sequence. There is no mask in SD3: all are attended.
+    The first token holds the pooled features, the others are the sequence. SD3 has no mask: all tokens are attended.
 
     Args:
-        architecture: its size, where it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as everything else.
+        architecture: its size, if it starts from scratch.
+        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
     """
 
     def __init__(
         self,
         architecture: MMDiTArchitecture | None = None,
-        pretrained: str | None = None,
-        subfolder: str | None = None,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         gradient_checkpointing: bool = False,
@@ -58,24 +65,37 @@ class MMDiTFlowMap(SingleTimeFlowMap):
     ) -> None:
         from diffusers import SD3Transformer2DModel
 
-        if architecture is not None and pretrained is not None:
-            raise ValueError("MMDiTFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
         size = architecture or MMDiTArchitecture()
         width = size.num_attention_heads * size.attention_head_dim
         super().__init__(
             SD3Transformer2DModel,
             asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width},
-            pretrained,
-            subfolder,
-            prediction,
-            time_scale,
-            gradient_checkpointing,
-            latent_channels,
-            latent_size,
-            context_width,
+            architecture=architecture,
+            pretrained=pretrained,
+            prediction=prediction,
+            time_scale=time_scale,
+            gradient_checkpointing=gradient_checkpointing,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            context_width=context_width,
         )
+        self._check_sizes()
 
-    def said_widths(self) -> dict[str, int]:
+    def _check_sizes(self) -> None:
+        config = self.model.config
+        check_patches(self, self.latent_size, config.patch_size, "change the data's resolution")
+        if self.latent_size > config.pos_embed_max_size * config.patch_size:
+            raise ValueError(
+                f"MMDiTFlowMap: latents of side {self.latent_size} have more patches of {config.patch_size} than "
+                f"pos_embed_max_size={config.pos_embed_max_size} along a side; lower the data's resolution"
+            )
+        if config.pooled_projection_dim > self.context_width:
+            raise ValueError(
+                f"MMDiTFlowMap: pooled_projection_dim={config.pooled_projection_dim} is more than the text features' "
+                f"width {self.context_width}, whose first token holds the pooled features; lower it"
+            )
+
+    def config_widths(self) -> dict[str, int]:
         """The width of the sequence's features."""
         return {"text feature width": self.model.config.joint_attention_dim}
 
@@ -93,7 +113,7 @@ class MMDiTFlowMap(SingleTimeFlowMap):
             z.to(dtype),
             encoder_hidden_states=context[:, 1:].to(dtype),
             pooled_projections=context[:, 0, : config.pooled_projection_dim].to(dtype),
-            timestep=self.scaled(t),
+            timestep=self.timestep(t),
             return_dict=False,
         )[0]
         return output

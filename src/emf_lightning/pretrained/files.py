@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
-    """The ``config.json`` of a folder or hub name, or what is known of its size where it cannot be read.
+    """The ``config.json`` of a folder or hub name, or its entry in ``CONFIGS`` if it cannot be read.
 
     Raises:
-        OSError: where neither is to be had.
+        OSError: if there is neither.
     """
     try:
         config = json.loads(_file(name, "config.json", subfolder).read_text())
@@ -36,8 +36,8 @@ def tensors_of(name: str, prefix: str) -> dict[str, Tensor]:
     Only the files that hold one of them are read, or downloaded.
 
     Raises:
-        OSError: where there are no safetensors.
-        ValueError: where a file is damaged.
+        OSError: if there are no safetensors.
+        ValueError: if a file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -64,10 +64,10 @@ def _weight_files(name: str, prefix: str) -> Iterator[Path]:
 
 
 def _file(name: str, file: str, subfolder: str | None = None) -> Path:
-    """A file of a folder, or of a hub repository, from the local cache where it is there.
+    """Path of a file in a folder, or in the local cache of a hub repository, downloaded if need be.
 
     Raises:
-        OSError: where it is not to be had.
+        OSError: if it cannot be found or downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -80,5 +80,5 @@ def _file(name: str, file: str, subfolder: str | None = None) -> Path:
 
     try:
         return Path(hf_hub_download(name, file, subfolder=subfolder))
-    except HFValidationError as error:  # a path that is not there
+    except HFValidationError as error:  # a path that does not exist
         raise FileNotFoundError(f"no folder {name}") from error

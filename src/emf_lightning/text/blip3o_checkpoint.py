@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.loading import on_meta_device, unreadable
 
 LANGUAGE = ""
 IMAGES = "model.vision_tower.vision_tower."
@@ -40,14 +41,14 @@ FIELDS = (
 """What ``config.json`` must say."""
 
 
-PUBLISHED = {
+PUBLISHED_SHAPES = {
     f"{IMAGES}encoder.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
     f"{IMAGES}encoder.embeddings.position_embedding.weight": (729, 1152),
     **{f"{IMAGES}encoder.encoder.layers.{layer}.mlp.fc1.weight": (4304, 1152) for layer in range(27)},
     f"{IMAGES}bottleneck.in_linear.weight": (1536, 1152),
     f"{CONNECTOR}0.weight": (2304, 2048),
 }
-"""What tells the sizes of the image tokenizer (SigLIP2 so400m) and the connector, where there is no file to ask."""
+"""Shapes that determine the image tokenizer (SigLIP2 so400m) and the connector of the published checkpoint."""
 
 
 class BLIP3oCheckpoint:
@@ -65,7 +66,7 @@ class BLIP3oCheckpoint:
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:
         self.pretrained = pretrained
-        self.planned = torch.get_default_device().type == "meta"
+        self.planned = on_meta_device()
         if self.planned and not Path(pretrained).expanduser().is_dir():
             self._plan()
             return
@@ -83,7 +84,7 @@ class BLIP3oCheckpoint:
             self.config = dict.fromkeys(FIELDS, 0) | config_of(self.pretrained)
         except OSError as error:
             raise self.fault(f"is not at hand, and of no published size ({error})") from error
-        self.shapes = dict(PUBLISHED)
+        self.shapes = dict(PUBLISHED_SHAPES)
 
     def fault(self, what: str) -> ValueError:
         """An error about this checkpoint."""
@@ -153,11 +154,7 @@ def _folder(pretrained: str, revision: str | None) -> Path:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         return Path(snapshot_download(pretrained, revision=revision, allow_patterns=wanted))
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"BLIP3oNext: cannot load pretrained={pretrained!r} ({reason}); download it first with `hf download "
-            f"{pretrained}`, or give the path of a local folder"
-        ) from error
+        raise unreadable("BLIP3oNext", pretrained, error) from error
 
 
 def _some(names: list[str]) -> str:
