@@ -19,29 +19,12 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     ``config.json`` records the parametrization as ``_flow_*``, so that weights are not read with another one.
 
-    Args:
-        architecture: the size of a model from scratch.
-        pretrained: the weights to start from instead.
-        prediction: rule from the model's output to u; by default the output is u.
-        time_scale: factor on t before the model's time embedding.
-        latent_channels: C of the latents.
-        latent_size: H = W of the latents.
-        context_width: D of the text features.
-
     Raises:
         ValueError: if both ``architecture`` and ``pretrained`` are given.
     """
 
     def __init__(
-        self,
-        *,
-        architecture: object | None,
-        pretrained: str | PretrainedWeights | None,
-        prediction: Prediction | None,
-        time_scale: float,
-        latent_channels: int,
-        latent_size: int,
-        context_width: int,
+        self, architecture: object, pretrained: object, prediction: Prediction | None, time_scale: float
     ) -> None:
         super().__init__()
         if architecture is not None and pretrained is not None:
@@ -50,7 +33,6 @@ class DiffusersFlowMap(FlowMapNetwork):
             )
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
-        self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
 
     @property
     @abstractmethod

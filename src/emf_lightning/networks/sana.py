@@ -122,15 +122,8 @@ class SanaFlowMap(DiffusersFlowMap):
     ) -> None:
         from emf_lightning.networks.sana_transformer import GuidedSanaTransformer, IntervalSanaTransformer
 
-        super().__init__(
-            architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-        )
+        super().__init__(architecture, pretrained, prediction, time_scale)
+        self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         if attention_backend not in (None, "math"):
             raise ValueError(f"SanaFlowMap: attention_backend must be math or null, got {attention_backend!r}")
         self.attention_backend = attention_backend

@@ -50,15 +50,8 @@ class SingleTimeFlowMap(DiffusersFlowMap):
         latent_size: int,
         context_width: int,
     ) -> None:
-        super().__init__(
-            architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-        )
+        super().__init__(architecture, pretrained, prediction, time_scale)
+        self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         if pretrained is None:
             self.model = kind(
                 in_channels=latent_channels, out_channels=latent_channels, sample_size=latent_size, **size

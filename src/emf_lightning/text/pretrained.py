@@ -175,17 +175,8 @@ def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -
         raise unreadable(caller, source, error, argument) from error
     alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "").endswith("EncoderModel")
     loader = AutoModelForTextEncoding if alone else AutoModel
-    return tokenizer, load_pretrained(
-        caller,
-        loader,
-        source,
-        frozen=True,
-        dtype=dtype,
-        argument=argument,
-        part=_text_tower,
-        unused=("pooler.",),  # only the hidden states are read
-        **origin,
-    )
+    how: dict[str, Any] = {"dtype": dtype, "argument": argument, "unused": ("pooler.",)}  # hidden states alone are read
+    return tokenizer, load_pretrained(caller, loader, source, frozen=True, part=_text_tower, **how, **origin)
 
 
 def _text_tower(model: Any) -> Any:

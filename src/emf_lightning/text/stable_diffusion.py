@@ -31,6 +31,8 @@ class StableDiffusionTextEncoder(TextEncoder):
         ValueError: if they cannot be loaded.
     """
 
+    builds_on_meta = True
+
     def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
         from transformers import AutoTokenizer, CLIPTextModel
 
@@ -75,6 +77,8 @@ class SD3TextEncoder(TextEncoder):
     Raises:
         ValueError: if they cannot be loaded.
     """
+
+    builds_on_meta = True
 
     def __init__(
         self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -152,15 +152,9 @@ def _load(model: str) -> Any:
     remedy = (
         f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
     )
+    arguments |= {"argument": "model", "remedy": remedy, "unused": UNUSED}
     network = load_pretrained(
-        "Mask2FormerDetector",
-        Mask2FormerForUniversalSegmentation,
-        model,
-        frozen=True,
-        argument="model",
-        remedy=remedy,
-        unused=UNUSED,
-        **arguments,
+        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, frozen=True, **arguments
     )
     labels = network.config.num_labels
     if labels != len(CLASSES):
