@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 
-def check_positive(settings: object, *names: str) -> None:
-    """Raises ``ValueError`` unless each of these attributes of ``settings`` is at least 1."""
+def require(owner: object, condition: bool, rule: str) -> None:
+    """Raises ``ValueError`` with ``rule``, behind the class of ``owner``, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}: {rule}")
+
+
+def require_positive(owner: object, *names: str) -> None:
+    """Raises ``ValueError`` unless each of these attributes of ``owner`` is at least 1."""
     for name in names:
-        if (value := getattr(settings, name)) < 1:
-            raise ValueError(f"{type(settings).__name__}: {name} must be at least 1, got {value}")
+        require(owner, getattr(owner, name) >= 1, f"{name} must be at least 1, got {getattr(owner, name)}")
 
 
-def check_dropout(settings: object, dropout: float) -> None:
-    """Raises ``ValueError`` unless ``dropout`` lies in [0, 1)."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{type(settings).__name__}: dropout must lie in [0, 1), got {dropout}")
-
-
-def check_position_width(settings: object, heads: int, head_dim: int) -> None:
+def require_position_width(owner: object, heads: int, head_dim: int) -> None:
     """Raises ``ValueError`` unless the width heads x head_dim has room for sines and cosines of two coordinates."""
-    if heads * head_dim % 4:
-        raise ValueError(
-            f"{type(settings).__name__}: the width num_attention_heads x attention_head_dim must be a multiple of 4 "
-            f"for sine-cosine positions, got {heads} x {head_dim} = {heads * head_dim}"
-        )
+    rule = "the width num_attention_heads x attention_head_dim must be a multiple of 4 for sine-cosine positions, got"
+    require(owner, heads * head_dim % 4 == 0, f"{rule} {heads} x {head_dim} = {heads * head_dim}")
 
 
-def check_patches(owner: object, latent_size: int, patch_size: int, remedy: str) -> None:
+def require_patches(
+    owner: object, latent_size: int, patch_size: int, remedy: str = "change the data's resolution"
+) -> None:
     """Raises ``ValueError`` unless latents of side ``latent_size`` divide into patches of ``patch_size``."""
-    if latent_size % patch_size:
-        raise ValueError(
-            f"{type(owner).__name__}: latents of side {latent_size} do not divide into patches of {patch_size}; "
-            f"{remedy}"
-        )
+    rule = f"latents of side {latent_size} do not divide into patches of {patch_size}; {remedy}"
+    require(owner, latent_size % patch_size == 0, rule)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
 from emf_lightning.pretrained.loading import PretrainedWeights
@@ -27,10 +28,8 @@ class DiffusersFlowMap(FlowMapNetwork):
         self, architecture: object, pretrained: object, prediction: Prediction | None, time_scale: float
     ) -> None:
         super().__init__()
-        if architecture is not None and pretrained is not None:
-            raise ValueError(
-                f"{type(self).__name__}: give `architecture` or `pretrained`, not both; the weights say the size"
-            )
+        one = architecture is None or pretrained is None
+        require(self, one, "give `architecture` or `pretrained`, not both; the weights say the size")
         self.prediction = prediction or PredictVelocity()
         self.time_scale = time_scale
 
@@ -41,7 +40,6 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     @property
     def parametrization(self) -> dict[str, str | float]:
-        """The prediction and the time scale."""
         return super().parametrization | {"time_scale": self.time_scale}
 
     def config_widths(self) -> dict[str, int]:
@@ -79,9 +77,7 @@ class DiffusersFlowMap(FlowMapNetwork):
             *((name, self.context_width, width) for name, width in self.config_widths().items()),
             *((name, value, recorded[name] or value) for name, value in self.parametrization.items()),
         ):
-            if ours != theirs:
-                raise ValueError(
-                    f"{type(self).__name__}: {weights} was trained with {name} {theirs!r}, this experiment has "
-                    f"{ours!r}; make the data, encoder or net settings agree, or start from other weights"
-                )
+            difference = f"{weights} was trained with {name} {theirs!r}, this experiment has {ours!r}"
+            remedy = "make the data, encoder or net settings agree, or start from other weights"
+            require(self, ours == theirs, f"{difference}; {remedy}")
         self._record()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import FlowMapNetwork
 
 
@@ -57,13 +58,9 @@ class ConvDiscriminator(Discriminator):
         mbstd_group_size: int = 4,
     ) -> None:
         super().__init__()
-        if channels < 1 or max_channels < channels:
-            raise ValueError(
-                f"ConvDiscriminator: needs 1 <= channels <= max_channels, got channels={channels}, "
-                f"max_channels={max_channels}"
-            )
-        if mbstd_group_size < 1:
-            raise ValueError(f"ConvDiscriminator: mbstd_group_size must be at least 1, got {mbstd_group_size}")
+        rule = f"needs 1 <= channels <= max_channels, got channels={channels}, max_channels={max_channels}"
+        require(self, 1 <= channels <= max_channels, rule)
+        require(self, mbstd_group_size >= 1, f"mbstd_group_size must be at least 1, got {mbstd_group_size}")
         self.mbstd_group_size = mbstd_group_size
         self.stem = nn.Conv2d(net.latent_channels, channels, 3, padding=1)
         blocks, side = [], net.latent_size

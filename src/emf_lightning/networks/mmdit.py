@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from emf_lightning.networks.architecture_checks import check_patches, check_position_width, check_positive
+from emf_lightning.networks.architecture_checks import (
+    require,
+    require_patches,
+    require_position_width,
+    require_positive,
+)
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
 from emf_lightning.pretrained.loading import PretrainedWeights
@@ -36,9 +41,9 @@ class MMDiTArchitecture:
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
-        check_positive(self, "pooled_projection_dim", "pos_embed_max_size")
-        check_position_width(self, self.num_attention_heads, self.attention_head_dim)
+        require_positive(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+        require_positive(self, "pooled_projection_dim", "pos_embed_max_size")
+        require_position_width(self, self.num_attention_heads, self.attention_head_dim)
 
 
 class MMDiTFlowMap(SingleTimeFlowMap):
@@ -79,35 +84,25 @@ class MMDiTFlowMap(SingleTimeFlowMap):
             latent_size=latent_size,
             context_width=context_width,
         )
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        config = self.model.config
-        check_patches(self, self.latent_size, config.patch_size, "change the data's resolution")
-        if self.latent_size > config.pos_embed_max_size * config.patch_size:
-            raise ValueError(
-                f"MMDiTFlowMap: latents of side {self.latent_size} have more patches of {config.patch_size} than "
-                f"pos_embed_max_size={config.pos_embed_max_size} along a side; lower the data's resolution"
-            )
-        if config.pooled_projection_dim > self.context_width:
-            raise ValueError(
-                f"MMDiTFlowMap: pooled_projection_dim={config.pooled_projection_dim} is more than the text features' "
-                f"width {self.context_width}, whose first token holds the pooled features; lower it"
-            )
+        patch, most, pooled = (
+            self.model.config[name] for name in ("patch_size", "pos_embed_max_size", "pooled_projection_dim")
+        )
+        require_patches(self, latent_size, patch)
+        rule = f"latents of side {latent_size} have more patches of {patch} along a side than pos_embed_max_size={most}"
+        require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
+        rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
+        require(self, pooled <= context_width, f"{rule}: their first token holds the pooled features")
 
     def config_widths(self) -> dict[str, int]:
-        """The width of the sequence's features."""
         return {"text feature width": self.model.config.joint_attention_dim}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The joint blocks."""
         return list(self.model.transformer_blocks)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
-        """The transformer's output."""
         dtype, config = self.model.dtype, self.model.config
         output: Tensor = self.model(
             z.to(dtype),

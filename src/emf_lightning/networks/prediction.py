@@ -19,7 +19,6 @@ class PredictVelocity(Prediction):
     """u-prediction: the output is u itself, as in SANA, BLIP3o-NEXT and EMF."""
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The output unchanged."""
         return output
 
 
@@ -47,5 +46,4 @@ class PredictReversedVelocity(Prediction):
     """Prediction of x - e, the velocity where t = 0 is noise: InstaFlow (arXiv 2309.06380)."""
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The negative of the output."""
         return -output

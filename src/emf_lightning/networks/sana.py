@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.networks.architecture_checks import (
-    check_dropout,
-    check_patches,
-    check_position_width,
-    check_positive,
+    require,
+    require_patches,
+    require_position_width,
+    require_positive,
 )
 from emf_lightning.networks.base import describe
 from emf_lightning.networks.condition_embedding import no_guidance
@@ -59,20 +59,16 @@ class SanaArchitecture:
 
     def __post_init__(self) -> None:
         counts = ("num_layers", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads")
-        check_positive(self, *counts, "cross_attention_head_dim", "patch_size")
-        check_dropout(self, self.dropout)
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"SanaArchitecture: mlp_ratio must be positive, got {self.mlp_ratio}")
+        require_positive(self, *counts, "cross_attention_head_dim", "patch_size")
+        require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require(self, self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}")
         if self.interpolation_scale is not None:
-            check_positive(self, "interpolation_scale")
-            check_position_width(self, self.num_attention_heads, self.attention_head_dim)
+            require_positive(self, "interpolation_scale")
+            require_position_width(self, self.num_attention_heads, self.attention_head_dim)
         width = self.num_attention_heads * self.attention_head_dim
-        if self.num_cross_attention_heads * self.cross_attention_head_dim != width:
-            raise ValueError(
-                "SanaArchitecture: num_cross_attention_heads x cross_attention_head_dim must be the width "
-                f"num_attention_heads x attention_head_dim = {width}, got "
-                f"{self.num_cross_attention_heads} x {self.cross_attention_head_dim}"
-            )
+        rule = "num_cross_attention_heads x cross_attention_head_dim must be num_attention_heads x attention_head_dim"
+        heads, channels = self.num_cross_attention_heads, self.cross_attention_head_dim
+        require(self, heads * channels == width, f"{rule} = {width}, got {heads} x {channels}")
 
 
 class SanaFlowMap(DiffusersFlowMap):
@@ -124,8 +120,8 @@ class SanaFlowMap(DiffusersFlowMap):
 
         super().__init__(architecture, pretrained, prediction, time_scale)
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
-        if attention_backend not in (None, "math"):
-            raise ValueError(f"SanaFlowMap: attention_backend must be math or null, got {attention_backend!r}")
+        known = attention_backend in (None, "math")
+        require(self, known, f"attention_backend must be math or null, got {attention_backend!r}")
         self.attention_backend = attention_backend
         self.interval = interval or AnchoredInterval()
         self.takes_guidance = guidance_conditioning
@@ -133,7 +129,8 @@ class SanaFlowMap(DiffusersFlowMap):
         kind = GuidedSanaTransformer if guidance_conditioning else IntervalSanaTransformer
         if pretrained is None:
             size = architecture or SanaArchitecture()
-            check_patches(self, latent_size, size.patch_size, "change the data's resolution or architecture.patch_size")
+            remedy = "change the data's resolution or architecture.patch_size"
+            require_patches(self, latent_size, size.patch_size, remedy)
             self.transformer = kind(
                 in_channels=latent_channels,
                 out_channels=latent_channels,
@@ -145,7 +142,7 @@ class SanaFlowMap(DiffusersFlowMap):
             self._record()
         else:
             self._load(kind, PretrainedWeights.of(pretrained), finetuning)
-            check_patches(self, latent_size, self.transformer.config.patch_size, "change the data's resolution")
+            require_patches(self, latent_size, self.transformer.config.patch_size)
         self.transformer.set_interval_rule(self.interval)
         finetuning.freeze("SanaFlowMap", self.transformer)
         if gradient_checkpointing:
@@ -155,12 +152,10 @@ class SanaFlowMap(DiffusersFlowMap):
 
     @property
     def diffusers_model(self) -> Any:
-        """The transformer."""
         return self.transformer
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks."""
         return list(self.transformer.transformer_blocks)
 
     @property
@@ -169,7 +164,6 @@ class SanaFlowMap(DiffusersFlowMap):
         return super().parametrization | {"interval": describe(self.interval)}
 
     def config_widths(self) -> dict[str, int]:
-        """The width of the text projection's input."""
         return {"text feature width": self.transformer.config.caption_channels}
 
     def _load(self, kind: Any, weights: PretrainedWeights, finetuning: Finetuning) -> None:

@@ -65,10 +65,8 @@ class SingleTimeFlowMap(DiffusersFlowMap):
 
     @property
     def diffusers_model(self) -> Any:
-        """The backbone."""
         return self.model
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """A UNet's stages, down, middle and up."""
         return [*self.model.down_blocks, self.model.mid_block, *self.model.up_blocks]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emf_lightning.networks.architecture_checks import check_dropout, check_positive
+from emf_lightning.networks.architecture_checks import require, require_positive
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
 from emf_lightning.networks.prediction import Prediction
@@ -43,25 +43,25 @@ class UNetArchitecture:
             raise ValueError(
                 f"UNetArchitecture: channels has {len(self.channels)} stages and attention {len(self.attention)}"
             )
-        if not self.channels:
-            raise ValueError("UNetArchitecture: channels is empty; give the channels of at least one stage")
-        check_positive(self, "layers", "heads", "groups")
-        check_dropout(self, self.dropout)
-        self.check_multiple("groups", self.groups, self.channels)
+        require(self, len(self.channels) > 0, "channels is empty; give the channels of at least one stage")
+        require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require_positive(self, "layers", "heads", "groups")
+        self.require_multiples("groups", self.channels)
         if self.head_channels is not None:
-            check_positive(self, "head_channels")
-            self.check_multiple("head_channels", self.head_channels, self.attending)
+            require_positive(self, "head_channels")
+            self.require_multiples("head_channels", self.attending)
 
     @property
     def attending(self) -> list[int]:
         """Channels of the stages with attention, and of the middle, which always has it."""
         return [c for c, attends in zip(self.channels, self.attention, strict=True) if attends] + self.channels[-1:]
 
-    def check_multiple(self, name: str, divisor: int, channels: list[int]) -> None:
+    def require_multiples(self, name: str, channels: list[int]) -> None:
         """Raises ``ValueError`` unless all ``channels`` are positive multiples of the setting ``name``."""
-        if wrong := [c for c in channels if c < 1 or c % divisor]:
-            raise ValueError(
-                f"UNetArchitecture: channels must be positive multiples of {name}={divisor}, got {wrong[0]}"
+        divisor = getattr(self, name)
+        for c in channels:
+            require(
+                self, c >= 1 and c % divisor == 0, f"channels must be positive multiples of {name}={divisor}, got {c}"
             )
 
     def stages(self, down: str, up: str, plain_down: str, plain_up: str) -> dict[str, object]:
@@ -106,11 +106,9 @@ class UNetFlowMap(SingleTimeFlowMap):
 
         size = architecture or DDPM
         halvings = len(size.channels) - 1
-        if pretrained is None and latent_size % 2**halvings:
-            raise ValueError(
-                f"UNetFlowMap: latents of side {latent_size} do not halve {halvings} times, once between the stages of "
-                "`architecture.channels`; change the data's resolution or the number of stages"
-            )
+        rule = f"latents of side {latent_size} do not halve {halvings} times, once between the stages of `channels`"
+        fits = pretrained is not None or latent_size % 2**halvings == 0
+        require(self, fits, f"{rule}; change the data's resolution or the number of stages")
         super().__init__(
             UNet2DModel,
             size.stages("AttnDownBlock2D", "AttnUpBlock2D", "DownBlock2D", "UpBlock2D")
@@ -159,7 +157,7 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         from diffusers import UNet2DConditionModel
 
         size = architecture or STABLE_DIFFUSION
-        size.check_multiple("heads", size.heads, size.attending)
+        size.require_multiples("heads", size.attending)
         super().__init__(
             UNet2DConditionModel,
             size.stages("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
@@ -175,13 +173,11 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         )
 
     def config_widths(self) -> dict[str, int]:
-        """The width of the attention to the text."""
         return {"text feature width": self.model.config.cross_attention_dim}
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
-        """The UNet's output."""
         dtype = self.model.dtype
         output: Tensor = self.model(
             z.to(dtype), self.timestep(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False

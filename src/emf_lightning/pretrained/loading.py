@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -63,7 +62,7 @@ def load_pretrained(
     source: str | PretrainedWeights,
     *,
     frozen: bool,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | None = None,
     argument: str = "pretrained",
     remedy: str | None = None,
     part: Callable[[Any], Any] = lambda model: model,
@@ -78,7 +77,7 @@ def load_pretrained(
     Args:
         caller: the class that messages begin with.
         kind: a model class of diffusers or transformers.
-        source: the weights; a name for messages alone where ``arguments`` bring a ``state_dict``.
+        source: the weights; a name for messages alone if ``arguments`` bring a ``state_dict``.
         frozen: return it in eval mode without gradients; otherwise in train mode.
         dtype: of the weights; by default the library's.
         argument: the caller's argument that holds ``source``, for messages.
@@ -92,48 +91,48 @@ def load_pretrained(
     """
     weights = PretrainedWeights.of(source)
     try:
-        loaded = read_model(kind, weights, dtype, **arguments)
+        loaded = read_model(kind, weights, dtype and getattr(torch, dtype), **arguments)
     except (OSError, ValueError, RuntimeError) as error:
         raise unreadable(caller, weights, error, argument, remedy) from error
     model = part(loaded.model)
-    prefix = next(f"{name}." if name else "" for name, module in loaded.model.named_modules() if module is model)
-    missing = [name for name in loaded.missing if not any(each in name for each in unused)] + loaded.mismatched
-    missing = [name for name in missing if name.startswith(prefix)]
-    what, remedy = _named(weights, argument), remedy or _remedy(weights)
-    if missing:
+    prefix = next(f"{name}." * bool(name) for name, module in loaded.model.named_modules() if module is model)
+    lost = [name for name in loaded.missing if not any(each in name for each in unused)] + loaded.mismatched
+    lost = [name for name in lost if name.startswith(prefix)]
+    surplus = loaded.surplus if _of_diffusers(kind) else []
+    if lost or surplus:
+        difference = f"lacks {len(lost)}" if lost else f"has {len(surplus)} too many"
         raise ValueError(
-            f"{caller}: {what} lacks {len(missing)} of the weights of a {type(loaded.model).__name__}, {min(missing)} "
-            f"among them, or has them in other shapes: it is incomplete, or another model; {remedy}"
-        )
-    if loaded.surplus and _of_diffusers(kind):
-        raise ValueError(
-            f"{caller}: {what} has {len(loaded.surplus)} weights that its config.json does not describe, "
-            f"{min(loaded.surplus)} among them: it is another model; {remedy}"
+            f"{caller}: {_named(weights, argument)} {difference} of the weights of a {type(loaded.model).__name__}, "
+            f"{min(lost or surplus)} among them{', or has them in other shapes' * bool(lost)}: it is incomplete, or "
+            f"another model; {remedy or _remedy(weights)}"
         )
     return model.eval().requires_grad_(False) if frozen else model.train()
 
 
 def read_model(
-    kind: Any, weights: PretrainedWeights, dtype: str | torch.dtype | None = None, **arguments: Any
+    kind: Any, weights: PretrainedWeights, dtype: torch.dtype | None = None, **arguments: Any
 ) -> LoadedModel:
     """A model of class ``kind`` with the weights that fit it, without a check; on the meta device its size alone.
 
     Raises:
-        OSError: if there are no such files.
-        ValueError, RuntimeError: from the libraries, if they cannot be read.
+        OSError, ValueError, RuntimeError: from the libraries, if there are no such files or they cannot be read.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    diffusers = _of_diffusers(kind)
     if on_meta_device():
-        return LoadedModel(_unloaded(kind, weights, dtype, **arguments))
+        config = config_of(weights.path, weights.subfolder) | arguments
+        model = kind.from_config(config) if diffusers else kind(kind.config_class(**config))
+        return LoadedModel(model if dtype is None else nn.Module.to(model, dtype=dtype))  # diffusers' own `to` warns
     arguments |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
-    if weights.subfolder is not None:
-        arguments["subfolder"] = weights.subfolder
-    if _of_diffusers(kind):
-        arguments["low_cpu_mem_usage"] = False
-    if dtype is not None:
-        arguments["torch_dtype" if _of_diffusers(kind) else "dtype"] = dtype
-    with _without_warnings(kind):
+    arguments |= {} if weights.subfolder is None else {"subfolder": weights.subfolder}
+    arguments |= {} if dtype is None else {"torch_dtype" if diffusers else "dtype": dtype}
+    arguments |= {"low_cpu_mem_usage": False} if diffusers else {}
+    logging = import_module("diffusers.utils.logging" if diffusers else "transformers.utils.logging")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list missing and surplus weights, which callers check
+    try:
         model, report = kind.from_pretrained(None if "state_dict" in arguments else weights.path, **arguments)
+    finally:
+        logging.set_verbosity(verbosity)
     mismatched = [name for name, *_ in report["mismatched_keys"]]
     return LoadedModel(model, list(report["missing_keys"]), mismatched, list(report["unexpected_keys"]))
 
@@ -152,9 +151,7 @@ def unreadable(
 
 
 def _named(weights: PretrainedWeights, argument: str) -> str:
-    return (
-        f"{weights.subfolder} of {argument}={weights.path!r}" if weights.subfolder else f"{argument}={weights.path!r}"
-    )
+    return f"{weights.subfolder} of " * bool(weights.subfolder) + f"{argument}={weights.path!r}"
 
 
 def _remedy(weights: PretrainedWeights) -> str:
@@ -164,22 +161,3 @@ def _remedy(weights: PretrainedWeights) -> str:
 
 def _of_diffusers(kind: Any) -> bool:
     return hasattr(kind, "load_config")
-
-
-def _unloaded(kind: Any, weights: PretrainedWeights, dtype: torch.dtype | None, **changes: Any) -> Any:
-    """A model of the size that the configuration says, with uninitialised parameters."""
-    config = config_of(weights.path, weights.subfolder) | changes
-    model = kind.from_config(config) if _of_diffusers(kind) else kind(kind.config_class(**config))
-    return model if dtype is None else nn.Module.to(model, dtype=dtype)  # diffusers' own `to` warns
-
-
-@contextmanager
-def _without_warnings(kind: Any) -> Iterator[None]:
-    """A context in which the library of ``kind`` does not list missing and surplus weights: callers check them."""
-    logging = import_module("diffusers.utils.logging" if _of_diffusers(kind) else "transformers.utils.logging")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

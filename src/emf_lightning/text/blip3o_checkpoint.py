@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.files import config_of, shapes_of, tensors_of
 from emf_lightning.pretrained.loading import on_meta_device, unreadable
 
 LANGUAGE = ""
@@ -77,7 +77,10 @@ class BLIP3oCheckpoint:
             raise self.fault(f"has no readable config.json ({error})") from error
         if missing := [field for field in FIELDS if field not in self.config]:
             raise self.fault(f"is no BLIP3o-NEXT: its config.json does not say {', '.join(missing)}")
-        self.shapes: dict[str, tuple[int, ...]] = self._shapes()
+        try:
+            self.shapes = shapes_of(str(self.folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise self.fault(f"has no whole set of safetensors ({error})") from error
 
     def _plan(self) -> None:
         try:
@@ -92,23 +95,6 @@ class BLIP3oCheckpoint:
             f"BLIP3oNext: {self.pretrained!r} {what}; give the hub name or folder of a published BLIP3o-NEXT, e.g. "
             "BLIP3o/BLIP3o-NEXT-SFT-3B"
         )
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        from safetensors import SafetensorError, safe_open
-
-        self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        index = self.folder / "model.safetensors.index.json"
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-            for name in sorted(files) or ["model.safetensors"]:
-                with safe_open(self.folder / name, "pt") as file:
-                    for key in file.keys():  # noqa: SIM118 - not a mapping
-                        self._files[key] = self.folder / name
-                        shapes[key] = tuple(file.get_slice(key).get_shape())
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise self.fault(f"has no whole set of safetensors ({error})") from error
-        return shapes
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Raises unless the tensors are ``expected``, perhaps ``optional``, and those of the parts that are not read.
@@ -129,18 +115,12 @@ class BLIP3oCheckpoint:
         Raises:
             ValueError: naming the first one of another shape.
         """
-        from safetensors import safe_open
-
-        weights = {}
-        for file in sorted({self._files[prefix + name] for name in module.state_dict()}):
-            with safe_open(file, "pt") as opened:
-                for name, ours in module.state_dict().items():
-                    if self._files[prefix + name] != file:
-                        continue
-                    if (theirs := self.shapes[prefix + name]) != tuple(ours.shape):
-                        raise self.fault(f"has {prefix + name} of shape {theirs}, not {tuple(ours.shape)}")
-                    weights[name] = opened.get_tensor(prefix + name).to(dtype)
-        module.load_state_dict(weights, assign=True)
+        ours = module.state_dict()
+        for name, tensor in ours.items():
+            if (theirs := self.shapes[prefix + name]) != tuple(tensor.shape):
+                raise self.fault(f"has {prefix + name} of shape {theirs}, not {tuple(tensor.shape)}")
+        weights = tensors_of(str(self.folder), prefix, ours)
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
 
 
 def _folder(pretrained: str, revision: str | None) -> Path:

@@ -37,7 +37,6 @@ class AnchoredInterval(IntervalInput):
     """m(t) + m'(t - r) - m'(0): at r = t it is the pretrained embedding, bit for bit, and stays so in training."""
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        """The sum, with the length's embedding measured from length 0."""
         end, length, zero = embed_time(t), embed_length(t - r), embed_length(torch.zeros_like(t))
         return end[0] + (length[0] - zero[0]), end[1] + (length[1] - zero[1])
 
@@ -46,7 +45,6 @@ class SummedInterval(IntervalInput):
     """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        """The plain sum."""
         end, length = embed_time(t), embed_length(t - r)
         return end[0] + length[0], end[1] + length[1]
 
@@ -70,7 +68,6 @@ class DecoupledInterval(IntervalInput):
 
     @property
     def blocks_at_t(self) -> int:  # type: ignore[override]
-        """d."""
         return self.blocks
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
