@@ -59,10 +59,8 @@ class UNetArchitecture:
     def require_multiples(self, name: str, channels: list[int]) -> None:
         """Raises ``ValueError`` unless all ``channels`` are positive multiples of the setting ``name``."""
         divisor = getattr(self, name)
-        for c in channels:
-            require(
-                self, c >= 1 and c % divisor == 0, f"channels must be positive multiples of {name}={divisor}, got {c}"
-            )
+        wrong = [c for c in channels if c < 1 or c % divisor]
+        require(self, not wrong, f"channels must be positive multiples of {name}={divisor}, got {wrong}")
 
     def stages(self, down: str, up: str, plain_down: str, plain_up: str) -> dict[str, object]:
         """diffusers' arguments, given its class names for stages with attention and for plain ones."""
