@@ -92,7 +92,7 @@ def test_celebahq_teacher_and_student_train(place, tmp_path):
         **net(**{"architecture.head_channels": "8"}),
     )
     trained(teacher)
-    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("width", "most")}
+    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
     now = {f"model.init_args.{term}.after": "0" for term in ("backward", "alignment")}
     trained(
         fit("scflow/celebahq", tmp_path, shards, **small, **judge, **now, **net(pretrained=str(teacher / "network")))

@@ -80,7 +80,8 @@ def encoder_size(part: Namespace) -> EncoderSize:
     Raises:
         ValueError: where its configuration is neither at hand nor known.
     """
-    kind, arguments = class_of(part.class_path), part.get("init_args")
+    kind: Any = class_of(part.class_path)
+    arguments = part.get("init_args")
     try:
         if issubclass(kind, PretrainedTextEncoder):
             return _pretrained_size(arguments)

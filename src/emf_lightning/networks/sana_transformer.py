@@ -68,7 +68,7 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
     @classmethod
     def _read(cls, weights: PretrainedWeights, context_width: int | None) -> LoadedModel:
-        changes = {} if context_width is None else {"caption_channels": context_width}
+        changes: dict[str, Any] = {} if context_width is None else {"caption_channels": context_width}
         if weights.subfolder is not None or not has_blip3o_sana(weights.path):
             return read_model(cls, weights, **changes)
         if on_meta_device():

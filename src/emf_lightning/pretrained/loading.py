@@ -91,7 +91,7 @@ def load_pretrained(
     """
     weights = PretrainedWeights.of(source)
     try:
-        loaded = read_model(kind, weights, dtype and getattr(torch, dtype), **arguments)
+        loaded = read_model(kind, weights, getattr(torch, dtype) if dtype else None, **arguments)
     except (OSError, ValueError, RuntimeError) as error:
         raise unreadable(caller, weights, error, argument, remedy) from error
     model = part(loaded.model)

@@ -164,7 +164,7 @@ def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    origin = {"revision": revision, "trust_remote_code": False}
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     caller, argument, source = "PretrainedTextEncoder", "model", PretrainedWeights(model, subfolder)
     folder = subfolder or ""
     try:

@@ -70,8 +70,8 @@ class IntervalEmbedding(AdaLayerNormSingle):
         r, *conditions = (timestep,) if guidance is None else guidance.reshape(len(timestep), -1).unbind(1)
         if self._ignores_interval:
             return self.embed_time(timestep, hidden_dtype)
-        embeds = (partial(embed, dtype=hidden_dtype) for embed in (self.embed_time, self.embed_length))
-        modulation, embedded = self.rule(*embeds, r, timestep)
+        embed_time, embed_length = (partial(each, dtype=hidden_dtype) for each in (self.embed_time, self.embed_length))
+        modulation, embedded = self.rule(embed_time, embed_length, r, timestep)
         if not conditions:
             return modulation, embedded
         assert self.conditions is not None
