@@ -14,10 +14,10 @@ def generator(side: int = 8) -> SanaFlowMap:
     return SanaFlowMap(size, latent_size=side, context_width=16)
 
 
-def inputs(side: int, rows: int = 8):
+def inputs(side: int, batch: int = 8):
     torch.manual_seed(0)
-    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1))
-    return torch.randn(rows, 3, side, side), torch.zeros(rows), torch.randn(rows, 5, 16), mask
+    mask = torch.arange(5) < torch.randint(1, 6, (batch, 1))
+    return torch.randn(batch, 3, side, side), torch.zeros(batch), torch.randn(batch, 5, 16), mask
 
 
 @pytest.mark.parametrize("side", [8, 36, 33])

@@ -29,11 +29,11 @@ def tiny(**kwargs) -> SanaFlowMap:
     return SanaFlowMap(TINY, latent_size=12, context_width=16, **kwargs)
 
 
-def inputs(rows: int = 3):
+def inputs(batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
+    mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[:, 3:] = False
-    return torch.randn(rows, 3, 12, 12), torch.rand(rows), torch.randn(rows, 5, 16), mask
+    return torch.randn(batch, 3, 12, 12), torch.rand(batch), torch.randn(batch, 5, 16), mask
 
 
 def stock_parent(tmp_path) -> SanaTransformer2DModel:
@@ -203,16 +203,16 @@ def gradients(net: SanaFlowMap) -> torch.Tensor:
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    stored, recomputed = tiny(), tiny(gradient_checkpointing=True)
-    assert recomputed.transformer.is_gradient_checkpointing
-    assert torch.equal(gradients(recomputed), gradients(stored))
+    stored, checkpointed = tiny(), tiny(gradient_checkpointing=True)
+    assert checkpointed.transformer.is_gradient_checkpointing
+    assert torch.equal(gradients(checkpointed), gradients(stored))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_change_no_gradient_and_keep_the_names():
-    written, compiled = tiny(), tiny(compile=True)
-    assert compiled.state_dict().keys() == written.state_dict().keys()
-    expected = gradients(written)
+    plain, compiled = tiny(), tiny(compile=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    expected = gradients(plain)
     assert (gradients(compiled) - expected).norm() < 1e-5 * expected.norm()
     assert all(block._compiled_call_impl is not None for block in compiled.blocks)
 
@@ -231,7 +231,7 @@ def test_refitting_time_keeps_what_the_embedding_says_at_every_time():
         interval = embedding.interval(t * 2.0, hidden_dtype=t.dtype)[0]
     assert (after - before).square().mean() < 0.1 * (misread - before).square().mean()
     assert torch.equal(interval, after)
-    assert net.transformer.config["_flow_interval"] is None, "what starts from it may choose"
+    assert net.transformer.config["_flow_interval"] is None, "a network that starts from it may have any rule"
 
 
 # -- Decoupled MeanFlow -----------------------------------------------------------------------------------------------

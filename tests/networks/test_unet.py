@@ -18,12 +18,12 @@ def count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def inputs(channels: int, side: int = 8, rows: int = 3):
+def inputs(channels: int, side: int = 8, batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
+    mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    z, t = torch.randn(rows, channels, side, side), torch.rand(rows) * 0.8 + 0.1
-    return z, t, torch.randn(rows, 5, 16), mask
+    z, t = torch.randn(batch, channels, side, side), torch.rand(batch) * 0.8 + 0.1
+    return z, t, torch.randn(batch, 5, 16), mask
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from tests import tiny_checkpoints
 SIZE = {"latent_channels": 4, "latent_size": 4, "context_width": 16}
 
 
-def inputs(rows: int = 3):
+def inputs(batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
-    return torch.randn(rows, 4, 4, 4), torch.rand(rows), torch.randn(rows, 5, 16), mask
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    return torch.randn(batch, 4, 4, 4), torch.rand(batch), torch.randn(batch, 5, 16), mask
 
 
 @pytest.fixture(scope="module")

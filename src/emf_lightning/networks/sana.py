@@ -84,8 +84,8 @@ class SanaFlowMap(DiffusersFlowMap):
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 in EMF.
         interval: rule that joins r and t; by default a second time embedding, anchored so that the parent is
             preserved.
-        guidance_conditioning: take guidance's scale and interval as conditions and predict v beside u, ``[B, 2 C, H,
-            W]``: for ``ImprovedMeanFlow``. Without conditions a pass has those of no guidance.
+        guidance_conditioning: take guidance's scale and interval as conditions and predict v beside u, for
+            ``ImprovedMeanFlow``. A pass without conditions has those of no guidance.
         attention_backend: ``math`` attends to the text by plain matrix products rather than a fused kernel: for a
             dozen tokens on a CPU the fused kernel's backward pass alone takes a third of a step.
         gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass: a

@@ -33,7 +33,7 @@ class Blip3oSana:
 
 
 def has_blip3o_sana(name: str) -> bool:
-    """Whether a folder or hub name holds a BLIP3o-NEXT or EMF checkpoint rather than a diffusers model."""
+    """True for a folder or hub name of a BLIP3o-NEXT or EMF checkpoint, False for a diffusers model."""
     try:
         return str(config_of(name).get("model_type", "")).startswith("blip3o")
     except OSError:

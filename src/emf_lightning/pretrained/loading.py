@@ -52,7 +52,7 @@ class LoadedModel:
 
 
 def on_meta_device() -> bool:
-    """Whether models are to be built without weights: inside ``with torch.device("meta")``."""
+    """True inside ``with torch.device("meta")``, where models are built without weights."""
     return torch.get_default_device().type == "meta"
 
 
