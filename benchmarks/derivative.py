@@ -112,7 +112,7 @@ class Bench:
         self.net = SanaFlowMap(
             size.architecture,
             time_scale=1.0,
-            math_attention=size.tokens < 16 and device.type == "cpu",
+            attention_backend="math" if size.tokens < 16 and device.type == "cpu" else None,
             latent_channels=size.channels,
             latent_size=size.side,
         ).to(device)

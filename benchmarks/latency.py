@@ -21,6 +21,7 @@ from emf_lightning.flow.sampling import FlowMapSampler
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.pretrained.files import CONFIGS
 from emf_lightning.text.base import TextFeatures
@@ -83,7 +84,7 @@ class Latency:
             self.net = SanaFlowMap(
                 setting.architecture,
                 time_scale=1,
-                trainable=list(TRAINED),
+                finetuning=Finetuning(trainable=list(TRAINED)),
                 compile=compiled,
                 latent_channels=32,
                 latent_size=setting.side,

@@ -164,9 +164,9 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
         raise _FaultError(
             "u(z, t, t) is not finite before the first step: look at the weights that training starts from"
         )
-    from emf_lightning.networks.two_time.embedding import interval_left_out  # imports diffusers
+    from emf_lightning.networks.two_time.embedding import without_interval  # imports diffusers
 
-    with interval_left_out(module.net) as anchored:
+    with without_interval(module.net) as anchored:
         if not anchored:
             return []
         apart = _error(value, u(point.z, r, t))

@@ -260,7 +260,7 @@ def fgm() -> FGM:
 def scflow() -> SCFlow:
     return SCFlow(
         network(),
-        lambda net: ConvDiscriminator(net, 4, 8, group=1),
+        lambda net: ConvDiscriminator(net, 4, 8, mbstd_group_size=1),
         SelfCorrectedFlow(consistency=OneStep(truncation=0.0), times=OneTime()),
         optimization=Optimization(sgd),
         alternation=Alternation(gradient_clip_val=0.5),

@@ -321,8 +321,8 @@ def pretrained(path: str, **arguments: Any) -> dict[str, Any]:
         ),
         ({"data": {"cache": {"path": "file/cache"}}}, "cannot write to the folder"),
         ({"trainer": {"check_val_every_n_epoch": None, "val_check_interval": 3}}, "val_check_interval 2 or less"),
-        (pretrained("nowhere"), "SanaFlowMap: no readable weights at pretrained='nowhere': give a folder"),
-        (pretrained("garbage"), "SanaFlowMap: no readable weights at pretrained='garbage': give a folder"),
+        (pretrained("nowhere"), "SanaFlowMap: cannot load pretrained='nowhere' ("),
+        (pretrained("garbage"), "SanaFlowMap: cannot load pretrained='garbage' ("),
         (pretrained(PARENT, time_scale=5, prediction="PredictData"), "was trained with text feature width 128"),
     ],
 )

@@ -158,13 +158,13 @@ BUILT = [path for path in SHIPPED if path.split("/")[1] not in ("fgm", "scflow")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints in the layouts that the experiments at full size start from."""
-    from tests import published
+    from tests import tiny_checkpoints
 
     folder = tmp_path_factory.mktemp("models")
-    published.blip3o_next(folder)
-    published.sana(folder / "sana")
-    published.language_model(folder / "gemma", "Gemma2")
-    published.language_model(folder / "qwen", "Qwen2")
+    tiny_checkpoints.blip3o_next(folder)
+    tiny_checkpoints.sana(folder / "sana")
+    tiny_checkpoints.language_model(folder / "gemma", "Gemma2")
+    tiny_checkpoints.language_model(folder / "qwen", "Qwen2")
     return folder
 
 
@@ -180,7 +180,6 @@ def tiny(experiment: str, models: Path) -> list[str]:
     else:
         encoder = "qwen" if "openuni" in experiment else "gemma"
         options |= {f"{text}.model": models / encoder, f"{net}.pretrained": models / "sana/transformer"}
-        options |= {f"{net}.subfolder": "null"}
     return [part for option, value in options.items() for part in (option, str(value))]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from emf_lightning.cli import main
 from emf_lightning.pipeline import EMFPipeline
-from tests import published
+from tests import tiny_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = str(ROOT / "experiments/emf/blip3o_next.yaml")
@@ -69,7 +69,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stack")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        published.blip3o_next(path / "models")
+        tiny_checkpoints.blip3o_next(path / "models")
         Path("watch.yaml").write_text(WATCH)
         Path("prompts.txt").write_text("\n".join(PROMPTS))
         options = [part for option in TINY.items() for part in option]
@@ -100,7 +100,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_what_emf_trains_moves_and_the_rest_stays(stack):
-    start = published.sana(stack / "start", caption_channels=20).state_dict()
+    start = tiny_checkpoints.sana(stack / "start", caption_channels=20).state_dict()
     trained = {name.removeprefix("net.transformer."): value for name, value in weights(stack / "version_0").items()}
     frozen = ("patch_embed.", "caption_projection.", "caption_norm.", "proj_out.")
     for name, value in start.items():

@@ -245,7 +245,7 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
     for module in (
         FGM(network(), FlowGeneratorMatching(generator_time=0.8)),
         SCFlow(network(), discriminator),
-        FlowMapModule(network(improved=True), conditioned, guidance_scale=3.0),
+        FlowMapModule(network(guidance_conditioning=True), conditioned, guidance_scale=3.0),
     ):
         kind = type(module)
         pipe = EMFPipeline(

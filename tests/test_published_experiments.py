@@ -92,7 +92,7 @@ def test_celebahq_teacher_and_student_train(place, tmp_path):
         **net(**{"architecture.head_channels": "8"}),
     )
     trained(teacher)
-    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("width", "most")}
+    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
     now = {f"model.init_args.{term}.after": "0" for term in ("backward", "alignment")}
     trained(
         fit("scflow/celebahq", tmp_path, shards, **small, **judge, **now, **net(pretrained=str(teacher / "network")))
@@ -108,7 +108,7 @@ def test_text_to_image_student_trains(place, tmp_path):
         "model.init_args.backward.after": "0",
         "model.init_args.adversarial.after": "0",
     }
-    trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(pretrained=pipeline)))
+    trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(**{"pretrained.path": pipeline})))
 
 
 def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
@@ -122,7 +122,7 @@ def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
         "data.cache.max_gb": "0.1",
         "model.init_args.micro_batches": "2",
     }
-    trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(pretrained=pipeline)))
+    trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(**{"pretrained.path": pipeline})))
 
 
 def test_captions_are_classes_or_a_text(place):

@@ -64,7 +64,7 @@ data:
 MODELS = {
     "MeanFlow": "caption_dropout: 0.1",
     "FGM": "critic_updates: 2",
-    "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {width: 4, most: 8}}",
+    "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {channels: 4, max_channels: 8}}",
 }
 """A setting of each, beside those that all share."""
 

@@ -46,5 +46,5 @@ def test_published_autoencoders_have_their_size_on_the_meta_device(name, subfold
 
 
 def test_a_name_without_weights_is_one_sentence():
-    with pytest.raises(ValueError, match="KLAutoencoder: no readable autoencoder at pretrained=nowhere"):
+    with pytest.raises(ValueError, match="KLAutoencoder: cannot load pretrained='nowhere'"):
         KLAutoencoder("nowhere")

@@ -17,7 +17,7 @@ from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import SummedInterval
 from emf_lightning.text.base import TextFeatures
-from tests import published
+from tests import tiny_checkpoints
 
 ROWS = 8
 
@@ -37,10 +37,10 @@ class ReleasedTimes(nn.Module):
 @pytest.fixture
 def both(tmp_path):
     """The reference network u(z, t, r, c) and ours, from the same checkpoint."""
-    stock = published.sana(tmp_path / "diffusers")
+    stock = tiny_checkpoints.sana(tmp_path / "diffusers")
     torch.manual_seed(5)
     times = ReleasedTimes()
-    published.blip3o_checkpoint(tmp_path / "emf", tmp_path / "diffusers", stock, dict(times.named_children()))
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "emf", tmp_path / "diffusers", stock, dict(times.named_children()))
     reference = SanaTransformer2DModel.from_pretrained(str(tmp_path / "diffusers"), subfolder="transformer")
     reference.time_embed = times
     ours = SanaFlowMap(

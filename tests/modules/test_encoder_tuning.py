@@ -12,13 +12,13 @@ from emf_lightning.latents.pixels import Pixels
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.text.pretrained import PretrainedTextEncoder
-from tests import published
+from tests import tiny_checkpoints
 from tests.callbacks import tiny
 
 
 @pytest.fixture
 def gemma(tmp_path):
-    published.language_model(tmp_path / "gemma", "Gemma2")
+    tiny_checkpoints.language_model(tmp_path / "gemma", "Gemma2")
     return str(tmp_path / "gemma")
 
 

@@ -22,7 +22,13 @@ from tests.modules.test_objectives import fit, moved, optimizer
 def improved(**settings) -> SanaFlowMap:
     torch.manual_seed(0)
     return SanaFlowMap(
-        TINY, prediction=PredictData(), time_scale=10.0, latent_size=8, context_width=16, improved=True, **settings
+        TINY,
+        prediction=PredictData(),
+        time_scale=10.0,
+        latent_size=8,
+        context_width=16,
+        guidance_conditioning=True,
+        **settings,
     )
 
 

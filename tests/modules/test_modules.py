@@ -277,6 +277,6 @@ def test_schedule_warms_up_and_ends_at_its_final_share():
 
 
 def test_the_fused_derivative_and_gradient_checkpointing_are_refused_together(net):
-    net.recomputed = True
+    net.gradient_checkpointing = True
     with pytest.raises(ValueError, match="take ForwardMode, or set net"):
         FlowMapModule(net, MeanFlow(derivative=Fused()))

@@ -3,26 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.objectives.adversarial import judges_loss
+from emf_lightning.flow.objectives.adversarial import discriminator_loss
 from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 
 
-def drawer(side: int = 8) -> SanaFlowMap:
+def generator(side: int = 8) -> SanaFlowMap:
     torch.manual_seed(1)
-    size = SanaArchitecture(num_layers=1, num_attention_heads=1, attention_head_dim=8, patch_size=1)
+    size = SanaArchitecture(num_layers=1, patch_size=1)
     return SanaFlowMap(size, latent_size=side, context_width=16)
 
 
-def inputs(side: int, rows: int = 8):
+def inputs(side: int, batch: int = 8):
     torch.manual_seed(0)
-    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1))
-    return torch.randn(rows, 3, side, side), torch.zeros(rows), torch.randn(rows, 5, 16), mask
+    mask = torch.arange(5) < torch.randint(1, 6, (batch, 1))
+    return torch.randn(batch, 3, side, side), torch.zeros(batch), torch.randn(batch, 5, 16), mask
 
 
 @pytest.mark.parametrize("side", [8, 36, 33])
-def test_logits_are_one_a_row_and_unbounded(side):
-    net = ConvDiscriminator(drawer(side), 8, 32)
+def test_logits_are_one_a_sample_and_unbounded(side):
+    net = ConvDiscriminator(generator(side), 8, 32)
     z, t, context, mask = inputs(side)
     logits = net(100 * z, t, context, mask)
     assert logits.shape == (8,)
@@ -31,17 +31,17 @@ def test_logits_are_one_a_row_and_unbounded(side):
 
 
 def test_captions_count_and_masked_tokens_do_not():
-    net = ConvDiscriminator(drawer(), 8, 32)
+    net = ConvDiscriminator(generator(), 8, 32)
     z, t, context, mask = inputs(8)
     logits = net(z, t, context, mask)
     assert torch.equal(net(z, t, context.masked_fill(~mask[..., None], 9.0), mask), logits)
     assert not torch.allclose(net(z, t, context.flip(0), mask), logits, atol=1e-3)
-    alone = ConvDiscriminator(drawer(), 8, 32, captioned=False)
+    alone = ConvDiscriminator(generator(), 8, 32, conditional=False)
     assert torch.equal(alone(z, t, context, mask), alone(z, t, context.flip(0), mask))
 
 
-def test_rows_that_are_all_alike_look_different_together():
-    net = ConvDiscriminator(drawer(), 8, 32, captioned=False, group=4)
+def test_equal_samples_look_different_together():
+    net = ConvDiscriminator(generator(), 8, 32, conditional=False, mbstd_group_size=4)
     z, t, context, mask = inputs(8)
     alike = z[:1].expand(4, -1, -1, -1)
     mixed = torch.cat([z[:1], z[1:4]])
@@ -53,15 +53,15 @@ def test_rows_that_are_all_alike_look_different_together():
     assert torch.allclose(*halves, atol=1e-6), "groups know nothing of each other"
 
 
-def test_it_learns_to_tell_two_laws_apart_under_its_penalty():
+def test_it_learns_to_tell_two_distributions_apart_under_r1():
     torch.manual_seed(0)
-    net = ConvDiscriminator(drawer(), 8, 16)
+    net = ConvDiscriminator(generator(), 8, 16)
     _, t, context, mask = inputs(8, 32)
     adam = torch.optim.Adam(net.parameters(), lr=2e-3)
     accuracies = []
     for _ in range(30):
-        data, drawn = 1.0 + torch.randn(32, 3, 8, 8), torch.randn(32, 3, 8, 8)
-        terms = judges_loss(lambda z: net(z, t, context, mask), data, drawn, 0.1)
+        real, fake = 1.0 + torch.randn(32, 3, 8, 8), torch.randn(32, 3, 8, 8)
+        terms = discriminator_loss(lambda z: net(z, t, context, mask), real, fake, 0.1)
         adam.zero_grad()
         terms.loss.backward()
         adam.step()
@@ -69,7 +69,7 @@ def test_it_learns_to_tell_two_laws_apart_under_its_penalty():
     assert sum(accuracies[-5:]) / 5 > 0.95
 
 
-@pytest.mark.parametrize("settings", [{"width": 8, "most": 4}, {"group": 0}])
+@pytest.mark.parametrize("settings", [{"channels": 8, "max_channels": 4}, {"mbstd_group_size": 0}])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match="ConvDiscriminator"):
-        ConvDiscriminator(drawer(), **settings)
+        ConvDiscriminator(generator(), **settings)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.pretrained.configs import CONFIGS
+from emf_lightning.pretrained.loading import PretrainedWeights
 
 SANA = "Efficient-Large-Model/SANA1.5_{}_1024px_diffusers"
 EMF = ["transformer_blocks", "time_embed", "scale_shift_table"]
@@ -16,8 +18,7 @@ EMF = ["transformer_blocks", "time_embed", "scale_shift_table"]
 def full_size(pretrained: str, subfolder: str | None = "transformer", **settings) -> SanaFlowMap:
     with torch.device("meta"):
         return SanaFlowMap(
-            pretrained=pretrained,
-            subfolder=subfolder,
+            pretrained=PretrainedWeights(pretrained, subfolder),
             latent_channels=32,
             latent_size=32,
             context_width=2304,
@@ -54,7 +55,7 @@ def test_every_tensor_is_a_published_one_or_the_intervals(size, published, inter
 
 def test_emf_trains_all_but_the_ends_of_the_network():
     """arXiv 2604.18168's release freezes patch_embed, caption_projection, caption_norm and proj_out."""
-    net = full_size(SANA.format("1.6B"), trainable=EMF)
+    net = full_size(SANA.format("1.6B"), finetuning=Finetuning(trainable=EMF))
     frozen = {name.partition(".")[0] for name, p in net.transformer.named_parameters() if not p.requires_grad}
     assert frozen == {"patch_embed", "caption_projection", "caption_norm", "proj_out"}
     assert count(net) - count(net, trainable=True) == (

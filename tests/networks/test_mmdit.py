@@ -5,6 +5,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from emf_lightning.networks.mmdit import MMDiTArchitecture, MMDiTFlowMap
+from emf_lightning.pretrained.loading import PretrainedWeights
 from tests import pipelines
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -17,13 +18,13 @@ def pipeline(tmp_path_factory):
 
 def network(pipeline: str, **settings) -> MMDiTFlowMap:
     common = {"latent_channels": 4, "latent_size": 8, "context_width": 40}
-    return MMDiTFlowMap(pretrained=pipeline, subfolder="transformer", **common | settings)
+    return MMDiTFlowMap(pretrained=PretrainedWeights(pipeline, "transformer"), **common | settings)
 
 
 def test_published_size_builds_on_the_meta_device():
     """SD3-medium's 2 B."""
     with torch.device("meta"):
-        for net in (MMDiTFlowMap(pretrained=SD3, subfolder="transformer"), MMDiTFlowMap()):
+        for net in (MMDiTFlowMap(pretrained=PretrainedWeights(SD3, "transformer")), MMDiTFlowMap()):
             assert sum(p.numel() for p in net.parameters()) == 2_028_328_000
             assert len(net.blocks) == 24
 

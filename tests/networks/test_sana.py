@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from emf_lightning.flow.derivative.derivative import ForwardMode
-from emf_lightning.flow.objectives.improved_meanflow import Guidance
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.guidance import GuidanceCondition
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.prediction import PredictData, PredictVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.sana_transformer import IntervalSanaTransformer
@@ -28,11 +29,11 @@ def tiny(**kwargs) -> SanaFlowMap:
     return SanaFlowMap(TINY, latent_size=12, context_width=16, **kwargs)
 
 
-def inputs(rows: int = 3):
+def inputs(batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
+    mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[:, 3:] = False
-    return torch.randn(rows, 3, 12, 12), torch.rand(rows), torch.randn(rows, 5, 16), mask
+    return torch.randn(batch, 3, 12, 12), torch.rand(batch), torch.randn(batch, 5, 16), mask
 
 
 def stock_parent(tmp_path) -> SanaTransformer2DModel:
@@ -90,7 +91,7 @@ NEW = ("time_embed.interval.", "time_embed.conditions.", "proj_out.velocity.")
 
 @pytest.mark.parametrize(
     ("settings", "new"),
-    [({}, NEW[:1]), ({"improved": True}, NEW), ({"interval": DecoupledInterval(1)}, ())],
+    [({}, NEW[:1]), ({"guidance_conditioning": True}, NEW), ({"interval": DecoupledInterval(1)}, ())],
 )
 def test_parameters_keep_the_published_names(settings, new):
     net = tiny(**settings)
@@ -133,7 +134,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path, settings, named)
 
 
 def test_missing_weights_are_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="no readable weights at pretrained"):
+    with pytest.raises(ValueError, match="SanaFlowMap: cannot load pretrained="):
         SanaFlowMap(pretrained=str(tmp_path / "nowhere"))
 
 
@@ -157,7 +158,7 @@ def test_derivative_of_the_network_equals_central_differences():
     def u(z, r, t):
         return net(z, r, t, context, mask)
 
-    dudt = ForwardMode().along(u, z, r, t, v)
+    dudt = ForwardMode().jvp(u, z, r, t, v)
     h = 1e-3  # SANA's linear attention and time embedding compute in fp32, which bounds the difference's accuracy
     with torch.no_grad():
         expected = (u(z + h * v, r, t + h) - u(z - h * v, r, t - h)) / (2 * h)
@@ -202,16 +203,16 @@ def gradients(net: SanaFlowMap) -> torch.Tensor:
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    stored, recomputed = tiny(), tiny(gradient_checkpointing=True)
-    assert recomputed.transformer.is_gradient_checkpointing
-    assert torch.equal(gradients(recomputed), gradients(stored))
+    stored, checkpointed = tiny(), tiny(gradient_checkpointing=True)
+    assert checkpointed.transformer.is_gradient_checkpointing
+    assert torch.equal(gradients(checkpointed), gradients(stored))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_change_no_gradient_and_keep_the_names():
-    written, compiled = tiny(), tiny(compile=True)
-    assert compiled.state_dict().keys() == written.state_dict().keys()
-    expected = gradients(written)
+    plain, compiled = tiny(), tiny(compile=True)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    expected = gradients(plain)
     assert (gradients(compiled) - expected).norm() < 1e-5 * expected.norm()
     assert all(block._compiled_call_impl is not None for block in compiled.blocks)
 
@@ -230,7 +231,7 @@ def test_refitting_time_keeps_what_the_embedding_says_at_every_time():
         interval = embedding.interval(t * 2.0, hidden_dtype=t.dtype)[0]
     assert (after - before).square().mean() < 0.1 * (misread - before).square().mean()
     assert torch.equal(interval, after)
-    assert net.transformer.config["_flow_interval"] is None, "what starts from it may choose"
+    assert net.transformer.config["_flow_interval"] is None, "a network that starts from it may have any rule"
 
 
 # -- Decoupled MeanFlow -----------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_decoupled_blocks_see_t_first_and_then_r():
     norm = net.transformer.norm_out.register_forward_pre_hook(lambda norm, arguments: seen.append(arguments[1]))
     with torch.no_grad():
         net(z, t / 3, t, context, mask)
-        start, end = (net.transformer.time_embed.of_time(1000.0 * time, z.dtype) for time in (t, t / 3))
+        start, end = (net.transformer.time_embed.embed_time(1000.0 * time, z.dtype) for time in (t, t / 3))
     norm.remove()
     for got, expected in zip(seen, (start[0], end[0], end[1]), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
@@ -314,14 +315,14 @@ def test_impossible_numbers_of_decoupled_blocks_are_refused(blocks):
 
 
 def some_guidance(t: torch.Tensor) -> torch.Tensor:
-    return Guidance(1 + 3 * t, 0.3 * t, 0.5 + 0.4 * t).conditions
+    return GuidanceCondition(1 + 3 * t, 0.3 * t, 0.5 + 0.4 * t).conditions
 
 
 @pytest.mark.parametrize("interval", [None, DecoupledInterval(1)])
 @pytest.mark.parametrize("prediction", [PredictVelocity(), PredictData()])
-def test_improved_network_starts_as_its_parent_in_both_heads_with_any_conditions(tmp_path, interval, prediction):
+def test_guided_network_starts_as_its_parent_in_both_heads_with_any_conditions(tmp_path, interval, prediction):
     parent = stock_parent(tmp_path)
-    net = adapted(tmp_path, improved=True, interval=interval, prediction=prediction)
+    net = adapted(tmp_path, guidance_conditioning=True, interval=interval, prediction=prediction)
     z, t, context, mask = inputs()
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -331,19 +332,19 @@ def test_improved_network_starts_as_its_parent_in_both_heads_with_any_conditions
 
 
 def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip(tmp_path):
-    net = tiny(improved=True).eval()
+    net = tiny(guidance_conditioning=True).eval()
     transformer = net.transformer
     with torch.no_grad():
         transformer.time_embed.conditions.linear.weight.normal_()
         transformer.proj_out.velocity.weight.normal_()
     net.save_pretrained(tmp_path / "net")
-    again = adapted(tmp_path, "net", improved=True)
+    again = adapted(tmp_path, "net", guidance_conditioning=True)
     z, t, context, mask = inputs()
     with torch.no_grad():
         told = net(z, t / 3, t, context, mask, some_guidance(t))
         assert torch.equal(again(z, t / 3, t, context, mask, some_guidance(t)), told)
         untold = net(z, t / 3, t, context, mask)
-        assert torch.equal(untold, net(z, t / 3, t, context, mask, Guidance.none(t).conditions))
+        assert torch.equal(untold, net(z, t / 3, t, context, mask, GuidanceCondition.everywhere(torch.ones_like(t)).conditions))
         assert not torch.allclose(told, untold, atol=1e-3)
         u, v = told.chunk(2, dim=1)
         assert not torch.allclose(u, v, atol=1e-3)
@@ -352,8 +353,8 @@ def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip
 
 
 def test_heads_keep_apart_in_patches():
-    """Each head's picture is what a network with that projection alone draws."""
-    net = tiny(improved=True).eval()
+    """Each head's output is that of a network with that projection alone."""
+    net = tiny(guidance_conditioning=True).eval()
     head = net.transformer.proj_out
     torch.nn.init.normal_(head.velocity.weight)
     z, t, context, mask = inputs()
@@ -373,7 +374,7 @@ def test_refit_reads_the_new_scale_as_the_parent_read_its_own(tmp_path):
         waves = parent.time_embed.emb.timestep_embedder.linear_1.weight
         waves[:, :60] = waves[:, 128:188] = 0
     parent.save_pretrained(str(tmp_path / "parent"))
-    raw, net = adapted(tmp_path, time_scale=1.0), adapted(tmp_path, time_scale=1.0, refit=True)
+    raw, net = adapted(tmp_path, time_scale=1.0), adapted(tmp_path, time_scale=1.0, finetuning=Finetuning(refit=True))
     z, t, context, mask = inputs(16)
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
@@ -385,12 +386,12 @@ def test_refit_reads_the_new_scale_as_the_parent_read_its_own(tmp_path):
 
 def test_refit_at_the_pretrained_scale_changes_nothing(tmp_path):
     parent = stock_parent(tmp_path)
-    net = adapted(tmp_path, refit=True)
+    net = adapted(tmp_path, finetuning=Finetuning(refit=True))
     assert torch.equal(net.transformer.time_embed.linear.weight, parent.time_embed.linear.weight)
 
 
 def test_only_what_is_named_trains():
-    net = tiny(trainable=["transformer_blocks.1", "time_embed", "scale_shift_table"])
+    net = tiny(finetuning=Finetuning(trainable=["transformer_blocks.1", "time_embed", "scale_shift_table"]))
     trained = {name for name, p in net.transformer.named_parameters() if p.requires_grad}
     assert {name.partition(".")[0] for name in trained} == {"transformer_blocks", "time_embed", "scale_shift_table"}
     assert all(name.startswith("transformer_blocks.1.") for name in trained if name.startswith("transformer_blocks"))
@@ -399,7 +400,7 @@ def test_only_what_is_named_trains():
 
 def test_a_name_of_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"trainable='time_embed_t' is the beginning of no .* there are .*time_embed"):
-        tiny(trainable=["time_embed_t"])
+        tiny(finetuning=Finetuning(trainable=["time_embed_t"]))
 
 
 def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
@@ -407,7 +408,7 @@ def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
     settings = {"pretrained": str(tmp_path / "parent"), "latent_size": 12, "context_width": 24}
     with pytest.raises(ValueError, match="text feature width 16, this experiment has 24"):
         SanaFlowMap(**settings)
-    net = SanaFlowMap(fresh_context=True, **settings)
+    net = SanaFlowMap(finetuning=Finetuning(reset_text_projection=True), **settings)
     assert net.transformer.config.caption_channels == 24
     for name, weight in parent.state_dict().items():
         if not name.startswith("caption_projection.linear_1."):

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from emf_lightning.networks.prediction import PredictReversedVelocity
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture, UNetDiscriminator, UNetFlowMap
+from emf_lightning.pretrained.loading import PretrainedWeights
 from tests import pipelines
 
 SMALL = UNetArchitecture([8, 16], [False, True], layers=1, groups=4)
@@ -17,12 +18,12 @@ def count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def inputs(channels: int, side: int = 8, rows: int = 3):
+def inputs(channels: int, side: int = 8, batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
+    mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    z, t = torch.randn(rows, channels, side, side), torch.rand(rows) * 0.8 + 0.1
-    return z, t, torch.randn(rows, 5, 16), mask
+    z, t = torch.randn(batch, channels, side, side), torch.rand(batch) * 0.8 + 0.1
+    return z, t, torch.randn(batch, 5, 16), mask
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,7 @@ def pipeline(tmp_path_factory):
 
 def instaflow(pipeline: str, **settings) -> TextUNetFlowMap:
     return TextUNetFlowMap(
-        pretrained=pipeline,
-        subfolder="unet",
+        pretrained=PretrainedWeights(pipeline, "unet"),
         prediction=PredictReversedVelocity(),
         latent_size=8,
         context_width=16,
@@ -49,7 +49,7 @@ def test_published_sizes_build_on_the_meta_device():
         assert count(UNetFlowMap(faces, latent_channels=3, latent_size=64)) == 274_056_163
         # with four channels in and out, as celebahq.yaml has them
         assert count(UNetFlowMap(faces, latent_channels=4)) == 274_056_163 + 224 * 9 + 224 * 9 + 1
-        assert count(TextUNetFlowMap(pretrained=INSTAFLOW, subfolder="unet")) == 859_520_964
+        assert count(TextUNetFlowMap(pretrained=PretrainedWeights(INSTAFLOW, "unet"))) == 859_520_964
         assert count(TextUNetFlowMap()) == 859_520_964
 
 
@@ -115,31 +115,33 @@ def test_gradient_checkpointing_changes_no_gradient(pipeline):
     assert torch.allclose(gradients(gradient_checkpointing=True), gradients(), atol=1e-7)
 
 
-def test_the_discriminator_starts_with_the_features_of_what_draws(pipeline):
+def test_the_discriminator_starts_with_the_generators_features(pipeline):
     net = instaflow(pipeline)
-    judge = UNetDiscriminator(net).eval()
+    discriminator = UNetDiscriminator(net).eval()
     z, t, context, mask = inputs(4)
     seen = []
-    handles = [part.mid_block.register_forward_hook(lambda *a: seen.append(a[2])) for part in (net.model, judge)]
+    handles = [
+        part.mid_block.register_forward_hook(lambda *a: seen.append(a[2])) for part in (net.model, discriminator)
+    ]
     with torch.no_grad():
         net(z, t, t, context, mask)
-        logits = judge(z, t, context, mask)
+        logits = discriminator(z, t, context, mask)
     for handle in handles:
         handle.remove()
     assert torch.allclose(*seen, atol=1e-5)
     assert logits.shape == (3,)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    torch.nn.init.zeros_(judge.conv_in.weight)
+    torch.nn.init.zeros_(discriminator.conv_in.weight)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "a copy"
 
 
 def test_what_cannot_be_is_refused_with_the_remedy(pipeline):
-    sana = SanaFlowMap(SanaArchitecture(num_layers=1, num_attention_heads=1, attention_head_dim=8))
+    sana = SanaFlowMap(SanaArchitecture())
     with pytest.raises(ValueError, match="take ConvDiscriminator"):
         UNetDiscriminator(sana)
     with pytest.raises(ValueError, match="not both"):
         UNetFlowMap(SMALL, pretrained=pipeline)
-    with pytest.raises(ValueError, match="no readable weights at pretrained=nowhere"):
+    with pytest.raises(ValueError, match="UNetFlowMap: cannot load pretrained='nowhere'"):
         UNetFlowMap(pretrained="nowhere")
     with pytest.raises(ValueError, match="2 stages and attention 1"):
         UNetArchitecture([8, 16], [True])

@@ -3,37 +3,38 @@ from __future__ import annotations
 import pytest
 import torch
 
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
-from tests import published
+from tests import tiny_checkpoints
 
 SIZE = {"latent_channels": 4, "latent_size": 4, "context_width": 16}
 
 
-def inputs(rows: int = 3):
+def inputs(batch: int = 3):
     torch.manual_seed(1)
-    mask = torch.ones(rows, 5, dtype=torch.bool)
-    return torch.randn(rows, 4, 4, 4), torch.rand(rows), torch.randn(rows, 5, 16), mask
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    return torch.randn(batch, 4, 4, 4), torch.rand(batch), torch.randn(batch, 5, 16), mask
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     path = tmp_path_factory.mktemp("sana")
-    return path, published.sana(path)
+    return path, tiny_checkpoints.sana(path)
 
 
 def emf(folder, stock):
     """A released EMF checkpoint, and its two time embeddings."""
     torch.manual_seed(5)
-    embeds = published.emf_time_embeds(16)
+    embeds = tiny_checkpoints.emf_time_embeds(16)
     for module in embeds.values():
         torch.nn.init.normal_(module.linear.weight, std=0.3)
-    published.blip3o_checkpoint(folder, *stock, embeds)
+    tiny_checkpoints.blip3o_checkpoint(folder, *stock, embeds)
     return embeds
 
 
 def test_the_sana_of_a_blip3o_checkpoint_is_the_stock_network_bit_for_bit_where_r_equals_t(tmp_path, stock):
-    published.blip3o_checkpoint(tmp_path / "blip3o", *stock)
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "blip3o", *stock)
     net = SanaFlowMap(pretrained=str(tmp_path / "blip3o"), **SIZE).eval()
     z, t, context, mask = inputs()
     with torch.no_grad():
@@ -42,13 +43,13 @@ def test_the_sana_of_a_blip3o_checkpoint_is_the_stock_network_bit_for_bit_where_
         assert not torch.allclose(net(z, t / 2, t, context, mask), expected, atol=1e-4)
 
 
-def test_an_emf_checkpoint_draws_as_its_release_computes(tmp_path, stock, monkeypatch):
+def test_an_emf_checkpoint_computes_what_its_release_computes(tmp_path, stock, monkeypatch):
     """Both modulations summed, of raw t and raw t - r, for the blocks and for the output norm."""
     embeds = emf(tmp_path / "emf", stock)
     net = SanaFlowMap(pretrained=str(tmp_path / "emf"), interval=SummedInterval(), time_scale=1, **SIZE).eval()
     z, t, context, mask = inputs()
     r = t / 3
-    reference = published.sana(tmp_path / "again")
+    reference = tiny_checkpoints.sana(tmp_path / "again")
 
     def summed(timestep, batch_size=None, hidden_dtype=None):
         of_t = embeds["time_embed_t"](t, hidden_dtype=hidden_dtype)
@@ -78,7 +79,10 @@ def test_every_tensor_of_an_emf_checkpoint_has_a_place_but_the_embedding_it_does
     [
         ({"interval": AnchoredInterval(), "time_scale": 1}, "with interval 'SummedInterval"),
         ({"interval": SummedInterval(), "time_scale": 1000}, "with time_scale 1"),
-        ({"interval": SummedInterval(), "time_scale": 1000, "refit": True}, "knows intervals at time_scale 1,"),
+        (
+            {"interval": SummedInterval(), "time_scale": 1000, "finetuning": Finetuning(refit=True)},
+            "knows intervals at time_scale 1,",
+        ),
     ],
 )
 def test_an_emf_checkpoint_read_in_another_way_is_refused(tmp_path, stock, settings, named):
@@ -89,22 +93,22 @@ def test_an_emf_checkpoint_read_in_another_way_is_refused(tmp_path, stock, setti
 
 def test_its_size_is_counted_where_the_diffusion_folder_is_the_authors_own(tmp_path, stock):
     """The published configuration names a path of another machine; SANA-1.5's widths are then taken for granted."""
-    published.blip3o_checkpoint(tmp_path / "blip3o", tmp_path / "elsewhere", stock[1])
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "blip3o", tmp_path / "elsewhere", stock[1])
     with pytest.raises(ValueError, match="not those of a SANA transformer with this configuration"):
         SanaFlowMap(pretrained=str(tmp_path / "blip3o"), **SIZE)
 
 
 @pytest.mark.parametrize(("part", "said"), [("time_embed_t", "missing"), ("time_embed_x", "surplus")])
 def test_a_checkpoint_with_other_parts_is_refused(tmp_path, stock, part, said):
-    parts = published.emf_time_embeds(16)
-    parts[part] = torch.nn.Linear(16, 16) if said == "missing" else published.emf_time_embeds(16)["time_embed_t"]
-    published.blip3o_checkpoint(tmp_path / "emf", *stock, parts)
+    parts = tiny_checkpoints.emf_time_embeds(16)
+    parts[part] = torch.nn.Linear(16, 16) if said == "missing" else tiny_checkpoints.emf_time_embeds(16)["time_embed_t"]
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "emf", *stock, parts)
     with pytest.raises(ValueError, match=rf"not those of a SANA transformer .*{said} \['time_embed"):
         SanaFlowMap(pretrained=str(tmp_path / "emf"), interval=SummedInterval(), time_scale=1, **SIZE)
 
 
 def test_a_damaged_file_is_named(tmp_path, stock):
-    published.blip3o_checkpoint(tmp_path / "blip3o", *stock)
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "blip3o", *stock)
     file = tmp_path / "blip3o/model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is damaged"):
@@ -112,9 +116,9 @@ def test_a_damaged_file_is_named(tmp_path, stock):
 
 
 def test_a_checkpoint_without_a_sana_says_so(tmp_path, stock):
-    published.blip3o_checkpoint(tmp_path / "blip3o", *stock)
+    tiny_checkpoints.blip3o_checkpoint(tmp_path / "blip3o", *stock)
     for file in (tmp_path / "blip3o").glob("model*"):
         file.unlink()
-    published.save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "blip3o/model.safetensors")
+    tiny_checkpoints.save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "blip3o/model.safetensors")
     with pytest.raises(ValueError, match="without a SANA"):
         SanaFlowMap(pretrained=str(tmp_path / "blip3o"), **SIZE)

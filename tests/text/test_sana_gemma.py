@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from emf_lightning.text.sana_gemma import SanaGemma, sana_instruction
-from tests import published
+from tests import tiny_checkpoints
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     """A folder with a tiny Gemma-2."""
     folder = tmp_path_factory.mktemp("gemma")
-    published.language_model(folder, "Gemma2")
+    tiny_checkpoints.language_model(folder, "Gemma2")
     return folder
 
 
@@ -24,7 +24,12 @@ def test_features_are_those_of_diffusers_own_pipeline(gemma, tmp_path, length):
     from transformers import AutoTokenizer, Gemma2Model
 
     model = Gemma2Model.from_pretrained(gemma).eval()
-    parts = AutoTokenizer.from_pretrained(gemma), model, published.dc_ae(tmp_path), published.sana(tmp_path)
+    parts = (
+        AutoTokenizer.from_pretrained(gemma),
+        model,
+        tiny_checkpoints.dc_ae(tmp_path),
+        tiny_checkpoints.sana(tmp_path),
+    )
     pipeline = SanaPipeline(*parts, DPMSolverMultistepScheduler())
     encoder = SanaGemma(str(gemma), length=length, dtype="float32")
     with torch.no_grad():

@@ -50,12 +50,14 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
         pipeline: what was exported.
     """
     net = settings.model.init_args.net
+    source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
     logger = settings.trainer.get("logger")
     name = logger.get("init_args.name") if isinstance(logger, Namespace) else None
+    trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     facts = {
         "experiment": name or run.name,
-        "objective": (settings.model.get("init_args.objective.class_path") or settings.model.class_path).rpartition(".")[2],
-        "started from": net.get("init_args.pretrained") or settings.model.init_args.get("initial") or "nothing",
+        "objective": trained.rpartition(".")[2],
+        "started from": getattr(source, "path", source) or "nothing",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",
         "text encoder": _described(settings.data.text),
         "latents": _described(settings.data.autoencoder) + f", {pipeline.config.latent_size} positions a side",

@@ -156,7 +156,8 @@ class _Sizes:
             _row("autoencoder", f"{autoencoder:,}", "frozen"),
         ]
         if net.get("init_args.pretrained"):
-            lines.append(_row("started from", str(net.init_args.pretrained)))
+            source = net.init_args.pretrained
+            lines.append(_row("started from", str(getattr(source, "path", source))))
         return lines
 
     def memory(self, given: Assumptions) -> list[str]:

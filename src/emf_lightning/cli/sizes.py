@@ -18,7 +18,6 @@ from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.pretrained.files import config_of
 from emf_lightning.text.base import TextEncoder
-from emf_lightning.text.blip3o_next import BLIP3oNext
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -58,13 +57,17 @@ class NetworkCost:
 
 def on_meta(part: Namespace, kind: type, **linked: Any) -> Any:
     """The object of a configuration's ``part``, on the meta device, with the arguments that are linked to the data."""
+    known = {name: value for name, value in linked.items() if name in _parameters(part.class_path)}
+    with torch.device("meta"):
+        return _instantiated(part, kind, **known)
+
+
+def _instantiated(part: Namespace, kind: type, **arguments: Any) -> Any:
     spec = part.as_dict()
-    known = spec.setdefault("init_args", {})
-    known.update({name: value for name, value in linked.items() if name in _parameters(spec["class_path"])})
+    spec.setdefault("init_args", {}).update(arguments)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=kind)
-    with torch.device("meta"):
-        return parser.instantiate_classes(parser.parse_object({"part": spec})).part
+    return parser.instantiate_classes(parser.parse_object({"part": spec})).part
 
 
 def _parameters(class_path: str) -> Any:
@@ -77,23 +80,20 @@ def encoder_size(part: Namespace) -> EncoderSize:
     Raises:
         ValueError: where its configuration is neither at hand nor known.
     """
-    kind, arguments = class_of(part.class_path), part.get("init_args")
+    kind: Any = class_of(part.class_path)
+    arguments = part.get("init_args")
     try:
-        if issubclass(kind, BLIP3oNext):
-            return _blip3o_size(arguments)
         if issubclass(kind, PretrainedTextEncoder):
             return _pretrained_size(arguments)
     except OSError as error:
-        name = arguments.get("pretrained") or arguments.get("model")
+        name = arguments.get("model")
         raise ValueError(
             f"data.text: the size of {name} is not known here; give a folder that is there, or a hub name of which "
             "`hf download NAME config.json` was done"
         ) from error
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--part", type=TextEncoder)
-    encoder = parser.instantiate_classes(parser.parse_object({"part": part.as_dict()})).part
-    count = sum(p.numel() for p in encoder.parameters())
-    return EncoderSize(count, 4 * count, encoder.width, encoder.length)
+    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else _instantiated(part, TextEncoder)
+    sizes = [(p.numel(), p.element_size()) for p in encoder.parameters()]
+    return EncoderSize(sum(n for n, _ in sizes), sum(n * b for n, b in sizes), encoder.width, encoder.length)
 
 
 def _pretrained_size(arguments: Namespace) -> EncoderSize:
@@ -106,33 +106,6 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
         tower = _text_tower(AutoModel.from_config(config))
     count = sum(p.numel() for p in tower.parameters())
     return EncoderSize(count, count * _BYTES[arguments.dtype], tower.config.hidden_size, arguments.length)
-
-
-def _blip3o_size(arguments: Namespace) -> EncoderSize:
-    from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig
-
-    from emf_lightning.pretrained.blip3o_sana import released_config
-    from emf_lightning.text.blip3o_parts import make_connector
-    from emf_lightning.text.ta_tok import TextAlignedTokenizer
-
-    config = config_of(arguments.pretrained)
-    width = released_config(arguments.pretrained)["caption_channels"]
-    tower = SiglipVisionConfig(  # SigLIP2 so400m at 384 px
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-    )
-    with torch.device("meta"):
-        parts = (
-            Qwen3ForCausalLM(Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None})),
-            make_connector(config["hidden_size"], width),
-            images := TextAlignedTokenizer(tower, config["num_image_tokens"], 1536),
-        )
-    count = sum(p.numel() for part in parts for p in part.parameters())
-    return EncoderSize(count, count * _BYTES[arguments.dtype], width, 1 + images.tokens)
 
 
 def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width: int) -> NetworkCost:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emf_lightning.latents.base import Autoencoder
-from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained
 
 
 class PublishedAutoencoder(Autoencoder):
@@ -33,34 +33,9 @@ class PublishedAutoencoder(Autoencoder):
         self, kind: Any, pretrained: str, subfolder: str | None, dtype: Literal["float32", "bfloat16"]
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
-        try:
-            if torch.get_default_device().type == "meta":
-                self.model = kind.from_config(config_of(pretrained, subfolder))
-                nn.Module.to(self.model, dtype=getattr(torch, dtype))  # diffusers' own warns
-            else:
-                self.model, info = kind.from_pretrained(
-                    pretrained,
-                    subfolder=subfolder,
-                    torch_dtype=getattr(torch, dtype),
-                    output_loading_info=True,
-                    low_cpu_mem_usage=False,
-                    use_safetensors=True,
-                )
-                odd = [*info["missing_keys"], *info["unexpected_keys"]]
-                if odd:
-                    raise ValueError(
-                        f"{name}: the weights at {where} are not those of its config.json ({odd[0]} and "
-                        f"{len(odd) - 1} more are missing or surplus): download both again"
-                    )
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{name}: no readable autoencoder at pretrained={where}: give a folder in diffusers' format "
-                f"or a hub name that can be reached (`hf download {pretrained}` beforehand); check `subfolder`"
-            ) from error
+        source = PretrainedWeights(pretrained, subfolder)
+        self.model = load_pretrained(type(self).__name__, kind, source, frozen=True, dtype=dtype)
         self.channels = self.model.config.latent_channels
-        self.requires_grad_(False)
         self.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -109,7 +109,7 @@ class FlowMapModule(ShardableModule):
             raise ValueError(
                 f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true"
             )
-        if net.recomputed and isinstance(self.derivative, Fused):
+        if net.gradient_checkpointing and isinstance(self.derivative, Fused):
             raise ValueError(
                 f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "
                 "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"

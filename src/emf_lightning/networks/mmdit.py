@@ -7,8 +7,15 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
+from emf_lightning.networks.architecture_checks import (
+    require,
+    require_patches,
+    require_position_width,
+    require_positive,
+)
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
+from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -17,11 +24,11 @@ class MMDiTArchitecture:
 
     Attributes:
         num_layers: joint blocks.
-        num_attention_heads: of each; the width is heads x ``attention_head_dim``.
+        num_attention_heads: heads of each block; the width is heads x ``attention_head_dim``.
         attention_head_dim: channels of one of them.
         patch_size: latent positions per token, along each side.
         pooled_projection_dim: channels of the pooled text features.
-        pos_embed_max_size: patches along the side for which positions are made.
+        pos_embed_max_size: patches along each side for which there are positions.
         qk_norm: normalisation of queries and keys: ``rms_norm`` for SD3.5, None for SD3.
     """
 
@@ -33,22 +40,27 @@ class MMDiTArchitecture:
     pos_embed_max_size: int = 192
     qk_norm: str | None = None
 
+    def __post_init__(self) -> None:
+        require_positive(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+        require_positive(self, "pooled_projection_dim", "pos_embed_max_size")
+        require_position_width(self, self.num_attention_heads, self.attention_head_dim)
+
 
 class MMDiTFlowMap(SingleTimeFlowMap):
     """diffusers' ``SD3Transformer2DModel``, with the features of ``SD3TextEncoder``.
 
-    The first token holds the pooled features, the others are the sequence. There is no mask in SD3: all are attended.
+    The first token holds the pooled features, the others are the sequence. SD3 has no mask: all tokens are attended.
 
     Args:
-        architecture: its size, where it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as everything else.
+        architecture: its size, if it starts from scratch.
+        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
     """
 
     def __init__(
         self,
         architecture: MMDiTArchitecture | None = None,
-        pretrained: str | None = None,
-        subfolder: str | None = None,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         gradient_checkpointing: bool = False,
@@ -58,42 +70,45 @@ class MMDiTFlowMap(SingleTimeFlowMap):
     ) -> None:
         from diffusers import SD3Transformer2DModel
 
-        if architecture is not None and pretrained is not None:
-            raise ValueError("MMDiTFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
         size = architecture or MMDiTArchitecture()
         width = size.num_attention_heads * size.attention_head_dim
         super().__init__(
             SD3Transformer2DModel,
             asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width},
-            pretrained,
-            subfolder,
-            prediction,
-            time_scale,
-            gradient_checkpointing,
-            latent_channels,
-            latent_size,
-            context_width,
+            architecture=architecture,
+            pretrained=pretrained,
+            prediction=prediction,
+            time_scale=time_scale,
+            gradient_checkpointing=gradient_checkpointing,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            context_width=context_width,
         )
+        patch, most, pooled = (
+            self.model.config[name] for name in ("patch_size", "pos_embed_max_size", "pooled_projection_dim")
+        )
+        require_patches(self, latent_size, patch)
+        rule = f"latents of side {latent_size} have more patches of {patch} along a side than pos_embed_max_size={most}"
+        require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
+        rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
+        require(self, pooled <= context_width, f"{rule}: their first token holds the pooled features")
 
-    def said_widths(self) -> dict[str, int]:
-        """The width of the sequence's features."""
+    def config_widths(self) -> dict[str, int]:
         return {"text feature width": self.model.config.joint_attention_dim}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The joint blocks."""
         return list(self.model.transformer_blocks)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
-        """The transformer's output."""
         dtype, config = self.model.dtype, self.model.config
         output: Tensor = self.model(
             z.to(dtype),
             encoder_hidden_states=context[:, 1:].to(dtype),
             pooled_projections=context[:, 0, : config.pooled_projection_dim].to(dtype),
-            timestep=self.scaled(t),
+            timestep=self.timestep(t),
             return_dict=False,
         )[0]
         return output

@@ -1,4 +1,4 @@
-"""What the output of a network stands for."""
+"""Parametrizations of a backbone's output."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ class Prediction(ABC):
 
 
 class PredictVelocity(Prediction):
-    """The output is u itself: SANA, BLIP3o-NEXT and EMF."""
+    """u-prediction: the output is u itself, as in SANA, BLIP3o-NEXT and EMF."""
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The output unchanged."""
         return output
 
 
 class PredictData(Prediction):
-    """The output is the data at the path's end as the interval's mean velocity sees it: u = (z - output) / t.
+    """x-prediction: u = (z - output) / t, where the output is the data predicted from the interval's mean velocity.
 
-    The parametrisation of pixel MeanFlow (arXiv 2601.22158): with large patches the data lie on a thin manifold of
+    The parametrization of pixel MeanFlow (arXiv 2601.22158): with large patches the data lie on a thin manifold of
     the patch's dimensions and the velocity does not.
 
     Args:
-        min_time: t is raised to this before the division, which bounds u near the data.
+        min_time: lower bound of t in the division, which bounds u near the data.
     """
 
     def __init__(self, min_time: float = 0.05) -> None:
@@ -44,8 +43,7 @@ class PredictData(Prediction):
 
 
 class PredictReversedVelocity(Prediction):
-    """The output is x - e, as where t = 0 is noise: InstaFlow (arXiv 2309.06380)."""
+    """Prediction of x - e, the velocity where t = 0 is noise: InstaFlow (arXiv 2309.06380)."""
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Its negative."""
         return -output

@@ -5,36 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_lightning.flow.objectives.improved_meanflow import Guidance
-from emf_lightning.networks.base import FlowMapNetwork, written
-from emf_lightning.networks.prediction import Prediction, PredictVelocity
+from emf_lightning.networks.architecture_checks import (
+    require,
+    require_patches,
+    require_position_width,
+    require_positive,
+)
+from emf_lightning.networks.base import describe
+from emf_lightning.networks.condition_embedding import no_guidance
+from emf_lightning.networks.diffusers_flow_map import DiffusersFlowMap
+from emf_lightning.networks.finetuning import Finetuning
+from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput
+from emf_lightning.pretrained.loading import PretrainedWeights, unreadable
 
 PRETRAINED_TIME_SCALE = 1000.0
-"""The factor on t that SANA's published weights were trained with."""
+"""Factor on t in the training of SANA's published weights."""
 
 
 @dataclass(frozen=True)
 class SanaArchitecture:
-    """The size of a SANA transformer, in diffusers' own names; the defaults are the small shapes world's.
+    """The size of a SANA transformer, in diffusers' own names; the defaults are those of the shapes experiments.
 
     Attributes:
         num_layers: transformer blocks.
         num_attention_heads: heads of the linear self-attention; the width is heads x ``attention_head_dim``.
         attention_head_dim: channels of one of them.
-        num_cross_attention_heads: heads of the attention to the text.
+        num_cross_attention_heads: heads of the attention to the text; heads x channels must be the same width.
         cross_attention_head_dim: channels of one of them.
         mlp_ratio: expansion of the gated convolution block.
         patch_size: latent positions per token, along each side.
         interpolation_scale: None for SANA's published position-free form, 1 for sine-cosine positions.
         qk_norm: normalisation of queries and keys, e.g. ``rms_norm_across_heads`` (SANA-1.5), or None.
-        dropout: of the attention outputs.
+        dropout: of the attention outputs, in [0, 1).
     """
 
     num_layers: int = 6
@@ -48,70 +57,80 @@ class SanaArchitecture:
     qk_norm: str | None = None
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        counts = ("num_layers", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads")
+        require_positive(self, *counts, "cross_attention_head_dim", "patch_size")
+        require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require(self, self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if self.interpolation_scale is not None:
+            require_positive(self, "interpolation_scale")
+            require_position_width(self, self.num_attention_heads, self.attention_head_dim)
+        width = self.num_attention_heads * self.attention_head_dim
+        rule = "num_cross_attention_heads x cross_attention_head_dim must be num_attention_heads x attention_head_dim"
+        heads, channels = self.num_cross_attention_heads, self.cross_attention_head_dim
+        require(self, heads * channels == width, f"{rule} = {width}, got {heads} x {channels}")
 
-class SanaFlowMap(FlowMapNetwork):
+
+class SanaFlowMap(DiffusersFlowMap):
     """A SANA transformer with a second time input, from scratch or from pretrained weights.
 
     Args:
-        architecture: its size, where it starts from scratch.
-        pretrained: folder or hub name to start from instead: in diffusers' format, or a whole BLIP3o-NEXT or EMF
-            checkpoint, whose SANA is taken.
-        subfolder: e.g. ``transformer`` for a whole pipeline's repository.
-        prediction: what the network's output stands for.
-        time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 as EMF feeds it.
-        refit: fit the pretrained time embedding anew where it knows another ``time_scale`` (1000, if the weights do
-            not say), in some seconds at the start. Without it EMF's network has to learn t from scratch.
-        trainable: parameters that train, by the beginnings of their names; null for all of them. EMF's are
-            ``[transformer_blocks, time_embed, scale_shift_table]``.
-        fresh_context: start the text projection anew, for text features of another width than the weights know.
-        math_attention: attend to the text by plain matrix products rather than a fused kernel: for a dozen tokens on a
-            CPU the fused kernel's backward pass alone takes a third of a step.
-        interval: how r joins t; by default a second time embedding, anchored so that the parent is preserved.
-        improved: take guidance's scale and interval as conditions and give a velocity beside u, ``[B, 2 C, H, W]``: for
-            ``ImprovedMeanFlow``. Where no conditions are given they are those of no guidance.
+        architecture: its size, if it starts from scratch.
+        pretrained: the weights to start from instead: a local folder or hub name in diffusers' format, or a whole
+            BLIP3o-NEXT or EMF checkpoint, whose SANA is taken; ``PretrainedWeights`` for a model inside a pipeline's
+            repository.
+        finetuning: changes before training, and the parameters that train.
+        prediction: rule from the network's output to u.
+        time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 in EMF.
+        interval: rule that joins r and t; by default a second time embedding, anchored so that the parent is
+            preserved.
+        guidance_conditioning: take guidance's scale and interval as conditions and predict v beside u, for
+            ``ImprovedMeanFlow``. A pass without conditions has those of no guidance.
+        attention_backend: ``math`` attends to the text by plain matrix products rather than a fused kernel: for a
+            dozen tokens on a CPU the fused kernel's backward pass alone takes a third of a step.
         gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass: a
-            third more operations for a fraction of the memory. The derivative keeps none anyhow.
+            third more operations for a fraction of the memory. The derivative keeps none in any case.
         compile: let torch compile the blocks, which takes a minute or more at the start.
         latent_channels: C of the latents.
         latent_size: H = W of the latents.
         context_width: D of the text features.
 
     Raises:
-        ValueError: where pretrained weights are not to be had or disagree with the data.
+        ValueError: if pretrained weights cannot be loaded or disagree with the data.
     """
 
     def __init__(
         self,
         architecture: SanaArchitecture | None = None,
-        pretrained: str | None = None,
-        subfolder: str | None = None,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
+        finetuning: Finetuning | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
-        refit: bool = False,
-        trainable: list[str] | None = None,
-        fresh_context: bool = False,
         interval: IntervalInput | None = None,
-        improved: bool = False,
-        math_attention: bool = False,
+        guidance_conditioning: bool = False,
+        attention_backend: Literal["math"] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         latent_channels: int = 3,
         latent_size: int = 36,
         context_width: int = 128,
     ) -> None:
-        from emf_lightning.networks.sana_transformer import ImprovedSanaTransformer, IntervalSanaTransformer
+        from emf_lightning.networks.sana_transformer import GuidedSanaTransformer, IntervalSanaTransformer
 
-        super().__init__()
-        self.prediction = prediction or PredictVelocity()
-        self.time_scale = time_scale
+        super().__init__(architecture, pretrained, prediction, time_scale)
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
-        self.math_attention = math_attention
+        known = attention_backend in (None, "math")
+        require(self, known, f"attention_backend must be math or null, got {attention_backend!r}")
+        self.attention_backend = attention_backend
         self.interval = interval or AnchoredInterval()
-        self.improved = improved
-        kind = ImprovedSanaTransformer if improved else IntervalSanaTransformer
+        self.takes_guidance = guidance_conditioning
+        finetuning = finetuning or Finetuning()
+        kind = GuidedSanaTransformer if guidance_conditioning else IntervalSanaTransformer
         if pretrained is None:
             size = architecture or SanaArchitecture()
-            _check_patches(latent_size, size.patch_size, "change the data's resolution or architecture.patch_size")
+            remedy = "change the data's resolution or architecture.patch_size"
+            require_patches(self, latent_size, size.patch_size, remedy)
             self.transformer = kind(
                 in_channels=latent_channels,
                 out_channels=latent_channels,
@@ -120,130 +139,90 @@ class SanaFlowMap(FlowMapNetwork):
                 cross_attention_dim=size.num_cross_attention_heads * size.cross_attention_head_dim,
                 **asdict(size),
             )
-            self._sign()
+            self._record()
         else:
-            if architecture is not None:
-                raise ValueError("SanaFlowMap: give `architecture` or `pretrained`, not both; the weights say the size")
-            try:
-                self.transformer = kind.from_flow(pretrained, subfolder, context_width if fresh_context else None)
-            except OSError as error:
-                raise ValueError(
-                    f"SanaFlowMap: no readable weights at pretrained={pretrained!r}: give a folder in diffusers' "
-                    "format, or a hub name that is in the local cache or can be reached"
-                ) from error
-            self._check(pretrained, latent_channels, context_width, refit)
-            _check_patches(latent_size, self.transformer.config.patch_size, "change the data's resolution")
-        self.transformer.take(self.interval)
-        if trainable is not None:
-            self._train_only(trainable)
+            self._load(kind, PretrainedWeights.of(pretrained), finetuning)
+            require_patches(self, latent_size, self.transformer.config.patch_size)
+        self.transformer.set_interval_rule(self.interval)
+        finetuning.freeze("SanaFlowMap", self.transformer)
         if gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-            self.recomputed = True
+            self.enable_gradient_checkpointing()
         if compile:
             self.compile_blocks()
 
     @property
+    def diffusers_model(self) -> Any:
+        return self.transformer
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks."""
         return list(self.transformer.transformer_blocks)
 
     @property
-    def meaning(self) -> dict[str, str | float]:
-        """The prediction, how r joins t, and the time scale."""
-        return super().meaning | {"interval": written(self.interval), "time_scale": self.time_scale}
+    def parametrization(self) -> dict[str, str | float]:
+        """The prediction, the time scale, and the rule that joins r and t."""
+        return super().parametrization | {"interval": describe(self.interval)}
 
-    def _sign(self) -> None:
-        """Puts the meaning into what ``save_pretrained`` writes."""
-        self.transformer.register_to_config(**{f"_flow_{name}": value for name, value in self.meaning.items()})
+    def config_widths(self) -> dict[str, int]:
+        return {"text feature width": self.transformer.config.caption_channels}
 
-    def _check(self, pretrained: str, latent_channels: int, context_width: int, refit: bool) -> None:
-        """Compares what the weights mean with what the settings say, and refits their time embedding if asked to."""
-        config = self.transformer.config
-        theirs = {name: config.get(f"_flow_{name}") for name in self.meaning}
-        scale = theirs["time_scale"] or PRETRAINED_TIME_SCALE
-        if refit and scale != self.time_scale:
-            if theirs["interval"]:
+    def _load(self, kind: Any, weights: PretrainedWeights, finetuning: Finetuning) -> None:
+        """Loads ``weights``, refits their time embedding on request and compares their settings with ours."""
+        width = self.context_width if finetuning.reset_text_projection else None
+        try:
+            self.transformer = kind.from_flow(weights, width)
+        except OSError as error:
+            raise unreadable("SanaFlowMap", weights, error) from error
+        recorded = self._recorded()
+        scale = recorded["time_scale"] or PRETRAINED_TIME_SCALE
+        if finetuning.refit and scale != self.time_scale:
+            if recorded["interval"]:
                 raise ValueError(
-                    f"SanaFlowMap: {pretrained} knows intervals at time_scale {scale:g}, which refit would make it "
+                    f"SanaFlowMap: {weights} knows intervals at time_scale {scale:g}, which refit would make it "
                     "forget; leave refit out and set that time_scale"
                 )
             self._refit(scale)
-            theirs["time_scale"] = None
-        for name, ours, there in (
-            ("latent channels", latent_channels, config.in_channels),
-            ("text feature width", context_width, config.caption_channels),
-            *((name, value, theirs[name] or value) for name, value in self.meaning.items()),
-        ):
-            if ours != there:
-                raise ValueError(
-                    f"SanaFlowMap: {pretrained} was trained with {name} {there!r}, this experiment has {ours!r}; "
-                    "make the data, encoder or net settings agree, or start from other weights"
-                )
-        self._sign()
+            recorded["time_scale"] = None
+        self._check_agreement(weights, recorded)
 
     def _refit(self, old_scale: float) -> float:
         if self.transformer.device.type == "meta":
             return 0.0
-        error = self.transformer.time_embed.refit(old_scale, self.time_scale)
-        self.transformer.time_embed.duplicate()
+        error: float = self.transformer.time_embed.refit(old_scale, self.time_scale)
+        self.transformer.time_embed.init_interval()
         return error
 
-    def _train_only(self, beginnings: list[str]) -> None:
-        names = [name for name, _ in self.transformer.named_parameters()]
-        for beginning in beginnings:
-            if not any(_begins(name, beginning) for name in names):
-                raise ValueError(
-                    f"SanaFlowMap: trainable={beginning!r} is the beginning of no parameter's name; there are "
-                    f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
-                )
-        for name, parameter in self.transformer.named_parameters():
-            parameter.requires_grad_(any(_begins(name, beginning) for beginning in beginnings))
-
     def refit_time(self, time_scale: float) -> float:
-        """The relative error of reading ``time_scale`` t as the present scale was read (``IntervalEmbedding.refit``).
+        """Fits the time embedding anew for inputs ``time_scale`` t (``IntervalEmbedding.refit``).
 
-        The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet: what
-        starts from it may choose how it takes them.
+        The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet; a
+        network that starts from it may have any rule for them.
+
+        Returns:
+            The relative error of the fit.
         """
         old_scale, self.time_scale = self.time_scale, time_scale
         error = self._refit(old_scale)
-        self._sign()
+        self._record()
         self.transformer.register_to_config(_flow_interval=None)
         return error
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes ``config.json`` and safetensors in diffusers' format; ``pretrained=directory`` reads them back."""
-        self.transformer.save_pretrained(str(directory))
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         """SANA's output; t - r is taken in fp32 inside the time embedding, after scaling."""
-        assert t.dtype in (torch.float32, torch.float64)
-        assert self.improved or conditions is None, "this network takes no conditions: set net.improved"
+        assert self.takes_guidance or conditions is None, "this network takes no conditions: set guidance_conditioning"
         dtype, guidance = self.transformer.dtype, r * self.time_scale
-        if self.improved:
-            conditions = Guidance.none(t).conditions if conditions is None else conditions
+        if self.takes_guidance:
+            conditions = no_guidance(t) if conditions is None else conditions
             guidance = torch.cat([guidance[:, None], conditions], dim=1)
-        kernel = sdpa_kernel(SDPBackend.MATH) if self.math_attention else nullcontext()
-        with kernel:
+        with sdpa_kernel(SDPBackend.MATH) if self.attention_backend == "math" else nullcontext():
             output: Tensor = self.transformer(
                 z.to(dtype),
                 context.to(dtype),
-                timestep=t * self.time_scale,
+                timestep=self.timestep(t),
                 guidance=guidance,
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]
         return output
-
-
-def _begins(name: str, beginning: str) -> bool:
-    return name == beginning or name.startswith(f"{beginning}.")
-
-
-def _check_patches(latent_size: int, patch_size: int, remedy: str) -> None:
-    if latent_size % patch_size:
-        raise ValueError(
-            f"SanaFlowMap: latents of side {latent_size} do not divide into patches of {patch_size}; {remedy}"
-        )

@@ -1,4 +1,4 @@
-"""diffusers' UNets as flow maps: unconditional ones, and Stable Diffusion's."""
+"""diffusers' UNets as flow maps: the unconditional one and Stable Diffusion's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emf_lightning.networks.architecture_checks import require, require_positive
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
+from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class UNetArchitecture:
     """The size of a UNet; the defaults are DDPM's for CIFAR-10 (arXiv 2006.11239), 35.7 M parameters.
 
     Attributes:
-        channels: of each stage, from full side down; the side halves from one to the next.
-        attention: whether each stage attends: to itself, or to the text where there is any.
+        channels: channels of each stage, from full resolution down; each stage halves the side.
+        attention: whether each stage has attention: self-attention, or in text-conditioned UNets also to the text.
         layers: residual blocks of a stage.
-        head_channels: of one head of self-attention; None for a single head.
-        heads: of the attention to the text.
-        groups: of the normalisations; the channels must divide by it.
-        dropout: in the residual blocks; not where there is text.
+        head_channels: channels of one head of self-attention; None for a single head.
+        heads: heads of the attention to the text.
+        groups: groups of the normalisations; every stage's channels must be a multiple.
+        dropout: of the residual blocks, in [0, 1); text-conditioned UNets have none.
     """
 
     channels: list[int]
@@ -41,9 +43,27 @@ class UNetArchitecture:
             raise ValueError(
                 f"UNetArchitecture: channels has {len(self.channels)} stages and attention {len(self.attention)}"
             )
+        require(self, len(self.channels) > 0, "channels is empty; give the channels of at least one stage")
+        require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        require_positive(self, "layers", "heads", "groups")
+        self.require_multiples("groups", self.channels)
+        if self.head_channels is not None:
+            require_positive(self, "head_channels")
+            self.require_multiples("head_channels", self.attending)
+
+    @property
+    def attending(self) -> list[int]:
+        """Channels of the stages with attention, and of the middle, which always has it."""
+        return [c for c, attends in zip(self.channels, self.attention, strict=True) if attends] + self.channels[-1:]
+
+    def require_multiples(self, name: str, channels: list[int]) -> None:
+        """Raises ``ValueError`` unless all ``channels`` are positive multiples of the setting ``name``."""
+        divisor = getattr(self, name)
+        wrong = [c for c in channels if c < 1 or c % divisor]
+        require(self, not wrong, f"channels must be positive multiples of {name}={divisor}, got {wrong}")
 
     def stages(self, down: str, up: str, plain_down: str, plain_up: str) -> dict[str, object]:
-        """diffusers' arguments, with these names for stages that attend and that do not."""
+        """diffusers' arguments, given its class names for stages with attention and for plain ones."""
         return {
             "block_out_channels": tuple(self.channels),
             "layers_per_block": self.layers,
@@ -61,18 +81,18 @@ STABLE_DIFFUSION = UNetArchitecture([320, 640, 1280, 1280], [True, True, True, F
 
 
 class UNetFlowMap(SingleTimeFlowMap):
-    """diffusers' ``UNet2DModel``: pictures without captions.
+    """diffusers' ``UNet2DModel``: images without captions.
 
     Args:
-        architecture: its size, where it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as everything else.
+        architecture: its size, if it starts from scratch.
+        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
     """
 
     def __init__(
         self,
         architecture: UNetArchitecture | None = None,
-        pretrained: str | None = None,
-        subfolder: str | None = None,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         gradient_checkpointing: bool = False,
@@ -82,46 +102,49 @@ class UNetFlowMap(SingleTimeFlowMap):
     ) -> None:
         from diffusers import UNet2DModel
 
-        _one_source(self, architecture, pretrained)
         size = architecture or DDPM
+        halvings = len(size.channels) - 1
+        rule = f"latents of side {latent_size} do not halve {halvings} times, once between the stages of `channels`"
+        fits = pretrained is not None or latent_size % 2**halvings == 0
+        require(self, fits, f"{rule}; change the data's resolution or the number of stages")
         super().__init__(
             UNet2DModel,
             size.stages("AttnDownBlock2D", "AttnUpBlock2D", "DownBlock2D", "UpBlock2D")
             | {"attention_head_dim": size.head_channels, "dropout": size.dropout},
-            pretrained,
-            subfolder,
-            prediction,
-            time_scale,
-            gradient_checkpointing,
-            latent_channels,
-            latent_size,
-            context_width,
+            architecture=architecture,
+            pretrained=pretrained,
+            prediction=prediction,
+            time_scale=time_scale,
+            gradient_checkpointing=gradient_checkpointing,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            context_width=context_width,
         )
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
-        """The UNet's output; captions are not read."""
-        output: Tensor = self.model(z.to(self.model.dtype), self.scaled(t), return_dict=False)[0]
+        """The UNet's output; it ignores ``context``."""
+        output: Tensor = self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
         return output
 
 
 class TextUNetFlowMap(SingleTimeFlowMap):
     """diffusers' ``UNet2DConditionModel``, Stable Diffusion 1.x's.
 
-    InstaFlow's (arXiv 2309.06380) was trained as a rectified flow on t x 1000 and gives x - e:
+    InstaFlow's (arXiv 2309.06380) was trained as a rectified flow on t x 1000 and predicts x - e:
     ``prediction: PredictReversedVelocity``, ``time_scale: 1000``.
 
     Args:
-        architecture: its size, where it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as everything else.
+        architecture: its size, if it starts from scratch.
+        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
     """
 
     def __init__(
         self,
         architecture: UNetArchitecture | None = None,
-        pretrained: str | None = None,
-        subfolder: str | None = None,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         gradient_checkpointing: bool = False,
@@ -131,44 +154,45 @@ class TextUNetFlowMap(SingleTimeFlowMap):
     ) -> None:
         from diffusers import UNet2DConditionModel
 
-        _one_source(self, architecture, pretrained)
         size = architecture or STABLE_DIFFUSION
+        size.require_multiples("heads", size.attending)
         super().__init__(
             UNet2DConditionModel,
             size.stages("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
             | {"attention_head_dim": size.heads, "cross_attention_dim": context_width},
-            pretrained,
-            subfolder,
-            prediction,
-            time_scale,
-            gradient_checkpointing,
-            latent_channels,
-            latent_size,
-            context_width,
+            architecture=architecture,
+            pretrained=pretrained,
+            prediction=prediction,
+            time_scale=time_scale,
+            gradient_checkpointing=gradient_checkpointing,
+            latent_channels=latent_channels,
+            latent_size=latent_size,
+            context_width=context_width,
         )
 
-    def said_widths(self) -> dict[str, int]:
-        """The width of the attention to the text."""
+    def config_widths(self) -> dict[str, int]:
         return {"text feature width": self.model.config.cross_attention_dim}
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
-        """The UNet's output."""
         dtype = self.model.dtype
         output: Tensor = self.model(
-            z.to(dtype), self.scaled(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False
+            z.to(dtype), self.timestep(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False
         )[0]
         return output
 
 
 class UNetDiscriminator(Discriminator):
-    """The way down of the drawing ``TextUNetFlowMap``, copied, with a head: SCFlow's for text-to-image.
+    """A copy of the generator's encoder half and middle with a logit head: SCFlow's for text-to-image.
 
-    Its head has no sigmoid, unlike the release's, which squashes its logits twice.
+    The head has no sigmoid; the release applies one twice.
 
     Args:
-        net: what draws, and what is copied.
+        net: the generator, a ``TextUNetFlowMap``.
+
+    Raises:
+        ValueError: for another kind of network.
     """
 
     def __init__(self, net: FlowMapNetwork) -> None:
@@ -189,24 +213,17 @@ class UNetDiscriminator(Discriminator):
         self.logit = nn.Linear(width, 1)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """Logits ``[B]``, the mean over places of what the deepest features say."""
+        """Logits ``[B]`` from the mean of the deepest features over positions."""
         dtype = self.conv_in.weight.dtype
         embedded = self.time_embedding(self.time_proj(t * self.time_scale).to(dtype))
         context = context.to(dtype)
-        unseen = ((1 - mask.to(dtype)) * -10_000.0)[:, None]  # what diffusers adds to the scores of masked tokens
+        masked = ((1 - mask.to(dtype)) * -10_000.0)[:, None]  # diffusers adds it to the scores of masked tokens
         h = self.conv_in(z.to(dtype))
         for block in self.down_blocks:
             attends = getattr(block, "has_cross_attention", False)
-            text = {"encoder_hidden_states": context, "encoder_attention_mask": unseen} if attends else {}
+            text = {"encoder_hidden_states": context, "encoder_attention_mask": masked} if attends else {}
             h = block(hidden_states=h, temb=embedded, **text)[0]
-        h = self.mid_block(h, embedded, encoder_hidden_states=context, encoder_attention_mask=unseen)
+        h = self.mid_block(h, embedded, encoder_hidden_states=context, encoder_attention_mask=masked)
         h = F.silu(self.norm(self.conv(h)))
         logits: Tensor = self.logit(h.mean((2, 3)))[:, 0]
         return logits
-
-
-def _one_source(net: nn.Module, architecture: object, pretrained: str | None) -> None:
-    if architecture is not None and pretrained is not None:
-        raise ValueError(
-            f"{type(net).__name__}: give `architecture` or `pretrained`, not both; the weights say the size"
-        )

@@ -1,4 +1,4 @@
-"""The SANA inside a BLIP3o-NEXT or EMF checkpoint: one folder holds a language model and everything around it."""
+"""The SANA inside a BLIP3o-NEXT or EMF checkpoint, which holds a language model and a SANA in one folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from emf_lightning.pretrained.configs import CONFIGS
 from emf_lightning.pretrained.files import config_of, tensors_of
 
 PREFIX = "model.sana."
-"""What the names of SANA's tensors begin with there."""
+"""Prefix of the names of SANA's tensors in such a checkpoint."""
 
 _SIZE = CONFIGS["Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer"]
 
-EMF_MEANING = {"interval": "SummedInterval()", "prediction": "PredictVelocity()", "time_scale": 1.0}
-"""How EMF's release reads its weights: raw t, and the plain sum of two whole time embeddings (arXiv 2604.18168)."""
+EMF_PARAMETRIZATION = {"interval": "SummedInterval()", "prediction": "PredictVelocity()", "time_scale": 1.0}
+"""Parametrization of EMF's release: raw t, and the plain sum of two whole time embeddings (arXiv 2604.18168)."""
 
 
 @dataclass(frozen=True)
-class ReleasedSana:
-    """A SANA from such a checkpoint, in our names.
+class Blip3oSana:
+    """A SANA from such a checkpoint, with this package's names.
 
     Attributes:
         config: diffusers' configuration of the transformer.
@@ -32,22 +32,22 @@ class ReleasedSana:
     tensors: dict[str, Tensor]
 
 
-def is_released(name: str) -> bool:
-    """Whether a folder or hub name holds a BLIP3o-NEXT or EMF checkpoint rather than a diffusers model."""
+def has_blip3o_sana(name: str) -> bool:
+    """True for a folder or hub name of a BLIP3o-NEXT or EMF checkpoint, False for a diffusers model."""
     try:
         return str(config_of(name).get("model_type", "")).startswith("blip3o")
     except OSError:
         return False
 
 
-def read_released(name: str) -> ReleasedSana:
+def read_blip3o_sana(name: str) -> Blip3oSana:
     """The SANA of a BLIP3o-NEXT checkpoint, or of an EMF one.
 
     EMF's has three time embeddings: ``time_embed_t`` becomes ours, ``time_embed_r``, which takes t - r, the interval's,
     and ``time_embed``, which its forward pass no longer reads, is left out.
 
     Raises:
-        ValueError: where it holds no SANA.
+        ValueError: if it holds no SANA.
     """
     tensors = tensors_of(name, PREFIX)
     if not tensors:
@@ -55,12 +55,12 @@ def read_released(name: str) -> ReleasedSana:
     config = _config(name, tensors)
     if any(key.startswith("time_embed_t.") for key in tensors):
         tensors = {_ours(key): tensor for key, tensor in tensors.items() if not key.startswith("time_embed.")}
-        config |= {f"_flow_{what}": value for what, value in EMF_MEANING.items()}
-    return ReleasedSana(config, tensors)
+        config |= {f"_flow_{key}": value for key, value in EMF_PARAMETRIZATION.items()}
+    return Blip3oSana(config, tensors)
 
 
-def released_config(name: str) -> dict[str, Any]:
-    """The size of its SANA where no weights are read, for planning."""
+def blip3o_sana_config(name: str) -> dict[str, Any]:
+    """The configuration of its SANA without reading weights, for planning."""
     return _config(name, {})
 
 
@@ -69,9 +69,9 @@ def _ours(key: str) -> str:
 
 
 def _config(name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What ``diffusion_name_or_path`` says; often a path of the authors' machine, then SANA-1.5 1.6B as far as known.
+    """The configuration at ``diffusion_name_or_path``, or SANA-1.5 1.6B's if that is a path of the authors' machine.
 
-    A network of another size is found out when the tensors are loaded into it.
+    Loading the tensors into a network of another size raises later.
     """
     try:
         return config_of(config_of(name)["diffusion_name_or_path"], "transformer")

@@ -153,9 +153,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     f"{_SD3_NAME}/text_encoder_2": _CLIP_BIGG,
     f"{_SD3_NAME}/text_encoder_3": _T5_XXL,
 }
-"""Sizes of what the experiments name, in diffusers' and transformers' words, for planning without a download.
+"""Configurations by hub name and subfolder, with the keys of diffusers and transformers.
 
 SANA's and DC-AE's are those of diffusers' conversion scripts, Gemma's and Qwen3-1.7B's those of their release. That
 BLIP3o-NEXT's language model is Qwen3-1.7B is inferred from its name (3B with a SANA of 1.6B): not checked against its
-weights. What is loaded says its own size; these only plan.
+weights. They serve planning alone: downloaded weights come with their own configuration.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
-    """The ``config.json`` of a folder or hub name, or what is known of its size where it cannot be read.
+    """The ``config.json`` of a folder or hub name, or its entry in ``CONFIGS`` if it cannot be read.
 
     Raises:
-        OSError: where neither is to be had.
+        OSError: if there is neither.
     """
     try:
         config = json.loads(_file(name, "config.json", subfolder).read_text())
@@ -30,27 +30,41 @@ def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
     return config
 
 
-def tensors_of(name: str, prefix: str) -> dict[str, Tensor]:
+def tensors_of(name: str, prefix: str, wanted: Container[str] | None = None) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it, from a folder's or hub name's safetensors.
 
     Only the files that hold one of them are read, or downloaded.
 
+    Args:
+        name: local folder or hub name.
+        prefix: of the names.
+        wanted: names, without ``prefix``, of the tensors to read; by default all.
+
     Raises:
-        OSError: where there are no safetensors.
-        ValueError: where a file is damaged.
+        OSError: if there are no safetensors.
+        ValueError: if a file is damaged.
     """
+    opened = ((key.removeprefix(prefix), key, file) for key, file in _opened(name, prefix))
+    return {short: file.get_tensor(key) for short, key, file in opened if wanted is None or short in wanted}
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in a folder's or hub name's safetensors, by name; raises as ``tensors_of``."""
+    return {key: tuple(file.get_slice(key).get_shape()) for key, file in _opened(name, "")}
+
+
+def _opened(name: str, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The full names that begin with ``prefix``, each with its open file."""
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
     for path in _weight_files(name, prefix):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  # no mapping
                     if key.startswith(prefix):
-                        tensors[key.removeprefix(prefix)] = file.get_tensor(key)
+                        yield key, file
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
-    return tensors
 
 
 def _weight_files(name: str, prefix: str) -> Iterator[Path]:
@@ -64,10 +78,10 @@ def _weight_files(name: str, prefix: str) -> Iterator[Path]:
 
 
 def _file(name: str, file: str, subfolder: str | None = None) -> Path:
-    """A file of a folder, or of a hub repository, from the local cache where it is there.
+    """Path of a file in a folder, or in the local cache of a hub repository, downloaded if need be.
 
     Raises:
-        OSError: where it is not to be had.
+        OSError: if it cannot be found or downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -80,5 +94,5 @@ def _file(name: str, file: str, subfolder: str | None = None) -> Path:
 
     try:
         return Path(hf_hub_download(name, file, subfolder=subfolder))
-    except HFValidationError as error:  # a path that is not there
+    except HFValidationError as error:  # a path that does not exist
         raise FileNotFoundError(f"no folder {name}") from error

@@ -59,11 +59,13 @@ class TextEncoder(nn.Module, ABC):
         length: L, the fixed number of token positions; shorter captions are padded, longer ones cut and counted.
         view_side: side of the square picture of the whole image from which training features are made, beside the
             caption; None where the caption is all there is.
+        builds_on_meta: whether it has its size, and no weights, when it is made on the meta device.
     """
 
     width: int
     length: int
     view_side: int | None = None
+    builds_on_meta: bool = False
 
     @property
     @abstractmethod

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.files import config_of, shapes_of, tensors_of
+from emf_lightning.pretrained.loading import on_meta_device, unreadable
 
 LANGUAGE = ""
 IMAGES = "model.vision_tower.vision_tower."
@@ -40,14 +41,14 @@ FIELDS = (
 """What ``config.json`` must say."""
 
 
-PUBLISHED = {
+PUBLISHED_SHAPES = {
     f"{IMAGES}encoder.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
     f"{IMAGES}encoder.embeddings.position_embedding.weight": (729, 1152),
     **{f"{IMAGES}encoder.encoder.layers.{layer}.mlp.fc1.weight": (4304, 1152) for layer in range(27)},
     f"{IMAGES}bottleneck.in_linear.weight": (1536, 1152),
     f"{CONNECTOR}0.weight": (2304, 2048),
 }
-"""What tells the sizes of the image tokenizer (SigLIP2 so400m) and the connector, where there is no file to ask."""
+"""Shapes that determine the image tokenizer (SigLIP2 so400m) and the connector of the published checkpoint."""
 
 
 class BLIP3oCheckpoint:
@@ -65,7 +66,7 @@ class BLIP3oCheckpoint:
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:
         self.pretrained = pretrained
-        self.planned = torch.get_default_device().type == "meta"
+        self.planned = on_meta_device()
         if self.planned and not Path(pretrained).expanduser().is_dir():
             self._plan()
             return
@@ -76,14 +77,17 @@ class BLIP3oCheckpoint:
             raise self.fault(f"has no readable config.json ({error})") from error
         if missing := [field for field in FIELDS if field not in self.config]:
             raise self.fault(f"is no BLIP3o-NEXT: its config.json does not say {', '.join(missing)}")
-        self.shapes: dict[str, tuple[int, ...]] = self._shapes()
+        try:
+            self.shapes = shapes_of(str(self.folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise self.fault(f"has no whole set of safetensors ({error})") from error
 
     def _plan(self) -> None:
         try:
             self.config = dict.fromkeys(FIELDS, 0) | config_of(self.pretrained)
         except OSError as error:
             raise self.fault(f"is not at hand, and of no published size ({error})") from error
-        self.shapes = dict(PUBLISHED)
+        self.shapes = dict(PUBLISHED_SHAPES)
 
     def fault(self, what: str) -> ValueError:
         """An error about this checkpoint."""
@@ -91,23 +95,6 @@ class BLIP3oCheckpoint:
             f"BLIP3oNext: {self.pretrained!r} {what}; give the hub name or folder of a published BLIP3o-NEXT, e.g. "
             "BLIP3o/BLIP3o-NEXT-SFT-3B"
         )
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        from safetensors import SafetensorError, safe_open
-
-        self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        index = self.folder / "model.safetensors.index.json"
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
-            for name in sorted(files) or ["model.safetensors"]:
-                with safe_open(self.folder / name, "pt") as file:
-                    for key in file.keys():  # noqa: SIM118 - not a mapping
-                        self._files[key] = self.folder / name
-                        shapes[key] = tuple(file.get_slice(key).get_shape())
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise self.fault(f"has no whole set of safetensors ({error})") from error
-        return shapes
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Raises unless the tensors are ``expected``, perhaps ``optional``, and those of the parts that are not read.
@@ -128,18 +115,12 @@ class BLIP3oCheckpoint:
         Raises:
             ValueError: naming the first one of another shape.
         """
-        from safetensors import safe_open
-
-        weights = {}
-        for file in sorted({self._files[prefix + name] for name in module.state_dict()}):
-            with safe_open(file, "pt") as opened:
-                for name, ours in module.state_dict().items():
-                    if self._files[prefix + name] != file:
-                        continue
-                    if (theirs := self.shapes[prefix + name]) != tuple(ours.shape):
-                        raise self.fault(f"has {prefix + name} of shape {theirs}, not {tuple(ours.shape)}")
-                    weights[name] = opened.get_tensor(prefix + name).to(dtype)
-        module.load_state_dict(weights, assign=True)
+        ours = module.state_dict()
+        for name, tensor in ours.items():
+            if (theirs := self.shapes[prefix + name]) != tuple(tensor.shape):
+                raise self.fault(f"has {prefix + name} of shape {theirs}, not {tuple(tensor.shape)}")
+        weights = tensors_of(str(self.folder), prefix, ours)
+        module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
 
 
 def _folder(pretrained: str, revision: str | None) -> Path:
@@ -153,11 +134,7 @@ def _folder(pretrained: str, revision: str | None) -> Path:
         wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         return Path(snapshot_download(pretrained, revision=revision, allow_patterns=wanted))
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"BLIP3oNext: cannot load pretrained={pretrained!r} ({reason}); download it first with `hf download "
-            f"{pretrained}`, or give the path of a local folder"
-        ) from error
+        raise unreadable("BLIP3oNext", pretrained, error) from error
 
 
 def _some(names: list[str]) -> str:

@@ -70,6 +70,8 @@ class BLIP3oNext(TextEncoder):
         ValueError: if the checkpoint is not to be had, or its tensors or its tokenizer are not what is expected.
     """
 
+    builds_on_meta = True
+
     def __init__(
         self,
         pretrained: str,

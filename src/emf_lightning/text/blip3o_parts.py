@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emf_lightning.pretrained.loading import PretrainedWeights, read_model
 from emf_lightning.text.blip3o_checkpoint import IMAGES, BLIP3oCheckpoint
 
 
@@ -83,13 +84,11 @@ def language_model(config: dict[str, Any]) -> Any:
 
 def load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.dtype) -> Any:
     from transformers import Qwen3ForCausalLM
-    from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list each tensor of the other parts
     try:
-        return Qwen3ForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype, use_safetensors=True)
+        loaded = read_model(Qwen3ForCausalLM, PretrainedWeights(str(checkpoint.folder)), dtype, config=config)
     except (OSError, RuntimeError, ValueError) as error:
         raise checkpoint.fault(f"holds another language model than its config.json says ({error})") from error
-    finally:
-        logging.set_verbosity(level)
+    if wrong := loaded.missing + loaded.mismatched:
+        raise checkpoint.fault(f"holds another language model than its config.json says (see {min(wrong)})")
+    return loaded.model

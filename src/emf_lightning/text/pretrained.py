@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.truncation import Truncation
@@ -53,14 +54,13 @@ class PretrainedTextEncoder(TextEncoder):
             raise ValueError(f"PretrainedTextEncoder: template={template!r} must contain {{caption}}")
         if length < 1:
             raise ValueError(f"PretrainedTextEncoder: length must be at least 1, got {length}")
-        self.tokenizer, whole = _load(model, revision, getattr(torch, dtype), subfolder or "")
+        self.tokenizer, self.tower = _load(model, revision, dtype, subfolder)
         if chat and not self.tokenizer.chat_template:
             raise ValueError(
                 f"PretrainedTextEncoder: the tokenizer of {model!r} has no chat format; leave chat at false and write "
                 "the turns into template"
             )
         self.chat = chat
-        self.tower = _text_tower(whole)
         self.tower.config.use_cache = False  # keys and values of a decoder: nothing is generated here
         depth = self.tower.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
@@ -159,27 +159,24 @@ class PretrainedTextEncoder(TextEncoder):
         return TextFeatures(nn.functional.pad(states, (0, 0, *room)), nn.functional.pad(mask, room))
 
 
-def _load(model: str, revision: str | None, dtype: torch.dtype, subfolder: str = "") -> tuple[Any, Any]:
-    """The tokenizer and the whole model, or its encoder where that comes alone."""
+def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -> tuple[Any, Any]:
+    """The tokenizer and the text tower; an encoder that can be loaded alone comes without its decoder."""
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    origin = {"revision": revision, "trust_remote_code": False}
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    caller, argument, source = "PretrainedTextEncoder", "model", PretrainedWeights(model, subfolder)
+    folder = subfolder or ""
     try:
-        beside = subfolder.replace("text_encoder", "tokenizer")
+        beside = folder.replace("text_encoder", "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="right", subfolder=beside, **origin)
-        kind = AutoConfig.from_pretrained(model, subfolder=subfolder, **origin).model_type
-        alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "").endswith("EncoderModel")
-        loader = AutoModelForTextEncoding if alone else AutoModel
-        return tokenizer, loader.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, subfolder=subfolder, **origin
-        )
+        kind = AutoConfig.from_pretrained(model, subfolder=folder, **origin).model_type
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"PretrainedTextEncoder: cannot load model={model!r} ({reason}); download it first with "
-            f"`hf download {model}` (older: `huggingface-cli download`), or give the path of a local folder"
-        ) from error
+        raise unreadable(caller, source, error, argument) from error
+    alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "").endswith("EncoderModel")
+    loader = AutoModelForTextEncoding if alone else AutoModel
+    how: dict[str, Any] = {"dtype": dtype, "argument": argument, "unused": ("pooler.",)}  # hidden states alone are read
+    return tokenizer, load_pretrained(caller, loader, source, frozen=True, part=_text_tower, **how, **origin)
 
 
 def _text_tower(model: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.truncation import Truncation
@@ -30,6 +30,8 @@ class StableDiffusionTextEncoder(TextEncoder):
     Raises:
         ValueError: if they cannot be loaded.
     """
+
+    builds_on_meta = True
 
     def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
         from transformers import AutoTokenizer, CLIPTextModel
@@ -75,6 +77,8 @@ class SD3TextEncoder(TextEncoder):
     Raises:
         ValueError: if they cannot be loaded.
     """
+
+    builds_on_meta = True
 
     def __init__(
         self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -144,35 +148,17 @@ def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Tr
 
 
 def _tower(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str, dtype: str) -> Any:
-    try:
-        if torch.get_default_device().type == "meta":
-            config = config_of(pretrained, subfolder)
-            return kind(kind.config_class(**config)).to(getattr(torch, dtype))
-        tower, info = kind.from_pretrained(
-            pretrained, subfolder=subfolder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"its weights lack {min(info['missing_keys'])}")
-        return tower
-    except (OSError, ValueError) as error:
-        raise ValueError(_missing(encoder, pretrained, subfolder, error)) from error
+    source = PretrainedWeights(pretrained, subfolder)
+    return load_pretrained(type(encoder).__name__, kind, source, frozen=True, dtype=dtype)
 
 
 def _tokenizer(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str) -> Any:
-    if torch.get_default_device().type == "meta":
+    if on_meta_device():
         return None  # nothing is encoded there
     try:
         return kind.from_pretrained(pretrained, subfolder=subfolder)
     except (OSError, ValueError) as error:
-        raise ValueError(_missing(encoder, pretrained, subfolder, error)) from error
-
-
-def _missing(encoder: TextEncoder, pretrained: str, subfolder: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return (
-        f"{type(encoder).__name__}: cannot load {subfolder} of pretrained={pretrained!r} ({reason}); give the folder "
-        f"of a whole pipeline in diffusers' format, or download it first with `hf download {pretrained}`"
-    )
+        raise unreadable(type(encoder).__name__, PretrainedWeights(pretrained, subfolder), error) from error
 
 
 def _fingerprint(encoder: TextEncoder, towers: Any, tokenizers: Sequence[Any], dtype: str, **settings: Any) -> str:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.objectives.self_corrected import VelocityConsistency, one_step, predict_x0, pseudo_huber, step_alignment
+from emf_lightning.flow.objectives.self_corrected import (
+    VelocityConsistency,
+    one_step,
+    predict_x0,
+    pseudo_huber,
+    step_alignment,
+)
 from tests.flow.gaussian import M, S, average_velocity, velocity
 
 A, B = 0.4, 0.7

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.pretrained.strict_loading import load_strict
+from emf_lightning.pretrained.loading import load_pretrained, unreadable
 from emf_lightning.text.fingerprint import weights_digest
 
 
@@ -38,17 +38,16 @@ class VqaJudge(ABC):
 class _Hosted(VqaJudge):
     """A judge that transformers runs."""
 
-    def _load(self, model: str, processor: Any, network: Any, device: str | None, **arguments: Any) -> None:
-        asker = type(self).__name__
-        remedy = f"download it first with `hf download {model}`, or give the path of a local folder"
+    def _load(self, model: str, processor: Any, network: Any, device: str | None, dtype: str | None = None) -> None:
+        caller = type(self).__name__
         self.device = device_of(device)
         self._model = Path(model).name
-        self.network = load_strict(asker, network, model, remedy, **arguments).to(self.device)
+        self.network = load_pretrained(caller, network, model, frozen=True, dtype=dtype, argument="model")
+        self.network.to(self.device)
         try:
             self.processor = processor.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{asker}: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
+            raise unreadable(caller, model, error, "the processor of model") from error
 
     @cached_property
     def _digest(self) -> str:
@@ -121,7 +120,7 @@ class QwenVlJudge(_Hosted):
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self._load(model, AutoProcessor, AutoModelForImageTextToText, device, dtype=getattr(torch, dtype))
+        self._load(model, AutoProcessor, AutoModelForImageTextToText, device, dtype)
 
     @torch.no_grad()
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:

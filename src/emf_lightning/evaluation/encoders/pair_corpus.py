@@ -18,7 +18,7 @@ from emf_lightning.data.shapes.world import WORLDS
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.folders.image_folder import read_image
 from emf_lightning.evaluation.geneval.verdict import relations
-from emf_lightning.pretrained.strict_loading import load_strict
+from emf_lightning.pretrained.loading import load_pretrained
 
 
 class PairCorpus(ABC):
@@ -193,7 +193,8 @@ class Dinov3:
 
         self.device = device_of(device)
         remedy = f"accept its licence and download it with `hf download {model}`, or give a local folder"
-        self.network = load_strict("Dinov3", DINOv3ViTModel, model, remedy).to(self.device)
+        network = load_pretrained("Dinov3", DINOv3ViTModel, model, frozen=True, argument="model", remedy=remedy)
+        self.network = network.to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(model)
         except (OSError, ValueError) as error:

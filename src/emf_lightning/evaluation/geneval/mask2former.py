@@ -15,7 +15,7 @@ from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
 from emf_lightning.evaluation.geneval.detector import ObjectDetector
 from emf_lightning.evaluation.geneval.verdict import THRESHOLD, Detection
-from emf_lightning.pretrained.strict_loading import load_strict
+from emf_lightning.pretrained.loading import load_pretrained
 from emf_lightning.text.fingerprint import weights_digest
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
@@ -152,8 +152,9 @@ def _load(model: str) -> Any:
     remedy = (
         f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
     )
-    network = load_strict(
-        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, remedy, unused=UNUSED, **arguments
+    arguments |= {"argument": "model", "remedy": remedy, "unused": UNUSED}
+    network = load_pretrained(
+        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, frozen=True, **arguments
     )
     labels = network.config.num_labels
     if labels != len(CLASSES):

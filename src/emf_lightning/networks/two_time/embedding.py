@@ -1,30 +1,31 @@
-"""SANA's time embedding with the interval's beside it."""
+"""The adaLN-single time embedding of PixArt and SANA with a second one for the interval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
+from emf_lightning.networks.condition_embedding import ConditionEmbedding
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput, Modulation
-from emf_lightning.networks.velocity_head import ConditionEmbedding
 
 _SMOOTHEST, _STEEPEST, _RIDGE = 2.0, 16.0, 1e-4
-"""Slopes of ``refit``'s steps, per unit of t, and its ridge relative to the kernel's diagonal.
+"""Slopes of the steps of ``refit``, per unit of t, and its ridge relative to the kernel's diagonal.
 
-On the shapes world's parent, 100 t to t: 5 % error, du/dt 14 % smaller in the mean and 30 % at its worst.
+On the parent of the shapes experiments, 100 t to t: 5 % error, du/dt 14 % smaller in the mean and at most 30 %.
 """
 
 
 class IntervalEmbedding(AdaLayerNormSingle):
-    """SANA's time embedding, with a second one of the same kind for the interval's length.
+    """Time embedding m, with a second one of the same kind, m', for the interval's length.
 
     The names of the pretrained module's parameters stay (``emb``, ``linear``), so published weights load; the new
-    ones are ``interval.*`` and, where there are conditions, ``conditions.*``. SANA hands ``guidance`` through to this
-    module untouched: it carries r, and the conditions beside it.
+    ones are ``interval.*`` and, with guidance conditions, ``conditions.*``. SANA passes its argument ``guidance``
+    through to this module: it carries r, and the conditions beside it.
     """
 
     def __init__(self, embedding_dim: int) -> None:
@@ -32,18 +33,24 @@ class IntervalEmbedding(AdaLayerNormSingle):
         self.interval: AdaLayerNormSingle | None = AdaLayerNormSingle(embedding_dim)
         self.conditions: ConditionEmbedding | None = None
         self.rule: IntervalInput = AnchoredInterval()
-        self._silent = False
+        self._ignores_interval = False
 
-    def of_time(self, time: Tensor, dtype: torch.dtype | None) -> Modulation:
+    def embed_time(self, time: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m, the pretrained embedding, of ``time`` ``[B]``."""
         value: Modulation = super().forward(time, hidden_dtype=dtype)
         return value
 
-    def of_length(self, length: Tensor, dtype: torch.dtype | None) -> Modulation:
+    def embed_length(self, length: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m', the interval's embedding, of its ``length`` ``[B]``."""
         assert self.interval is not None
         value: Modulation = self.interval(length, hidden_dtype=dtype)
         return value
+
+    def set_rule(self, rule: IntervalInput) -> None:
+        """Sets how r and t are combined, and drops m' if the rule does not use it."""
+        self.rule = rule
+        if not rule.embeds_length:
+            self.interval = None
 
     def forward(
         self,
@@ -57,13 +64,14 @@ class IntervalEmbedding(AdaLayerNormSingle):
         Args:
             timestep: ``[B]``.
             guidance: r, ``[B]``, or r and K conditions, ``[B, 1 + K]``; without it r is t.
-            batch_size: unused; SANA hands it over.
+            batch_size: unused; SANA passes it.
             hidden_dtype: precision of the embeddings.
         """
         r, *conditions = (timestep,) if guidance is None else guidance.reshape(len(timestep), -1).unbind(1)
-        if self._silent:
-            return self.of_time(timestep, hidden_dtype)
-        modulation, embedded = self.rule(self, r, timestep, hidden_dtype)
+        if self._ignores_interval:
+            return self.embed_time(timestep, hidden_dtype)
+        embed_time, embed_length = (partial(each, dtype=hidden_dtype) for each in (self.embed_time, self.embed_length))
+        modulation, embedded = self.rule(embed_time, embed_length, r, timestep)
         if not conditions:
             return modulation, embedded
         assert self.conditions is not None
@@ -71,55 +79,55 @@ class IntervalEmbedding(AdaLayerNormSingle):
         return modulation + shift.repeat(1, modulation.shape[1] // shift.shape[1]), embedded + embedded_conditions
 
     @torch.no_grad()
-    def duplicate(self) -> None:
-        """Makes the interval's embedding a copy of the pretrained time embedding (arXiv 2604.18168, section 3)."""
+    def init_interval(self) -> None:
+        """Copies the pretrained time embedding to the interval's (arXiv 2604.18168, section 3)."""
         if self.interval is not None:
             own = {k: v for k, v in self.state_dict().items() if k.startswith(("emb.", "linear."))}
             self.interval.load_state_dict(own)
 
     @torch.no_grad()
     def refit(self, old_scale: float, new_scale: float) -> float:
-        """The error left after teaching this module to read ``new_scale`` t as it reads ``old_scale`` t.
+        """Fits the embedding anew for inputs ``new_scale`` t, keeping its values at ``old_scale`` t.
 
-        A network trained on 1000 t holds high frequencies in t that flow matching never notices; MeanFlow's du/dt
+        A network trained on 1000 t holds high frequencies in t that do not affect flow matching; MeanFlow's du/dt
         multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
         (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` changes, and no data are needed: its first
         layer becomes smooth steps spread over t, its second the ridge regression of the old values on them.
 
         Args:
-            old_scale: factor on t in [0, 1] that the module was trained with.
-            new_scale: the one it is to be called with from now on.
+            old_scale: factor on t in [0, 1] during the module's training.
+            new_scale: factor on t in later calls.
 
         Returns:
             Root mean square error of the modulation, relative to its standard deviation over t.
         """
-        draws = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         embedder = self.emb.timestep_embedder
         dtype, device = self.linear.weight.dtype, self.linear.weight.device
         grid = torch.linspace(0, 1, 1025, device=device)
-        wanted = self.of_time(grid * old_scale, dtype)
+        target = self.embed_time(grid * old_scale, dtype)
 
-        # a combination of the sines and cosines that is t itself, so that a step can have any place and width
+        # t as a combination of the sines and cosines, so that a step can have any place and width
         waves = _with_ones(self.emb.time_proj(grid * new_scale).double().cpu())
         *of_waves, constant = torch.linalg.lstsq(
             waves, grid[:, None].double().cpu(), rcond=1e-6, driver="gelsd"
         ).solution
         units = embedder.linear_1.out_features
-        steepness = _SMOOTHEST * (_STEEPEST / _SMOOTHEST) ** torch.rand(units, generator=draws, dtype=torch.float64)
-        steepness = torch.where(torch.rand(units, generator=draws) < 0.5, -steepness, steepness)
-        place = 1.2 * torch.rand(units, generator=draws, dtype=torch.float64) - 0.1
+        steepness = _SMOOTHEST * (_STEEPEST / _SMOOTHEST) ** torch.rand(units, generator=generator, dtype=torch.float64)
+        steepness = torch.where(torch.rand(units, generator=generator) < 0.5, -steepness, steepness)
+        place = 1.2 * torch.rand(units, generator=generator, dtype=torch.float64) - 0.1
         embedder.linear_1.weight.copy_(steepness[:, None] * torch.cat(of_waves))
         embedder.linear_1.bias.copy_(steepness * (constant - place))
 
         steps = _with_ones(embedder.act(embedder.linear_1(waves[:, :-1].to(device, dtype))).double().cpu())
         kernel = steps @ steps.T
         kernel.diagonal().add_(_RIDGE * kernel.diagonal().mean())
-        solution = steps.T @ torch.linalg.solve(kernel, wanted[1].double().cpu())
+        solution = steps.T @ torch.linalg.solve(kernel, target[1].double().cpu())
         embedder.linear_2.weight.copy_(solution[:-1].T)
         embedder.linear_2.bias.copy_(solution[-1])
 
-        error = self.of_time(grid * new_scale, dtype)[0] - wanted[0]
-        return float(error.square().mean(0).sum().sqrt() / wanted[0].std(0).norm())
+        error = self.embed_time(grid * new_scale, dtype)[0] - target[0]
+        return float(error.square().mean(0).sum().sqrt() / target[0].std(0).norm())
 
 
 def _with_ones(features: Tensor) -> Tensor:
@@ -127,17 +135,17 @@ def _with_ones(features: Tensor) -> Tensor:
 
 
 @contextmanager
-def interval_left_out(net: nn.Module) -> Iterator[bool]:
-    """A context in which ``net`` is the flow that it was before it knew intervals, whatever r it is given.
+def without_interval(net: nn.Module) -> Iterator[bool]:
+    """A context in which ``net`` ignores r and is the flow that it was made from.
 
-    Yields whether there is such a flow: whether its interval's embedding is anchored.
+    Yields whether ``net`` has such a flow: whether its interval's embedding is anchored.
     """
     parts = [part for part in net.modules() if isinstance(part, IntervalEmbedding)]
     embeddings = [part for part in parts if isinstance(part.rule, AnchoredInterval) and part.conditions is None]
     for embedding in embeddings:
-        embedding._silent = True
+        embedding._ignores_interval = True
     try:
         yield bool(embeddings)
     finally:
         for embedding in embeddings:
-            embedding._silent = False
+            embedding._ignores_interval = False
