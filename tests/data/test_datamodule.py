@@ -13,7 +13,7 @@ from torch import Tensor
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.streams import RawBatch
+from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder

@@ -13,7 +13,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.decoding import SquareTransform, image_of, view_of
+from emf_lightning.data.reading.decoding import SquareTransform, decode_image, stretch_to_square
 from emf_lightning.data.reading.tar_samples import TarSample
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextFeatures
@@ -31,9 +31,9 @@ class CountingBLIP3o(BLIP3oNext):
 
     pairs = 0
 
-    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
+    def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
         self.pairs += len(captions)
-        return super().encode_pairs(captions, views)
+        return super().encode_pairs(captions, images)
 
 
 class CountingPixels(Pixels):
@@ -78,12 +78,12 @@ def encoded(data: CaptionImageData) -> list[CaptionImageBatch]:
 
 def expected(encoder, flipped: bool = False) -> tuple[Tensor, Tensor]:
     """Features and latents of the shard's samples."""
-    images = [image_of(TarSample("", 0, 0, picture(n, (30 - n, 20)))) for n in range(len(CAPTIONS))]
-    views = torch.stack([torch.from_numpy(view_of(image, VIEW)) for image in images])
+    images = [decode_image(TarSample("", 0, 0, picture(n, (30 - n, 20)))) for n in range(len(CAPTIONS))]
+    whole = torch.stack([torch.from_numpy(stretch_to_square(image, VIEW)) for image in images])
     squares = torch.stack([torch.from_numpy(SquareTransform(SIDE)(image)) for image in images])
     if flipped:
-        views, squares = views.flip(2), squares.flip(2)
-    features = BLIP3oNext.encode_pairs(encoder, CAPTIONS, views.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        whole, squares = whole.flip(2), squares.flip(2)
+    features = BLIP3oNext.encode_pairs(encoder, CAPTIONS, whole.permute(0, 3, 1, 2).float() / 127.5 - 1)
     return features.context, squares.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -103,8 +103,8 @@ def test_the_second_pass_decodes_and_encodes_nothing(encoder, shard, tmp_path, n
     (first,) = encoded(data)
     assert (encoder.pairs, data.autoencoder.images) == (4, 4)
     (raw,) = data.train_dataloader()
-    assert raw.found.all() and raw.latents_found.all()
-    assert len(raw.images) == len(raw.views) == 0
+    assert raw.features.found.all() and raw.latents.found.all()
+    assert len(raw.images) == len(raw.encoder_images) == 0
     second = data.on_after_batch_transfer(raw, 0)
     assert (encoder.pairs, data.autoencoder.images) == (4, 4)
     assert torch.equal(second.text.context, first.text.context)
@@ -129,8 +129,8 @@ def test_a_batch_that_is_half_cached_is_in_order_and_rounded_alike(encoder, shar
     encoded(make(encoder, write_tar(tmp_path / "half/y.tar", half), **fresh, batch_size=2))
     data = make(encoder, shard, **fresh)
     (raw,) = data.train_dataloader()
-    assert raw.found.tolist() == raw.latents_found.tolist() == [False, True, False, True]
-    assert (len(raw.images), len(raw.views)) == (2, 2)
+    assert raw.features.found.tolist() == raw.latents.found.tolist() == [False, True, False, True]
+    assert (len(raw.images), len(raw.encoder_images)) == (2, 2)
     batch = data.on_after_batch_transfer(raw, 0)
     torch.testing.assert_close(batch.text.context, whole.text.context, atol=1e-5, rtol=1e-4)
     assert torch.equal(batch.latents, whole.latents)
@@ -141,8 +141,8 @@ def test_parts_that_the_caches_spare_stay_where_they_are(encoder, shard, tmp_pat
     encoded(make(encoder, shard, **caches))
     data = make(encoder, shard, **caches)
     (raw,) = data.train_dataloader()
-    data.move(torch.device("meta"))  # whoever goes there comes back without weights
-    data.latents_of(raw), data.features_of(raw), data.text_features([""])
+    data.encoder.device = torch.device("meta")  # a part that moved there would lose its weights
+    data.encoder.latents(raw), data.encoder.features(raw), data.text_features([""])
     assert next(data.text.parameters()).device.type == "cpu"
 
 
@@ -206,4 +206,4 @@ def test_sizes_follow_the_encoder(encoder, shard):
     data = make(encoder, shard)
     assert (data.context_width, data.context_length) == (encoder.width, encoder.length)
     with Image.new("RGB", (4, 4)) as image:
-        assert view_of(image, data.text.view_side).shape == (VIEW, VIEW, 3)
+        assert stretch_to_square(image, data.text.image_size).shape == (VIEW, VIEW, 3)

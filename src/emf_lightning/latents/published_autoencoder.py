@@ -1,4 +1,4 @@
-"""What autoencoders in diffusers' format share: loading, precision, and frozen weights."""
+"""Base of autoencoders in diffusers' format: loading, precision and frozen weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from emf_lightning.pretrained.files import config_of
 
 
 class PublishedAutoencoder(Autoencoder):
-    """Base of the autoencoders that diffusers has a class for.
+    """Base of autoencoders with a class in diffusers.
 
-    It computes in ``dtype`` outside any autocast: what is cached must not depend on who asked first. On the meta device
-    it has its size and no weights.
+    Computes in ``dtype`` without autocast, so that cached latents do not depend on the caller's precision. On the meta
+    device the model has its size and no weights.
 
     Args:
-        kind: diffusers' class.
+        kind: class in diffusers.
         pretrained: folder or hub name in diffusers' format.
-        subfolder: ``vae`` in a whole pipeline's repository; null where the autoencoder lies on its own.
-        dtype: of the weights and the arithmetic.
+        subfolder: ``vae`` in a pipeline's repository; null for an autoencoder's own repository.
+        dtype: of weights and computation.
 
     Raises:
-        ValueError: where there are no such weights.
+        ValueError: if the weights cannot be loaded.
     """
 
     def __init__(
@@ -68,6 +68,6 @@ class PublishedAutoencoder(Autoencoder):
         self.model.save_pretrained(str(directory))
 
 
-def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast, which the meta device knows none of."""
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context that turns autocast off; the meta device has none."""
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)

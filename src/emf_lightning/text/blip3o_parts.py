@@ -1,4 +1,4 @@
-"""The parts of a BLIP3o-NEXT checkpoint that make the conditioning, as modules."""
+"""Modules and tokenizer of a BLIP3o-NEXT checkpoint's text conditioning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emf_lightning.text.blip3o_checkpoint import IMAGES, BLIP3oCheckpoint
 
 
 def make_connector(hidden: int, width: int) -> nn.Sequential:
-    """From hidden states to SANA's context: two linear layers and a norm."""
+    """Maps hidden states to SANA's context: two linear layers and a norm."""
     from diffusers.models.normalization import RMSNorm
 
     norm = RMSNorm(width, eps=1e-5)
@@ -19,10 +19,10 @@ def make_connector(hidden: int, width: int) -> nn.Sequential:
 
 
 def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
-    """The configuration of the checkpoint's vision tower, read off its tensors.
+    """Configuration of the checkpoint's vision tower, inferred from its tensor shapes.
 
     Raises:
-        ValueError: if there is none, or it does not fit ``image_size`` and ``heads``.
+        ValueError: if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
     """
     from transformers import SiglipVisionConfig
 
@@ -69,7 +69,7 @@ def load_tokenizer(checkpoint: BLIP3oCheckpoint) -> Any:
 
 
 def qwen_config(config: dict[str, Any]) -> Any:
-    """The configuration of the language model alone, whatever the whole is called."""
+    """Configuration of the language model alone, as a Qwen3."""
     from transformers import Qwen3Config
 
     return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})
@@ -86,7 +86,7 @@ def load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list each tensor of the other parts
+    logging.set_verbosity_error()  # it would list every tensor of the other parts
     try:
         return Qwen3ForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=dtype, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""No text at all, for pictures without captions."""
+"""Empty text conditioning, for images without captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emf_lightning.text.base import TextEncoder, TextFeatures
 
 
 class NoText(TextEncoder):
-    """One token of zeros for whatever caption: unconditional models."""
+    """One token of zeros for every caption, for unconditional models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class NoText(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """The same always."""
+        """A constant: there are no settings."""
         return "no text"
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:

@@ -65,12 +65,12 @@ def test_a_file_holds_for_its_folder_and_below(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.json").write_text(json.dumps([{"prompt": f"in {folder}", "image": "0.png"}]))
     files = CaptionFiles([tmp_path / "c/x.json", tmp_path / "a/x.json"])
-    assert files.of(f"{tmp_path}/a/x.tar/0") == "in a"
-    assert files.of(f"{tmp_path}/a/b/x.tar/folder/0") == "in a"
-    assert files.of(f"{tmp_path}/c/x.tar/0") == "in c"
-    assert files.of(f"{tmp_path}/c/x.tar/1") is None
-    assert files.of(f"{tmp_path}/cc/x.tar/0") is None
-    assert CaptionFiles(str(tmp_path / "a/x.json")).of(f"{tmp_path}/a/x.tar/0") == "in a"
+    assert files.find(f"{tmp_path}/a/x.tar/0") == "in a"
+    assert files.find(f"{tmp_path}/a/b/x.tar/folder/0") == "in a"
+    assert files.find(f"{tmp_path}/c/x.tar/0") == "in c"
+    assert files.find(f"{tmp_path}/c/x.tar/1") is None
+    assert files.find(f"{tmp_path}/cc/x.tar/0") is None
+    assert CaptionFiles(str(tmp_path / "a/x.json")).find(f"{tmp_path}/a/x.tar/0") == "in a"
 
 
 @pytest.mark.parametrize(

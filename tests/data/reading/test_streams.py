@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from emf_lightning.data.reading.loader import ShardLoader
-from emf_lightning.data.reading.streams import RawBatch, ShardStream
+from emf_lightning.data.reading.raw_batch import RawBatch
+from emf_lightning.data.reading.streams import ShardStream
 from tests.data.tars import SIDE, write_numbered
 
 
@@ -100,7 +101,7 @@ def test_resume_reads_no_more_than_one_block_again(tmp_path: Path, monkeypatch: 
 
     def counting(*arguments):  # type: ignore[no-untyped-def]
         for sample in original(*arguments):
-            read.append(sample.where)
+            read.append(sample.location)
             yield sample
 
     monkeypatch.setattr(streams, "read_samples", counting)

@@ -17,7 +17,7 @@ def test_members_are_grouped_by_the_name_up_to_the_first_dot_of_its_last_part(tm
         {"v1.0/a.jpg": b"1", "v1.0/a.seg.png": b"2", "v1.0/a.txt": b"3", "v1.0/b.JSON": b"4", "v1.0/b.webp": b"5"},
     )
     first, second = read_samples(path)
-    assert (first.where, first.image, first.text, first.json) == (f"{path}/v1.0/a", b"1", b"3", None)
+    assert (first.location, first.image, first.text, first.json) == (f"{path}/v1.0/a", b"1", b"3", None)
     assert (second.image, second.text, second.json) == (b"5", None, b"4")
 
 
@@ -30,7 +30,7 @@ def test_long_names_are_read_in_the_gnu_and_the_pax_form(tmp_path: Path, form: i
             info.size, info.mtime = 3, 0.5
             tar.addfile(info, io.BytesIO(b"abc"))
     (sample,) = read_samples(str(tmp_path / "x.tar"))
-    assert sample.where.endswith(name)
+    assert sample.location.endswith(name)
     assert (sample.image, sample.text) == (b"abc", b"abc")
 
 

@@ -1,0 +1,139 @@
+"""Encodes raw batches with the frozen text encoder and autoencoder, through their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.cache.lookup import Lookup
+from emf_lightning.data.reading.raw_batch import RawBatch
+from emf_lightning.latents.base import Autoencoder
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+
+Frozen = TypeVar("Frozen", TextEncoder, Autoencoder)
+
+
+class BatchEncoder:
+    """The frozen parts and their caches, computing on ``device``.
+
+    Args:
+        text: text encoder.
+        autoencoder: image autoencoder.
+        cache: of text features, or None.
+        latent_cache: of latents, or None.
+        image_size: side of the images, in pixels.
+        images: False skips images; latents are then zeros.
+
+    Attributes:
+        device: device of all results. A part is moved there at its first use, since cached data may never need it.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        autoencoder: Autoencoder,
+        cache: FeatureCache | None,
+        latent_cache: LatentCache | None,
+        image_size: int,
+        images: bool = True,
+    ) -> None:
+        self.text = text
+        self.autoencoder = autoencoder
+        self.cache = cache
+        self.latent_cache = latent_cache
+        self.latent_size = image_size // autoencoder.downsampling
+        self.images = images
+        self.device = torch.device("cpu")
+        self._null: TextFeatures | None = None
+        self._places: dict[int, torch.device] = {}
+
+    def open_caches(self, transform: str) -> None:
+        """Binds the caches to the frozen parts and to images after ``transform``."""
+        if self.cache is not None:
+            self.cache.open(self.text)
+        if self.latent_cache is not None:
+            self.latent_cache.open(self.autoencoder, self.latent_size, transform)
+
+    @torch.no_grad()
+    def encode(self, batch: RawBatch) -> CaptionImageBatch:
+        """Latents, text features and null features of a batch."""
+        return CaptionImageBatch(self.latents(batch), self.features(batch), self.null_features(), batch.captions)
+
+    def latents(self, batch: RawBatch) -> Tensor:
+        """Latents ``[B, C, H, W]``, fp32, of a batch on ``device``."""
+        if not self.images:
+            shape = (len(batch), self.autoencoder.channels, self.latent_size, self.latent_size)
+            return torch.zeros(shape, device=self.device)
+
+        def encode(rows: list[int]) -> Tensor:
+            return self._placed(self.autoencoder).encode(_scaled(_select(batch.images, rows))).float()
+
+        return batch.latents.complete(encode, self.latent_cache, self.device)
+
+    def features(self, batch: RawBatch) -> TextFeatures:
+        """Training features of a batch's captions, or of its captions and images if the encoder reads both."""
+        captions = batch.features.missing(batch.captions)
+
+        def encode(rows: list[int]) -> TextFeatures:
+            chosen = [captions[row] for row in rows]
+            if batch.encoder_images is None:
+                return self._encode(chosen)
+            return self._placed(self.text).encode_pairs(chosen, _scaled(_select(batch.encoder_images, rows)))
+
+        return batch.features.complete(encode, self.cache, self.device)
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of captions alone."""
+        unique = list(dict.fromkeys(captions))
+        keys = unique if self.cache is None else [self.cache.key(caption) for caption in unique]
+
+        def encode(rows: list[int]) -> TextFeatures:
+            return self._encode([unique[row] for row in rows])
+
+        features = Lookup(keys).complete(encode, self.cache, self.device)
+        rows = {caption: row for row, caption in enumerate(unique)}
+        return features[torch.tensor([rows[caption] for caption in captions], device=self.device)]
+
+    def null_features(self) -> TextFeatures:
+        """Features of the null caption, one row; computed once a device."""
+        if self._null is None or self._null.context.device != self.device:
+            with torch.inference_mode(False):  # training reuses features that validation computed
+                self._null = self.text_features([NULL_CAPTION])
+        return self._null
+
+    def forget_null(self) -> None:
+        """Discards the stored null features: the encoder has changed."""
+        self._null = None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """8-bit images ``[B, H, W, 3]`` of ``latents``."""
+        images = self._placed(self.autoencoder).decode(latents.float())
+        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _encode(self, captions: Sequence[str]) -> TextFeatures:
+        features: TextFeatures = self._placed(self.text)(captions)
+        return features
+
+    def _placed(self, part: Frozen) -> Frozen:
+        if self._places.get(id(part)) != self.device:
+            part.to(self.device)
+            self._places[id(part)] = self.device
+        return part
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """8-bit images as fp32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def _select(images: Tensor, rows: list[int]) -> Tensor:
+    """The images at ascending, unique indices; no copy if these are all."""
+    return images if len(rows) == len(images) else images[rows]
