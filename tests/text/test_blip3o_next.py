@@ -118,7 +118,7 @@ def test_states_are_those_of_a_batch_padded_on_the_right_as_the_released_trainin
     torch.testing.assert_close(encoder.hidden_states([SHORT, LONG], codes), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_written_tokens_are_read_back_with_the_same_states(encoder):
+def test_generated_tokens_give_the_same_hidden_states_when_they_are_read(encoder):
     codes, states = encoder.generate([SHORT, LONG])
     assert codes.shape == (2, TOKENS)
     assert 0 <= codes.min() and codes.max() < CODES
@@ -234,7 +234,7 @@ def test_every_setting_is_in_the_fingerprint(folder, encoder, other):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
-def test_how_tokens_are_drawn_is_a_variant_that_training_s_features_do_not_depend_on(folder, encoder, other):
+def test_the_token_sampler_is_a_variant_that_training_features_do_not_depend_on(folder, encoder, other):
     other_sampler = BLIP3oNext(str(folder), **SETTINGS | other)
     assert other_sampler.fingerprint == encoder.fingerprint
     assert other_sampler.variant != encoder.variant

@@ -5,7 +5,7 @@ import pytest
 from emf_lightning.text.truncation import Truncation
 
 
-def test_the_first_cut_warns_with_the_number_so_far_and_later_ones_only_count():
+def test_the_first_truncation_warns_with_the_count_so_far_and_later_ones_only_count():
     truncation = Truncation("SomeEncoder", length=77)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

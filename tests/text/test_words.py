@@ -37,7 +37,7 @@ def test_the_order_of_words_changes_the_tokens():
     assert cube < 0.9
 
 
-def test_without_reach_and_position_it_is_a_bag_of_words():
+def test_without_window_and_position_it_is_a_bag_of_words():
     encoder = WordEncoder(width=64, length=5, window=0, position=0.0)
     features = encoder(["red cube and blue ball", "blue ball and red cube"])
     assert torch.equal(features.context[0, :2], features.context[1, 3:])
@@ -80,7 +80,7 @@ def test_padding_is_masked_and_zero():
     assert not features.context[0, 3:].any()
 
 
-def test_cut_captions_are_counted_and_warned_of_once():
+def test_truncated_captions_are_counted_and_warned_of_once():
     encoder = WordEncoder(width=16, length=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from emf_lightning.data.reading.dataset_shards import open_dataset, dataset_samples, write_samples
+from emf_lightning.data.reading.dataset_shards import dataset_samples, open_dataset, write_samples
 
 
 def images(

@@ -17,7 +17,7 @@ class CaptionImageBatch:
     Attributes:
         latents: x, ``[B, C, H, W]``, fp32.
         text: features of the B captions.
-        null: features of the null caption, one row.
+        null: features of the null caption, ``[1, L, D]``.
         captions: the B captions.
     """
 

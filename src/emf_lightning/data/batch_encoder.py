@@ -71,8 +71,8 @@ class BatchEncoder:
             shape = (len(batch), self.autoencoder.channels, self.latent_size, self.latent_size)
             return torch.zeros(shape, device=self.device)
 
-        def encode(rows: list[int]) -> Tensor:
-            return self._placed(self.autoencoder).encode(_scaled(_select(batch.images, rows))).float()
+        def encode(indices: list[int]) -> Tensor:
+            return self._placed(self.autoencoder).encode(_scaled(_select(batch.images, indices))).float()
 
         return batch.latents.complete(encode, self.latent_cache, self.device)
 
@@ -80,11 +80,11 @@ class BatchEncoder:
         """Training features of a batch's captions, or of its captions and images if the encoder reads both."""
         captions = batch.features.missing(batch.captions)
 
-        def encode(rows: list[int]) -> TextFeatures:
-            chosen = [captions[row] for row in rows]
+        def encode(indices: list[int]) -> TextFeatures:
+            chosen = [captions[index] for index in indices]
             if batch.encoder_images is None:
                 return self._encode(chosen)
-            return self._placed(self.text).encode_pairs(chosen, _scaled(_select(batch.encoder_images, rows)))
+            return self._placed(self.text).encode_pairs(chosen, _scaled(_select(batch.encoder_images, indices)))
 
         return batch.features.complete(encode, self.cache, self.device)
 
@@ -94,15 +94,16 @@ class BatchEncoder:
         unique = list(dict.fromkeys(captions))
         keys = unique if self.cache is None else [self.cache.key(caption) for caption in unique]
 
-        def encode(rows: list[int]) -> TextFeatures:
-            return self._encode([unique[row] for row in rows])
+        def encode(indices: list[int]) -> TextFeatures:
+            return self._encode([unique[index] for index in indices])
 
-        features = Lookup(keys).complete(encode, self.cache, self.device)
-        rows = {caption: row for row, caption in enumerate(unique)}
-        return features[torch.tensor([rows[caption] for caption in captions], device=self.device)]
+        lookup: Lookup[TextFeatures] = Lookup(keys)
+        features = lookup.complete(encode, self.cache, self.device)
+        place = {caption: index for index, caption in enumerate(unique)}
+        return features[torch.tensor([place[caption] for caption in captions], device=self.device)]
 
     def null_features(self) -> TextFeatures:
-        """Features of the null caption, one row; computed once a device."""
+        """Features ``[1, L, D]`` of the null caption, computed once a device."""
         if self._null is None or self._null.context.device != self.device:
             with torch.inference_mode(False):  # training reuses features that validation computed
                 self._null = self.text_features([NULL_CAPTION])
@@ -134,6 +135,6 @@ def _scaled(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-def _select(images: Tensor, rows: list[int]) -> Tensor:
+def _select(images: Tensor, indices: list[int]) -> Tensor:
     """The images at ascending, unique indices; no copy if these are all."""
-    return images if len(rows) == len(images) else images[rows]
+    return images if len(indices) == len(images) else images[indices]

@@ -19,8 +19,8 @@ from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
-from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.raw_batch import RawBatch
+from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import TextEncoder, TextFeatures
@@ -231,7 +231,7 @@ class CaptionImageData(LightningDataModule):
         return self.encoder.text_features(captions)
 
     def null_features(self) -> TextFeatures:
-        """Features of the null caption, one row, on the training device."""
+        """Features ``[1, L, D]`` of the null caption, on the training device."""
         return self.encoder.null_features()
 
     def forget_null(self) -> None:

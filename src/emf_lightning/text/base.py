@@ -28,8 +28,8 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.context)
 
-    def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
-        return TextFeatures(self.context[rows], self.mask[rows])
+    def __getitem__(self, index: slice | Tensor) -> TextFeatures:
+        return TextFeatures(self.context[index], self.mask[index])
 
     def to(
         self,
@@ -45,10 +45,10 @@ class TextFeatures:
         """The same features, the context in page-locked memory."""
         return TextFeatures(self.context.pin_memory(), self.mask)
 
-    def expand(self, rows: int) -> TextFeatures:
-        """The features of one caption repeated ``rows`` times, without a copy."""
+    def expand(self, count: int) -> TextFeatures:
+        """The features of one caption repeated ``count`` times, without a copy."""
         assert len(self) == 1
-        return TextFeatures(self.context.expand(rows, -1, -1), self.mask.expand(rows, -1))
+        return TextFeatures(self.context.expand(count, -1, -1), self.mask.expand(count, -1))
 
     def where(self, keep: Tensor, other: TextFeatures) -> TextFeatures:
         """These features where ``keep`` ``[B]`` is True, those of ``other`` elsewhere."""

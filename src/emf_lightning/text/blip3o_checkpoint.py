@@ -109,7 +109,7 @@ class BLIP3oCheckpoint:
         return shapes
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
-        """Raises unless the tensors are the ``expected``, any ``optional`` ones, and those of parts that are not loaded.
+        """Checks for all ``expected`` tensors and no others, but for ``optional`` ones and parts that are not loaded.
 
         Raises:
             ValueError: naming missing or unknown tensors.

@@ -48,7 +48,7 @@ class BLIP3oNext(TextEncoder):
     Args:
         pretrained: name on the Hugging Face hub, or local folder with ``config.json``, safetensors and tokenizer.
         dtype: of weights and computation; the image tokenizer compares codebook entries in float32.
-        top_p: nucleus probability among the ``top_k`` likeliest tokens. 0.95 and 1200 are the released defaults.
+        top_p: nucleus probability among the ``top_k`` likeliest tokens; the released inference uses 0.95 and 1200.
         top_k: number of the likeliest tokens that are sampled from.
         temperature: divides the logits.
         seed: of token sampling.
@@ -161,7 +161,7 @@ class BLIP3oNext(TextEncoder):
         """The token sampler: it affects generated tokens, but not the features of ``encode_pairs``."""
         return str(self.sampler)
 
-    # -- features from generated tokens, or from an image ------------------------------------------------------------------------------------
+    # -- features from generated tokens, or from an image ------------------------------------------------------------
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, L, D]``, float32, at image tokens that the language model generates."""
@@ -169,9 +169,9 @@ class BLIP3oNext(TextEncoder):
         for start in range(0, len(captions), self.batch_size):
             batch = captions[start : start + self.batch_size]
             states = self._weight.new_zeros(len(batch), 1 + self.images.tokens, self._weight.shape[1])
-            rows = [row for row, caption in enumerate(batch) if caption != NULL_CAPTION]
-            if rows:
-                states[rows] = self.generate([batch[row] for row in rows])[1]
+            captioned = [index for index, caption in enumerate(batch) if caption != NULL_CAPTION]
+            if captioned:
+                states[captioned] = self.generate([batch[index] for index in captioned])[1]
             parts.append(self._features(states))
         return TextFeatures.cat(parts)
 
@@ -203,9 +203,8 @@ class BLIP3oNext(TextEncoder):
         mask = nn.functional.pad(mask, (0, codes.shape[1]), value=True)
         positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(codes.shape[1], device=ids.device)], 1)
         states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return states.last_hidden_state[
-            :, -codes.shape[1] - 1 :
-        ]  # prompts are padded on the left, so images end together
+        # prompts are padded on the left, so that all images end together
+        return states.last_hidden_state[:, -codes.shape[1] - 1 :]
 
     @torch.inference_mode(False)  # the static KV cache outlives a validation
     @torch.no_grad()
@@ -245,32 +244,33 @@ class BLIP3oNext(TextEncoder):
     def _compiled_step(self) -> Callable[..., Tensor]:
         return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
 
-    def _cache(self, rows: int, tokens: int) -> Any:
+    def _cache(self, batch_size: int, tokens: int) -> Any:
         """KV cache; a compiled step reuses the previous static cache if it has the same size."""
         from transformers import DynamicCache, StaticCache
 
         if not self.compiled:
             return DynamicCache(config=self.language.config)
-        if self._static_cache[0] == (rows, tokens):
+        if self._static_cache[0] == (batch_size, tokens):
             self._static_cache[1].reset()
         else:
-            self._static_cache = (rows, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
+            self._static_cache = (batch_size, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
         return self._static_cache[1]
 
     def _prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask and positions ``[B, n]`` of the prompt before the codes, padded on the left."""
         questions = [QUESTION.replace("{caption}", caption) for caption in captions]
-        rows: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
-        self._truncation.add(len(rows), sum(len(row) > self.caption_tokens for row in rows))
+        sequences: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
+        self._truncation.add(len(sequences), sum(len(sequence) > self.caption_tokens for sequence in sequences))
         # tokenized apart from the question, so that a long caption does not truncate it; no token spans both
         answer: list[int] = self.tokenizer(ANSWER, add_special_tokens=False)["input_ids"] + self.opening
-        rows = [row[: self.caption_tokens] + answer for row in rows]
-        longest = max(map(len, rows))
+        sequences = [sequence[: self.caption_tokens] + answer for sequence in sequences]
+        longest = max(map(len, sequences))
         if self.compiled:  # few different sizes, as each is compiled anew
             longest = -(-longest // 64) * 64
         device = self._weight.device
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+        ids = torch.tensor([[0] * (longest - len(sequence)) + sequence for sequence in sequences], device=device)
+        lengths = torch.tensor([[len(sequence)] for sequence in sequences], device=device)
+        mask = torch.arange(longest, device=device) >= longest - lengths
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 

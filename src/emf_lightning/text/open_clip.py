@@ -26,8 +26,8 @@ class OpenClipTextEncoder(TextEncoder):
         length: L; at most the tower's context length, which is the default.
         template: encoded text; ``{caption}`` is replaced by the caption, which may be empty.
         dtype: of weights and computation.
-        quick_gelu: activation is QuickGELU. Implied by OpenCLIP's tags; set it for a local file of OpenAI's weights, which
-            give plausible but wrong features without it.
+        quick_gelu: activation is QuickGELU. Implied by OpenCLIP's tags; set it for a local file of OpenAI's weights,
+            which give plausible but wrong features without it.
 
     Raises:
         ValueError: if the model cannot be loaded, or the template or the length is invalid.
@@ -127,7 +127,7 @@ class OpenClipTextEncoder(TextEncoder):
 
 
 def _load(model: str, pretrained: str | None, quick_gelu: bool) -> tuple[Any, Any, dict[str, Any]]:
-    """The text tower, its tokenizer, and what the configuration says beside the weights."""
+    """Text tower, tokenizer, and the settings of the architecture."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 

@@ -124,8 +124,8 @@ class SD3TextEncoder(TextEncoder):
                 states.append(output.hidden_states[-2].float())
             ids = _padded(self.tokenizers[2], captions, self.t5_length, self._truncation)
             t5 = self.towers[2](ids.to(device)).last_hidden_state.float()
-        rows = [self._widen(torch.cat(pooled, dim=-1))[:, None], self._widen(torch.cat(states, dim=-1)), t5]
-        context = torch.cat(rows, dim=1)
+        parts = [self._widen(torch.cat(pooled, dim=-1))[:, None], self._widen(torch.cat(states, dim=-1)), t5]
+        context = torch.cat(parts, dim=1)
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
 
     def _widen(self, features: Tensor) -> Tensor:

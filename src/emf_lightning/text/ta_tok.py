@@ -59,7 +59,7 @@ class TextAlignedTokenizer(nn.Module):
         return torch.stack([(F.normalize(row.float(), dim=-1) @ codebook.T).argmax(-1) for row in queries])
 
     def _codebook(self) -> Tensor:
-        """Codebook entries ``[codes, code_width]`` (SimVQ, arXiv 2411.02038), unit length, fp32; computed once a device."""
+        """Codebook entries ``[codes, code_width]`` (SimVQ, arXiv 2411.02038), unit length, fp32; one copy a device."""
         raw, project = self.bottleneck["regularizer"]["embedding"], self.bottleneck["regularizer"]["embedding_proj"]
         if self._entries is None or self._entries.device != raw.weight.device:
             entries = F.linear(raw.weight.float(), project.weight.float(), project.bias.float())

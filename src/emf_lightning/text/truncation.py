@@ -27,7 +27,8 @@ class Truncation:
         self.captions += captions
         if truncated and not self.truncated:
             warnings.warn(
-                f"{self.encoder}: {truncated} of {self.captions:,} captions so far are longer than length={self.length} "
+                f"{self.encoder}: {truncated} of {self.captions:,} captions so far are longer than "
+                f"length={self.length} "
                 "tokens and lose their end; raise `length` (counted from here on in `truncated`, without a warning)",
                 stacklevel=3,
             )

@@ -18,11 +18,11 @@ _WORD = re.compile(r"[a-z0-9]+")
 class WordEncoder(TextEncoder):
     """A fixed random vector for each word, mixed with permuted vectors of its neighbours.
 
-    Token i is ``sum_k decay^|k| P^k w(i + k) + position * p(i)`` over ``|k| <= window``, scaled to unit
-    variance. w maps a word to a random direction (nearly orthogonal for different words, hence discriminative). P is a
-    fixed permutation of the channels, so that "red" one word before is another direction than "red" two words before,
-    and both can be read off linearly (random permutations as order vectors: Sahlgren et al., 2008). As in a language
-    model, the noun's token then also contains its adjective.
+    Token i is ``sum_k decay^|k| P^k w(i + k) + position * p(i)`` over ``|k| <= window``, scaled to unit variance.
+    w maps a word to a random direction (nearly orthogonal for different words, hence discriminative). P is a fixed
+    permutation of the channels, so that "red" one word before is another direction than "red" two words before, and
+    both can be read off linearly (random permutations as order vectors: Sahlgren et al., 2008). As in a language model,
+    the noun's token then also contains its adjective.
 
     Args:
         width: D, channels of a token.

@@ -101,7 +101,7 @@ def test_entries_are_fetched_one_by_one_and_unpacked_together(tmp_path):
     assert (cache.hits, cache.misses) == (2, 1)
     expected = WordEncoder(width=16)(["two blue rings", NULL_CAPTION])
     found = cache.unpack([entries[0], entries[2]])
-    assert found.context.dtype == torch.bfloat16  # as stored: half of what goes between processes and to the device
+    assert found.context.dtype == torch.bfloat16  # as stored: halves the transfers between processes and to the device
     assert torch.equal(found.context, expected.context.bfloat16())
     assert torch.equal(found.mask, expected.mask)
     assert cache.holds("two blue rings")

@@ -15,7 +15,7 @@ from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextEncoder
 from emf_lightning.text.blip3o_next import BLIP3oNext
 from emf_lightning.text.words import WordEncoder
-from tests.data.tars import SIDE, picture, write_tar
+from tests.data.tars import SIDE, noise_image, write_tar
 from tests.tiny_blip3o import SETTINGS, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -32,7 +32,10 @@ def shards(tmp_path) -> list[str]:
     for shard in range(3):
         members = {}
         for number in range(5 * shard, 5 * shard + 5):
-            members |= {f"{number}.png": picture(number), f"{number}.txt": f"two ball and {number % 4} ring".encode()}
+            members |= {
+                f"{number}.png": noise_image(number),
+                f"{number}.txt": f"two ball and {number % 4} ring".encode(),
+            }
         paths.append(write_tar(tmp_path / f"{shard}.tar", members))
     return paths
 
@@ -97,7 +100,7 @@ def test_only_the_missing_kind_is_computed(encoder, shards, tmp_path):
 
 
 def test_captions_alone_need_no_image_to_be_decoded(shards, tmp_path):
-    members = {"0.png": picture(0)[:50], "0.txt": b"a red cube"}  # corrupt: decoding it would leave it out
+    members = {"0.png": noise_image(0)[:50], "0.txt": b"a red cube"}  # corrupt: decoding it would leave it out
     data = make(WordEncoder(width=8, length=4), [write_tar(tmp_path / "x.tar", members)], tmp_path, latent_cache=None)
     assert fill(data) == (1, 0)
     assert data.cache.fetch("a red cube") is not None
@@ -145,7 +148,7 @@ def test_too_little_room_is_said_before_anything_is_encoded(encoder, shards, tmp
 def test_a_cache_that_fills_up_stops_with_a_sentence(encoder, shards, tmp_path):
     members = {}
     for number in range(2000):
-        members |= {f"{number}.png": picture(1), f"{number}.txt": f"{number} ring".encode()}
+        members |= {f"{number}.png": noise_image(1), f"{number}.txt": f"{number} ring".encode()}
     words = WordEncoder(width=64, length=4)
     data = make(words, [write_tar(tmp_path / "x.tar", members)], None, cache=FeatureCache(tmp_path / "c", 0.001))
     with pytest.warns(UserWarning, match="reached max_gb"), pytest.raises(ValueError, match="took no more at max_gb"):
@@ -162,6 +165,6 @@ def test_data_that_cannot_be_filled_ahead_say_why(encoder, shards, tmp_path, cha
 
 
 def test_shards_without_a_usable_sample_are_named(encoder, tmp_path):
-    data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": picture(0)})], tmp_path)
+    data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": noise_image(0)})], tmp_path)
     with pytest.raises(ValueError, match=r"data\.shards: no usable sample in 1 shards"):
         CacheFiller(data, CPU).options(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.dataset_shards import open_dataset, dataset_samples, write_samples
+from emf_lightning.data.reading.dataset_shards import dataset_samples, open_dataset, write_samples
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
 from tests import pipelines
@@ -24,7 +24,7 @@ def batch_of(shards, **settings):
     return data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
 
 
-def test_pictures_and_classes_come_back_as_they_were(cifar, tmp_path):
+def test_images_and_classes_survive_the_round_trip(cifar, tmp_path):
     dataset = open_dataset(str(cifar), "train")
     paths = write_samples(dataset_samples(dataset, "label"), tmp_path / "shards", {}, samples_per_shard=10)
     assert [path.name for path in paths] == ["data-000000.tar", "data-000001.tar", "data-000002.tar"]

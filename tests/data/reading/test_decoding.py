@@ -15,7 +15,7 @@ from emf_lightning.data.reading.decoding import (
     stretch_to_square,
 )
 from emf_lightning.data.reading.tar_samples import TarSample
-from tests.data.tars import SIDE, picture
+from tests.data.tars import SIDE, noise_image
 
 
 def sample(image: bytes | None = None, text: bytes | None = None, json: bytes | None = None) -> TarSample:
@@ -27,14 +27,14 @@ def pixels_of(sample: TarSample, side: int) -> np.ndarray:
 
 
 def test_image_of_the_right_size_passes_through_exactly() -> None:
-    expected = np.asarray(Image.open(io.BytesIO(picture(5))))
-    assert np.array_equal(pixels_of(sample(picture(5)), SIDE), expected)
+    expected = np.asarray(Image.open(io.BytesIO(noise_image(5))))
+    assert np.array_equal(pixels_of(sample(noise_image(5)), SIDE), expected)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (4, 4)])
 def test_other_sizes_and_formats_become_the_square(form: str, size: tuple[int, int]) -> None:
-    pixels = pixels_of(sample(picture(1, size, form)), SIDE)
+    pixels = pixels_of(sample(noise_image(1, size, form)), SIDE)
     assert pixels.shape == (SIDE, SIDE, 3)
     assert pixels.dtype == np.uint8
 
@@ -55,28 +55,28 @@ def test_shrinking_averages_instead_of_picking_pixels() -> None:
 
 
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (57, 33), (8, 200), (5, 7), (16, 16)])
-def test_the_bilinear_square_is_what_the_published_training_makes(size: tuple[int, int]) -> None:
+def test_the_bilinear_square_equals_the_published_training_s(size: tuple[int, int]) -> None:
     from torchvision.transforms import v2
 
-    image = decode_image(sample(picture(3, size)))
+    image = decode_image(sample(noise_image(3, size)))
     published = v2.Compose([v2.Resize(16), v2.CenterCrop(16)])
     assert np.array_equal(SquareTransform(16, "bilinear")(image), np.asarray(published(image)))
 
 
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (14, 14)])
-def test_the_view_of_the_whole_image_is_what_siglip_s_preprocessing_makes(size: tuple[int, int]) -> None:
+def test_the_stretched_image_equals_siglip_s_preprocessing(size: tuple[int, int]) -> None:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    image = decode_image(sample(picture(3, size)))
+    image = decode_image(sample(noise_image(3, size)))
     processor = SiglipImageProcessorPil(size={"height": 14, "width": 14})
     expected = processor(image, return_tensors="np")["pixel_values"][0]
     ours = stretch_to_square(image, 14).astype(np.float32) / 127.5 - 1
     assert np.abs(ours.transpose(2, 0, 1) - expected).max() < 1e-6
 
 
-def test_a_picture_s_name_is_that_of_its_file_and_side() -> None:
-    first, other = sample(picture(1)), sample(picture(2))
-    assert image_key(first, False) == image_key(TarSample("y.tar/7", 7, 9, picture(1), b"?"), False)
+def test_an_image_key_depends_on_the_file_and_on_mirroring_alone() -> None:
+    first, other = sample(noise_image(1)), sample(noise_image(2))
+    assert image_key(first, False) == image_key(TarSample("y.tar/7", 7, 9, noise_image(1), b"?"), False)
     assert len({image_key(first, False), image_key(first, True), image_key(other, False)}) == 3
     with pytest.raises(UnusableSampleError, match="missing image"):
         image_key(sample(), False)
@@ -118,4 +118,4 @@ def test_image_that_is_missing_or_corrupt_says_so() -> None:
     with pytest.raises(UnusableSampleError, match="missing image"):
         pixels_of(sample(), SIDE)
     with pytest.raises(UnusableSampleError, match="corrupt image"):
-        pixels_of(sample(picture(1)[:100]), SIDE)
+        pixels_of(sample(noise_image(1)[:100]), SIDE)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.streams import ShardStream
-from tests.data.tars import SIDE, picture, write_numbered, write_tar
+from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 
 def make(shards: list[str], num_workers: int = 0, **options: object) -> ShardLoader:
@@ -95,24 +95,24 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
 
 
 def broken_shard(path: Path) -> str:
-    good = {f"{n:03d}.{e}": d for n in range(9) for e, d in (("png", picture(n)), ("txt", b"fine %d" % n))}
+    good = {f"{n:03d}.{e}": d for n in range(9) for e, d in (("png", noise_image(n)), ("txt", b"fine %d" % n))}
     return write_tar(
         path,
         good
         | {
-            "a.png": picture(0)[:-40],
+            "a.png": noise_image(0)[:-40],
             "a.txt": b"cut image",
             "b.png": b"no image at all",
             "b.txt": b"no image",
-            "c.png": picture(1),
-            "d.png": picture(1),
+            "c.png": noise_image(1),
+            "d.png": noise_image(1),
             "d.txt": b"  \n",
-            "e.png": picture(1),
+            "e.png": noise_image(1),
             "e.json": b"{broken",
-            "f.png": picture(1),
+            "f.png": noise_image(1),
             "f.json": b'{"prompt": 3}',
             "g.txt": b"no picture",
-            "h.png": picture(1),
+            "h.png": noise_image(1),
             "h.txt": b"\xff\xfe\xff",
         },
     )

@@ -15,8 +15,8 @@ from emf_lightning.data.batch_encoder import BatchEncoder
 from emf_lightning.data.cache.entry_cache import EntryCache, format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.raw_batch import RawBatch
+from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.streams import CACHED, ShardStream
 from emf_lightning.data.reading.tar_samples import count_samples
 from emf_lightning.text.blip3o_next import BLIP3oNext
@@ -163,9 +163,9 @@ class CacheFiller:
             limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
             if needed > min(limit, room):
                 raise ValueError(
-                    f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the limit "
-                    f"is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both max_gb, or choose "
-                    "another path for one"
+                    f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the "
+                    f"limit is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both "
+                    "max_gb, or choose another path for one"
                 )
         return sentences
 

@@ -69,9 +69,9 @@ class Lookup(Generic[T]):
             if cache is not None:
                 cache.store(list(new), encoded)
                 encoded = cache.as_stored(encoded)
-            rows = {key: row for row, key in enumerate(new)}
-            wanted = [rows[key] for key in again.missing(keys)]
-            encoded = encoded if len(wanted) == len(rows) else encoded[torch.tensor(wanted)]
+            place = {key: index for index, key in enumerate(new)}
+            places = [place[key] for key in again.missing(keys)]
+            encoded = encoded if len(places) == len(new) else encoded[torch.tensor(places)]
         return self._merge(again._merge(encoded, device), device)
 
     def _merge(self, misses: T | None, device: torch.device) -> T:

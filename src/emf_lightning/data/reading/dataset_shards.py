@@ -73,12 +73,12 @@ def image_column(dataset: Any) -> str:
 
 def dataset_samples(dataset: Any, caption: str) -> Iterator[tuple[bytes | None, str]]:
     """(PNG bytes, caption) of each row; the caption by ``caption_function``."""
-    column, rule = image_column(dataset), caption_function(dataset, caption)
+    column, caption_of = image_column(dataset), caption_function(dataset, caption)
 
     def sample(row: dict[str, Any]) -> tuple[bytes | None, str]:
         png = io.BytesIO()
         row[column].convert("RGB").save(png, "png", compress_level=1)
-        return png.getvalue(), rule(row)
+        return png.getvalue(), caption_of(row)
 
     return map(sample, dataset)  # columns are checked now, rows are read lazily
 
@@ -90,7 +90,7 @@ def write_samples(
     samples_per_shard: int = 2000,
     progress: Callable[[int], None] | None = None,
 ) -> Sequence[Path]:
-    """Writes shards ``data-000000.tar`` with a ``.txt`` a sample, and a ``.png`` if it has an image; returns their paths.
+    """Writes shards ``data-000000.tar`` of ``.txt`` captions and optional ``.png`` images; returns their paths.
 
     A shard gets its name only when it is complete; a repeated call writes the missing shards.
 

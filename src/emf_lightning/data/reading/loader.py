@@ -103,11 +103,8 @@ class ShardLoader:
             self._first = (lane + 1) % self.stream.lanes
             self.skipped.update(skipped)
 
-        lane, position, skipped = (
-            batch.lane,
-            batch.position,
-            batch.skipped,
-        )  # a reference to the batch would keep it in memory
+        # not the batch itself: the closure would keep it in memory
+        lane, position, skipped = batch.lane, batch.position, batch.skipped
         return apply
 
     def _after(self, ticket: int, change: Callable[[], None]) -> None:

@@ -118,9 +118,8 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
             raise _FaultError("damaged shard", start) from error
         if info.isreg():
             yield start, long_name or info.name, info.size
-        if not (
-            info.islnk() or info.issym() or info.isdir() or info.isdev()
-        ):  # these have no data, whatever size they state
+        # links, folders and devices have no data, whatever size they state
+        if not (info.islnk() or info.issym() or info.isdir() or info.isdev()):
             offset += -(-info.size // BLOCK) * BLOCK
         if info.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             start, long_name = offset, None
