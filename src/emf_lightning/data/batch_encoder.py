@@ -22,13 +22,7 @@ Frozen = TypeVar("Frozen", TextEncoder, Autoencoder)
 class BatchEncoder:
     """The frozen parts and their caches, computing on ``device``.
 
-    Args:
-        text: text encoder.
-        autoencoder: image autoencoder.
-        cache: of text features, or None.
-        latent_cache: of latents, or None.
-        image_size: side of the images, in pixels.
-        images: False skips images; latents are then zeros.
+    For the arguments see ``CaptionImageData``.
 
     Attributes:
         device: device of all results. A part is moved there at its first use, since cached data may never need it.
@@ -40,14 +34,14 @@ class BatchEncoder:
         autoencoder: Autoencoder,
         cache: FeatureCache | None,
         latent_cache: LatentCache | None,
-        image_size: int,
+        resolution: int,
         images: bool = True,
     ) -> None:
         self.text = text
         self.autoencoder = autoencoder
         self.cache = cache
         self.latent_cache = latent_cache
-        self.latent_size = image_size // autoencoder.downsampling
+        self.latent_size = resolution // autoencoder.downsampling
         self.images = images
         self.device = torch.device("cpu")
         self._null: TextFeatures | None = None
@@ -82,7 +76,7 @@ class BatchEncoder:
 
         def encode(indices: list[int]) -> TextFeatures:
             chosen = [captions[index] for index in indices]
-            if batch.encoder_images is None:
+            if self.text.image_size is None:
                 return self._encode(chosen)
             return self._placed(self.text).encode_pairs(chosen, _scaled(_select(batch.encoder_images, indices)))
 

@@ -110,8 +110,6 @@ class CaptionImageData(LightningDataModule):
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
 
-    # -- sizes for the model -----------------------------------------------------------------------------------------
-
     @property
     def context_width(self) -> int:
         """D of the text features."""
@@ -131,8 +129,6 @@ class CaptionImageData(LightningDataModule):
     def latent_size(self) -> int:
         """H = W of the latents."""
         return self._encoder.latent_size
-
-    # -- loaders -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         self.open_caches()
@@ -165,10 +161,8 @@ class CaptionImageData(LightningDataModule):
         flip: bool = False,
         limit: int | None = None,
     ) -> ShardLoader:
-        stream = ShardStream(
+        stream = self.stream(
             shard_paths(shards, f"CaptionImageData: {argument}"),
-            self.transform,
-            self.batch_size,
             shuffle_block=shuffle_block,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -179,11 +173,14 @@ class CaptionImageData(LightningDataModule):
             limit=limit,
             feature_cache=self.cache,
             latent_cache=self.latent_cache,
-            encoder_image_size=self.text.image_size,
-            captions=self.caption_files,
             images=self.images,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+    def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
+        """A stream over ``shards`` with this module's transform, batch size and captions."""
+        options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
+        return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:
         assert self._train is not None
@@ -201,8 +198,6 @@ class CaptionImageData(LightningDataModule):
         if self._prompts is None:
             raise ValueError("CaptionImageData: prompts is not set; give a text file with one prompt a line")
         return DataLoader(self._prompts, batch_size=self.batch_size)
-
-    # -- encoding ----------------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, RawBatch) and self._train is not None and self.trainer and self.trainer.training:
@@ -242,8 +237,6 @@ class CaptionImageData(LightningDataModule):
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
         self._encoder.device = latents.device
         return self._encoder.decode(latents)
-
-    # -- state -------------------------------------------------------------------------------------------------------
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, without_autocast
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
 
 
 class DeepCompression(PublishedAutoencoder):
@@ -37,14 +37,6 @@ class DeepCompression(PublishedAutoencoder):
         if tiling:
             self.model.enable_tiling()
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents, fp32."""
-        with without_autocast(images):
-            code: Tensor = self.model.encode(images.to(self.model.dtype), return_dict=False)[0]
-        return code.float() * self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images from scaled latents, fp32, clamped to [-1, 1]."""
-        with without_autocast(latents):
-            images: Tensor = self.model.decode((latents / self.scale).to(self.model.dtype), return_dict=False)[0]
-        return images.float().clamp(-1, 1)
+    def _encode(self, images: Tensor) -> Tensor:
+        code: Tensor = self.model.encode(images, return_dict=False)[0]
+        return code

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, without_autocast
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
 
 
 class KLAutoencoder(PublishedAutoencoder):
@@ -33,20 +33,11 @@ class KLAutoencoder(PublishedAutoencoder):
         super().__init__(AutoencoderKL, pretrained, subfolder, dtype)
         config = self.model.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
-        self.scale: float = config.scaling_factor
-        self.shift: float = config.shift_factor or 0.0
+        self.scale = config.scaling_factor
+        self.shift = config.shift_factor or 0.0
         if tiling:
             self.model.enable_tiling()
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Mean of the posterior, shifted and scaled, fp32."""
-        with without_autocast(images):
-            mean: Tensor = self.model.encode(images.to(self.model.dtype)).latent_dist.mode()
-        return (mean.float() - self.shift) * self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images from scaled latents, fp32, clamped to [-1, 1]."""
-        code = (latents / self.scale + self.shift).to(self.model.dtype)
-        with without_autocast(latents):
-            images: Tensor = self.model.decode(code, return_dict=False)[0]
-        return images.float().clamp(-1, 1)
+    def _encode(self, images: Tensor) -> Tensor:
+        mean: Tensor = self.model.encode(images).latent_dist.mode()
+        return mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,9 @@ class PublishedAutoencoder(Autoencoder):
     Raises:
         ValueError: if the weights cannot be loaded.
     """
+
+    scale: float
+    shift: float = 0.0
 
     def __init__(
         self, kind: Any, pretrained: str, subfolder: str | None, dtype: Literal["float32", "bfloat16"]
@@ -62,6 +66,22 @@ class PublishedAutoencoder(Autoencoder):
         self.channels = self.model.config.latent_channels
         self.requires_grad_(False)
         self.eval()
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """Latents of the model before shift and scale."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents, shifted and scaled, fp32."""
+        with without_autocast(images):
+            return (self._encode(images.to(self.model.dtype)).float() - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, fp32, clamped to [-1, 1]."""
+        with without_autocast(latents):
+            latents = (latents / self.scale + self.shift).to(self.model.dtype)
+            images: Tensor = self.model.decode(latents, return_dict=False)[0]
+        return images.float().clamp(-1, 1)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the autoencoder in diffusers' format."""

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.text.truncation import Truncation
+
 NULL_CAPTION = ""
 """The caption of the unconditional half of classifier-free guidance."""
+
+Device = torch.device | str | None
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,7 @@ class TextFeatures:
     def __getitem__(self, index: slice | Tensor) -> TextFeatures:
         return TextFeatures(self.context[index], self.mask[index])
 
-    def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
-    ) -> TextFeatures:
+    def to(self, device: Device = None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> TextFeatures:
         """The same features on ``device``, the context as ``dtype``; only the context moves without blocking."""
         context = self.context.to(device=device, dtype=dtype, non_blocking=non_blocking)
         return TextFeatures(context, self.mask.to(device=device))
@@ -74,11 +73,17 @@ class TextEncoder(nn.Module, ABC):
     width: int
     length: int
     image_size: int | None = None
+    _truncation: Truncation
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digest of everything that the features depend on: weights, tokenizer, template, dtype, length."""
+
+    @property
+    def truncated(self) -> int:
+        """Number of truncated captions so far; missing if the encoder does not count them."""
+        return self._truncation.truncated
 
     @property
     def variant(self) -> str:

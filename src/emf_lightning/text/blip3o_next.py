@@ -134,11 +134,6 @@ class BLIP3oNext(TextEncoder):
         checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
         checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
 
-    @property
-    def truncated(self) -> int:
-        """Number of truncated captions so far."""
-        return self._truncation.truncated
-
     @cached_property
     def fingerprint(self) -> str:
         """Digest of weights, tokenizer and settings; independent of the folder or hub name."""

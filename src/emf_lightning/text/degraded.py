@@ -61,7 +61,6 @@ class DegradedEncoder(TextEncoder):
         scale = text.context.square().mean(-1, keepdim=True).sqrt()
         noise = torch.stack([self._normal(f"caption {caption}", self.length) for caption in captions]).to(text.context)
         shared = self._normal("shared", 1).to(text.context)
-        context = (text.context + self.noise * scale * noise) / (
-            1 + self.noise**2
-        ) ** 0.5 + self.shared * scale * shared
+        noisy = (text.context + self.noise * scale * noise) / (1 + self.noise**2) ** 0.5
+        context = noisy + self.shared * scale * shared
         return TextFeatures(context.masked_fill(~text.mask[..., None], 0.0), text.mask)

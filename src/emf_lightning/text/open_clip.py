@@ -59,11 +59,6 @@ class OpenClipTextEncoder(TextEncoder):
         self.length, self.width = min(self._kept, tokens.shape[1]), tokens.shape[2]
         self._truncation = Truncation(type(self).__name__, self._kept)
 
-    @property
-    def truncated(self) -> int:
-        """Number of truncated captions so far."""
-        return self._truncation.truncated
-
     @cached_property
     def fingerprint(self) -> str:
         """Digest of weights, architecture, tokenizer and settings; independent of the file or tag."""

@@ -76,11 +76,6 @@ class PretrainedTextEncoder(TextEncoder):
         self._truncation = Truncation(type(self).__name__, length)
         self.freeze()
 
-    @property
-    def truncated(self) -> int:
-        """Number of truncated captions so far."""
-        return self._truncation.truncated
-
     @cached_property
     def fingerprint(self) -> str:
         """Digest of weights, architecture, tokenizer and settings; independent of the folder or hub name."""
@@ -142,21 +137,25 @@ class PretrainedTextEncoder(TextEncoder):
         Raises:
             ValueError: for features that are not finite, as with T5 and Gemma in float16.
         """
-        rows = self._tokenize(captions)
-        longest = max(len(row) for row in rows)  # padding up to L is added after the model, to save time
-        ids = torch.tensor([row + [self._padding] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+        states, mask = self._padded_states(self._tokenize(captions))
+        padding = (0, self.length - mask.shape[1])
+        return TextFeatures(nn.functional.pad(states, (0, 0, *padding)), nn.functional.pad(mask, padding))
+
+    def _padded_states(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B, n, D]``, float32, zero where masked, and mask ``[B, n]``; n is the longest length."""
         device = next(self.tower.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        longest = max(map(len, sequences))  # padding up to L is added after the model, to save time
+        ids = torch.tensor([ids + [self._padding] * (longest - len(ids)) for ids in sequences], device=device)
+        lengths = torch.tensor([[len(ids)] for ids in sequences], device=device)
+        mask = torch.arange(longest, device=device) < lengths
         with torch.autocast(device.type, enabled=False):
             states = self._states(ids, mask.long()).float().masked_fill(~mask[..., None], 0.0)
         if not states.isfinite().all():
             raise ValueError(
-                f"PretrainedTextEncoder: {type(self.tower).__name__} gives infinite features with "
+                f"{type(self).__name__}: {type(self.tower).__name__} gives infinite features with "
                 f"dtype={self.dtype!r}; use dtype: bfloat16 or float32"
             )
-        room = (0, self.length - longest)
-        return TextFeatures(nn.functional.pad(states, (0, 0, *room)), nn.functional.pad(mask, room))
+        return states, mask
 
 
 def _load(model: str, revision: str | None, dtype: torch.dtype, subfolder: str = "") -> tuple[Any, Any]:

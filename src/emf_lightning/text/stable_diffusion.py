@@ -42,11 +42,6 @@ class StableDiffusionTextEncoder(TextEncoder):
         self._truncation = Truncation(type(self).__name__, CLIP_LENGTH)
         self.freeze()
 
-    @property
-    def truncated(self) -> int:
-        """Number of truncated captions so far."""
-        return self._truncation.truncated
-
     @cached_property
     def fingerprint(self) -> str:
         """Digest of weights, tokenizer and precision."""
@@ -97,14 +92,9 @@ class SD3TextEncoder(TextEncoder):
         t5: Any = self.towers[2]
         self.width: int = t5.config.d_model
         self.length = 1 + CLIP_LENGTH + t5_length
-        self._truncation = Truncation(type(self).__name__, t5_length)
+        self._truncation = Truncation(type(self).__name__, t5_length)  # CLIP's 77 tokens truncate more
         self._clip_truncation = Truncation(f"{type(self).__name__} (its CLIPs)", CLIP_LENGTH)
         self.freeze()
-
-    @property
-    def truncated(self) -> int:
-        """Number of captions truncated by T5 so far; CLIP's 77 tokens truncate more."""
-        return self._truncation.truncated
 
     @cached_property
     def fingerprint(self) -> str:

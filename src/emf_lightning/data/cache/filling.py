@@ -17,7 +17,7 @@ from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
-from emf_lightning.data.reading.streams import CACHED, ShardStream
+from emf_lightning.data.reading.streams import CACHED
 from emf_lightning.data.reading.tar_samples import count_samples
 from emf_lightning.text.blip3o_next import BLIP3oNext
 
@@ -84,20 +84,9 @@ class CacheFiller:
         self.shards = shard_paths(data.shards, "CaptionImageData: shards")
         data.open_caches()
         data.encoder.device = device
+        caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
         lanes = max(data.num_workers, 1)
-        self.stream = ShardStream(
-            self.shards,
-            data.transform,
-            data.batch_size,
-            rank=rank,
-            ranks=ranks,
-            lanes=lanes,
-            feature_cache=data.cache,
-            latent_cache=data.latent_cache,
-            encoder_image_size=data.text.image_size,
-            only_missing=True,
-            captions=data.caption_files,
-        )
+        self.stream = data.stream(self.shards, rank=rank, ranks=ranks, lanes=lanes, only_missing=True, **caches)
 
     @property
     def caches(self) -> dict[str, EntryCache]:
@@ -119,14 +108,7 @@ class CacheFiller:
             ValueError: if the shards give no batch.
         """
         data = self.data
-        stream = ShardStream(
-            self.shards,
-            data.transform,
-            data.batch_size,
-            encoder_image_size=data.text.image_size,
-            captions=data.caption_files,
-        )
-        batch = next(iter(stream)).to(self.device)
+        batch = next(iter(data.stream(self.shards))).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
         uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution)

@@ -87,15 +87,3 @@ class Lookup(Generic[T]):
         if isinstance(hits, TextFeatures):
             return TextFeatures.cat(both)[order]  # type: ignore[arg-type, return-value]
         return torch.cat(both)[order]  # type: ignore[arg-type, return-value]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Lookup[T]:
-        """This lookup, its hits on ``device``."""
-        if self.hits is not None:
-            self.hits = self.hits.to(device=device, non_blocking=non_blocking)
-        return self
-
-    def pin_memory(self) -> Lookup[T]:
-        """This lookup, its hits in page-locked memory."""
-        if self.hits is not None:
-            self.hits = self.hits.pin_memory()
-        return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 
 import numpy as np
@@ -28,6 +29,7 @@ CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
 
 
+@dataclass(eq=False)
 class ShardStream(IterableDataset[RawBatch]):
     """One rank's batches of one pass over the shards.
 
@@ -61,45 +63,28 @@ class ShardStream(IterableDataset[RawBatch]):
         images: False decodes no images for the autoencoder; samples then need none.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[str],
-        transform: SquareTransform | int,
-        batch_size: int,
-        *,
-        shuffle_block: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        lanes: int = 1,
-        drop_last: bool = False,
-        flip: bool = False,
-        limit: int | None = None,
-        feature_cache: FeatureCache | None = None,
-        latent_cache: LatentCache | None = None,
-        encoder_image_size: int | None = None,
-        only_missing: bool = False,
-        captions: CaptionFiles | None = None,
-        images: bool = True,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.transform = SquareTransform(transform) if isinstance(transform, int) else transform
-        self.batch_size = batch_size
-        self.shuffle_block = shuffle_block
-        self.seed = seed
-        self.rank = rank
-        self.ranks = ranks
-        self.lanes = lanes
-        self.drop_last = drop_last
-        self.flip = flip
-        self.limit = limit
-        self.feature_cache = feature_cache
-        self.latent_cache = latent_cache
-        self.encoder_image_size = encoder_image_size
-        self.only_missing = only_missing
-        self.captions = captions
-        self.images = images
-        self.start(0, [Position()] * lanes, 0)
+    shards: Sequence[str]
+    transform: SquareTransform | int
+    batch_size: int
+    _: KW_ONLY
+    shuffle_block: int = 0
+    seed: int = 0
+    rank: int = 0
+    ranks: int = 1
+    lanes: int = 1
+    drop_last: bool = False
+    flip: bool = False
+    limit: int | None = None
+    feature_cache: FeatureCache | None = None
+    latent_cache: LatentCache | None = None
+    encoder_image_size: int | None = None
+    only_missing: bool = False
+    captions: CaptionFiles | None = None
+    images: bool = True
+
+    def __post_init__(self) -> None:
+        self._square = SquareTransform(self.transform) if isinstance(self.transform, int) else self.transform
+        self.start(0, [Position()] * self.lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
         """Sets the start of the next iteration: pass, position of each lane, and lane of the first batch."""
@@ -124,17 +109,9 @@ class ShardStream(IterableDataset[RawBatch]):
         examples: dict[str, str] = {}
 
         def batch(position: Position) -> RawBatch:
-            made = RawBatch(
-                samples,
-                self.transform.side,
-                self.encoder_image_size,
-                self.feature_cache,
-                self.latent_cache,
-                lane=lane,
-                position=position,
-                skipped=dict(skipped),
-                examples=dict(examples),
-            )
+            sides = self._square.side, self.encoder_image_size or 1
+            made = RawBatch(samples, *sides, self.feature_cache, self.latent_cache)
+            made.lane, made.position, made.skipped, made.examples = lane, position, dict(skipped), dict(examples)
             for collected in (samples, skipped, examples):
                 collected.clear()
             return made
@@ -187,7 +164,7 @@ class ShardStream(IterableDataset[RawBatch]):
         )
         if needs_image or needs_encoder_image:
             decoded = decode_image(sample)
-            image = _flip(self.transform(decoded), flipped) if needs_image else None
+            image = _flip(self._square(decoded), flipped) if needs_image else None
             encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
         return Sample(caption, feature_key, latent_key, image, encoder_image, feature_entry, latent_entry)
 
