@@ -33,10 +33,6 @@ def images(
     opened = open_dataset(dataset, split, revision)
     identity = {"dataset": Path(dataset).name, "split": split, "rows": len(opened), "caption": caption}
     with tqdm(desc=f"{out}", total=len(opened), unit="image", delay=0.1) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
         samples = dataset_samples(opened, caption)
-        paths = write_samples(samples, out, identity, samples_per_shard, show)
+        paths = write_samples(samples, out, identity, samples_per_shard, lambda done: bar.update(done - bar.n))
     print(f"{len(opened):,} samples in {len(paths)} shards: {out}")

@@ -31,12 +31,8 @@ class CaptionImageBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionImageBatch:
         """This batch on ``device``; Lightning moves every object with this method."""
-        return CaptionImageBatch(
-            self.latents.to(device, non_blocking=non_blocking),
-            self.text.to(device),
-            self.null.to(device),
-            self.captions,
-        )
+        latents = self.latents.to(device, non_blocking=non_blocking)
+        return CaptionImageBatch(latents, self.text.to(device), self.null.to(device), self.captions)
 
     def parts(self, count: int) -> list[CaptionImageBatch]:
         """Splits the batch into at most ``count`` batches of nearly equal size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
 Frozen = TypeVar("Frozen", TextEncoder, Autoencoder)
 
 
+@dataclass(eq=False, repr=False)
 class BatchEncoder:
     """The frozen parts and their caches, computing on ``device``.
 
@@ -28,24 +30,20 @@ class BatchEncoder:
         device: device of all results. A part is moved there at its first use, since cached data may never need it.
     """
 
-    def __init__(
-        self,
-        text: TextEncoder,
-        autoencoder: Autoencoder,
-        cache: FeatureCache | None,
-        latent_cache: LatentCache | None,
-        resolution: int,
-        images: bool = True,
-    ) -> None:
-        self.text = text
-        self.autoencoder = autoencoder
-        self.cache = cache
-        self.latent_cache = latent_cache
-        self.latent_size = resolution // autoencoder.downsampling
-        self.images = images
-        self.device = torch.device("cpu")
-        self._null: TextFeatures | None = None
-        self._places: dict[int, torch.device] = {}
+    text: TextEncoder
+    autoencoder: Autoencoder
+    cache: FeatureCache | None
+    latent_cache: LatentCache | None
+    resolution: int
+    images: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _null: TextFeatures | None = field(default=None, init=False)
+    _places: dict[int, torch.device] = field(default_factory=dict, init=False)
+
+    @property
+    def latent_size(self) -> int:
+        """H = W of the latents."""
+        return self.resolution // self.autoencoder.downsampling
 
     def open_caches(self, transform: str) -> None:
         """Binds the caches to the frozen parts and to images after ``transform``."""

@@ -133,13 +133,14 @@ class CaptionImageData(LightningDataModule):
     def setup(self, stage: str) -> None:
         self.open_caches()
         if stage == "fit":
-            self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
+            options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
+            self._train = self._loader("shards", self.num_workers, **options)
         if stage in ("validate", "test") and self.validation_shards is None:
             raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
         if stage in ("fit", "validate", "test") and self.validation_shards is not None:
             # one worker is enough for few samples, and keeps their order
-            workers, samples = min(self.num_workers, 1), self.validation_samples
-            self._validation = self._loader(self.validation_shards, "validation_shards", workers, limit=samples)
+            workers = min(self.num_workers, 1)
+            self._validation = self._loader("validation_shards", workers, limit=self.validation_samples)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
 
@@ -152,28 +153,17 @@ class CaptionImageData(LightningDataModule):
         """Captions from files beside the shards, if there are any."""
         return None if self.captions is None else CaptionFiles(self.captions)
 
-    def _loader(
-        self,
-        shards: str | list[str],
-        argument: str,
-        num_workers: int,
-        shuffle_block: int = 0,
-        flip: bool = False,
-        limit: int | None = None,
-    ) -> ShardLoader:
+    def _loader(self, argument: str, num_workers: int, **options: Any) -> ShardLoader:
         stream = self.stream(
-            shard_paths(shards, f"CaptionImageData: {argument}"),
-            shuffle_block=shuffle_block,
-            seed=self.seed,
+            shard_paths(getattr(self, argument), f"CaptionImageData: {argument}"),
             rank=self.trainer.global_rank if self.trainer else 0,
             ranks=self.trainer.world_size if self.trainer else 1,
             lanes=max(num_workers, 1),
-            drop_last=limit is None,
-            flip=flip,
-            limit=limit,
+            seed=self.seed,
+            images=self.images,
             feature_cache=self.cache,
             latent_cache=self.latent_cache,
-            images=self.images,
+            **options,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 

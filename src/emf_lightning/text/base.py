@@ -78,7 +78,10 @@ class TextEncoder(nn.Module, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal digest of everything that the features depend on: weights, tokenizer, template, dtype, length."""
+        """Hexadecimal digest of everything that the features depend on: weights, tokenizer, template, dtype, length.
+
+        It does not depend on the folder, file or hub name that the weights come from.
+        """
 
     @property
     def truncated(self) -> int:
@@ -92,10 +95,10 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]`` of ``captions``; the null caption is the empty string."""
+        """Features ``[B, L, D]`` of ``captions``, float32; the null caption is the empty string."""
 
     def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
-        """Training features ``[B, L, D]`` of ``captions`` and their whole images ``[B, 3, S, S]`` in [-1, 1].
+        """Training features ``[B, L, D]``, float32, of ``captions`` and their whole images ``[B, 3, S, S]`` in [-1, 1].
 
         Only for encoders with an ``image_size``, S; the others have one kind of features.
         """

@@ -136,7 +136,6 @@ class BLIP3oNext(TextEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of weights, tokenizer and settings; independent of the folder or hub name."""
         return fingerprint(
             encoder=type(self).__name__,
             weights=weights_digest(self),

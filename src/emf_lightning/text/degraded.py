@@ -36,7 +36,6 @@ class DegradedEncoder(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the encoder's fingerprint and the settings."""
         settings = f"{type(self).__name__} 1 {self.encoder.fingerprint} {self.noise} {self.shared} {self.seed}"
         return hashlib.sha256(settings.encode()).hexdigest()
 

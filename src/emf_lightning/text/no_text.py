@@ -21,13 +21,8 @@ class NoText(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """A constant: there are no settings."""
         return "no text"
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Zeros ``[B, 1, 8]``."""
-        device = self.device_marker.device
-        shape = (len(captions), self.length)
-        return TextFeatures(
-            torch.zeros(*shape, self.width, device=device), torch.ones(shape, dtype=torch.bool, device=device)
-        )
+        context = torch.zeros(len(captions), self.length, self.width, device=self.device_marker.device)
+        return TextFeatures(context, torch.ones_like(context[..., 0], dtype=torch.bool))

@@ -61,7 +61,6 @@ class OpenClipTextEncoder(TextEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of weights, architecture, tokenizer and settings; independent of the file or tag."""
         vocabulary = tokenizer_digest(self._inner) if self._inner else fingerprint(vocabulary=self.tokenizer.encoder)
         return fingerprint(
             encoder=type(self).__name__,
@@ -107,7 +106,6 @@ class OpenClipTextEncoder(TextEncoder):
             return self.tower(ids.to(device))[1].float()
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32."""
         ids = self._ids(captions, self._kept)
         mask = self._mask(ids)
         full = [caption for caption, last in zip(captions, mask[:, -1].tolist(), strict=True) if last]

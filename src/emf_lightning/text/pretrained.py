@@ -78,7 +78,6 @@ class PretrainedTextEncoder(TextEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of weights, architecture, tokenizer and settings; independent of the folder or hub name."""
         # entries about the origin, which do not affect the features
         origin = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
         config = {key: value for key, value in self.tower.config.to_dict().items() if key not in origin}

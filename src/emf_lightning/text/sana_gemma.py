@@ -44,7 +44,6 @@ class SanaGemma(PretrainedTextEncoder):
         self._before = len(self.tokenizer(self.instruction)["input_ids"])
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32."""
         sequences = [self._sequence(caption) for caption in captions]
         self._truncation.add(len(sequences), sum(truncated for *_, truncated in sequences))
         states, mask = self._padded_states([ids for ids, *_ in sequences])

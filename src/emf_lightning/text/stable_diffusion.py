@@ -44,7 +44,6 @@ class StableDiffusionTextEncoder(TextEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of weights, tokenizer and precision."""
         return _fingerprint(self, [self.tower], [self.tokenizer], self.dtype)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
@@ -98,7 +97,6 @@ class SD3TextEncoder(TextEncoder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of weights, tokenizers, precision and length."""
         return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:

@@ -31,14 +31,9 @@ class TextAlignedTokenizer(nn.Module):
         self.side = vision.image_size
         self.heads = vision.num_attention_heads
         self.tokens = (vision.image_size // vision.patch_size) ** 2
-        regularizer = {
-            "embedding": nn.Embedding(codes, code_width),
-            "embedding_proj": nn.Linear(code_width, code_width),
-        }
-        bottleneck = {
-            "in_linear": nn.Linear(vision.hidden_size, code_width),
-            "regularizer": nn.ModuleDict(regularizer),
-        }
+        codebook = {"embedding": nn.Embedding(codes, code_width), "embedding_proj": nn.Linear(code_width, code_width)}
+        projection = nn.Linear(vision.hidden_size, code_width)
+        bottleneck = {"in_linear": projection, "regularizer": nn.ModuleDict(codebook)}
         encoder = {"embeddings": SiglipVisionEmbeddings(shorter), "encoder": SiglipEncoder(shorter)}
         self.encoder: Any = nn.ModuleDict(encoder)
         self.encode_task_layer = nn.Sequential(nn.Linear(vision.hidden_size, vision.hidden_size), nn.Tanh())

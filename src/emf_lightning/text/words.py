@@ -71,7 +71,6 @@ class WordEncoder(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings, which determine every feature."""
         settings = (self.width, self.length, self.window, self.decay, self.position, self.shared, self.seed)
         return hashlib.sha256(f"{type(self).__name__} 1 {settings}".encode()).hexdigest()
 

@@ -10,6 +10,7 @@ from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.filling import CacheFiller
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextEncoder
@@ -50,7 +51,7 @@ def make(text: TextEncoder, shards: list[str], folder: Path | None, **options) -
 
 def pairs(data: CaptionImageData) -> tuple[list[str], torch.Tensor]:
     """The captions and encoder images of the first batch in the shards' order."""
-    stream = ShardStream(data.shards, SIDE, data.batch_size, encoder_image_size=data.text.image_size)
+    stream = ShardStream(data.shards, SquareTransform(SIDE), data.batch_size, encoder_image_size=data.text.image_size)
     batch = next(iter(stream))
     return list(batch.captions), batch.encoder_images.float() / 127.5 - 1
 

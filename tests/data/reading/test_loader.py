@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.streams import ShardStream
 from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
@@ -17,7 +18,7 @@ from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 def make(shards: list[str], num_workers: int = 0, **options: object) -> ShardLoader:
     options = {"shuffle_block": 8, "drop_last": True, "seed": 3, **options}
-    stream = ShardStream(shards, SIDE, 4, lanes=max(num_workers, 1), **options)  # type: ignore[arg-type]
+    stream = ShardStream(shards, SquareTransform(SIDE), 4, lanes=max(num_workers, 1), **options)  # type: ignore[arg-type]
     return ShardLoader(stream, num_workers=num_workers)
 
 

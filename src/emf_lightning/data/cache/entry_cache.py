@@ -52,12 +52,12 @@ class EntryCache(ABC, Generic[T]):
         self._salt = b""
 
     @abstractmethod
-    def _to_tokens(self, values: T) -> tuple[Tensor, Tensor]:
+    def to_tokens(self, values: T) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, L, D]`` and mask ``[B, L]`` of the values."""
 
     @abstractmethod
-    def _from_tokens(self, tokens: Tensor, mask: Tensor) -> T:
-        """The inverse of ``_to_tokens``."""
+    def from_tokens(self, tokens: Tensor, mask: Tensor) -> T:
+        """The inverse of ``to_tokens``."""
 
     def _open(self, fingerprint: str, length: int, width: int) -> None:
         """Binds the cache to a model; warns if the disk is smaller than ``max_gb``.
@@ -132,7 +132,7 @@ class EntryCache(ABC, Generic[T]):
 
     def unpack(self, entries: Sequence[bytes]) -> T:
         """The B values of fetched entries, in the stored dtype (float8: bfloat16)."""
-        return self._from_tokens(*self.entries.unpack(entries))
+        return self.from_tokens(*self.entries.unpack(entries))
 
     def store(self, keys: Sequence[str], values: T) -> None:
         """Writes the values that have no intact entry yet, in one transaction; warns and stops at the size limit."""
@@ -141,7 +141,7 @@ class EntryCache(ABC, Generic[T]):
         if self.full:
             self.full += len(keys)
             return
-        entries = dict(zip(map(self._stored_key, keys), self.entries.pack(*self._to_tokens(values)), strict=True))
+        entries = dict(zip(map(self._stored_key, keys), self.entries.pack(*self.to_tokens(values)), strict=True))
         try:
             with self._store.transaction(write=True) as transaction:
                 for key, entry in entries.items():
@@ -161,8 +161,8 @@ class EntryCache(ABC, Generic[T]):
 
     def as_stored(self, values: T) -> T:
         """``values`` as ``unpack`` returns them after ``store``: rounded to ``dtype``, zero where masked; float32."""
-        tokens, mask = self._to_tokens(values)
-        return self._from_tokens(self.entries.rounded(tokens).masked_fill(~mask[..., None], 0.0), mask)
+        tokens, mask = self.to_tokens(values)
+        return self.from_tokens(self.entries.rounded(tokens).masked_fill(~mask[..., None], 0.0), mask)
 
     @property
     def entries(self) -> EntryFormat:

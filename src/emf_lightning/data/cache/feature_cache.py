@@ -15,11 +15,7 @@ class FeatureCache(EntryCache[TextFeatures]):
     """
 
     def open(self, encoder: TextEncoder) -> None:
-        """Binds the cache to ``encoder``; warns if the disk is smaller than ``max_gb``.
-
-        Raises:
-            ValueError: if the folder is not writable or holds other files.
-        """
+        """Binds the cache to ``encoder``; warns if the disk is smaller than ``max_gb``."""
         self._open(encoder.fingerprint, encoder.length, encoder.width)
         self._variant = encoder.variant
 
@@ -32,8 +28,8 @@ class FeatureCache(EntryCache[TextFeatures]):
             image = f"\0{self._variant}"
         return caption if image is None else f"{caption}\0{image}"
 
-    def _to_tokens(self, values: TextFeatures) -> tuple[Tensor, Tensor]:
+    def to_tokens(self, values: TextFeatures) -> tuple[Tensor, Tensor]:
         return values.context, values.mask
 
-    def _from_tokens(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
+    def from_tokens(self, tokens: Tensor, mask: Tensor) -> TextFeatures:
         return TextFeatures(tokens, mask)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,7 @@ DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "float16", "float8")
 
 @dataclass(frozen=True)
 class StorageOption:
-    """Size and error of one way to store the entries.
-
-    Attributes:
-        dtype: of the stored numbers.
-        size: bytes of all samples on disk.
-        error: relative L2 error after a round trip, on the samples measured.
-        token_pool: of the encoder, if it can average tokens; 1 keeps the published tokens.
-    """
+    """One way to store entries: dtype, bytes of all samples on disk, relative L2 error, the encoder's token_pool."""
 
     dtype: StoredDtype
     size: int
@@ -43,14 +37,7 @@ class StorageOption:
 
 @dataclass(frozen=True)
 class FillProgress:
-    """Progress of this rank.
-
-    Attributes:
-        done: samples written.
-        present: samples that were cached already.
-        skipped: reason -> samples left out.
-        seconds: since the start.
-    """
+    """Progress of this rank: samples written, cached already, left out (by reason), and seconds since the start."""
 
     done: int
     present: int
@@ -113,15 +100,10 @@ class CacheFiller:
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
         uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution)
         uncached.device = self.device
-        found: dict[str, tuple[EntryCache, Tensor, Tensor]] = {}
-        if data.cache is not None:
-            features = uncached.features(batch)
-            found["features"] = (data.cache, features.context.cpu(), features.mask.cpu())
-        if data.latent_cache is not None:
-            latents = uncached.latents(batch).flatten(2).cpu()
-            found["latents"] = (data.latent_cache, latents, torch.ones(latents.shape[:2], dtype=torch.bool))
+        encode: dict[str, Callable[[RawBatch], Any]] = {"features": uncached.features, "latents": uncached.latents}
         options = {}
-        for name, (cache, context, mask) in found.items():
+        for name, cache in self.caches.items():
+            context, mask = (tensor.cpu() for tensor in cache.to_tokens(encode[name](batch)))
             entries = [EntryFormat(cache.entries.length, cache.entries.width, dtype) for dtype in DTYPES]
             options[name] = [StorageOption(e.dtype, cache.size(samples, e), e.error(context, mask)) for e in entries]
             if name == "features" and isinstance(data.text, BLIP3oNext) and data.text.token_pool == 1:

@@ -21,20 +21,16 @@ class LatentCache(EntryCache[Tensor]):
     """
 
     def open(self, autoencoder: Autoencoder, side: int, transform: str) -> None:
-        """Binds the cache to latents ``[C, side, side]`` of images after ``transform``.
-
-        Raises:
-            ValueError: if the folder is not writable or holds other files.
-        """
+        """Binds the cache to latents ``[C, side, side]`` of images after ``transform``."""
         self._side = side
         name = fingerprint(autoencoder=autoencoder_fingerprint(autoencoder), transform=transform)
         self._open(name, autoencoder.channels, side * side)
 
-    def _to_tokens(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def to_tokens(self, values: Tensor) -> tuple[Tensor, Tensor]:
         tokens = values.flatten(2)
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=values.device)
 
-    def _from_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def from_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens.view(*tokens.shape[:2], self._side, self._side)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ class Lookup(Generic[T]):
     encodes the missing elements on the training device. Not a dataclass: Lightning takes dataclasses apart.
 
     Args:
-        keys: the B keys.
+        keys: the B keys; None stands for a key of its own.
         entries: the fetched entry of each key, None where there is none; without ``entries`` no key counts as found.
         cache: the cache of ``entries``.
 
@@ -31,11 +31,11 @@ class Lookup(Generic[T]):
 
     def __init__(
         self,
-        keys: Sequence[str],
+        keys: Sequence[str | None],
         entries: Sequence[bytes | None] | None = None,
         cache: EntryCache[T] | None = None,
     ) -> None:
-        self.keys = tuple(keys)
+        self.keys = tuple(str(index) if key is None else key for index, key in enumerate(keys))
         entries = [None] * len(self.keys) if entries is None else entries
         self.found = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
         intact = [entry for entry in entries if entry is not None]
@@ -76,14 +76,11 @@ class Lookup(Generic[T]):
 
     def _merge(self, misses: T | None, device: torch.device) -> T:
         """All B values in batch order: the hits, and ``misses`` for the missing elements."""
-        hits = None if self.hits is None else self.hits.to(device=device, dtype=torch.float32)
-        misses = None if misses is None else misses.to(device=device)
-        if hits is None or misses is None:
-            only = misses if hits is None else hits
-            assert only is not None
-            return only
+        parts = [] if self.hits is None else [self.hits.to(device=device, dtype=torch.float32)]
+        parts += [] if misses is None else [misses.to(device=device)]
+        if len(parts) == 1:
+            return parts[0]
         order = torch.cat([self.found.nonzero(), (~self.found).nonzero()]).flatten().argsort()
-        both = [hits, misses]
-        if isinstance(hits, TextFeatures):
-            return TextFeatures.cat(both)[order]  # type: ignore[arg-type, return-value]
-        return torch.cat(both)[order]  # type: ignore[arg-type, return-value]
+        cat: Any = TextFeatures.cat if isinstance(misses, TextFeatures) else torch.cat
+        merged: T = cat(parts)[order]
+        return merged

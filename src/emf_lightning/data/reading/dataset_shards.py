@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,26 +115,14 @@ def write_samples(
         )
     manifest.write_text(json.dumps(identity, indent=1) + "\n")
     paths: list[Path] = []
-    block: list[tuple[bytes | None, str]] = []
-    done = 0
-
-    def write() -> None:
-        nonlocal done
-        path = directory / f"data-{len(paths):06d}.tar"
-        if not path.exists():
-            _write_shard(path, block, done)
-        paths.append(path)
+    remaining, done = iter(samples), 0
+    while block := list(islice(remaining, samples_per_shard)):
+        paths.append(directory / f"data-{len(paths):06d}.tar")
+        if not paths[-1].exists():
+            _write_shard(paths[-1], block, done)
         done += len(block)
-        block.clear()
         if progress is not None:
             progress(done)
-
-    for sample in samples:
-        block.append(sample)
-        if len(block) == samples_per_shard:
-            write()
-    if block:
-        write()
     if not paths:
         raise ValueError("there are no samples to write")
     return paths

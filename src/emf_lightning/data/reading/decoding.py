@@ -32,22 +32,18 @@ def decode_caption(sample: TarSample) -> str:
     try:
         if sample.text is not None:
             caption = sample.text.decode()
-        elif sample.json is not None:
-            record = json.loads(sample.json)
-            found = [record[key] for key in CAPTION_KEYS if key in record] if isinstance(record, dict) else []
-            if not found or not isinstance(found[0], str):
-                raise UnusableSampleError("missing caption")
-            caption = found[0]
         else:
-            raise UnusableSampleError("missing caption")
+            record = None if sample.json is None else json.loads(sample.json)
+            caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UnusableSampleError("broken JSON") from error
-    caption = caption.strip()
-    if not caption:
+    if not isinstance(caption, str):
+        raise UnusableSampleError("missing caption")
+    if not caption.strip():
         raise UnusableSampleError("empty caption")
-    return caption
+    return caption.strip()
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,12 @@ from torch import Tensor
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.cache.lookup import Lookup
+from emf_lightning.text.base import TextFeatures
 
 
 class Position(NamedTuple):
-    """Position in a lane: the start of a block of samples, and how many samples of its permutation were emitted.
-
-    Attributes:
-        shard: number of the lane's shards that are finished.
-        offset: byte offset of the block's first sample in its shard.
-        number: running number of that sample in the shard.
-        block: number of the block.
-        emitted: samples of the block that were emitted.
+    """Position in a lane: the start of a block (index of the shard in the lane, byte offset and running number of the
+    block's first sample in the shard), the number of the block, and how many of its samples were emitted.
     """
 
     shard: int = 0
@@ -76,10 +71,10 @@ class RawBatch:
         latent_cache: LatentCache | None,
     ) -> None:
         self.captions = tuple(sample.caption for sample in samples)
-        keys = _keys([sample.feature_key for sample in samples])
-        self.features = Lookup(keys, [sample.features for sample in samples], feature_cache)
-        keys = _keys([sample.latent_key for sample in samples])
-        self.latents = Lookup(keys, [sample.latents for sample in samples], latent_cache)
+        keys, entries = [sample.feature_key for sample in samples], [sample.features for sample in samples]
+        self.features: Lookup[TextFeatures] = Lookup(keys, entries, feature_cache)
+        keys, entries = [sample.latent_key for sample in samples], [sample.latents for sample in samples]
+        self.latents: Lookup[Tensor] = Lookup(keys, entries, latent_cache)
         self.images = _stack([sample.image for sample in samples], image_size)
         self.encoder_images = _stack([sample.encoder_image for sample in samples], encoder_image_size)
 
@@ -99,11 +94,6 @@ class RawBatch:
         for lookup in (self.features, self.latents):
             lookup.hits = None if lookup.hits is None else function(lookup.hits)
         return self
-
-
-def _keys(keys: Sequence[str | None]) -> list[str]:
-    """The keys; samples without one get their index, so that no two samples share a value."""
-    return [str(index) if key is None else key for index, key in enumerate(keys)]
 
 
 def _stack(images: Sequence[NDArray[np.uint8] | None], size: int) -> Tensor:

@@ -44,16 +44,14 @@ class ShardStream(IterableDataset[RawBatch]):
     buffer, so that other samples follow; its speed is a third of ours (2,400 against 8,900 decoded 36 px samples a
     second on one core). ``webdataset`` 1.0 has no state to resume from.
 
+    Arguments that are not listed: see ``CaptionImageData``.
+
     Args:
         shards: files or URLs, in a fixed order.
-        transform: makes images square; a number stands for the default transform of that side.
-        batch_size: samples a batch.
+        transform: makes images square.
         shuffle_block: samples a block; 1 shuffles shards only, 0 turns shuffling off.
-        seed: of the shuffle.
-        rank, ranks: of the distributed run.
         lanes: lanes of this rank: the number of workers, or 1 without workers.
         drop_last: leaves out a lane's last batch if it is smaller.
-        flip: mirrors half of the images; captions with "left" and "right" are then wrong.
         limit: reads the first ``limit`` samples only, dealt one by one.
         feature_cache: an open cache of text features; None leaves all captions to the encoder.
         latent_cache: an open cache of latents; None leaves all images to the autoencoder.
@@ -64,7 +62,7 @@ class ShardStream(IterableDataset[RawBatch]):
     """
 
     shards: Sequence[str]
-    transform: SquareTransform | int
+    transform: SquareTransform
     batch_size: int
     _: KW_ONLY
     shuffle_block: int = 0
@@ -83,7 +81,6 @@ class ShardStream(IterableDataset[RawBatch]):
     images: bool = True
 
     def __post_init__(self) -> None:
-        self._square = SquareTransform(self.transform) if isinstance(self.transform, int) else self.transform
         self.start(0, [Position()] * self.lanes, 0)
 
     def start(self, epoch: int, positions: Sequence[Position], first: int) -> None:
@@ -109,7 +106,7 @@ class ShardStream(IterableDataset[RawBatch]):
         examples: dict[str, str] = {}
 
         def batch(position: Position) -> RawBatch:
-            sides = self._square.side, self.encoder_image_size or 1
+            sides = self.transform.side, self.encoder_image_size or 1
             made = RawBatch(samples, *sides, self.feature_cache, self.latent_cache)
             made.lane, made.position, made.skipped, made.examples = lane, position, dict(skipped), dict(examples)
             for collected in (samples, skipped, examples):
@@ -164,7 +161,7 @@ class ShardStream(IterableDataset[RawBatch]):
         )
         if needs_image or needs_encoder_image:
             decoded = decode_image(sample)
-            image = _flip(self._square(decoded), flipped) if needs_image else None
+            image = _flip(self.transform(decoded), flipped) if needs_image else None
             encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
         return Sample(caption, feature_key, latent_key, image, encoder_image, feature_entry, latent_entry)
 
