@@ -36,13 +36,11 @@ def shards(
     if -(-count // samples_per_shard) < 2 * processes:
         processes = 0  # starting a process takes longer than rendering a shard
     with tqdm(desc=f"{out}", total=-(-count // samples_per_shard), unit="shard", delay=0.1) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
         paths = write_shards(
-            WORLDS[world],
-            out,
-            count,
-            seed=seed,
-            samples_per_shard=samples_per_shard,
-            workers=processes,
-            progress=lambda done, _: bar.update(done - bar.n),
+            WORLDS[world], out, count, seed=seed, samples_per_shard=samples_per_shard, workers=processes, progress=show
         )
     print(f"{count:,} samples in {len(paths)} shards: {out}")

@@ -60,11 +60,7 @@ class EntryCache(ABC, Generic[T]):
         """The inverse of ``to_tokens``."""
 
     def _open(self, fingerprint: str, length: int, width: int) -> None:
-        """Binds the cache to a model; warns if the disk is smaller than ``max_gb``.
-
-        Raises:
-            ValueError: if the folder is not writable or holds other files.
-        """
+        """Binds the cache to a model; raises ValueError if the folder is not writable or holds other files."""
         try:
             self._store.open()
         except ValueError as error:

@@ -16,9 +16,8 @@ IMAGES = ("output_image", "image_path", "image", "file_name")
 class CaptionFiles:
     """Captions from JSON or JSON-lines files, by image name.
 
-    A file applies to the shards in its folder and below, since many sets number their images from 0: Echo-4o-Image's
-    ``Instruction-Following-Image/*.jsonl`` ("instruction", "output_image") for ``images/*.tar.gz`` there,
-    ShareGPT-4o-Image's ``text_to_image.json`` ("input_prompt", "output_image") for ``text_to_image_part_*.tar``.
+    A file applies to the shards in its folder and below, since many sets number their images from 0, e.g.
+    Echo-4o-Image's ``Instruction-Following-Image/*.jsonl`` to ``Instruction-Following-Image/images/*.tar.gz``.
 
     Args:
         files: their paths.

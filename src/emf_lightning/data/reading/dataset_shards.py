@@ -89,7 +89,7 @@ def write_samples(
     directory: Path,
     identity: dict[str, Any],
     samples_per_shard: int = 2000,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Sequence[Path]:
     """Writes shards ``data-000000.tar`` of ``.txt`` captions and optional ``.png`` images; returns their paths.
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ def decode_caption(sample: TarSample) -> str:
     """
     try:
         if sample.text is not None:
-            caption = sample.text.decode()
+            caption: Any = sample.text.decode()
         else:
             record = None if sample.json is None else json.loads(sample.json)
             caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
@@ -52,8 +52,7 @@ class SquareTransform:
 
     Attributes:
         side: of the square, in pixels.
-        filter: antialiased resize filter. "bilinear" is the one of torchvision's ``Resize`` and ``CenterCrop``, with
-            which EMF and BLIP3o train.
+        filter: antialiased resize filter; "bilinear" is torchvision's, with which EMF and BLIP3o train.
     """
 
     side: int

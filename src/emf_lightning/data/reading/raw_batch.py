@@ -17,8 +17,9 @@ from emf_lightning.text.base import TextFeatures
 
 
 class Position(NamedTuple):
-    """Position in a lane: the start of a block (index of the shard in the lane, byte offset and running number of the
-    block's first sample in the shard), the number of the block, and how many of its samples were emitted.
+    """Position in a lane: a block of samples, and how many of its samples were emitted.
+
+    The block starts at byte ``offset`` of the lane's ``shard``, with the sample of running number ``number`` in it.
     """
 
     shard: int = 0

@@ -38,11 +38,10 @@ class ShardStream(IterableDataset[RawBatch]):
     lane, however few shards there are. A lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in
     memory and permuted by (seed, pass, lane, block), so that a resumed lane reads at most one block again.
 
-    Shards are read with the standard library, because neither common reader can do all of this. ``datasets`` 5.2,
-    streaming: a truncated shard ends the run (``tarfile.ReadError``); JSON members that Arrow cannot type, like
-    GenEval's ``["left of", 0]``, cannot be opened; a resume replays the shard from its start and loses the shuffle
-    buffer, so that other samples follow; its speed is a third of ours (2,400 against 8,900 decoded 36 px samples a
-    second on one core). ``webdataset`` 1.0 has no state to resume from.
+    Shards are read with the standard library, because neither common reader can do all of this. In ``datasets`` 5.2,
+    a truncated shard ends the run; JSON that Arrow cannot type, like GenEval's ``["left of", 0]``, cannot be opened; a
+    resume replays the shard from its start and loses the shuffle buffer; and it is 3.7 times slower (2,400 against
+    8,900 decoded 36 px samples a second on one core). ``webdataset`` 1.0 has no state to resume from.
 
     Arguments that are not listed: see ``CaptionImageData``.
 
