@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from emf_lightning.text.base import TextEncoder, TextFeatures
-from emf_lightning.text.truncation import Truncation
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -35,6 +35,8 @@ class WordEncoder(TextEncoder):
         seed: of all random vectors.
     """
 
+    truncated = 0
+
     def __init__(
         self,
         width: int = 128,
@@ -57,7 +59,6 @@ class WordEncoder(TextEncoder):
         self.position = position
         self.shared = shared
         self.seed = seed
-        self._truncation = Truncation(type(self).__name__, length)
         self._vectors: dict[str, torch.Tensor] = {}
         order = torch.from_numpy(self._generator("permutation").permutation(width))
         shifts = [torch.arange(width)]
@@ -85,8 +86,17 @@ class WordEncoder(TextEncoder):
             self._vectors[name] = torch.from_numpy(vector)
         return self._vectors[name]
 
-    def _tokens(self, words: list[str]) -> torch.Tensor:
+    def _tokens(self, caption: str) -> torch.Tensor:
         """Tokens ``[words, D]``; the null caption is one token of its own."""
+        words = _WORD.findall(caption.lower())
+        self.truncated += len(words) > self.length
+        if len(words) > self.length and self.truncated == 1:
+            warnings.warn(
+                f"WordEncoder: a caption of {len(words)} words is cut to length {self.length}: {caption!r}; raise "
+                "`length` (counted from here on in `truncated`)",
+                stacklevel=2,
+            )
+        words = words[: self.length]
         base = torch.stack([self._vector(f"word {word}") for word in words] or [self._vector("null")])
         tokens = base.clone()
         for k in range(1, self.window + 1):
@@ -98,12 +108,10 @@ class WordEncoder(TextEncoder):
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, L, D]``; words are runs of letters and digits in lower case."""
-        texts = [_WORD.findall(caption.lower()) for caption in captions]
-        self._truncation.add(len(texts), sum(len(words) > self.length for words in texts))
         context = torch.zeros(len(captions), self.length, self.width)
         mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
-        for row, words in enumerate(texts):
-            tokens = self._tokens(words[: self.length])
+        for row, caption in enumerate(captions):
+            tokens = self._tokens(caption)
             context[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = True
         return TextFeatures(context, mask).to(self.device_marker.device)
