@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from emf_lightning.data.cache.entry_cache import readable
+from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.filling import DTYPES
@@ -136,9 +136,9 @@ def report(found: list[Measured], samples: int) -> str:
     for each in found:
         rates = [f"{each.read[n]:.0f} / {each.read_cold[n]:.0f}" for n in readers]
         lines.append(
-            f"| {each.dtype} | {readable(each.bytes_each)} | {readable(170_000 * each.bytes_each)} "
+            f"| {each.dtype} | {format_bytes(each.bytes_each)} | {format_bytes(170_000 * each.bytes_each)} "
             f"| {each.error:.2%} | {each.written:.0f} | {' | '.join(rates)} "
-            f"| {each.plain / each.bytes_each:.0f} ({readable(each.plain)}/s) |"
+            f"| {each.plain / each.bytes_each:.0f} ({format_bytes(each.plain)}/s) |"
         )
     return "\n".join(lines) + "\n"
 

@@ -105,7 +105,7 @@ def make_encoder(size: Size, device: torch.device, dtype: torch.dtype, compiled:
     encoder.opening = [8, 9]
     encoder.length = 1 + encoder.images.tokens
     encoder.width = size.context
-    encoder.view_side = size.image_size
+    encoder.image_size = size.image_size
     encoder.freeze()
     return encoder.to(dtype)
 
@@ -143,10 +143,10 @@ def measure(
             captions = [str(row) for row in range(rows)]
             views = torch.rand(rows, 3, size.image_size, size.image_size, device=device) * 2 - 1
             codes = torch.randint(encoder.codes, (rows, encoder.length - 1), device=device)
-            calls = {"tokens written, compiled" if fixed else "tokens written": partial(encoder.write, captions)}
+            calls = {"tokens written, compiled" if fixed else "tokens written": partial(encoder.generate, captions)}
             if not fixed:
                 calls["pictures tokenized"] = partial(encoder.images, views)
-                calls["tokens read"] = partial(encoder.read, captions, codes)
+                calls["tokens read"] = partial(encoder.hidden_states, captions, codes)
             for what, call in calls.items():
                 yield Measured(what, rows, seconds(call, device, repeats))
 

@@ -77,7 +77,7 @@ def test_it_says_what_it_takes_writes_it_and_training_reads_it(world, capsys, mo
     assert "7 samples written" in capsys.readouterr().out
     main(["cache", "--config", "e.yaml"])
     assert "0 samples written; 7 were there; left out: none" in capsys.readouterr().out
-    monkeypatch.setattr("emf_lightning.data.reading.streams.image_of", None)  # whoever decodes an image now fails
+    monkeypatch.setattr("emf_lightning.data.reading.streams.decode_image", None)  # decoding an image now fails
     main(["fit", "--config", "e.yaml"])
 
 

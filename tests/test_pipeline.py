@@ -42,7 +42,7 @@ trainer:
       init_args: {{steps: [1, 2], images_per_prompt: 2, seed: 3}}
 data:
   text: {{class_path: WordEncoder, init_args: {{width: 16}}}}
-  autoencoder: {{class_path: Pixels, init_args: {{scale: 0.5, offset: 0.2}}}}
+  autoencoder: {{class_path: Pixels, init_args: {{scale: 0.5, shift: 0.2}}}}
   shards: shards
   batch_size: 8
   num_workers: 0

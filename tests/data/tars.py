@@ -1,4 +1,4 @@
-"""Small shards for the tests of this folder."""
+"""Small shards for the tests in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 SIDE = 8
 
 
-def picture(number: int, size: tuple[int, int] = (SIDE, SIDE), form: str = "png") -> bytes:
+def noise_image(number: int, size: tuple[int, int] = (SIDE, SIDE), form: str = "png") -> bytes:
     """An image of noise that is a function of ``number``."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -37,7 +37,7 @@ def write_numbered(folder: Path, sizes: list[int]) -> list[str]:
     for shard, size in enumerate(sizes):
         members = {}
         for number in range(first, first + size):
-            members |= {f"{number:06d}.png": picture(number), f"{number:06d}.txt": f"sample {number}".encode()}
+            members |= {f"{number:06d}.png": noise_image(number), f"{number:06d}.txt": f"sample {number}".encode()}
         first += size
         paths.append(write_tar(folder / f"part-{shard}.tar", members))
     return paths

@@ -13,15 +13,15 @@ from torch import Tensor
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.streams import RawBatch
+from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
-from tests.data.tars import SIDE, picture, write_numbered, write_tar
+from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 
 class CountingEncoder(WordEncoder):
-    """The embedded encoder, and what it was asked for."""
+    """The built-in encoder, recording the captions that it encodes."""
 
     def __init__(self) -> None:
         super().__init__(width=8, length=4)
@@ -44,7 +44,7 @@ class Halving(Autoencoder):
 
 
 class Model(LightningModule):
-    """The smallest model that trains, and what it saw."""
+    """The smallest model that trains, recording its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def test_features_through_the_cache_are_the_encoders_and_each_caption_is_encoded
 ) -> None:
     members = {}
     for number in range(24):  # six captions, four times each
-        members |= {f"{number}.png": picture(number), f"{number}.txt": f"caption {number % 6}".encode()}
+        members |= {f"{number}.png": noise_image(number), f"{number}.txt": f"caption {number % 6}".encode()}
     shard = write_tar(tmp_path / "x.tar", members)
     cache = FeatureCache(tmp_path / "cache", max_gb=0.01)
     data = make(shard, num_workers, cache=cache, batch_size=5)
@@ -242,7 +242,7 @@ def test_prediction_gives_each_prompt_with_its_index(tmp_path: Path) -> None:
 def test_skipped_samples_are_counted_over_the_workers(tmp_path: Path) -> None:
     shards = []
     for name in ("x", "y"):
-        members = {f"{n}.{e}": d for n in range(8) for e, d in (("png", picture(n)), ("txt", b"fine"))}
+        members = {f"{n}.{e}": d for n in range(8) for e, d in (("png", noise_image(n)), ("txt", b"fine"))}
         shards.append(write_tar(tmp_path / f"{name}.tar", members | {"a.png": b"?", "a.txt": b"text", "b.png": b""}))
     data = make(shards, num_workers=2)
     with pytest.warns(UserWarning, match="corrupt image"):

@@ -13,12 +13,12 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.decoding import SquareTransform, image_of, view_of
+from emf_lightning.data.reading.decoding import SquareTransform, decode_image, stretch_to_square
 from emf_lightning.data.reading.tar_samples import TarSample
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.blip3o_next import BLIP3oNext
-from tests.data.tars import SIDE, picture, write_tar
+from tests.data.tars import SIDE, noise_image, write_tar
 from tests.tiny_blip3o import SETTINGS, save_checkpoint
 from tests.tiny_blip3o import SIDE as VIEW
 
@@ -27,13 +27,13 @@ CAPTIONS = ["a red cube", "two blue ball on a ring", "a red cube", "a photo of a
 
 
 class CountingBLIP3o(BLIP3oNext):
-    """The encoder, and how many pairs it was asked for."""
+    """The encoder, counting the pairs that it encodes."""
 
     pairs = 0
 
-    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
+    def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
         self.pairs += len(captions)
-        return super().encode_pairs(captions, views)
+        return super().encode_pairs(captions, images)
 
 
 class CountingPixels(Pixels):
@@ -56,7 +56,7 @@ def encoder(tmp_path_factory) -> CountingBLIP3o:
 def shard(tmp_path) -> str:
     members = {}
     for number, caption in enumerate(CAPTIONS):
-        members |= {f"{number}.png": picture(number, (30 - number, 20)), f"{number}.txt": caption.encode()}
+        members |= {f"{number}.png": noise_image(number, (30 - number, 20)), f"{number}.txt": caption.encode()}
     return write_tar(tmp_path / "x.tar", members)
 
 
@@ -78,12 +78,12 @@ def encoded(data: CaptionImageData) -> list[CaptionImageBatch]:
 
 def expected(encoder, flipped: bool = False) -> tuple[Tensor, Tensor]:
     """Features and latents of the shard's samples."""
-    images = [image_of(TarSample("", 0, 0, picture(n, (30 - n, 20)))) for n in range(len(CAPTIONS))]
-    views = torch.stack([torch.from_numpy(view_of(image, VIEW)) for image in images])
+    images = [decode_image(TarSample("", 0, 0, noise_image(n, (30 - n, 20)))) for n in range(len(CAPTIONS))]
+    whole = torch.stack([torch.from_numpy(stretch_to_square(image, VIEW)) for image in images])
     squares = torch.stack([torch.from_numpy(SquareTransform(SIDE)(image)) for image in images])
     if flipped:
-        views, squares = views.flip(2), squares.flip(2)
-    features = BLIP3oNext.encode_pairs(encoder, CAPTIONS, views.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        whole, squares = whole.flip(2), squares.flip(2)
+    features = BLIP3oNext.encode_pairs(encoder, CAPTIONS, whole.permute(0, 3, 1, 2).float() / 127.5 - 1)
     return features.context, squares.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -103,8 +103,8 @@ def test_the_second_pass_decodes_and_encodes_nothing(encoder, shard, tmp_path, n
     (first,) = encoded(data)
     assert (encoder.pairs, data.autoencoder.images) == (4, 4)
     (raw,) = data.train_dataloader()
-    assert raw.found.all() and raw.latents_found.all()
-    assert len(raw.images) == len(raw.views) == 0
+    assert raw.features.found.all() and raw.latents.found.all()
+    assert len(raw.images) == len(raw.encoder_images) == 0
     second = data.on_after_batch_transfer(raw, 0)
     assert (encoder.pairs, data.autoencoder.images) == (4, 4)
     assert torch.equal(second.text.context, first.text.context)
@@ -122,15 +122,15 @@ def test_a_batch_that_is_half_cached_is_in_order_and_rounded_alike(encoder, shar
 
     half: dict[str, bytes] = {}
     for number in (1, 3):
-        half |= {f"{number}.png": picture(number, (30 - number, 20)), f"{number}.txt": CAPTIONS[number].encode()}
+        half |= {f"{number}.png": noise_image(number, (30 - number, 20)), f"{number}.txt": CAPTIONS[number].encode()}
     (tmp_path / "half").mkdir()
     whole = encoded(make(encoder, shard, **caches()))[0]
     fresh = {"cache": FeatureCache(tmp_path / "g", 0.01, dtype), "latent_cache": LatentCache(tmp_path / "m", 0.01)}
     encoded(make(encoder, write_tar(tmp_path / "half/y.tar", half), **fresh, batch_size=2))
     data = make(encoder, shard, **fresh)
     (raw,) = data.train_dataloader()
-    assert raw.found.tolist() == raw.latents_found.tolist() == [False, True, False, True]
-    assert (len(raw.images), len(raw.views)) == (2, 2)
+    assert raw.features.found.tolist() == raw.latents.found.tolist() == [False, True, False, True]
+    assert (len(raw.images), len(raw.encoder_images)) == (2, 2)
     batch = data.on_after_batch_transfer(raw, 0)
     torch.testing.assert_close(batch.text.context, whole.text.context, atol=1e-5, rtol=1e-4)
     assert torch.equal(batch.latents, whole.latents)
@@ -141,12 +141,12 @@ def test_parts_that_the_caches_spare_stay_where_they_are(encoder, shard, tmp_pat
     encoded(make(encoder, shard, **caches))
     data = make(encoder, shard, **caches)
     (raw,) = data.train_dataloader()
-    data.move(torch.device("meta"))  # whoever goes there comes back without weights
-    data.latents_of(raw), data.features_of(raw), data.text_features([""])
+    data.encoder.device = torch.device("meta")  # a part that moved there would lose its weights
+    data.encoder.latents(raw), data.encoder.features(raw), data.text_features([""])
     assert next(data.text.parameters()).device.type == "cpu"
 
 
-def test_mirrored_images_are_other_pictures(encoder, shard, tmp_path):
+def test_mirrored_images_have_entries_of_their_own(encoder, shard, tmp_path):
     caches = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
     plain, mirrored = expected(encoder), expected(encoder, flipped=True)
     data = make(encoder, shard, **caches, flip=True)
@@ -162,7 +162,7 @@ def test_mirrored_images_are_other_pictures(encoder, shard, tmp_path):
     assert 4 < len(seen) == encoder.pairs == data.autoencoder.images
 
 
-def test_prompts_are_written_for_once_and_kept_beside_the_pairs(encoder, shard, tmp_path):
+def test_tokens_of_prompts_are_generated_once_and_cached_beside_the_pairs(encoder, shard, tmp_path):
     data = make(encoder, shard, cache=FeatureCache(tmp_path / "c", 0.01))
     encoded(data)
     written = data.text_features(CAPTIONS)
@@ -173,7 +173,7 @@ def test_prompts_are_written_for_once_and_kept_beside_the_pairs(encoder, shard, 
     assert data.cache.hits == hits + 3
 
 
-def test_another_seed_of_the_tokens_keeps_training_s_features_and_writes_others(encoder, shard, tmp_path):
+def test_another_token_seed_reuses_training_features_and_generates_other_tokens(encoder, shard, tmp_path):
     encoded(make(encoder, shard, cache=FeatureCache(tmp_path / "c", 0.01)))
     other = CountingBLIP3o(encoder.pretrained, **SETTINGS, seed=1)
     first = make(encoder, shard, cache=FeatureCache(tmp_path / "c", 0.01)).text_features(CAPTIONS).context
@@ -189,9 +189,9 @@ def test_another_seed_of_the_tokens_keeps_training_s_features_and_writes_others(
 
 def test_an_image_without_a_caption_or_a_corrupt_one_is_left_out_with_caches_too(encoder, tmp_path):
     members = {
-        "0.png": picture(0),
+        "0.png": noise_image(0),
         "0.txt": b"a red cube",
-        "1.png": picture(1)[:90],
+        "1.png": noise_image(1)[:90],
         "1.txt": b"ring",
         "2.txt": b"cube",
     }
@@ -206,4 +206,4 @@ def test_sizes_follow_the_encoder(encoder, shard):
     data = make(encoder, shard)
     assert (data.context_width, data.context_length) == (encoder.width, encoder.length)
     with Image.new("RGB", (4, 4)) as image:
-        assert view_of(image, data.text.view_side).shape == (VIEW, VIEW, 3)
+        assert stretch_to_square(image, data.text.image_size).shape == (VIEW, VIEW, 3)

@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_latents_are_the_scaled_code_and_decode_to_what_the_stock_model_draws(folder):
+def test_latents_and_decoded_images_equal_the_stock_model_s(folder):
     stock = tiny_checkpoints.dc_ae(folder)
     latents = DeepCompression(str(folder))
     images = torch.rand(2, 3, 16, 16) * 2 - 1

@@ -12,7 +12,7 @@ def case(request, tmp_path):
     return pipelines.vae(tmp_path, **request.param), KLAutoencoder(str(tmp_path)), request.param
 
 
-def test_latents_are_the_scaled_mean_and_decode_to_what_the_stock_model_draws(case):
+def test_latents_are_the_scaled_mean_and_decode_as_the_stock_model_does(case):
     stock, latents, settings = case
     scale, shift = settings["scaling_factor"], settings.get("shift_factor", 0.0)
     images = torch.rand(2, 3, 16, 16) * 2 - 1

@@ -62,7 +62,7 @@ def connect(tensors, states):
     return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt() * 5.5**0.5
 
 
-def pictures(rows: int) -> torch.Tensor:
+def images(rows: int) -> torch.Tensor:
     return torch.rand(rows, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
@@ -75,13 +75,13 @@ def test_codes_are_the_nearest_entries_to_the_features_before_the_last_layer(enc
     tower = SiglipVisionModel(SiglipVisionConfig(**TINY | {"num_hidden_layers": 3}, image_size=SIDE, patch_size=4))
     tower.load_state_dict({k.removeprefix("encoder."): v for k, v in own.items() if k.startswith("encoder.")})
     with torch.no_grad():
-        features = tower.eval()(pictures(3), output_hidden_states=True).hidden_states[-2]
+        features = tower.eval()(images(3), output_hidden_states=True).hidden_states[-2]
     features = torch.tanh(F.linear(features, own["encode_task_layer.0.weight"], own["encode_task_layer.0.bias"]))
     wanted = F.linear(features, own["bottleneck.in_linear.weight"], own["bottleneck.in_linear.bias"]).double()
     quantizer = {k.split("regularizer.")[1]: v.double() for k, v in own.items() if "regularizer" in k}
     book = quantizer["embedding.weight"] @ quantizer["embedding_proj.weight"].T + quantizer["embedding_proj.bias"]
     distance = torch.cdist(F.normalize(wanted, dim=-1), F.normalize(book, dim=-1)[None].expand(3, -1, -1))
-    codes = encoder.images(pictures(3))
+    codes = encoder.images(images(3))
     assert codes.shape == (3, TOKENS)
     assert torch.equal(codes, distance.argmin(-1))
     assert len(codes.unique()) > TOKENS
@@ -89,8 +89,8 @@ def test_codes_are_the_nearest_entries_to_the_features_before_the_last_layer(enc
 
 def test_training_reads_the_states_from_the_scale_token_to_the_last_code(encoder, published):
     model, tokenizer, tensors = published
-    features = encoder.encode_pairs([SHORT, LONG], pictures(2))
-    codes = encoder.images(pictures(2))
+    features = encoder.encode_pairs([SHORT, LONG], images(2))
+    codes = encoder.images(images(2))
     assert features.context.shape == (2, 1 + TOKENS, CONTEXT) == (2, encoder.length, encoder.width)
     assert features.mask.all()
     closing = tokenizer("<im_end><|im_end|>\n", add_special_tokens=False)["input_ids"]
@@ -115,20 +115,20 @@ def test_states_are_those_of_a_batch_padded_on_the_right_as_the_released_trainin
     with torch.no_grad():
         padded = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     expected = torch.stack([padded[i, start : start + 1 + TOKENS] for i, start in enumerate(starts)])
-    torch.testing.assert_close(encoder.read([SHORT, LONG], codes), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(encoder.hidden_states([SHORT, LONG], codes), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_written_tokens_are_read_back_with_the_same_states(encoder):
-    codes, states = encoder.write([SHORT, LONG])
+def test_generated_tokens_give_the_same_hidden_states_when_they_are_read(encoder):
+    codes, states = encoder.generate([SHORT, LONG])
     assert codes.shape == (2, TOKENS)
     assert 0 <= codes.min() and codes.max() < CODES
-    torch.testing.assert_close(states, encoder.read([SHORT, LONG], codes), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(states, encoder.hidden_states([SHORT, LONG], codes), atol=2e-5, rtol=1e-4)
 
 
 def test_a_caption_s_tokens_and_features_do_not_depend_on_the_batch(encoder, folder):
-    codes, _ = encoder.write([SHORT, LONG, "ring"])
+    codes, _ = encoder.generate([SHORT, LONG, "ring"])
     for row, caption in enumerate((SHORT, LONG, "ring")):
-        assert torch.equal(encoder.write([caption])[0][0], codes[row])
+        assert torch.equal(encoder.generate([caption])[0][0], codes[row])
     together = encoder([SHORT, NULL_CAPTION, LONG, "ring"])
     by_twos = BLIP3oNext(str(folder), **SETTINGS, batch_size=2)([SHORT, NULL_CAPTION, LONG, "ring"])
     torch.testing.assert_close(together.context, by_twos.context, atol=2e-5, rtol=1e-4)
@@ -136,15 +136,15 @@ def test_a_caption_s_tokens_and_features_do_not_depend_on_the_batch(encoder, fol
 
 
 def test_the_seed_and_the_caption_choose_the_tokens(encoder, folder):
-    first, again = encoder.write([SHORT])[0], encoder.write([SHORT])[0]
+    first, again = encoder.generate([SHORT])[0], encoder.generate([SHORT])[0]
     assert torch.equal(first, again)
     other = BLIP3oNext(str(folder), **SETTINGS, seed=1)
-    assert not torch.equal(other.write([SHORT])[0], first)
+    assert not torch.equal(other.generate([SHORT])[0], first)
 
 
 def test_greedy_tokens_are_the_likeliest_codes(folder, published):
     model, tokenizer, _ = published
-    codes = BLIP3oNext(str(folder), **SETTINGS, top_k=1).write([LONG])[0][0]
+    codes = BLIP3oNext(str(folder), **SETTINGS, top_k=1).generate([LONG])[0][0]
     first = make_config()["image_start_token_id"]
     ids = prompt_ids(tokenizer, LONG)
     for code in codes.tolist():
@@ -157,11 +157,11 @@ def test_greedy_tokens_are_the_likeliest_codes(folder, published):
 def test_a_fixed_cache_gives_what_a_growing_one_gives(folder, encoder):
     fixed = BLIP3oNext(str(folder), **SETTINGS, compiled=True)
     with torch.compiler.set_stance("force_eager"):
-        with torch.inference_mode():  # a validation, before training goes on with the same room
-            fixed.write(["ring"])
-        for captions in ([SHORT], [SHORT, LONG], ["ring", "two ball"]):  # the third finds the second one's room
-            codes, states = encoder.write(captions)
-            fixed_codes, fixed_states = fixed.write(captions)
+        with torch.inference_mode():  # a validation, before training goes on with the same cache
+            fixed.generate(["ring"])
+        for captions in ([SHORT], [SHORT, LONG], ["ring", "two ball"]):  # the third reuses the cache of the second
+            codes, states = encoder.generate(captions)
+            fixed_codes, fixed_states = fixed.generate(captions)
             assert torch.equal(codes, fixed_codes)
             torch.testing.assert_close(states, fixed_states, atol=2e-5, rtol=1e-4)
 
@@ -170,7 +170,7 @@ def test_a_fixed_cache_gives_what_a_growing_one_gives(folder, encoder):
 def test_the_compiled_step_gives_what_the_plain_one_gives(folder, encoder):
     compiled = BLIP3oNext(str(folder), **SETTINGS, compiled=True)
     for captions in ([SHORT, LONG], ["ring", "two ball"]):
-        torch.testing.assert_close(compiled.write(captions)[1], encoder.write(captions)[1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(compiled.generate(captions)[1], encoder.generate(captions)[1], atol=2e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -183,8 +183,8 @@ def test_the_null_condition_is_the_connector_of_nothing(encoder, published):
 
 def test_tokens_are_averaged_over_squares_of_patches_behind_the_scale_token(folder, encoder):
     pooled = BLIP3oNext(str(folder), **SETTINGS, token_pool=3)
-    whole = encoder.encode_pairs([SHORT, LONG], pictures(2)).context
-    features = pooled.encode_pairs([SHORT, LONG], pictures(2))
+    whole = encoder.encode_pairs([SHORT, LONG], images(2)).context
+    features = pooled.encode_pairs([SHORT, LONG], images(2))
     assert features.context.shape == (2, pooled.length, CONTEXT) == (2, 2, CONTEXT)
     assert features.mask.all()
     torch.testing.assert_close(features.context, torch.stack([whole[:, 0], whole[:, 1:].mean(1)], dim=1))
@@ -211,9 +211,9 @@ def test_features_are_float32_of_a_frozen_model_whatever_the_autocast(folder, en
     assert not any(module.training for module in half.modules())
     assert not any(parameter.requires_grad for parameter in half.parameters())
     assert half([SHORT]).context.dtype == torch.float32
-    expected = encoder.encode_pairs([SHORT], pictures(1)).context
+    expected = encoder.encode_pairs([SHORT], images(1)).context
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(encoder.encode_pairs([SHORT], pictures(1)).context, expected)
+        assert torch.equal(encoder.encode_pairs([SHORT], images(1)).context, expected)
 
 
 def test_one_file_several_files_and_tied_embeddings_load(tmp_path, encoder):
@@ -234,12 +234,12 @@ def test_every_setting_is_in_the_fingerprint(folder, encoder, other):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.5}], ids=str)
-def test_how_tokens_are_drawn_is_a_variant_that_training_s_features_do_not_depend_on(folder, encoder, other):
-    drawn = BLIP3oNext(str(folder), **SETTINGS | other)
-    assert drawn.fingerprint == encoder.fingerprint
-    assert drawn.variant != encoder.variant
+def test_the_token_sampler_is_a_variant_that_training_features_do_not_depend_on(folder, encoder, other):
+    other_sampler = BLIP3oNext(str(folder), **SETTINGS | other)
+    assert other_sampler.fingerprint == encoder.fingerprint
+    assert other_sampler.variant != encoder.variant
     assert torch.equal(
-        drawn.encode_pairs([SHORT], pictures(1)).context, encoder.encode_pairs([SHORT], pictures(1)).context
+        other_sampler.encode_pairs([SHORT], images(1)).context, encoder.encode_pairs([SHORT], images(1)).context
     )
 
 
@@ -350,7 +350,7 @@ def test_on_the_meta_device_it_has_its_size_and_no_weights(folder, encoder):
         full = BLIP3oNext("BLIP3o/BLIP3o-NEXT-SFT-3B")
     assert {p.device.type for part in (tiny, full) for p in part.parameters()} == {"meta"}
     assert {k: v.shape for k, v in tiny.state_dict().items()} == {k: v.shape for k, v in encoder.state_dict().items()}
-    assert (full.length, full.width, full.view_side) == (730, 2304, 384)
+    assert (full.length, full.width, full.image_size) == (730, 2304, 384)
     assert {p.dtype for p in full.parameters()} == {torch.bfloat16}
     ignored = sum(size_of(v) for k, v in published_names().items() if "encoder.layers.26." in k)
     assert sum(p.numel() for p in full.parameters()) == sum(map(size_of, published_names().values())) - ignored

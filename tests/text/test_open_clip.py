@@ -109,7 +109,7 @@ def test_only_captions_that_lose_a_token_are_counted(checkpoint):
         features = encoder(["a red cube on", "red"])
     assert encoder.truncated == 1
     assert features.mask.sum(dim=1).tolist() == [5, 3]
-    # What is cut keeps its end token: it is the caption without the last word.
+    # truncation keeps the end token: it is the caption without its last word
     assert torch.equal(features.context[0], encoder(["a red cube"]).context[0])
 
 
@@ -136,7 +136,7 @@ def test_a_tower_from_hugging_face_keeps_its_class_token_to_itself(tmp_path):
     features = encoder(["red cube", NULL_CAPTION])
     assert (encoder.length, encoder.width) == (CONTEXT - 1, 8)
     assert features.context.shape == (2, CONTEXT - 1, 8)
-    assert features.mask.sum(dim=1).tolist() == [3, 1]  # the words and the end token; not what pads with its id
+    assert features.mask.sum(dim=1).tolist() == [3, 1]  # the words and the end token, but not padding with its id
     assert len(encoder.fingerprint) == 64
 
 

@@ -23,30 +23,30 @@ def test_tokens_come_as_often_as_the_warped_probabilities_say(settings):
     ):
         scores = warper(None, scores)
     expected = scores.softmax(-1)[0]
-    draws = 20_000  # evenly spaced chances: frequencies are exact up to one draw
-    tokens = sampler.draw(logits().expand(draws, -1), (torch.arange(draws) + 0.5) / draws)
-    share = torch.bincount(tokens, minlength=50) / draws
-    torch.testing.assert_close(share, expected, atol=2 / draws, rtol=0)
+    count = 20_000  # evenly spaced numbers: frequencies are exact up to one sample
+    tokens = sampler.sample(logits().expand(count, -1), (torch.arange(count) + 0.5) / count)
+    share = torch.bincount(tokens, minlength=50) / count
+    torch.testing.assert_close(share, expected, atol=2 / count, rtol=0)
 
 
-def test_rows_are_drawn_by_their_own_numbers():
-    sampler, chances = TokenSampler(), torch.rand(6, generator=torch.Generator().manual_seed(1))
-    together = sampler.draw(logits(6), chances)
+def test_a_token_depends_on_its_own_uniform_number_alone():
+    sampler, uniforms = TokenSampler(), torch.rand(6, generator=torch.Generator().manual_seed(1))
+    together = sampler.sample(logits(6), uniforms)
     for row in range(6):
-        assert together[row] == sampler.draw(logits(6)[row : row + 1], chances[row : row + 1])[0]
+        assert together[row] == sampler.sample(logits(6)[row : row + 1], uniforms[row : row + 1])[0]
 
 
-def test_the_largest_chance_stays_within_what_is_left():
+def test_the_largest_uniform_number_gives_one_of_the_top_k():
     nearly = torch.tensor([1 - 2**-24])
-    tokens = TokenSampler(top_k=3).draw(logits(), nearly)
+    tokens = TokenSampler(top_k=3).sample(logits(), nearly)
     assert tokens[0] in logits()[0].topk(3).indices
 
 
 def test_chances_are_a_function_of_seed_and_caption():
-    first = TokenSampler().chances(["a", "b"], 5)
-    assert torch.equal(first, TokenSampler().chances(["b", "a"], 5).flip(0))
+    first = TokenSampler().uniforms(["a", "b"], 5)
+    assert torch.equal(first, TokenSampler().uniforms(["b", "a"], 5).flip(0))
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, TokenSampler(seed=1).chances(["a", "b"], 5))
+    assert not torch.equal(first, TokenSampler(seed=1).uniforms(["a", "b"], 5))
 
 
 @pytest.mark.parametrize("bad", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}], ids=str)

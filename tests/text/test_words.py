@@ -9,7 +9,7 @@ from emf_lightning.text.words import WordEncoder
 
 
 def test_a_token_is_the_decayed_sum_of_permuted_neighbours_at_unit_variance():
-    encoder = WordEncoder(width=16, length=6, reach=2, decay=0.7, position=0.3)
+    encoder = WordEncoder(width=16, length=6, window=2, decay=0.7, position=0.3)
     words = ["a", "red", "cube", "under", "it"]
     P = torch.eye(16, dtype=torch.float64)[encoder._forward_shifts[1]]
     w = [encoder._vector(f"word {word}").double() for word in words]
@@ -37,16 +37,16 @@ def test_the_order_of_words_changes_the_tokens():
     assert cube < 0.9
 
 
-def test_without_reach_and_position_it_is_a_bag_of_words():
-    encoder = WordEncoder(width=64, length=5, reach=0, position=0.0)
+def test_without_window_and_position_it_is_a_bag_of_words():
+    encoder = WordEncoder(width=64, length=5, window=0, position=0.0)
     features = encoder(["red cube and blue ball", "blue ball and red cube"])
     assert torch.equal(features.context[0, :2], features.context[1, 3:])
 
 
 def test_different_words_are_nearly_orthogonal_and_shared_collapses_them():
     caption = ["red cube green ball blue ring star heart"]
-    tokens = WordEncoder(width=512, reach=0, position=0.0)(caption)
-    collapsed = WordEncoder(width=512, reach=0, position=0.0, shared=5.0)(caption)
+    tokens = WordEncoder(width=512, window=0, position=0.0)(caption)
+    collapsed = WordEncoder(width=512, window=0, position=0.0, shared=5.0)(caption)
 
     def largest_and_mean(features):
         rows = F.normalize(features.context[features.mask], dim=1)
@@ -80,7 +80,7 @@ def test_padding_is_masked_and_zero():
     assert not features.context[0, 3:].any()
 
 
-def test_cut_captions_are_counted_and_warned_of_once():
+def test_truncated_captions_are_counted_and_warned_of_once():
     encoder = WordEncoder(width=16, length=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -96,7 +96,7 @@ def test_cut_captions_are_counted_and_warned_of_once():
 
 @pytest.mark.parametrize(
     "other",
-    [{"width": 24}, {"length": 9}, {"reach": 2}, {"decay": 0.5}, {"position": 0.0}, {"shared": 1.0}, {"seed": 1}],
+    [{"width": 24}, {"length": 9}, {"window": 2}, {"decay": 0.5}, {"position": 0.0}, {"shared": 1.0}, {"seed": 1}],
     ids=lambda other: next(iter(other)),
 )
 def test_every_setting_is_in_the_fingerprint(other):
@@ -104,7 +104,7 @@ def test_every_setting_is_in_the_fingerprint(other):
     assert WordEncoder(**{"width": 16, **other}).fingerprint != WordEncoder(width=16).fingerprint
 
 
-@pytest.mark.parametrize("bad", [{"width": 4}, {"length": 0}, {"reach": -1}], ids=str)
+@pytest.mark.parametrize("bad", [{"width": 4}, {"length": 0}, {"window": -1}], ids=str)
 def test_senseless_settings_are_refused(bad):
     with pytest.raises(ValueError, match="WordEncoder"):
         WordEncoder(**bad)

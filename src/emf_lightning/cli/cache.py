@@ -1,4 +1,4 @@
-"""`emf cache`: features and latents of an experiment's shards, computed ahead of training."""
+"""`emf cache`: computes text features and latents of an experiment's shards ahead of training."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from tqdm import tqdm
 
 from emf_lightning.cli.emf_cli import EMFCLI
-from emf_lightning.data.cache.entry_cache import readable
-from emf_lightning.data.cache.filling import CacheFilling
+from emf_lightning.data.cache.entry_cache import format_bytes
+from emf_lightning.data.cache.filling import CacheFiller
 
 HELP = """\
 usage: emf cache --config FILE [--dry_run] [options of emf fit]
 
 Compute the text features and the latents that the experiment will train on, into data.cache and data.latent_cache.
-Says first what they will take, in each dtype and with the error that it costs; then writes what is not there yet, so
-that a call that was interrupted is repeated. `emf fit` then reads them, and computes what is missing on its way.
+First prints the size in each dtype, with the rounding error; then writes all missing entries. Repeat a call that was
+interrupted: it continues. `emf fit` reads the caches, and computes entries that are still missing.
 
 On several GPUs:  torchrun --nproc_per_node 8 -m emf_lightning cache --config FILE
-Each process takes its part of the samples; all of them write into the same folder on a local disk.
+Each process takes its share of the samples; all write to the same folder on a local disk.
 
---dry_run         look at one batch, say what it takes, write nothing
+--dry_run         encode one batch, print the sizes, write nothing
 --data.cache.path, --data.cache.max_gb, --data.cache.dtype, --data.latent_cache.path, ...: as for emf fit --help
 """
 
 
 class DataCLI(EMFCLI):
-    """Builds the data of an experiment as `emf fit` does, and nothing else."""
+    """Builds the data of an experiment as `emf fit` does, but neither model nor trainer."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing: devices, rhythm and checkpoint are the training's."""
+        """Skips the checks of devices, intervals and checkpoints, which concern training."""
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
@@ -41,25 +41,25 @@ class DataCLI(EMFCLI):
         self.datamodule = self._get(self.config_init, "data")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Does nothing: there is no subcommand to run."""
 
 
 def cache(arguments: list[str]) -> None:
-    """Runs the verb on what stands behind ``emf cache``, experiments expanded."""
+    """Runs ``emf cache`` with its ``arguments``, experiments expanded."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(HELP, end="")
         return
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
-    # a job's own variables would also be there where srun did not start one process for each task
+    # SLURM_STEP_NUM_TASKS is set by srun only; SLURM_NTASKS is set in a batch script's single process, too
     rank, ranks = _number("RANK", "SLURM_PROCID", 0), _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-    filling = CacheFilling(data, _device(), rank, ranks)
-    samples = filling.count()
+    filler = CacheFiller(data, _device(), rank, ranks)
+    samples = filler.count()
     if rank == 0:
-        _announce(filling, samples, ranks)
-    filling.check(samples)
+        _announce(filler, samples, ranks)
+    filler.check(samples)
     if not dry:
-        _fill(filling, samples // ranks, rank)
+        _fill(filler, samples // ranks, rank)
 
 
 def _number(torchrun: str, slurm: str, default: int) -> int:
@@ -72,27 +72,27 @@ def _device() -> torch.device:
     return torch.device("cuda", _number("LOCAL_RANK", "SLURM_LOCALID", 0) % torch.cuda.device_count())
 
 
-def _announce(filling: CacheFilling, samples: int, ranks: int) -> None:
+def _announce(filler: CacheFiller, samples: int, ranks: int) -> None:
     if ranks > 1:
         print(f"{ranks} processes take a part of the samples each")
     began = time.perf_counter()
-    options = filling.options(samples)
+    options = filler.options(samples)
     for name, choices in options.items():
         print(f"{name} of {samples:,} samples, by dtype:")
         for choice in choices:
-            chosen = choice.dtype == filling.caches[name].dtype and choice.token_pool == 1
+            chosen = choice.dtype == filler.caches[name].dtype and choice.token_pool == 1
             how = choice.dtype if choice.token_pool == 1 else f"{choice.dtype}, token_pool {choice.token_pool}"
             mark = "  <- chosen" if chosen else ""
-            print(f"  {how:<22} {readable(choice.size):>9}   relative error {choice.error:.2%}{mark}")
-    print(f"one batch of {filling.data.batch_size} took {time.perf_counter() - began:.3g} s on {filling.device}")
-    for name, sentence in filling.check(samples).items():
+            print(f"  {how:<22} {format_bytes(choice.size):>9}   relative error {choice.error:.2%}{mark}")
+    print(f"one batch of {filler.data.batch_size} took {time.perf_counter() - began:.3g} s on {filler.device}")
+    for name, sentence in filler.check(samples).items():
         print(f"{name}: {sentence}")
 
 
-def _fill(filling: CacheFilling, samples: int, rank: int) -> None:
+def _fill(filler: CacheFiller, samples: int, rank: int) -> None:
     state = None
     with tqdm(desc="caches", total=samples, unit="sample", disable=rank > 0, delay=0.1) as bar:
-        for state in filling.fill():
+        for state in filler.fill():
             bar.update(state.done + state.present - bar.n)
     if state is None:
         return

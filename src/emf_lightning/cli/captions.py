@@ -1,4 +1,4 @@
-"""`emf captions`: a file of prompts as shards without pictures."""
+"""`emf captions`: writes a file of prompts as shards without images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from emf_lightning.data.reading.dataset_shards import write_samples
 
 
 def captions(prompts: Path, out: Path, samples_per_shard: int = 10_000) -> None:
-    """Write a file of prompts as shards of captions alone, for what learns without pictures (FGM).
+    """Write a file of prompts as shards of captions alone, for training without images (FGM).
 
-    Read them with `data.pictures: false`.
+    Read them with `data.images: false`.
 
     Args:
         prompts: text file with one prompt a line.
         out: directory of the shards.
-        samples_per_shard: a shard is what a data worker takes at a time.
+        samples_per_shard: samples a shard; a data worker reads one shard at a time.
     """
     texts = PromptList(prompts).prompts
     identity = {"prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest(), "rows": len(texts)}

@@ -1,4 +1,4 @@
-"""`emf shards`: a shapes world as caption-image shards."""
+"""`emf shards`: writes a shapes world as caption-image shards."""
 
 from __future__ import annotations
 
@@ -22,31 +22,25 @@ def shards(
 ) -> None:
     """Write caption-image shards of a shapes world: WebDataset tars of .png, .txt and .json.
 
-    A call that was interrupted is repeated; it goes on with the shards that are missing.
+    Repeat a call that was interrupted: it writes the missing shards.
 
     Args:
         out: directory of the shards.
         world: the laptop's 36 px world or the 96 px one.
-        count: samples in all shards together.
-        seed: of the scenes; take another one for validation.
-        samples_per_shard: a shard is what a data worker takes at a time.
-        workers: processes that draw; by default one for each CPU core.
+        count: total number of samples.
+        seed: of the scenes; use another one for validation.
+        samples_per_shard: samples a shard; a data worker reads one shard at a time.
+        workers: rendering processes; by default one for each CPU core.
     """
     processes = (os.cpu_count() or 1) if workers is None else workers
     if -(-count // samples_per_shard) < 2 * processes:
-        processes = 0  # a process takes longer to start than a shard to draw
+        processes = 0  # starting a process takes longer than rendering a shard
     with tqdm(desc=f"{out}", total=-(-count // samples_per_shard), unit="shard", delay=0.1) as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.n)
 
         paths = write_shards(
-            WORLDS[world],
-            out,
-            count,
-            seed=seed,
-            samples_per_shard=samples_per_shard,
-            workers=processes,
-            progress=show,
+            WORLDS[world], out, count, seed=seed, samples_per_shard=samples_per_shard, workers=processes, progress=show
         )
     print(f"{count:,} samples in {len(paths)} shards: {out}")

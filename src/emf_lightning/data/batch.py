@@ -1,4 +1,4 @@
-"""What a training step receives."""
+"""Encoded batch of a training step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from emf_lightning.text.base import TextFeatures
 
 @dataclass(frozen=True)
 class CaptionImageBatch:
-    """B caption-image pairs, encoded.
+    """B encoded caption-image pairs.
 
     Attributes:
         latents: x, ``[B, C, H, W]``, fp32.
         text: features of the B captions.
-        null: features of the null caption, one row.
+        null: features of the null caption, ``[1, L, D]``.
         captions: the B captions.
     """
 
@@ -30,16 +30,12 @@ class CaptionImageBatch:
         return len(self.captions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionImageBatch:
-        """The batch on ``device``; the method by which Lightning recognises what it can move."""
-        return CaptionImageBatch(
-            self.latents.to(device, non_blocking=non_blocking),
-            self.text.to(device),
-            self.null.to(device),
-            self.captions,
-        )
+        """This batch on ``device``; Lightning moves every object with this method."""
+        latents = self.latents.to(device, non_blocking=non_blocking)
+        return CaptionImageBatch(latents, self.text.to(device), self.null.to(device), self.captions)
 
     def parts(self, count: int) -> list[CaptionImageBatch]:
-        """The rows in ``count`` batches, as equal as can be; fewer where there are fewer rows."""
+        """Splits the batch into at most ``count`` batches of nearly equal size."""
         size = -(-len(self) // count)
         slices = [slice(first, first + size) for first in range(0, len(self), size)]
         return [CaptionImageBatch(self.latents[s], self.text[s], self.null, self.captions[s]) for s in slices]

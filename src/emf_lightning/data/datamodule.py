@@ -1,61 +1,60 @@
-"""Caption-image shards as what a training step receives: latents, text features, and the null caption's features."""
+"""LightningDataModule from caption-image shards to latents, text features and null features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from emf_lightning.data.batch import CaptionImageBatch
-from emf_lightning.data.cache.feature_cache import FeatureCache, pair_name
+from emf_lightning.data.batch_encoder import BatchEncoder
+from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
+from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
-from emf_lightning.data.reading.streams import RawBatch, ShardStream
+from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.latents.base import Autoencoder
-from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
-
-FrozenPart = TypeVar("FrozenPart", TextEncoder, Autoencoder)
+from emf_lightning.text.base import TextEncoder, TextFeatures
 
 
 class CaptionImageData(LightningDataModule):
     """Caption-image pairs from WebDataset shards, encoded on the training device.
 
-    Workers decode and look captions up in the cache; only captions it does not have reach the text encoder. The place
-    in the data is part of the checkpoint and exact at any batch; the encoder and the autoencoder never are.
+    Loader workers decode samples and look them up in the caches; the encoder and the autoencoder compute only what is
+    not cached. The checkpoint holds the exact position in the data, but never the encoder or the autoencoder.
 
     Args:
-        text: the frozen text encoder.
-        autoencoder: the frozen autoencoder.
-        shards: training shards: files, folders, globs, ranges ``data-{000000..000012}.tar``, addresses, or a list.
-        validation_shards: likewise; none, no validation.
-        captions: JSON or JSON-lines files of captions by image, for shards that hold images alone, in the folders below
-            theirs: as ShareGPT-4o-Image and Echo-4o-Image are published.
-        cache: of the text features; none encodes every caption anew.
-        latent_cache: of the latents; none encodes every image anew.
-        resolution: side of the square images; others are resized and cropped about their centre.
-        resize_filter: of that resizing; "bilinear" is what BLIP3o-NEXT and EMF train with.
-        batch_size: samples a batch, on each rank.
-        num_workers: processes that read, on each rank.
-        shuffle_block: samples shuffled among each other, held in memory by each worker; 1 shuffles shards only.
+        text: frozen text encoder.
+        autoencoder: frozen autoencoder.
+        shards: training shards: files, folders, globs, ranges ``data-{000000..000012}.tar``, URLs, or a list of these.
+        validation_shards: likewise; null turns validation off.
+        captions: JSON or JSON-lines files of captions by image name, for shards of images alone in the same folder or
+            below, the format of ShareGPT-4o-Image and Echo-4o-Image.
+        cache: of text features; null encodes every caption each time.
+        latent_cache: of latents; null encodes every image each time.
+        resolution: side of the square images; larger ones are resized and center-cropped.
+        resize_filter: "bilinear" is the filter of BLIP3o-NEXT and EMF.
+        batch_size: samples a batch and rank.
+        num_workers: loader processes a rank.
+        shuffle_block: samples that are shuffled together, held in memory by each worker; 1 shuffles shards only.
         seed: of the shuffle.
-        validation_samples: how many, the same ones each time.
-        flip: mirrors half of the training images; wrong where captions say "left" and "right".
+        validation_samples: number of validation samples, the same ones each time.
+        flip: mirrors half of the training images; wrong if captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
-        pictures: whether images are decoded and encoded. FGM learns from captions alone, and without them its shards
-            need hold nothing else; latents are then zeros of the right shape.
+        images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
+            captions only, and latents are zeros of the right shape.
 
     Raises:
-        ValueError: for arguments out of range; in ``setup``, for shards or prompts that are not there.
+        ValueError: for arguments out of range; in ``setup``, for missing shards or prompts.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | None = None,
-        pictures: bool = True,
+        images: bool = True,
     ) -> None:
         super().__init__()
         lowest = {"resolution": 1, "batch_size": 1, "num_workers": 0, "shuffle_block": 1, "validation_samples": 1}
@@ -89,6 +88,7 @@ class CaptionImageData(LightningDataModule):
                 f"CaptionImageData: resolution {resolution} is not a multiple of the autoencoder's downsampling"
                 f" {autoencoder.downsampling}"
             )
+        self._encoder = BatchEncoder(text, autoencoder, cache, latent_cache, resolution, images)
         self.text = text
         self.autoencoder = autoencoder
         self.shards = shards
@@ -105,15 +105,10 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
-        self.pictures = pictures
+        self.images = images
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
-        self._null: TextFeatures | None = None
-        self._device: torch.device | None = None
-        self._places: dict[int, torch.device | None] = {}
-
-    # -- what the model must agree with ------------------------------------------------------------------------------
 
     @property
     def context_width(self) -> int:
@@ -133,63 +128,49 @@ class CaptionImageData(LightningDataModule):
     @property
     def latent_size(self) -> int:
         """H = W of the latents."""
-        return self.resolution // self.autoencoder.downsampling
-
-    # -- loaders -----------------------------------------------------------------------------------------------------
+        return self._encoder.latent_size
 
     def setup(self, stage: str) -> None:
         self.open_caches()
         if stage == "fit":
-            self._train = self._loader(self.shards, "shards", self.num_workers, self.shuffle_block, self.flip)
+            options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
+            self._train = self._loader("shards", self.num_workers, **options)
         if stage in ("validate", "test") and self.validation_shards is None:
             raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
         if stage in ("fit", "validate", "test") and self.validation_shards is not None:
-            # one worker is enough for so few samples, and keeps their order
-            workers, samples = min(self.num_workers, 1), self.validation_samples
-            self._validation = self._loader(self.validation_shards, "validation_shards", workers, limit=samples)
+            # one worker is enough for few samples, and keeps their order
+            workers = min(self.num_workers, 1)
+            self._validation = self._loader("validation_shards", workers, limit=self.validation_samples)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
 
     def open_caches(self) -> None:
         """Binds the caches to the encoder and the autoencoder."""
-        if self.cache is not None:
-            self.cache.open(self.text)
-        if self.latent_cache is not None:
-            self.latent_cache.open(self.autoencoder, self.latent_size, str(self.transform))
+        self._encoder.open_caches(str(self.transform))
 
     @cached_property
     def caption_files(self) -> CaptionFiles | None:
-        """The captions beside the shards, where there are some."""
+        """Captions from files beside the shards, if there are any."""
         return None if self.captions is None else CaptionFiles(self.captions)
 
-    def _loader(
-        self,
-        shards: str | list[str],
-        argument: str,
-        num_workers: int,
-        shuffle_block: int = 0,
-        flip: bool = False,
-        limit: int | None = None,
-    ) -> ShardLoader:
-        stream = ShardStream(
-            shard_paths(shards, f"CaptionImageData: {argument}"),
-            self.transform,
-            self.batch_size,
-            shuffle_block=shuffle_block,
-            seed=self.seed,
+    def _loader(self, argument: str, num_workers: int, **options: Any) -> ShardLoader:
+        stream = self.stream(
+            shard_paths(getattr(self, argument), f"CaptionImageData: {argument}"),
             rank=self.trainer.global_rank if self.trainer else 0,
             ranks=self.trainer.world_size if self.trainer else 1,
             lanes=max(num_workers, 1),
-            drop_last=limit is None,
-            flip=flip,
-            limit=limit,
-            features=self.cache,
-            latents=self.latent_cache,
-            view_side=self.text.view_side,
-            captions=self.caption_files,
-            pictures=self.pictures,
+            seed=self.seed,
+            images=self.images,
+            feature_cache=self.cache,
+            latent_cache=self.latent_cache,
+            **options,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+    def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
+        """A stream over ``shards`` with this module's transform, batch size and captions."""
+        options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
+        return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:
         assert self._train is not None
@@ -199,7 +180,7 @@ class CaptionImageData(LightningDataModule):
         return [] if self._validation is None else self._validation
 
     def test_dataloader(self) -> Any:
-        """The validation samples: what ``test`` adds to ``validate`` are the callbacks' final scores."""
+        """The validation samples; ``test`` differs from ``validate`` only in the callbacks' final scores."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[tuple[int, str]]:
@@ -208,101 +189,44 @@ class CaptionImageData(LightningDataModule):
             raise ValueError("CaptionImageData: prompts is not set; give a text file with one prompt a line")
         return DataLoader(self._prompts, batch_size=self.batch_size)
 
-    # -- encoding ----------------------------------------------------------------------------------------------------
-
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, RawBatch) and self._train is not None and self.trainer and self.trainer.training:
             self._train.acknowledge(batch)
         return batch
 
-    @torch.no_grad()
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """A worker's batch, encoded; anything else as it is."""
+        """Encodes a raw batch; returns any other batch unchanged."""
         if not isinstance(batch, RawBatch):
             return batch
-        self.move(batch.images.device)
-        for cache, found in ((self.cache, batch.found), (self.latent_cache, batch.latents_found)):
+        for cache, lookup in ((self.cache, batch.features), (self.latent_cache, batch.latents)):
             if cache is not None and self.num_workers > 0:
-                cache.hits += int(found.sum())  # the worker that looked up counts for itself only
-        return CaptionImageBatch(self.latents_of(batch), self.features_of(batch), self.null_features(), batch.captions)
+                cache.hits += int(lookup.found.sum())  # counts in a worker stay in its process
+        self._encoder.device = batch.images.device
+        return self._encoder.encode(batch)
 
-    def latents_of(self, batch: RawBatch) -> Tensor:
-        """The batch's latents: what its worker found in the cache, and the rest encoded."""
-        if not self.pictures:
-            shape = (len(batch), self.latent_channels, self.latent_size, self.latent_size)
-            return torch.zeros(shape, device=batch.images.device)
-        hits = None if batch.latents is None else batch.latents.float()
-        if not len(batch.images) and hits is not None:
-            return hits
-        fresh = self.placed(self.autoencoder).encode(batch.images.to(torch.float32) / 127.5 - 1).float()
-        if self.latent_cache is not None:
-            fresh = self.latent_cache.keep(_left_over(batch.pictures, batch.latents_found), fresh)
-        return fresh if hits is None else torch.cat([hits, fresh])[_order(batch.latents_found).to(fresh.device)]
+    @property
+    def encoder(self) -> BatchEncoder:
+        """The frozen parts and their caches, on the trainer's device."""
+        if self.trainer:
+            self._encoder.device = self.trainer.strategy.root_device
+        return self._encoder
 
-    def features_of(self, batch: RawBatch) -> TextFeatures:
-        """The batch's features: what its worker found in the cache, and the rest encoded."""
-        hits = None if batch.features is None else batch.features.to(dtype=torch.float32)
-        if hits is not None and bool(batch.found.all()):
-            return hits
-        missing = _left_over(batch.captions, batch.found)
-        if batch.views is None:
-            fresh = self.text_features(missing)
-        else:
-            fresh = self.placed(self.text).encode_pairs(missing, batch.views.to(torch.float32) / 127.5 - 1)
-            if self.cache is not None:
-                names = map(pair_name, missing, _left_over(batch.pictures, batch.found))
-                fresh = self.cache.keep(list(names), fresh).to(batch.views.device)
-        if hits is None:
-            return fresh
-        return TextFeatures.cat([hits, fresh])[_order(batch.found).to(fresh.context.device)]
-
-    @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
-        """Features of ``captions`` on the training device; through the cache, where there is one."""
-        device = self.move()
-        unique = list(dict.fromkeys(captions))
-        features = self.cache.features(unique, self._encode) if self.cache is not None else self._encode(unique)
-        rows = {caption: row for row, caption in enumerate(unique)}
-        return features.to(device)[torch.tensor([rows[caption] for caption in captions], device=device)]
+        """Features of ``captions`` on the training device; through the cache, if there is one."""
+        return self.encoder.text_features(captions)
 
     def null_features(self) -> TextFeatures:
-        """The null caption's features, one row, on the training device."""
-        device = self.move()
-        if self._null is None or self._null.context.device != device:
-            with torch.inference_mode(False):  # what validation computes is kept for training
-                self._null = self.text_features([NULL_CAPTION])
-        return self._null
+        """Features ``[1, L, D]`` of the null caption, on the training device."""
+        return self.encoder.null_features()
 
     def forget_null(self) -> None:
-        """Lets the null caption be encoded again: the encoder is another one than it was."""
-        self._null = None
+        """Discards the stored null features: the encoder has changed."""
+        self._encoder.forget_null()
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``, on their device."""
-        self.move(latents.device)
-        images = self.placed(self.autoencoder).decode(latents.float())
-        return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-    def move(self, device: torch.device | None = None) -> torch.device:
-        """Where the frozen parts compute from now on: on ``device`` (default: the trainer's)."""
-        if device is None:
-            device = self.trainer.strategy.root_device if self.trainer else self._device or torch.device("cpu")
-        self._device = device
-        return device
-
-    def placed(self, part: FrozenPart) -> FrozenPart:
-        """``part``, moved where it computes: when it is needed, since what is cached may need no encoder at all."""
-        if self._places.get(id(part)) != self._device:
-            part.to(self._device)
-            self._places[id(part)] = self._device
-        return part
-
-    def _encode(self, captions: Sequence[str]) -> TextFeatures:
-        features: TextFeatures = self.placed(self.text)(captions)
-        return features
-
-    # -- state -------------------------------------------------------------------------------------------------------
+        self._encoder.device = latents.device
+        return self._encoder.decode(latents)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -313,17 +237,7 @@ class CaptionImageData(LightningDataModule):
         return {} if self._train is None else {"train": self._train.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning restores its loaders' states too, but only in the middle of an epoch: between two, the pass's
-        # number would be lost and the next epoch repeat the first one's order
+        # Lightning restores the states of its loaders only in the middle of an epoch: between two epochs, the number
+        # of the pass would be lost and the next epoch would repeat the order of the first
         if self._train is not None and "train" in state_dict:
             self._train.load_state_dict(state_dict["train"])
-
-
-def _left_over(row_names: Sequence[str], found: Tensor) -> list[str]:
-    """The names of the rows that were not found."""
-    return [name for name, hit in zip(row_names, found.tolist(), strict=True) if not hit]
-
-
-def _order(found: Tensor) -> Tensor:
-    """Which of [hits, misses] each row of the batch is: the next one of its kind."""
-    return torch.cat([found.nonzero().flatten(), (~found).nonzero().flatten()]).argsort()

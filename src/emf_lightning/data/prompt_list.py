@@ -8,10 +8,10 @@ from torch.utils.data import Dataset
 
 
 class PromptList(Dataset[tuple[int, str]]):
-    """(index, prompt) of each line of a text file that is not blank.
+    """(index, prompt) of each non-blank line of a text file.
 
     Raises:
-        ValueError: for a file that is not there, not text, or holds no prompt.
+        ValueError: for a file that is missing, is not text, or holds no prompt.
     """
 
     def __init__(self, path: str | Path) -> None:

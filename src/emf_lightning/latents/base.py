@@ -1,4 +1,4 @@
-"""What every frozen autoencoder offers: images to latents and back."""
+"""Base class of frozen autoencoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Autoencoder(nn.Module, ABC):
 
     Attributes:
         channels: C of the latents.
-        downsampling: pixels per latent position, along each side.
+        downsampling: pixels per latent position along each side, d.
     """
 
     channels: int
@@ -20,17 +20,17 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Latents ``[B, C, H/d, W/d]`` of unit order of magnitude, from images ``[B, 3, H, W]`` in [-1, 1]."""
+        """Latents ``[B, C, H/d, W/d]`` of about unit variance from images ``[B, 3, H, W]`` in [-1, 1]."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` in [-1, 1] of latents ``[B, C, H/d, W/d]``."""
+        """Images ``[B, 3, H, W]`` in [-1, 1] from latents ``[B, C, H/d, W/d]``."""
 
     def forward(self, latents: Tensor) -> Tensor:
-        """``decode``."""
+        """The same as ``decode``."""
         return self.decode(latents)
 
     def train(self, mode: bool = True) -> Autoencoder:
-        """Stays in eval mode: Lightning puts whatever it finds into train mode."""
+        """Stays in eval mode, although Lightning puts every submodule into train mode."""
         super().train(False)
         return self

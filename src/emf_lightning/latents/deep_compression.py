@@ -1,4 +1,4 @@
-"""Deep-compression autoencoders: SANA's and BLIP3o-NEXT's latent space."""
+"""Deep-compression autoencoders, the latent space of SANA and BLIP3o-NEXT."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Literal
 
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, own_precision
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
 
 
 class DeepCompression(PublishedAutoencoder):
-    """A DC-AE (diffusers' ``AutoencoderDC``, arXiv 2410.10733), e.g. f32c32: 1024 px become 32 x 32 x 32 latents.
+    """DC-AE (diffusers' ``AutoencoderDC``, arXiv 2410.10733), e.g. f32c32: 1024 px become 32 x 32 x 32 latents.
 
-    Latents are scaled to unit order of magnitude by the ``scaling_factor`` of its configuration.
+    Latents are scaled to about unit variance by the configuration's ``scaling_factor``.
 
     Args:
-        pretrained: see ``PublishedAutoencoder``, as ``subfolder``, ``dtype``.
-        tiling: decode images beyond 512 px in overlapping tiles: less memory, slower, faint seams.
+        pretrained: see ``PublishedAutoencoder``, also for ``subfolder`` and ``dtype``.
+        tiling: decodes images beyond 512 px in overlapping tiles: less memory, slower, faint seams.
 
     Raises:
-        ValueError: where there are no such weights.
+        ValueError: if the weights cannot be loaded.
     """
 
     def __init__(
@@ -37,14 +37,6 @@ class DeepCompression(PublishedAutoencoder):
         if tiling:
             self.model.enable_tiling()
 
-    def encode(self, images: Tensor) -> Tensor:
-        """The scaled code, fp32."""
-        with own_precision(images):
-            code: Tensor = self.model.encode(images.to(self.model.dtype), return_dict=False)[0]
-        return code.float() * self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of the latents, fp32, cut to [-1, 1]."""
-        with own_precision(latents):
-            images: Tensor = self.model.decode((latents / self.scale).to(self.model.dtype), return_dict=False)[0]
-        return images.float().clamp(-1, 1)
+    def _encode(self, images: Tensor) -> Tensor:
+        code: Tensor = self.model.encode(images, return_dict=False)[0]
+        return code

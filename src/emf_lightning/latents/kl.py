@@ -1,4 +1,4 @@
-"""The variational autoencoders of latent diffusion: Stable Diffusion's and SD3's latent spaces."""
+"""KL-regularised autoencoders, the latent spaces of Stable Diffusion 1.x to 3."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Literal
 
 from torch import Tensor
 
-from emf_lightning.latents.published_autoencoder import PublishedAutoencoder, own_precision
+from emf_lightning.latents.published_autoencoder import PublishedAutoencoder
 
 
 class KLAutoencoder(PublishedAutoencoder):
-    """A KL-regularised autoencoder (diffusers' ``AutoencoderKL``, arXiv 2112.10752), as ``sd-vae-ft-mse`` is one.
+    """KL-regularised autoencoder (diffusers' ``AutoencoderKL``, arXiv 2112.10752), e.g. ``sd-vae-ft-mse``.
 
-    Latents are the posterior's mean, shifted and scaled to unit order of magnitude by its configuration's
-    ``shift_factor`` and ``scaling_factor``. The mean rather than a sample: a picture then has one latent, and the
-    spread that is left out is small beside the noise that training adds.
+    Latents are the posterior's mean, shifted and scaled to about unit variance by the configuration's ``shift_factor``
+    and ``scaling_factor``. With the mean instead of a sample, an image has one latent; the posterior's variance is
+    small compared with the noise that training adds.
 
     Args:
-        pretrained: see ``PublishedAutoencoder``, as ``subfolder``, ``dtype``.
-        tiling: decode large images in overlapping tiles: less memory, slower, faint seams.
+        pretrained: see ``PublishedAutoencoder``, also for ``subfolder`` and ``dtype``.
+        tiling: decodes large images in overlapping tiles: less memory, slower, faint seams.
     """
 
     def __init__(
@@ -33,20 +33,11 @@ class KLAutoencoder(PublishedAutoencoder):
         super().__init__(AutoencoderKL, pretrained, subfolder, dtype)
         config = self.model.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
-        self.scale: float = config.scaling_factor
-        self.shift: float = config.shift_factor or 0.0
+        self.scale = config.scaling_factor
+        self.shift = config.shift_factor or 0.0
         if tiling:
             self.model.enable_tiling()
 
-    def encode(self, images: Tensor) -> Tensor:
-        """The posterior's mean, shifted and scaled, fp32."""
-        with own_precision(images):
-            mean: Tensor = self.model.encode(images.to(self.model.dtype)).latent_dist.mode()
-        return (mean.float() - self.shift) * self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of the latents, fp32, cut to [-1, 1]."""
-        code = (latents / self.scale + self.shift).to(self.model.dtype)
-        with own_precision(latents):
-            images: Tensor = self.model.decode(code, return_dict=False)[0]
-        return images.float().clamp(-1, 1)
+    def _encode(self, images: Tensor) -> Tensor:
+        mean: Tensor = self.model.encode(images).latent_dist.mode()
+        return mean

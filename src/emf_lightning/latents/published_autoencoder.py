@@ -1,7 +1,8 @@
-"""What autoencoders in diffusers' format share: loading, precision, and frozen weights."""
+"""Base of autoencoders in diffusers' format: loading, precision and frozen weights."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +15,23 @@ from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained
 
 
 class PublishedAutoencoder(Autoencoder):
-    """Base of the autoencoders that diffusers has a class for.
+    """Base of autoencoders with a class in diffusers.
 
-    It computes in ``dtype`` outside any autocast: what is cached must not depend on who asked first. On the meta device
-    it has its size and no weights.
+    Computes in ``dtype`` without autocast, so that cached latents do not depend on the caller's precision. On the meta
+    device the model has its size and no weights.
 
     Args:
-        kind: diffusers' class.
+        kind: class in diffusers.
         pretrained: folder or hub name in diffusers' format.
-        subfolder: ``vae`` in a whole pipeline's repository; null where the autoencoder lies on its own.
-        dtype: of the weights and the arithmetic.
+        subfolder: ``vae`` in a pipeline's repository; null for an autoencoder's own repository.
+        dtype: of weights and computation.
 
     Raises:
-        ValueError: where there are no such weights.
+        ValueError: if the weights cannot be loaded.
     """
+
+    scale: float
+    shift: float = 0.0
 
     def __init__(
         self, kind: Any, pretrained: str, subfolder: str | None, dtype: Literal["float32", "bfloat16"]
@@ -38,11 +42,27 @@ class PublishedAutoencoder(Autoencoder):
         self.channels = self.model.config.latent_channels
         self.eval()
 
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """Latents of the model before shift and scale."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents, shifted and scaled, fp32."""
+        with without_autocast(images):
+            return (self._encode(images.to(self.model.dtype)).float() - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, fp32, clamped to [-1, 1]."""
+        with without_autocast(latents):
+            latents = (latents / self.scale + self.shift).to(self.model.dtype)
+            images: Tensor = self.model.decode(latents, return_dict=False)[0]
+        return images.float().clamp(-1, 1)
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the autoencoder in diffusers' format."""
         self.model.save_pretrained(str(directory))
 
 
-def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast, which the meta device knows none of."""
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context that turns autocast off; the meta device has none."""
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)

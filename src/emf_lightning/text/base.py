@@ -1,4 +1,4 @@
-"""What every frozen text encoder offers: captions in, token features and their mask out, and a fingerprint."""
+"""Base class of frozen text encoders, and the token features that they return."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.text.truncation import Truncation
+
 NULL_CAPTION = ""
 """The caption of the unconditional half of classifier-free guidance."""
+
+Device = torch.device | str | None
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,8 @@ class TextFeatures:
     """Token features of B captions.
 
     Attributes:
-        context: ``[B, L, D]``; what it holds where ``mask`` is False is never read.
-        mask: ``[B, L]``, bool, True where there is a token.
+        context: ``[B, L, D]``; positions where ``mask`` is False are never read.
+        mask: ``[B, L]``, bool, True for tokens, False for padding.
     """
 
     context: Tensor
@@ -28,26 +32,31 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.context)
 
-    def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
-        return TextFeatures(self.context[rows], self.mask[rows])
+    def __getitem__(self, index: slice | Tensor) -> TextFeatures:
+        return TextFeatures(self.context[index], self.mask[index])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
-        """The same features on ``device``, the context as ``dtype``."""
-        return TextFeatures(self.context.to(device=device, dtype=dtype), self.mask.to(device=device))
+    def to(self, device: Device = None, dtype: torch.dtype | None = None, non_blocking: bool = False) -> TextFeatures:
+        """The same features on ``device``, the context as ``dtype``; only the context moves without blocking."""
+        context = self.context.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return TextFeatures(context, self.mask.to(device=device))
 
-    def expand(self, rows: int) -> TextFeatures:
-        """One row repeated ``rows`` times, without a copy."""
+    def pin_memory(self) -> TextFeatures:
+        """The same features, the context in page-locked memory."""
+        return TextFeatures(self.context.pin_memory(), self.mask)
+
+    def expand(self, count: int) -> TextFeatures:
+        """The features of one caption repeated ``count`` times, without a copy."""
         assert len(self) == 1
-        return TextFeatures(self.context.expand(rows, -1, -1), self.mask.expand(rows, -1))
+        return TextFeatures(self.context.expand(count, -1, -1), self.mask.expand(count, -1))
 
     def where(self, keep: Tensor, other: TextFeatures) -> TextFeatures:
-        """These rows where ``keep`` ``[B]`` is True, the rows of ``other`` elsewhere."""
+        """These features where ``keep`` ``[B]`` is True, those of ``other`` elsewhere."""
         context = torch.where(keep[:, None, None], self.context, other.context.to(self.context.dtype))
         return TextFeatures(context, torch.where(keep[:, None], self.mask, other.mask))
 
     @staticmethod
     def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
-        """The rows of all parts, in order."""
+        """The features of all parts, concatenated along the batch."""
         return TextFeatures(torch.cat([part.context for part in parts]), torch.cat([part.mask for part in parts]))
 
 
@@ -56,49 +65,58 @@ class TextEncoder(nn.Module, ABC):
 
     Attributes:
         width: D, channels of a token's features.
-        length: L, the fixed number of token positions; shorter captions are padded, longer ones cut and counted.
-        view_side: side of the square picture of the whole image from which training features are made, beside the
-            caption; None where the caption is all there is.
+        length: L, fixed number of token positions; shorter captions are padded, longer ones truncated and counted.
+        image_size: side of the square images that ``encode_pairs`` reads beside captions in training; None if the
+            encoder reads captions alone.
         builds_on_meta: whether it has its size, and no weights, when it is made on the meta device.
     """
 
     width: int
     length: int
-    view_side: int | None = None
+    image_size: int | None = None
     builds_on_meta: bool = False
+    _truncation: Truncation
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hexadecimal digest of all that the features depend on: weights, tokenizer, template, dtype, length."""
+        """Hexadecimal digest of everything that the features depend on: weights, tokenizer, template, dtype, length.
+
+        It does not depend on the folder, file or hub name that the weights come from.
+        """
+
+    @property
+    def truncated(self) -> int:
+        """Number of truncated captions so far; missing if the encoder does not count them."""
+        return self._truncation.truncated
 
     @property
     def variant(self) -> str:
-        """What ``encode`` depends on beside the fingerprint, while ``encode_pairs`` does not."""
+        """Settings, beside the fingerprint, on which ``encode`` depends but ``encode_pairs`` does not."""
         return ""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """The features of ``captions``, ``[B, L, D]``; the null caption is the empty string."""
+        """Features ``[B, L, D]`` of ``captions``, float32; the null caption is the empty string."""
 
-    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
-        """The features of ``captions`` that training sees, given pictures ``[B, 3, S, S]`` in [-1, 1] of their images.
+    def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
+        """Training features ``[B, L, D]``, float32, of ``captions`` and their whole images ``[B, 3, S, S]`` in [-1, 1].
 
-        Only for encoders with a ``view_side``, S; the others have one kind of features.
+        Only for encoders with an ``image_size``, S; the others have one kind of features.
         """
         raise NotImplementedError(f"{type(self).__name__} reads captions alone")
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextFeatures:
-        """``encode`` without a graph."""
+        """``encode`` without gradients."""
         return self.encode(captions)
 
     def freeze(self) -> None:
-        """Ends construction: eval mode for good and no gradient for any parameter."""
+        """Ends construction: permanent eval mode, no gradient for any parameter."""
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> TextEncoder:
-        """Stays in eval mode: Lightning puts whatever it finds into train mode."""
+        """Stays in eval mode, although Lightning puts every submodule into train mode."""
         super().train(False)
         return self

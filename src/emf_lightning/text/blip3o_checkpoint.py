@@ -1,4 +1,4 @@
-"""The published BLIP3o-NEXT checkpoint: one folder with five models in it, of which three make the conditioning."""
+"""Published BLIP3o-NEXT checkpoint: five models in one folder, three of them for the conditioning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emf_lightning.pretrained.loading import on_meta_device, unreadable
 LANGUAGE = ""
 IMAGES = "model.vision_tower.vision_tower."
 CONNECTOR = "model.diffusion_connector."
-"""Where the language model, the image tokenizer and the connector stand."""
+"""Name prefixes of the language model, the image tokenizer and the connector."""
 
 OTHERS = (
     "model.sana.",  # the diffusion model, which SanaFlowMap loads
@@ -25,10 +25,10 @@ OTHERS = (
     f"{IMAGES}decode_task_layer.",
     f"{IMAGES}bottleneck.out_linear.",
     f"{IMAGES}scale_layer.",
-    f"{IMAGES}encoder.head.",  # behind the layer whose features are read
+    f"{IMAGES}encoder.head.",  # after the layer whose features are used
     f"{IMAGES}encoder.post_layernorm.",
 )
-"""What else stands in the file, by name."""
+"""Name prefixes of the parts that are not loaded."""
 
 FIELDS = (
     "image_start_tag_id",
@@ -38,8 +38,7 @@ FIELDS = (
     "vocab_size",
     "hidden_size",
 )
-"""What ``config.json`` must say."""
-
+"""Required fields of ``config.json``."""
 
 PUBLISHED_SHAPES = {
     f"{IMAGES}encoder.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
@@ -48,20 +47,20 @@ PUBLISHED_SHAPES = {
     f"{IMAGES}bottleneck.in_linear.weight": (1536, 1152),
     f"{CONNECTOR}0.weight": (2304, 2048),
 }
-"""Shapes that determine the image tokenizer (SigLIP2 so400m) and the connector of the published checkpoint."""
+"""Published shapes of image tokenizer (SigLIP2 so400m) and connector, for planning without the file."""
 
 
 class BLIP3oCheckpoint:
-    """The names, shapes and values of a checkpoint's tensors, and its configuration.
+    """Configuration, tensor names, shapes and values of a checkpoint.
 
-    On the meta device a checkpoint that is not at hand has the published sizes, and no values.
+    On the meta device a checkpoint that is not local has the published shapes and no values.
 
     Args:
-        pretrained: name on the Hugging Face hub, or the local folder with ``config.json``, safetensors and tokenizer.
+        pretrained: name on the Hugging Face hub, or local folder with ``config.json``, safetensors and tokenizer.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ValueError: if it is not there, is no BLIP3o-NEXT, or is not in safetensors.
+        ValueError: if it is missing, is no BLIP3o-NEXT, or is not in safetensors.
     """
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:
@@ -97,10 +96,10 @@ class BLIP3oCheckpoint:
         )
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
-        """Raises unless the tensors are ``expected``, perhaps ``optional``, and those of the parts that are not read.
+        """Checks for all ``expected`` tensors and no others, but for ``optional`` ones and parts that are not loaded.
 
         Raises:
-            ValueError: naming what is missing, or what nobody knows.
+            ValueError: naming missing or unknown tensors.
         """
         wanted, known = set(expected), set(optional)
         present = {name for name in self.shapes if not name.startswith(OTHERS)}
@@ -110,10 +109,10 @@ class BLIP3oCheckpoint:
             raise self.fault(f"holds {_some(surplus)}, which no part of BLIP3o-NEXT is called")
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-        """Gives ``module`` the tensors below ``prefix``, as ``dtype``.
+        """Loads the tensors under ``prefix`` into ``module``, as ``dtype``.
 
         Raises:
-            ValueError: naming the first one of another shape.
+            ValueError: naming the first tensor of another shape.
         """
         ours = module.state_dict()
         for name, tensor in ours.items():
@@ -124,7 +123,7 @@ class BLIP3oCheckpoint:
 
 
 def _folder(pretrained: str, revision: str | None) -> Path:
-    """The local folder, downloaded first if it is a name on the hub."""
+    """The local folder; a name on the hub is downloaded first."""
     if (folder := Path(pretrained).expanduser()).is_dir():
         return folder
     from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""BLIP3o-NEXT as a frozen encoder: a language model that first writes the image's tokens, then is read at them."""
+"""BLIP3o-NEXT as a frozen text encoder: hidden states of a language model at image tokens."""
 
 from __future__ import annotations
 
@@ -29,45 +29,43 @@ QUESTION = (
     "<|im_start|>user\nPlease generate image based on the following caption: {caption}"
 )
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-"""The chat, up to where the image's tokens begin."""
+"""Chat prompt up to the image tokens: ``QUESTION`` is truncated to ``caption_tokens``, ``ANSWER`` never."""
 
 
 class BLIP3oNext(TextEncoder):
-    """The hidden states of BLIP3o-NEXT's language model at an image's tokens, through its connector (arXiv 2510.15857).
+    """BLIP3o-NEXT (arXiv 2510.15857): its language model's hidden states at image tokens, through its connector.
 
-    The image is 730 tokens of the model's own vocabulary: one for its scale, 729 for its patches. For training they
-    are those of the target image (``encode_pairs``), as the tokenizer inside the checkpoint gives them; for drawing the
-    model writes them itself (``encode``). They come from ``seed`` and the caption alone, so that a caption has one set
-    of features; other blueprints of the same caption need another seed. The null condition is the connector's answer
-    to hidden states of zero, as in training (not zero itself), and no position is masked.
+    An image is 730 tokens of the language model's vocabulary: one for its scale, 729 for its patches. In training the
+    checkpoint's image tokenizer computes them from the target image (``encode_pairs``); for sampling the language model
+    generates them (``encode``). Generated tokens are a function of ``seed`` and the caption, so that a caption has one
+    set of features; another seed gives other tokens for the same caption. The null condition is the connector's output
+    for zero hidden states, as in training (not zeros), and no position is masked.
 
-    Where the released code differs: it attends to padding once a batch holds more than one prompt, and its training
-    reads the last 730 positions of the sequence, three behind the image's. Tokens that are none of the image's are not
-    sampled here.
+    Differences to the released code: it attends to padding in batches of more than one prompt, its training reads the
+    last 730 positions of the sequence, which start three after the image's, and it may sample tokens that are no image
+    tokens.
 
     Args:
-        pretrained: name on the Hugging Face hub, or a local folder with ``config.json``, safetensors and tokenizer.
-        dtype: of the weights and the arithmetic; the image tokenizer's choice among its codes is float32.
-        top_p: share of the probability among the ``top_k`` likeliest tokens that a token is drawn from; 0.95 and 1200
-            are those of the released inference.
-        top_k: see there.
+        pretrained: name on the Hugging Face hub, or local folder with ``config.json``, safetensors and tokenizer.
+        dtype: of weights and computation; the image tokenizer compares codebook entries in float32.
+        top_p: nucleus probability among the ``top_k`` likeliest tokens; the released inference uses 0.95 and 1200.
+        top_k: number of the likeliest tokens that are sampled from.
         temperature: divides the logits.
-        seed: of the numbers that choose.
-        token_pool: averages the features of so many by so many patches, 3 or 9 of the 27 along each side: 730 tokens
-            become 82 or 10, and a cache of them a ninth. The network was not trained on such; ``emf cache`` measures
-            how far they are from the published ones.
-        caption_tokens: tokens kept of a caption, the instruction before it included.
-        batch_size: captions that are written for together; each takes 0.1 GB for keys and values.
-        compiled: compile the step that writes one token, over keys and values of a fixed size: worth it from some
-            hundred captions on.
-        image_size: side of the pictures that are tokenized; SigLIP2's, the checkpoint does not say.
+        seed: of token sampling.
+        token_pool: averages features over squares of this many patches a side, 3 or 9 of the 27: 730 tokens become 82
+            or 10, and their cache shrinks accordingly. The network was not trained on averages; ``emf cache`` measures
+            their error.
+        caption_tokens: tokens kept of a caption and the instruction before it.
+        batch_size: captions for which tokens are generated together; each takes 0.1 GB for keys and values.
+        compiled: compiles the step that generates one token, with a static KV cache; worth it for hundreds of captions.
+        image_size: side of the tokenized images; SigLIP2's default, as the checkpoint does not state it.
         image_heads: attention heads of the image tokenizer; likewise.
-        revision: branch, tag or commit on the hub; name one to be sure of the same features next year.
+        revision: branch, tag or commit on the hub; pin one for reproducible features.
 
-    On the meta device it has its size, by name as published, and no weights.
+    On the meta device the encoder has the published size and no weights.
 
     Raises:
-        ValueError: if the checkpoint is not to be had, or its tensors or its tokenizer are not what is expected.
+        ValueError: if the checkpoint cannot be loaded, or its tensors or tokenizer do not match.
     """
 
     builds_on_meta = True
@@ -104,7 +102,7 @@ class BLIP3oNext(TextEncoder):
         self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
         self.tokenizer: Any = None if checkpoint.planned else load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
-        self.view_side = image_size
+        self.image_size = image_size
         side = math.isqrt(self.images.tokens)
         if token_pool < 1 or side % token_pool:
             raise ValueError(f"BLIP3oNext: token_pool={token_pool} does not divide the {side} patches along a side")
@@ -112,7 +110,7 @@ class BLIP3oNext(TextEncoder):
         self.length = 1 + self.images.tokens // token_pool**2
         self.width = len(self._weight)
         self._truncation = Truncation(type(self).__name__, caption_tokens)
-        self._room: tuple[tuple[int, int], Any] = ((0, 0), None)
+        self._static_cache: tuple[tuple[int, int], Any] = ((0, 0), None)
         self.freeze()
 
     def _load_models(self, checkpoint: BLIP3oCheckpoint, image_size: int, image_heads: int) -> None:
@@ -138,14 +136,8 @@ class BLIP3oNext(TextEncoder):
         checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
         checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
 
-    @property
-    def truncated(self) -> int:
-        """Captions that lost their end so far."""
-        return self._truncation.cut
-
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of weights, tokenizer and settings; the folder or name they came from is not part."""
         return fingerprint(
             encoder=type(self).__name__,
             weights=weights_digest(self),
@@ -162,35 +154,35 @@ class BLIP3oNext(TextEncoder):
 
     @property
     def variant(self) -> str:
-        """How tokens are drawn: it concerns those that the model writes, and none of training's features."""
+        """The token sampler: it affects generated tokens, but not the features of ``encode_pairs``."""
         return str(self.sampler)
 
-    # -- the two ways to features ------------------------------------------------------------------------------------
+    # -- features from generated tokens, or from an image ------------------------------------------------------------
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32, of image tokens that the model writes itself."""
+        """Features ``[B, L, D]``, float32, at image tokens that the language model generates."""
         parts = []
         for start in range(0, len(captions), self.batch_size):
             batch = captions[start : start + self.batch_size]
             states = self._weight.new_zeros(len(batch), 1 + self.images.tokens, self._weight.shape[1])
-            rows = [row for row, caption in enumerate(batch) if caption != NULL_CAPTION]
-            if rows:
-                states[rows] = self.write([batch[row] for row in rows])[1]
+            captioned = [index for index, caption in enumerate(batch) if caption != NULL_CAPTION]
+            if captioned:
+                states[captioned] = self.generate([batch[index] for index in captioned])[1]
             parts.append(self._features(states))
         return TextFeatures.cat(parts)
 
-    def encode_pairs(self, captions: Sequence[str], views: Tensor) -> TextFeatures:
-        """Features ``[B, L, D]``, float32, at the tokens of ``views`` ``[B, 3, S, S]`` in [-1, 1]."""
-        with torch.autocast(views.device.type, enabled=False):
-            return self._features(self.read(captions, self.images(views)))
+    def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
+        """Features ``[B, L, D]``, float32, at the tokens of ``images`` ``[B, 3, S, S]`` in [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self._features(self.hidden_states(captions, self.images(images)))
 
     @property
     def _weight(self) -> Tensor:
-        """The connector's first weight ``[D, H]``: for width, dtype and device."""
+        """The connector's first weight ``[D, H]``, for its width, dtype and device."""
         return next(self.connector.parameters())
 
     def _features(self, states: Tensor) -> TextFeatures:
-        """The connector's answer to hidden states ``[B, 730, H]``."""
+        """The connector's output for hidden states ``[B, 730, H]``."""
         with torch.autocast(states.device.type, enabled=False):
             context = pool_tokens(self.connector(states).float(), self.token_pool)
         if not context.isfinite().all():
@@ -200,22 +192,22 @@ class BLIP3oNext(TextEncoder):
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=context.device))
 
     @torch.no_grad()
-    def read(self, captions: Sequence[str], codes: Tensor) -> Tensor:
-        """Last hidden states ``[B, 730, H]`` at the scale token and ``codes`` ``[B, 729]``, all tokens given."""
+    def hidden_states(self, captions: Sequence[str], codes: Tensor) -> Tensor:
+        """Last hidden states ``[B, 730, H]`` at the scale token and at given ``codes`` ``[B, 729]``."""
         ids, mask, positions = self._prompts(captions)
         ids = torch.cat([ids, codes + self.first_code], dim=1)
         mask = nn.functional.pad(mask, (0, codes.shape[1]), value=True)
         positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(codes.shape[1], device=ids.device)], 1)
         states = self.language.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return states.last_hidden_state[:, -codes.shape[1] - 1 :]  # prompts are padded on the left: images end together
+        # prompts are padded on the left, so that all images end together
+        return states.last_hidden_state[:, -codes.shape[1] - 1 :]
 
-    @torch.inference_mode(False)  # the room for keys and values outlives a validation
+    @torch.inference_mode(False)  # the static KV cache outlives a validation
     @torch.no_grad()
-    def write(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Codes ``[B, 729]`` that the model writes for captions, and last hidden states ``[B, 730, H]``.
+    def generate(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Generated codes ``[B, 729]``, and last hidden states ``[B, 730, H]`` at the scale token and the codes.
 
-        One step a token, over the keys and values of those before; the state at a token is that of the step which
-        reads it.
+        Autoregressive with a KV cache, one step a token.
         """
         steps = self.images.tokens
         ids, mask, positions = self._prompts(captions)
@@ -223,14 +215,14 @@ class BLIP3oNext(TextEncoder):
         cache = self._cache(len(ids), start + steps)
         step = self._compiled_step if self.compiled else self._step
         head = self.language.lm_head.weight[self.first_code : self.first_code + self.codes]
-        chances = self.sampler.chances(captions, steps).to(ids.device)
+        uniforms = self.sampler.uniforms(captions, steps).to(ids.device)
         mask = nn.functional.pad(mask, (0, steps), value=True).long()
         states, codes, position = [], [], positions[:, -1:]
         with torch.autocast(ids.device.type, enabled=False):
             state = self._step(ids, mask if self.compiled else mask[:, :start], positions, cache)[:, -1:]
             for number in range(steps):
                 states.append(state)
-                codes.append(self.sampler.draw(state[:, 0] @ head.T, chances[:, number]))
+                codes.append(self.sampler.sample(state[:, 0] @ head.T, uniforms[:, number]))
                 position = position + 1
                 seen = mask if self.compiled else mask[:, : start + number + 1]
                 state = step(codes[-1][:, None] + self.first_code, seen, position, cache)
@@ -238,7 +230,7 @@ class BLIP3oNext(TextEncoder):
         return torch.stack(codes, dim=1), torch.cat([*states, state], dim=1)
 
     def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Last hidden states of ``ids`` ``[B, n]`` behind those in ``cache``, which gets them, too."""
+        """Last hidden states of ``ids`` ``[B, n]`` after those in ``cache``, which they are added to."""
         output = self.language.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
@@ -248,37 +240,38 @@ class BLIP3oNext(TextEncoder):
     def _compiled_step(self) -> Callable[..., Tensor]:
         return torch.compile(self._step, dynamic=False, mode="reduce-overhead")
 
-    def _cache(self, rows: int, tokens: int) -> Any:
-        """Room for keys and values; where the step is compiled the room of before, if it has the size."""
+    def _cache(self, batch_size: int, tokens: int) -> Any:
+        """KV cache; a compiled step reuses the previous static cache if it has the same size."""
         from transformers import DynamicCache, StaticCache
 
         if not self.compiled:
             return DynamicCache(config=self.language.config)
-        if self._room[0] == (rows, tokens):
-            self._room[1].reset()
+        if self._static_cache[0] == (batch_size, tokens):
+            self._static_cache[1].reset()
         else:
-            self._room = (rows, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
-        return self._room[1]
+            self._static_cache = (batch_size, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
+        return self._static_cache[1]
 
     def _prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, mask and positions ``[B, n]`` of all that comes before the codes, padded on the left."""
+        """Token ids, mask and positions ``[B, n]`` of the prompt before the codes, padded on the left."""
         questions = [QUESTION.replace("{caption}", caption) for caption in captions]
-        rows: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
-        self._truncation.add(len(rows), sum(len(row) > self.caption_tokens for row in rows))
-        # apart from the question, lest a caption that is too long cut it off; no token crosses the seam
+        sequences: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
+        self._truncation.add(len(sequences), sum(len(sequence) > self.caption_tokens for sequence in sequences))
+        # tokenized apart from the question, so that a long caption does not truncate it; no token spans both
         answer: list[int] = self.tokenizer(ANSWER, add_special_tokens=False)["input_ids"] + self.opening
-        rows = [row[: self.caption_tokens] + answer for row in rows]
-        longest = max(map(len, rows))
-        if self.compiled:  # few different sizes: each is compiled anew
+        sequences = [sequence[: self.caption_tokens] + answer for sequence in sequences]
+        longest = max(map(len, sequences))
+        if self.compiled:  # few different sizes, as each is compiled anew
             longest = -(-longest // 64) * 64
         device = self._weight.device
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows], device=device)
+        ids = torch.tensor([[0] * (longest - len(sequence)) + sequence for sequence in sequences], device=device)
+        lengths = torch.tensor([[len(sequence)] for sequence in sequences], device=device)
+        mask = torch.arange(longest, device=device) >= longest - lengths
         return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def pool_tokens(context: Tensor, pool: int) -> Tensor:
-    """Features ``[B, 1 + n n, D]`` of a scale token and n x n patches, squares of ``pool`` patches averaged."""
+    """Averages squares of ``pool`` x ``pool`` patches in features ``[B, 1 + n n, D]``; keeps the scale token."""
     if pool == 1:
         return context
     scale, patches = context[:, :1], context[:, 1:]

@@ -1,4 +1,4 @@
-"""The parts of a BLIP3o-NEXT checkpoint that make the conditioning, as modules."""
+"""Modules and tokenizer of a BLIP3o-NEXT checkpoint's text conditioning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emf_lightning.text.blip3o_checkpoint import IMAGES, BLIP3oCheckpoint
 
 
 def make_connector(hidden: int, width: int) -> nn.Sequential:
-    """From hidden states to SANA's context: two linear layers and a norm."""
+    """Maps hidden states to SANA's context: two linear layers and a norm."""
     from diffusers.models.normalization import RMSNorm
 
     norm = RMSNorm(width, eps=1e-5)
@@ -20,10 +20,10 @@ def make_connector(hidden: int, width: int) -> nn.Sequential:
 
 
 def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
-    """The configuration of the checkpoint's vision tower, read off its tensors.
+    """Configuration of the checkpoint's vision tower, inferred from its tensor shapes.
 
     Raises:
-        ValueError: if there is none, or it does not fit ``image_size`` and ``heads``.
+        ValueError: if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
     """
     from transformers import SiglipVisionConfig
 
@@ -70,7 +70,7 @@ def load_tokenizer(checkpoint: BLIP3oCheckpoint) -> Any:
 
 
 def qwen_config(config: dict[str, Any]) -> Any:
-    """The configuration of the language model alone, whatever the whole is called."""
+    """Configuration of the language model alone, as a Qwen3."""
     from transformers import Qwen3Config
 
     return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})

@@ -1,4 +1,4 @@
-"""An encoder made worse by degrees, to learn what its quality is worth."""
+"""Text encoder with degraded features, to measure how much feature quality matters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from emf_lightning.text.base import TextEncoder, TextFeatures
 
 
 class DegradedEncoder(TextEncoder):
-    """Another encoder's features with noise and a common vector added; deterministic.
+    """Adds noise and a shared vector to another encoder's features; deterministic.
 
-    Token i of caption c becomes ``(x + noise * n(c, i)) / sqrt(1 + noise^2) + shared * s``, n and s in units of the
-    token's root mean square: n belongs to the caption and says nothing else about it, so that captions of like meaning
-    lose what they have in common; s belongs to all, so that all captions become alike.
+    Token i of caption c becomes ``(x + noise * n(c, i)) / sqrt(1 + noise^2) + shared * s``, with n and s in
+    units of the token's RMS. n is random noise seeded by the caption, so that captions of similar meaning become less
+    similar; s is the same for all tokens, so that all captions become more similar.
 
     Args:
-        encoder: the good one.
-        noise: weight of n; what a caption's mean over L tokens keeps of its meaning falls as 1 / (1 + noise^2 / L).
+        encoder: encoder whose features are degraded.
+        noise: weight of n; the signal's share in the mean over L tokens falls as 1 / (1 + noise^2 / L).
         shared: weight of s.
         seed: of n and s.
     """
@@ -36,18 +36,17 @@ class DegradedEncoder(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the encoder's and of the settings."""
         settings = f"{type(self).__name__} 1 {self.encoder.fingerprint} {self.noise} {self.shared} {self.seed}"
         return hashlib.sha256(settings.encode()).hexdigest()
 
     @property
     def variant(self) -> str:
-        """The encoder's."""
+        """Variant of the encoder."""
         return self.encoder.variant
 
     @property
     def truncated(self) -> int:
-        """Captions that lost their end so far."""
+        """Number of truncated captions so far."""
         return int(getattr(self.encoder, "truncated", 0))
 
     def _normal(self, name: str, rows: int) -> torch.Tensor:
@@ -56,12 +55,11 @@ class DegradedEncoder(TextEncoder):
         return torch.from_numpy(rng.standard_normal((rows, self.width), np.float32))
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, zero behind the captions' ends, and the encoder's own mask."""
+        """Features ``[B, L, D]``, zero where masked, with the encoder's mask."""
         text = self.encoder.encode(captions)
         scale = text.context.square().mean(-1, keepdim=True).sqrt()
         noise = torch.stack([self._normal(f"caption {caption}", self.length) for caption in captions]).to(text.context)
         shared = self._normal("shared", 1).to(text.context)
-        context = (text.context + self.noise * scale * noise) / (
-            1 + self.noise**2
-        ) ** 0.5 + self.shared * scale * shared
+        noisy = (text.context + self.noise * scale * noise) / (1 + self.noise**2) ** 0.5
+        context = noisy + self.shared * scale * shared
         return TextFeatures(context.masked_fill(~text.mask[..., None], 0.0), text.mask)

@@ -1,4 +1,4 @@
-"""Digests of what a frozen encoder's features depend on."""
+"""Digests of weights, tokenizers and settings."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 def fingerprint(**parts: Any) -> str:
-    """The sha256 of named parts, in the order of their names; each must survive JSON."""
+    """SHA-256 of named parts, sorted by name, as JSON; values that JSON does not know are converted by ``str``."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_digest(module: nn.Module) -> str:
-    """The sha256 of all weights' names, dtypes, shapes and bytes, in name order, one tensor at a time."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all weights, in name order."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        # Bytes rather than values: numpy knows no bfloat16.
+        # bytes, because numpy has no bfloat16
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256 of a transformers tokenizer: its whole pipeline if it is a fast one, its vocabulary otherwise."""
+    """SHA-256 of a transformers tokenizer: the whole pipeline of a fast one, the vocabulary of a slow one."""
     if tokenizer.is_fast:
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calls leave their truncation and padding behind in the pipeline; they say nothing about the tokenizer.
+        # calls leave their truncation and padding in the pipeline; they are no property of the tokenizer
         pipeline.pop("truncation", None)
         pipeline.pop("padding", None)
     else:

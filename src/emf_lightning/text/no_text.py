@@ -1,4 +1,4 @@
-"""No text at all, for pictures without captions."""
+"""Empty text conditioning, for images without captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emf_lightning.text.base import TextEncoder, TextFeatures
 
 
 class NoText(TextEncoder):
-    """One token of zeros for whatever caption: unconditional models."""
+    """One token of zeros for every caption, for unconditional models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,13 +21,8 @@ class NoText(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """The same always."""
         return "no text"
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Zeros ``[B, 1, 8]``."""
-        device = self.device_marker.device
-        shape = (len(captions), self.length)
-        return TextFeatures(
-            torch.zeros(*shape, self.width, device=device), torch.ones(shape, dtype=torch.bool, device=device)
-        )
+        context = torch.zeros(len(captions), self.length, self.width, device=self.device_marker.device)
+        return TextFeatures(context, torch.ones_like(context[..., 0], dtype=torch.bool))

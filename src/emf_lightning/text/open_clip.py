@@ -1,4 +1,4 @@
-"""The text towers of OpenCLIP as frozen text encoders."""
+"""OpenCLIP text towers as frozen text encoders."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from emf_lightning.text.truncation import Truncation
 
 
 class OpenClipTextEncoder(TextEncoder):
-    """The token features of an OpenCLIP text tower, before pooling and projection, after the final norm.
+    """Token features of an OpenCLIP text tower, after the final norm, before pooling and projection.
 
-    The tower sees what it was trained on: all its positions, padding included. The mask is True up to the end of the
-    caption, and positions beyond it come out as zeros. Features are computed in ``dtype``, outside any autocast, and
-    returned as float32.
+    The tower reads all its positions, padding included, as in its training. The mask is True up to the end-of-text
+    token; features beyond it are zeros. Features are computed in ``dtype``, without autocast, and returned as float32.
 
     Args:
         model: OpenCLIP's name of the architecture ("ViT-L-14"); "hf-hub:..." and "local-dir:..." bring their weights.
         pretrained: path of a local checkpoint, or a tag of OpenCLIP's ("openai", "laion2b_s32b_b82k").
-        length: L; the tower's own context if None, which it may not exceed.
-        template: what is encoded; ``{caption}`` stands for the caption, the empty one included.
-        dtype: of the weights and the arithmetic.
-        quick_gelu: the activation is QuickGELU. Tags know (OpenAI's weights need it, and give plausible, wrong
-            features without it); a local file of such weights cannot say so.
+        length: L; at most the tower's context length, which is the default.
+        template: encoded text; ``{caption}`` is replaced by the caption, which may be empty.
+        dtype: of weights and computation.
+        quick_gelu: activation is QuickGELU. Implied by OpenCLIP's tags; set it for a local file of OpenAI's weights,
+            which give plausible but wrong features without it.
 
     Raises:
-        ValueError: if the model cannot be loaded, or the template or the length make no sense.
+        ValueError: if the model cannot be loaded, or the template or the length is invalid.
     """
 
     def __init__(
@@ -55,19 +54,13 @@ class OpenClipTextEncoder(TextEncoder):
         if not 1 <= self._kept <= self._context:
             raise ValueError(f"OpenClipTextEncoder: length={length} must be between 1 and {model!r}'s {self._context}")
         self.freeze()
-        # What towers hand out differs (a Hugging Face tower may keep its class token to itself): this one is asked.
+        # towers differ in the tokens they return (a Hugging Face tower may drop its class token): run it once
         tokens = self._tokens(self._ids([NULL_CAPTION], self._kept))
         self.length, self.width = min(self._kept, tokens.shape[1]), tokens.shape[2]
         self._truncation = Truncation(type(self).__name__, self._kept)
 
-    @property
-    def truncated(self) -> int:
-        """Captions that lost their end so far."""
-        return self._truncation.cut
-
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of weights, architecture, tokenizer and settings; the file or tag they came from is not part."""
         vocabulary = tokenizer_digest(self._inner) if self._inner else fingerprint(vocabulary=self.tokenizer.encoder)
         return fingerprint(
             encoder=type(self).__name__,
@@ -85,7 +78,7 @@ class OpenClipTextEncoder(TextEncoder):
 
     @property
     def _inner(self) -> Any:
-        """The transformers tokenizer inside OpenCLIP's; None where it is OpenAI's own."""
+        """The transformers tokenizer inside OpenCLIP's; None for OpenAI's tokenizer."""
         return getattr(self.tokenizer, "tokenizer", None)
 
     @property
@@ -93,42 +86,41 @@ class OpenClipTextEncoder(TextEncoder):
         return 0 if self._inner is None else self._inner.pad_token_id
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """True for the caption's tokens, its end included."""
+        """True for the caption's tokens, up to and including end of text."""
         if self._inner is None:
-            # OpenAI's tokenizer pads with 0, which is also "!": only the end of text tells.
+            # OpenAI's tokenizer pads with 0, which is also "!": only end of text marks the end
             ends = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
             return torch.arange(ids.shape[1]) <= ends
         mask = ids != self._padding
-        if self._padding == self._inner.eos_token_id:  # the first of them is the end of text
+        if self._padding == self._inner.eos_token_id:  # the first of them is end of text
             mask[:, 1:] |= mask[:, :-1].clone()
             mask[:, 0] = True
         return mask
 
     @torch.no_grad()
     def _tokens(self, ids: Tensor) -> Tensor:
-        """Token features at all the tower's positions: its causal mask fits no shorter sequence."""
+        """Token features at all positions of the tower: its causal mask has a fixed size."""
         device = next(self.tower.parameters()).device
         ids = nn.functional.pad(ids, (0, self._context - ids.shape[1]), value=self._padding)
         with torch.autocast(device.type, enabled=False):
             return self.tower(ids.to(device))[1].float()
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32, and their mask."""
         ids = self._ids(captions, self._kept)
         mask = self._mask(ids)
         full = [caption for caption, last in zip(captions, mask[:, -1].tolist(), strict=True) if last]
-        # Only where one token more is kept when one more is allowed did anything get lost.
-        cut = int(self._mask(self._ids(full, self._kept + 1))[:, -1].sum()) if full else 0
-        self._truncation.add(len(captions), cut)
+        # a caption is truncated if it keeps one more token when one more is allowed
+        truncated = int(self._mask(self._ids(full, self._kept + 1))[:, -1].sum()) if full else 0
+        self._truncation.add(len(captions), truncated)
         tokens = self._tokens(ids)
-        first = self._context - tokens.shape[1]  # 1 where the tower keeps its class token, 0 elsewhere
+        first = self._context - tokens.shape[1]  # 1 if the tower drops its class token, else 0
         tokens = tokens[:, : self.length]
         mask = nn.functional.pad(mask[:, first:], (0, first))[:, : self.length].to(tokens.device)
         return TextFeatures(tokens.masked_fill(~mask[..., None], 0.0), mask)
 
 
 def _load(model: str, pretrained: str | None, quick_gelu: bool) -> tuple[Any, Any, dict[str, Any]]:
-    """The text tower, its tokenizer, and what the configuration says beside the weights."""
+    """Text tower, tokenizer, and the settings of the architecture."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 

@@ -1,4 +1,4 @@
-"""Any published language model as a frozen text encoder."""
+"""Transformers models as frozen text encoders."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from emf_lightning.text.truncation import Truncation
 
 
 class PretrainedTextEncoder(TextEncoder):
-    """The hidden states of a transformers model: decoder-only (Qwen3), encoder-only (BERT), an encoder-decoder's
-    encoder (T5, whose decoder is not loaded), or the text tower of a model that also sees (CLIP).
+    """Hidden states of a transformers model.
 
-    Tokens are padded on the right whatever the tokenizer's own side, padding is masked in the model too, and masked
-    positions come out as zeros. Features are computed in ``dtype``, outside any autocast (what is cached must not
-    depend on who asked first), and returned as float32. Code from the hub is never run.
+    The model may be decoder-only (Qwen3), encoder-only (BERT), an encoder-decoder (T5, without its decoder), or a
+    vision-language model with a text tower (CLIP). Tokens are padded on the right, padding is masked in the model too,
+    and masked features are zeros. Features are computed in ``dtype``, without autocast, so that cached features do not
+    depend on the caller's precision, and returned as float32. Code from the hub is never run.
 
     Args:
         model: name on the Hugging Face hub, or a local folder with ``config.json``, safetensors and tokenizer.
-        length: L, tokens kept of a caption, special tokens included.
-        template: what is encoded; ``{caption}`` stands for the caption, the empty one included.
-        layer: which hidden states: -1 is the last one after the final norm, 0 the embeddings, -2 the last but one.
-        dtype: of the weights and the arithmetic.
-        revision: branch, tag or commit on the hub; name one to be sure of the same features next year.
-        subfolder: of a diffusers pipeline's repository, ``text_encoder`` or ``text_encoder_2``; the tokenizer is then
-            the one of the same number, ``tokenizer`` or ``tokenizer_2``.
-        chat: the template is what a user says in the tokenizer's own chat format, up to where the answer begins.
+        length: L, number of tokens kept of a caption, special tokens included.
+        template: encoded text; ``{caption}`` is replaced by the caption, which may be empty.
+        layer: index of the hidden states: 0 are the embeddings, -1 the last after the final norm, -2 the last but one.
+        dtype: of weights and computation.
+        revision: branch, tag or commit on the hub; pin one for reproducible features.
+        subfolder: for a diffusers pipeline: ``text_encoder`` (with ``tokenizer``) or ``text_encoder_2`` (with
+            ``tokenizer_2``).
+        chat: wraps the template as a user turn in the tokenizer's chat template, with the generation prompt.
 
     Raises:
-        ValueError: if the model cannot be loaded, or the template, the length, the layer or the chat make no sense.
+        ValueError: if the model cannot be loaded, or template, length, layer or chat is invalid.
     """
 
     def __init__(
@@ -76,15 +76,9 @@ class PretrainedTextEncoder(TextEncoder):
         self._truncation = Truncation(type(self).__name__, length)
         self.freeze()
 
-    @property
-    def truncated(self) -> int:
-        """Captions that lost their end so far."""
-        return self._truncation.cut
-
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of weights, architecture, tokenizer and settings; the folder or name they came from is not part."""
-        # What a configuration says about its origin, not about the arithmetic.
+        # entries about the origin, which do not affect the features
         origin = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
         config = {key: value for key, value in self.tower.config.to_dict().items() if key not in origin}
         return fingerprint(
@@ -100,14 +94,14 @@ class PretrainedTextEncoder(TextEncoder):
         )
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids, at most L and at least one each."""
+        """Token ids of each caption, between 1 and L."""
         texts = [self._text(caption) for caption in captions]
         rows: list[list[int]] = self._ids(texts, self.length)
         full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.length]
-        # Only where one token more is kept when one more is allowed did anything get lost.
-        cut = sum(len(row) > self.length for row in self._ids(full, self.length + 1)) if full else 0
-        self._truncation.add(len(captions), cut)
-        # Many tokenizers make nothing of the null caption: one token of padding stands for it, seen and not masked.
+        # a caption is truncated if it keeps one more token when one more is allowed
+        truncated = sum(len(row) > self.length for row in self._ids(full, self.length + 1)) if full else 0
+        self._truncation.add(len(captions), truncated)
+        # many tokenizers return no token for the null caption: it becomes one padding token, which is not masked
         return [row or [self._padding] for row in rows]
 
     def _text(self, caption: str) -> str:
@@ -115,11 +109,11 @@ class PretrainedTextEncoder(TextEncoder):
         if not self.chat:
             return text
         turns = [{"role": "user", "content": text}]
-        written: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return written
+        chat: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return chat
 
     def _ids(self, texts: list[str], length: int) -> list[list[int]]:
-        # the chat format writes the special tokens itself
+        # the chat template contains the special tokens
         special = not self.chat
         return self.tokenizer(texts, truncation=True, max_length=length, padding=False, add_special_tokens=special)[
             "input_ids"
@@ -137,26 +131,30 @@ class PretrainedTextEncoder(TextEncoder):
         return self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32, and their mask.
+        """Features ``[B, L, D]``, float32.
 
         Raises:
-            ValueError: if a feature is not finite, as the T5 and Gemma families' are in float16.
+            ValueError: for features that are not finite, as with T5 and Gemma in float16.
         """
-        rows = self._tokenize(captions)
-        longest = max(len(row) for row in rows)  # padding up to L is added after the model: it would only cost time
-        ids = torch.tensor([row + [self._padding] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+        states, mask = self._padded_states(self._tokenize(captions))
+        padding = (0, self.length - mask.shape[1])
+        return TextFeatures(nn.functional.pad(states, (0, 0, *padding)), nn.functional.pad(mask, padding))
+
+    def _padded_states(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B, n, D]``, float32, zero where masked, and mask ``[B, n]``; n is the longest length."""
         device = next(self.tower.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        longest = max(map(len, sequences))  # padding up to L is added after the model, to save time
+        ids = torch.tensor([ids + [self._padding] * (longest - len(ids)) for ids in sequences], device=device)
+        lengths = torch.tensor([[len(ids)] for ids in sequences], device=device)
+        mask = torch.arange(longest, device=device) < lengths
         with torch.autocast(device.type, enabled=False):
             states = self._states(ids, mask.long()).float().masked_fill(~mask[..., None], 0.0)
         if not states.isfinite().all():
             raise ValueError(
-                f"PretrainedTextEncoder: {type(self.tower).__name__} gives infinite features with "
+                f"{type(self).__name__}: {type(self.tower).__name__} gives infinite features with "
                 f"dtype={self.dtype!r}; use dtype: bfloat16 or float32"
             )
-        room = (0, self.length - longest)
-        return TextFeatures(nn.functional.pad(states, (0, 0, *room)), nn.functional.pad(mask, room))
+        return states, mask
 
 
 def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -> tuple[Any, Any]:

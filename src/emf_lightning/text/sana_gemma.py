@@ -1,4 +1,4 @@
-"""Gemma-2 as SANA reads it: an instruction before the caption, of whose answer only the caption's part is kept."""
+"""SANA's text encoder: Gemma-2 with an instruction before the caption."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 
 class SanaGemma(PretrainedTextEncoder):
-    """SANA's and SANA-1.5's text encoder (arXiv 2410.10629, section 3.1): the features that diffusers' pipeline gives.
+    """SANA's and SANA-1.5's text encoder (arXiv 2410.10629, section 3.1), equal to diffusers' pipeline.
 
-    Captions are put in lower case behind SANA's instruction. Kept are the first token and the last 299 of the padded
-    sequence, so that the instruction is read but not passed on. The null caption has no instruction.
+    Captions follow SANA's instruction in lower case. The features are the first and the last 299 tokens of the padded
+    sequence, so that the network does not see the instruction's tokens. The null caption has no instruction.
 
     Args:
         model: Gemma-2-2B-it by hub name or folder.
-        length: L, positions kept.
-        instruction: what stands before captions; SANA's own where it is None, as diffusers holds it.
-        dtype: of the weights and the arithmetic.
+        length: L, number of tokens kept.
+        instruction: text before the caption; default: SANA's instruction in diffusers.
+        dtype: of weights and computation.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -44,38 +44,28 @@ class SanaGemma(PretrainedTextEncoder):
         self._before = len(self.tokenizer(self.instruction)["input_ids"])
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32, and their mask."""
-        rows = [self._row(caption) for caption in captions]
-        self._truncation.add(len(rows), sum(cut for *_, cut in rows))
-        states = self._padded_states([ids for ids, *_ in rows])
-        parts = [self._part(*state, room) for state, (_, room, _) in zip(states, rows, strict=True)]
+        sequences = [self._sequence(caption) for caption in captions]
+        self._truncation.add(len(sequences), sum(truncated for *_, truncated in sequences))
+        states, mask = self._padded_states([ids for ids, *_ in sequences])
+        parts = [self._part(*part) for part in zip(states, mask, [length for _, length, _ in sequences], strict=True)]
         return TextFeatures(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
 
-    def _row(self, caption: str) -> tuple[list[int], int, bool]:
-        """Token ids, the length that SANA pads them or cuts them to, and whether they were cut."""
-        told = caption != NULL_CAPTION
-        text = (self.instruction if told else "") + caption.lower().strip()
-        room = self._before + self.length - 2 if told else self.length
-        ids, more = (self._ids([text], room + extra)[0] for extra in (0, 1))
-        return ids or [self._padding], room, len(more) > len(ids)
+    def _sequence(self, caption: str) -> tuple[list[int], int, bool]:
+        """Token ids, the length to which SANA pads or truncates them, and True if truncated."""
+        instructed = caption != NULL_CAPTION
+        text = (self.instruction if instructed else "") + caption.lower().strip()
+        length = self._before + self.length - 2 if instructed else self.length
+        ids, more = (self._ids([text], length + extra)[0] for extra in (0, 1))
+        return ids or [self._padding], length, len(more) > len(ids)
 
-    def _padded_states(self, rows: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Hidden states ``[n, D]`` and mask ``[n]`` of each row, n the longest row's length."""
-        longest = max(map(len, rows))
-        device = next(self.tower.parameters()).device
-        ids = torch.tensor([row + [self._padding] * (longest - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows], device=device)
-        with torch.autocast(device.type, enabled=False):
-            states = self._states(ids, mask.long()).float().masked_fill(~mask[..., None], 0.0)
-        if not states.isfinite().all():
-            raise ValueError(f"SanaGemma: infinite features with dtype={self.dtype!r}; use dtype: float32")
-        return list(zip(states, mask, strict=True))
-
-    def _part(self, states: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        """The first position and the last L - 1 of ``room``, which the row is padded to."""
-        short = max(room - len(mask), 0)
-        states, mask = nn.functional.pad(states, (0, 0, 0, short))[:room], nn.functional.pad(mask, (0, short))[:room]
-        rest = slice(room - self.length + 1, room)
+    def _part(self, states: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first and the last L - 1 positions of a sequence padded to ``length``."""
+        short = max(length - len(mask), 0)
+        states, mask = (
+            nn.functional.pad(states, (0, 0, 0, short))[:length],
+            nn.functional.pad(mask, (0, short))[:length],
+        )
+        rest = slice(length - self.length + 1, length)
         return torch.cat([states[:1], states[rest]]), torch.cat([mask[:1], mask[rest]])
 
 

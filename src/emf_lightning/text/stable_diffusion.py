@@ -1,4 +1,4 @@
-"""The text encoders of Stable Diffusion 1.x and 3, as their pipelines use them: every position is attended."""
+"""Text encoders of Stable Diffusion 1.x and 3, as in their pipelines: no position is masked."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CLIP_LENGTH = 77
 
 
 class StableDiffusionTextEncoder(TextEncoder):
-    """Stable Diffusion 1.x's: CLIP ViT-L/14's last hidden states at all 77 positions, padding included.
+    """Text encoder of Stable Diffusion 1.x: last hidden states of CLIP ViT-L/14 at all 77 positions.
 
-    The network was trained to attend to padding as well, so nothing is masked.
+    The mask is True everywhere, because the network was trained to attend to padding as well.
 
     Args:
-        pretrained: folder or hub name of a pipeline, with ``tokenizer`` and ``text_encoder`` in it.
-        dtype: of the weights and the arithmetic; features are float32.
+        pretrained: folder or hub name of a pipeline with ``tokenizer`` and ``text_encoder``.
+        dtype: of weights and computation; features are float32.
 
     Raises:
-        ValueError: if they cannot be loaded.
+        ValueError: if the weights or tokenizers cannot be loaded.
     """
 
     builds_on_meta = True
@@ -44,18 +44,12 @@ class StableDiffusionTextEncoder(TextEncoder):
         self._truncation = Truncation(type(self).__name__, CLIP_LENGTH)
         self.freeze()
 
-    @property
-    def truncated(self) -> int:
-        """Captions that lost their end so far."""
-        return self._truncation.cut
-
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of weights, tokenizer and precision."""
         return _fingerprint(self, [self.tower], [self.tokenizer], self.dtype)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, 77, D]``, float32, and a mask that is True."""
+        """Features ``[B, 77, D]``, float32; no position is masked."""
         ids = _padded(self.tokenizer, captions, CLIP_LENGTH, self._truncation)
         device = next(self.tower.parameters()).device
         with torch.autocast(device.type, enabled=False):
@@ -64,18 +58,19 @@ class StableDiffusionTextEncoder(TextEncoder):
 
 
 class SD3TextEncoder(TextEncoder):
-    """Stable Diffusion 3's three (arXiv 2403.03206): both CLIPs' last states but one, side by side, then T5-XXL's.
+    """The three text encoders of Stable Diffusion 3 (arXiv 2403.03206): two CLIPs and T5-XXL.
 
-    Token 0 holds the two CLIPs' pooled features, tokens 1 to 77 the CLIPs', the rest T5's; the shorter ones end in
-    zeros. All are attended, padding included, as the network was trained.
+    Token 0 is the pooled features of both CLIPs, tokens 1 to 77 are the CLIPs' penultimate hidden states concatenated
+    along the channels, the rest are T5's. Narrower tokens are padded with zeros. No position is masked, because the
+    network was trained to attend to padding as well.
 
     Args:
-        pretrained: folder or hub name of a pipeline, with ``tokenizer``, ``text_encoder``, and those numbered 2 and 3.
-        t5_length: T5 tokens of a caption, 256 in the pipeline and 77 in training.
-        dtype: of the weights and the arithmetic; features are float32. float16 overflows in T5.
+        pretrained: folder or hub name of a pipeline with three tokenizers and text encoders.
+        t5_length: T5 tokens a caption; 256 in the pipeline, 77 in training.
+        dtype: of weights and computation; features are float32. float16 overflows in T5.
 
     Raises:
-        ValueError: if they cannot be loaded.
+        ValueError: if the weights or tokenizers cannot be loaded.
     """
 
     builds_on_meta = True
@@ -100,22 +95,16 @@ class SD3TextEncoder(TextEncoder):
         t5: Any = self.towers[2]
         self.width: int = t5.config.d_model
         self.length = 1 + CLIP_LENGTH + t5_length
-        self._truncation = Truncation(type(self).__name__, t5_length)
+        self._truncation = Truncation(type(self).__name__, t5_length)  # CLIP's 77 tokens truncate more
         self._clip_truncation = Truncation(f"{type(self).__name__} (its CLIPs)", CLIP_LENGTH)
         self.freeze()
 
-    @property
-    def truncated(self) -> int:
-        """Captions that lost their end in T5 so far; CLIP's 77 tokens lose more."""
-        return self._truncation.cut
-
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of weights, tokenizers, precision and length."""
         return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, 1 + 77 + t5_length, D]``, float32, and a mask that is True."""
+        """Features ``[B, 1 + 77 + t5_length, D]``, float32; no position is masked."""
         device = next(self.towers.parameters()).device
         pooled, states = [], []
         with torch.autocast(device.type, enabled=False):
@@ -127,17 +116,17 @@ class SD3TextEncoder(TextEncoder):
                 states.append(output.hidden_states[-2].float())
             ids = _padded(self.tokenizers[2], captions, self.t5_length, self._truncation)
             t5 = self.towers[2](ids.to(device)).last_hidden_state.float()
-        rows = [self._wide(torch.cat(pooled, dim=-1))[:, None], self._wide(torch.cat(states, dim=-1)), t5]
-        context = torch.cat(rows, dim=1)
+        parts = [self._widen(torch.cat(pooled, dim=-1))[:, None], self._widen(torch.cat(states, dim=-1)), t5]
+        context = torch.cat(parts, dim=1)
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
 
-    def _wide(self, features: Tensor) -> Tensor:
-        """``features`` with zeros at the end, as wide as T5's."""
+    def _widen(self, features: Tensor) -> Tensor:
+        """``features`` padded with zeros to the width of T5."""
         return nn.functional.pad(features, (0, self.width - features.shape[-1]))
 
 
 def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Truncation | None) -> Tensor:
-    """Token ids ``[B, length]``."""
+    """Token ids ``[B, length]``, padded and truncated; truncated captions are counted."""
     if truncation is not None:
         whole = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
         truncation.add(len(captions), sum(len(row) > length for row in whole))

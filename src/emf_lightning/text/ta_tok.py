@@ -1,4 +1,4 @@
-"""The text-aligned image tokenizer of BLIP3o-NEXT: a picture as 729 numbers out of a language model's vocabulary."""
+"""Text-aligned image tokenizer of BLIP3o-NEXT: an image becomes 729 discrete codes."""
 
 from __future__ import annotations
 
@@ -10,58 +10,53 @@ from torch.nn import functional as F
 
 
 class TextAlignedTokenizer(nn.Module):
-    """A SigLIP2 vision tower, a linear bottleneck and a code book (TA-Tok, arXiv 2506.18898).
+    """SigLIP2 vision tower, linear bottleneck and codebook (TA-Tok, arXiv 2506.18898).
 
-    Only what turns pictures into codes: the decoder, the last layer, the last norm and the pooling head of the
-    published weights are left out. Children have the published names.
+    Encodes only: the decoder, the last layer, the last norm and the pooling head of the published weights are left out.
+    Submodules have the published names.
 
     Args:
-        vision: the tower's configuration, a ``SiglipVisionConfig`` with the published number of layers.
-        codes: entries of the code book.
-        code_width: channels of an entry.
+        vision: ``SiglipVisionConfig`` of the tower with the published number of layers.
+        codes: number of codebook entries.
+        code_width: channels of a codebook entry.
     """
 
     def __init__(self, vision: Any, codes: int, code_width: int) -> None:
         from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
         super().__init__()
-        # Features are the hidden states before the last layer (index -2), so that it need not be there at all.
+        # features are the hidden states before the last layer (index -2), which is therefore not built
         shorter = type(vision).from_dict(vision.to_dict() | {"num_hidden_layers": vision.num_hidden_layers - 1})
         shorter._attn_implementation = "sdpa"
         self.side = vision.image_size
         self.heads = vision.num_attention_heads
         self.tokens = (vision.image_size // vision.patch_size) ** 2
-        regularizer = {
-            "embedding": nn.Embedding(codes, code_width),
-            "embedding_proj": nn.Linear(code_width, code_width),
-        }
-        bottleneck = {
-            "in_linear": nn.Linear(vision.hidden_size, code_width),
-            "regularizer": nn.ModuleDict(regularizer),
-        }
+        codebook = {"embedding": nn.Embedding(codes, code_width), "embedding_proj": nn.Linear(code_width, code_width)}
+        projection = nn.Linear(vision.hidden_size, code_width)
+        bottleneck = {"in_linear": projection, "regularizer": nn.ModuleDict(codebook)}
         encoder = {"embeddings": SiglipVisionEmbeddings(shorter), "encoder": SiglipEncoder(shorter)}
         self.encoder: Any = nn.ModuleDict(encoder)
         self.encode_task_layer = nn.Sequential(nn.Linear(vision.hidden_size, vision.hidden_size), nn.Tanh())
         self.bottleneck: Any = nn.ModuleDict(bottleneck)
-        self._book: Tensor | None = None
+        self._entries: Tensor | None = None
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """The codes ``[B, tokens]`` of pictures ``[B, 3, side, side]`` in [-1, 1], row by row from the upper left.
+    def forward(self, images: Tensor) -> Tensor:
+        """Codes ``[B, tokens]`` of images ``[B, 3, side, side]`` in [-1, 1], in raster order.
 
-        The code of a patch is the entry of the largest cosine, in fp32 whatever the tower's dtype: in bf16 tens of
-        entries are equally far.
+        A patch's code is the codebook entry with the largest cosine similarity. It is computed in fp32, because tens of
+        entries tie in bf16.
         """
         dtype = next(self.parameters()).dtype
-        patches = self.encoder["embeddings"](pictures.to(dtype))
+        patches = self.encoder["embeddings"](images.to(dtype))
         states = self.encoder["encoder"](inputs_embeds=patches).last_hidden_state
-        wanted = self.bottleneck["in_linear"](self.encode_task_layer(states))
-        book = self._code_book()
-        return torch.stack([(F.normalize(row.float(), dim=-1) @ book.T).argmax(-1) for row in wanted])
+        queries = self.bottleneck["in_linear"](self.encode_task_layer(states))
+        codebook = self._codebook()
+        return torch.stack([(F.normalize(row.float(), dim=-1) @ codebook.T).argmax(-1) for row in queries])
 
-    def _code_book(self) -> Tensor:
-        """The entries ``[codes, code_width]`` (SimVQ, arXiv 2411.02038), unit length, fp32; computed once a device."""
+    def _codebook(self) -> Tensor:
+        """Codebook entries ``[codes, code_width]`` (SimVQ, arXiv 2411.02038), unit length, fp32; one copy a device."""
         raw, project = self.bottleneck["regularizer"]["embedding"], self.bottleneck["regularizer"]["embedding_proj"]
-        if self._book is None or self._book.device != raw.weight.device:
+        if self._entries is None or self._entries.device != raw.weight.device:
             entries = F.linear(raw.weight.float(), project.weight.float(), project.bias.float())
-            self._book = F.normalize(entries, dim=-1)
-        return self._book
+            self._entries = F.normalize(entries, dim=-1)
+        return self._entries

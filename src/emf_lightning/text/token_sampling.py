@@ -1,4 +1,4 @@
-"""How image tokens are drawn from a language model's logits: top-k, then top-p, with numbers fixed by the caption."""
+"""Top-k and top-p sampling of image tokens, with random numbers fixed by the caption."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Top-k and nucleus sampling; the tokens of a caption do not depend on its neighbours in the batch.
+    """Top-k, then top-p (nucleus) sampling; a caption's tokens do not depend on the rest of the batch.
 
     Attributes:
-        top_k: how many of the likeliest tokens are left.
-        top_p: of these, as many of the likeliest as it takes for this share of the probability.
+        top_k: number of the likeliest tokens that are kept.
+        top_p: of these, the smallest set of likeliest tokens with at least this share of the probability is kept.
         temperature: divides the logits.
-        seed: of the numbers that choose; together with the caption it fixes them.
+        seed: of the random numbers; seed and caption fix them.
     """
 
     top_k: int = 1200
@@ -33,8 +33,8 @@ class TokenSampler:
                 f"{self.temperature}"
             )
 
-    def chances(self, captions: Sequence[str], tokens: int) -> Tensor:
-        """Uniform numbers in [0, 1), ``[B, tokens]``: one for each token of each caption."""
+    def uniforms(self, captions: Sequence[str], tokens: int) -> Tensor:
+        """Uniform random numbers in [0, 1), ``[B, tokens]``, a function of (seed, caption)."""
         rows = []
         for caption in captions:
             digest = hashlib.sha256(f"{self.seed} {caption}".encode()).digest()
@@ -42,11 +42,11 @@ class TokenSampler:
             rows.append(torch.rand(tokens, generator=generator))
         return torch.stack(rows)
 
-    def draw(self, logits: Tensor, chances: Tensor) -> Tensor:
-        """Tokens ``[B]`` from ``logits`` ``[B, V]``: where ``chances`` ``[B]`` fall into the cumulative probability."""
+    def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Tokens ``[B]`` by inverse transform sampling from ``logits`` ``[B, V]`` with ``uniforms`` ``[B]``."""
         best, tokens = (logits.float() / self.temperature).topk(min(self.top_k, logits.shape[-1]))
         probability = best.softmax(-1)
         before = probability.cumsum(-1) - probability
-        share = probability.where(before < self.top_p, 0).cumsum(-1)  # the likeliest is always left
-        place = (share <= chances[:, None] * share[:, -1:]).sum(-1, keepdim=True)
+        share = probability.where(before < self.top_p, 0).cumsum(-1)  # the likeliest is always kept
+        place = (share <= uniforms[:, None] * share[:, -1:]).sum(-1, keepdim=True)
         return tokens.gather(1, place.clamp(max=tokens.shape[1] - 1)).squeeze(1)

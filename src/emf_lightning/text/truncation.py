@@ -1,4 +1,4 @@
-"""Counting the captions that do not fit an encoder's length."""
+"""Counts captions that exceed an encoder's length."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass
 
 @dataclass
 class Truncation:
-    """How many captions lost their end so far.
+    """Counter of truncated captions.
 
     Attributes:
-        encoder: the class that cuts, for the warning.
-        length: tokens that fit.
+        encoder: class name of the encoder, for the warning.
+        length: tokens that are kept.
         captions: captions seen.
-        cut: those of them that did not fit.
+        truncated: captions that lost their end.
     """
 
     encoder: str
     length: int
     captions: int = 0
-    cut: int = 0
+    truncated: int = 0
 
-    def add(self, captions: int, cut: int) -> None:
-        """Counts a batch; warns at the first one with a caption that does not fit."""
+    def add(self, captions: int, truncated: int) -> None:
+        """Counts a batch of ``captions``; warns at the first batch with a truncated one."""
         self.captions += captions
-        if cut and not self.cut:
+        if truncated and not self.truncated:
             warnings.warn(
-                f"{self.encoder}: {cut} of {self.captions:,} captions so far are longer than length={self.length} "
+                f"{self.encoder}: {truncated} of {self.captions:,} captions so far are longer than "
+                f"length={self.length} "
                 "tokens and lose their end; raise `length` (counted from here on in `truncated`, without a warning)",
                 stacklevel=3,
             )
-        self.cut += cut
+        self.truncated += truncated

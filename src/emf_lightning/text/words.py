@@ -1,4 +1,4 @@
-"""The embedded text encoder: nothing to download, deterministic, discriminative, bound to the order of the words."""
+"""Built-in text encoder without weights: deterministic, discriminative, sensitive to word order."""
 
 from __future__ import annotations
 
@@ -16,50 +16,53 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 class WordEncoder(TextEncoder):
-    """A fixed vector for each word, mixed with its neighbours' vectors, each turned by its distance.
+    """A fixed random vector for each word, mixed with permuted vectors of its neighbours.
 
-    Token i is ``sum_k decay^|k| P^k w(i + k) + position * p(i)`` over ``|k| <= reach``, scaled to unit variance: w
-    hashes a word to a random direction (nearly orthogonal for different words, hence discriminative), and P is a fixed
-    permutation of the channels, so that "red" one word before is another direction than "red" two words before and
-    both can be read off linearly (random permutations as order vectors: Sahlgren et al., 2008). It stands for what a
-    language model's context gives: the noun's token also says its adjective.
+    Token i is ``sum_k decay^|k| P^k w(i + k) + position * p(i)`` over ``|k| <= window``, scaled to unit variance.
+    w maps a word to a random direction (nearly orthogonal for different words, hence discriminative). P is a fixed
+    permutation of the channels, so that "red" one word before is another direction than "red" two words before, and
+    both can be read off linearly (random permutations as order vectors: Sahlgren et al., 2008). As in a language model,
+    the noun's token then also contains its adjective.
 
     Args:
         width: D, channels of a token.
-        length: L, words kept of a caption.
-        reach: how many words to either side a token sees; 0 makes a bag of words.
+        length: L, number of words kept of a caption.
+        window: number of neighbours to either side that a token contains; 0 with ``position`` 0 is a bag of words.
         decay: weight of a neighbour per word of distance.
-        position: weight of the vector of the word's place in the caption.
-        shared: weight of one vector common to all tokens: > 0 collapses the features onto it (the ablation of the
-            claim that few-step training needs discriminative features, arXiv 2604.18168).
-        seed: of every direction above.
+        position: weight of the position vector p.
+        shared: weight of one vector common to all tokens; > 0 makes features less discriminative (ablation for the
+            claim of arXiv 2604.18168 that few-step training needs discriminative features).
+        seed: of all random vectors.
     """
+
+    truncated = 0
 
     def __init__(
         self,
         width: int = 128,
         length: int = 12,
-        reach: int = 4,
+        window: int = 4,
         decay: float = 0.8,
         position: float = 0.5,
         shared: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if width < 8 or length < 1 or reach < 0:
-            raise ValueError(f"WordEncoder: needs width >= 8, length >= 1, reach >= 0; got {width}, {length}, {reach}")
+        if width < 8 or length < 1 or window < 0:
+            raise ValueError(
+                f"WordEncoder: needs width >= 8, length >= 1, window >= 0; got {width}, {length}, {window}"
+            )
         self.width = width
         self.length = length
-        self.reach = reach
+        self.window = window
         self.decay = decay
         self.position = position
         self.shared = shared
         self.seed = seed
-        self.truncated = 0
         self._vectors: dict[str, torch.Tensor] = {}
         order = torch.from_numpy(self._generator("permutation").permutation(width))
         shifts = [torch.arange(width)]
-        for _ in range(max(reach, 1)):
+        for _ in range(max(window, 1)):
             shifts.append(shifts[-1][order])
         self._forward_shifts = shifts
         self._backward_shifts = [torch.argsort(shift) for shift in shifts]
@@ -69,8 +72,7 @@ class WordEncoder(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the settings, which determine every feature."""
-        settings = (self.width, self.length, self.reach, self.decay, self.position, self.shared, self.seed)
+        settings = (self.width, self.length, self.window, self.decay, self.position, self.shared, self.seed)
         return hashlib.sha256(f"{type(self).__name__} 1 {settings}".encode()).hexdigest()
 
     def _generator(self, name: str) -> np.random.Generator:
@@ -78,27 +80,26 @@ class WordEncoder(TextEncoder):
         return np.random.default_rng(np.frombuffer(digest[:16], np.uint64))
 
     def _vector(self, name: str) -> torch.Tensor:
-        """The unit-variance direction of ``name``, ``[D]``."""
+        """Random vector ``[D]`` of unit variance for ``name``."""
         if name not in self._vectors:
             vector = self._generator(name).standard_normal(self.width, np.float32)
             self._vectors[name] = torch.from_numpy(vector)
         return self._vectors[name]
 
     def _tokens(self, caption: str) -> torch.Tensor:
-        """``[words, D]``; the null caption is one token of its own."""
+        """Tokens ``[words, D]``; the null caption is one token of its own."""
         words = _WORD.findall(caption.lower())
-        if len(words) > self.length:
-            self.truncated += 1
-            if self.truncated == 1:
-                warnings.warn(
-                    f"WordEncoder: a caption of {len(words)} words is cut to length {self.length}: {caption!r}; "
-                    "raise `length` (counted from here on in `truncated`)",
-                    stacklevel=2,
-                )
-            words = words[: self.length]
+        self.truncated += len(words) > self.length
+        if len(words) > self.length and self.truncated == 1:
+            warnings.warn(
+                f"WordEncoder: a caption of {len(words)} words is cut to length {self.length}: {caption!r}; raise "
+                "`length` (counted from here on in `truncated`)",
+                stacklevel=2,
+            )
+        words = words[: self.length]
         base = torch.stack([self._vector(f"word {word}") for word in words] or [self._vector("null")])
         tokens = base.clone()
-        for k in range(1, self.reach + 1):
+        for k in range(1, self.window + 1):
             tokens[k:] += self.decay**k * base[:-k][:, self._backward_shifts[k]]
             tokens[:-k] += self.decay**k * base[k:][:, self._forward_shifts[k]]
         tokens += self.position * torch.stack([self._vector(f"position {i}") for i in range(len(base))])
@@ -106,7 +107,7 @@ class WordEncoder(TextEncoder):
         return tokens + self.shared * self._vector("shared")
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]`` and their mask; words are runs of letters and digits, in lower case."""
+        """Features ``[B, L, D]``; words are runs of letters and digits in lower case."""
         context = torch.zeros(len(captions), self.length, self.width)
         mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
         for row, caption in enumerate(captions):

@@ -77,7 +77,7 @@ def test_infinities_and_tiny_numbers_survive_bfloat16():
     assert torch.equal(unpacked(entries, entry)[0], context[0].bfloat16())
 
 
-def test_only_unmasked_tokens_take_room():
+def test_only_unmasked_tokens_take_space():
     entries, context, mask = row("bfloat16", "prefix")
     (entry,) = entries.pack(context, mask)
     assert entries.largest - len(entry) == 7 * 5 * 2

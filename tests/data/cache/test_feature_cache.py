@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.lookup import Lookup
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.words import WordEncoder
 
@@ -22,6 +23,12 @@ def opened(path: Path, encoder: WordEncoder | None = None, **settings) -> Featur
     cache = FeatureCache(path, **{"max_gb": 0.05, **settings})
     cache.open(encoder or WordEncoder(width=16))
     return cache
+
+
+def encoded(cache: FeatureCache, captions: Sequence[str], encode) -> TextFeatures:
+    """Features of captions, the missing ones by ``encode``."""
+    lookup = Lookup([cache.key(caption) for caption in captions])
+    return lookup.complete(lambda rows: encode([captions[row] for row in rows]), cache, torch.device("cpu"))
 
 
 def refuse(captions: Sequence[str]) -> TextFeatures:
@@ -38,12 +45,12 @@ def write_numbered(cache: FeatureCache, first: int, last: int, step: int = 8) ->
     torch.set_num_threads(1)
     encoder = WordEncoder(width=16)
     for i in range(first, last, step):
-        cache.features([f"caption {j}" for j in range(i, min(i + step, last))], encoder)
+        encoded(cache, [f"caption {j}" for j in range(i, min(i + step, last))], encoder)
 
 
 def assert_holds_exactly(cache: FeatureCache, captions: Sequence[str]) -> None:
     expected = WordEncoder(width=16)(captions)
-    features = cache.features(captions, refuse)
+    features = encoded(cache, captions, refuse)
     assert torch.equal(features.context, expected.context)
     assert torch.equal(features.mask, expected.mask)
     assert cache.corrupt == 0
@@ -63,11 +70,11 @@ def flip_a_bit_of(path: Path, caption: str) -> None:
 
 def test_the_second_pass_never_calls_the_encoder_and_gives_the_same(tmp_path):
     cache = opened(tmp_path)
-    first = cache.features(CAPTIONS, WordEncoder(width=16))
+    first = encoded(cache, CAPTIONS, WordEncoder(width=16))
     assert (cache.hits, cache.misses) == (0, 4)
     for again in (cache, opened(tmp_path)):
         assert_holds_exactly(again, CAPTIONS)
-        assert torch.equal(again.features(CAPTIONS, refuse).context, first.context)
+        assert torch.equal(encoded(again, CAPTIONS, refuse).context, first.context)
     assert (cache.hits, cache.misses, cache.corrupt, cache.full) == (8, 4, 0, 0)
 
 
@@ -78,9 +85,9 @@ def test_misses_are_encoded_once_each_in_one_call(tmp_path):
         calls.append(list(captions))
         return WordEncoder(width=16)(captions)
 
-    cache.features(["a red cube"], encode)
+    encoded(cache, ["a red cube"], encode)
     mixed = ["a ring", "a red cube", "a star", "a ring", "a red cube"]
-    features = cache.features(mixed, encode)
+    features = encoded(cache, mixed, encode)
     assert calls == [["a red cube"], ["a ring", "a star"]]
     assert torch.equal(features.context, WordEncoder(width=16)(mixed).context)
     assert (cache.hits, cache.misses) == (2, 4)
@@ -94,7 +101,7 @@ def test_entries_are_fetched_one_by_one_and_unpacked_together(tmp_path):
     assert (cache.hits, cache.misses) == (2, 1)
     expected = WordEncoder(width=16)(["two blue rings", NULL_CAPTION])
     found = cache.unpack([entries[0], entries[2]])
-    assert found.context.dtype == torch.bfloat16  # as stored: half of what goes between processes and to the device
+    assert found.context.dtype == torch.bfloat16  # as stored: halves the transfers between processes and to the device
     assert torch.equal(found.context, expected.context.bfloat16())
     assert torch.equal(found.mask, expected.mask)
     assert cache.holds("two blue rings")
@@ -105,7 +112,7 @@ def test_entries_are_fetched_one_by_one_and_unpacked_together(tmp_path):
 def test_the_first_pass_is_rounded_as_the_second_one_comes_back(tmp_path, dtype):
     cache = opened(tmp_path, dtype=dtype)
     encoder = WordEncoder(width=16)
-    first, second = cache.features(CAPTIONS, encoder), cache.features(CAPTIONS, refuse)
+    first, second = encoded(cache, CAPTIONS, encoder), encoded(cache, CAPTIONS, refuse)
     assert first.context.dtype == second.context.dtype == torch.float32
     assert torch.equal(first.context, second.context)
     assert torch.equal(second.context, cache.entries.rounded(encoder(CAPTIONS).context))
@@ -113,17 +120,17 @@ def test_the_first_pass_is_rounded_as_the_second_one_comes_back(tmp_path, dtype)
 
 
 def test_another_fingerprint_or_dtype_finds_nothing_and_disturbs_nothing(tmp_path):
-    opened(tmp_path).features(CAPTIONS, WordEncoder(width=16))
+    encoded(opened(tmp_path), CAPTIONS, WordEncoder(width=16))
     other = WordEncoder(width=16, seed=1)
     for cache in (opened(tmp_path, other), opened(tmp_path, dtype="float16")):
         assert [cache.fetch(caption) for caption in CAPTIONS] == [None] * 4
         assert cache.corrupt == 0
-    opened(tmp_path, other).features(CAPTIONS, other)
+    encoded(opened(tmp_path, other), CAPTIONS, other)
     assert_holds_exactly(opened(tmp_path), CAPTIONS)
 
 
 def test_a_damaged_entry_is_counted_and_replaced(tmp_path):
-    opened(tmp_path).features(CAPTIONS, WordEncoder(width=16))
+    encoded(opened(tmp_path), CAPTIONS, WordEncoder(width=16))
     flip_a_bit_of(tmp_path, "two blue rings")
     cache, calls = opened(tmp_path), []
 
@@ -131,7 +138,7 @@ def test_a_damaged_entry_is_counted_and_replaced(tmp_path):
         calls.append(list(captions))
         return WordEncoder(width=16)(captions)
 
-    features = cache.features(CAPTIONS, encode)
+    features = encoded(cache, CAPTIONS, encode)
     assert calls == [["two blue rings"]]
     assert (cache.hits, cache.misses, cache.corrupt) == (3, 1, 1)
     assert torch.equal(features.context, WordEncoder(width=16)(CAPTIONS).context)
@@ -208,7 +215,7 @@ def test_a_full_cache_warns_once_and_goes_on_encoding(tmp_path):
     captions = [f"{i} b c d e f g h i j k l" for i in range(1200)]
     parts = [captions[i : i + 100] for i in range(0, 1200, 100)]
     with pytest.warns(UserWarning, match=r"reached max_gb=0.001.*raise max_gb") as warned:
-        features = TextFeatures.cat([cache.features(part, encoder) for part in parts])
+        features = TextFeatures.cat([encoded(cache, part, encoder) for part in parts])
     assert len(warned) == 1
     assert torch.equal(features.context, encoder(captions).context)
     held = sum(cache.fetch(caption) is not None for caption in captions)
@@ -218,7 +225,7 @@ def test_a_full_cache_warns_once_and_goes_on_encoding(tmp_path):
     assert (tmp_path / "data.mdb").stat().st_size <= 10**6
     # The argument that the warning names does help.
     larger = opened(tmp_path, max_gb=0.01)
-    larger.features(captions, encoder)
+    encoded(larger, captions, encoder)
     assert_holds_exactly(larger, captions)
 
 
@@ -243,7 +250,7 @@ def test_the_estimate_is_what_full_captions_take(tmp_path, width):
     cache = opened(tmp_path, encoder)
     captions = [f"{i} b c d e f g h i j k l" for i in range(2000)]
     for i in range(0, 2000, 50):
-        cache.features(captions[i : i + 50], encoder)
+        encoded(cache, captions[i : i + 50], encoder)
     used, estimated = (tmp_path / "data.mdb").stat().st_size, cache.estimate(2000)
     amount, unit = estimated.split(" = ")[1].split(";")[0].split()
     needed = float(amount) * {"kB": 1e3, "MB": 1e6}[unit]
@@ -269,5 +276,5 @@ def test_nothing_is_written_before_it_is_opened(tmp_path):
 def test_it_warns_of_nothing_in_ordinary_use(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened(tmp_path).features(CAPTIONS, WordEncoder(width=16))
+        encoded(opened(tmp_path), CAPTIONS, WordEncoder(width=16))
         assert_holds_exactly(opened(tmp_path), CAPTIONS)

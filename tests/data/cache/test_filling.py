@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from emf_lightning.data.cache.feature_cache import FeatureCache
-from emf_lightning.data.cache.filling import CacheFilling
+from emf_lightning.data.cache.filling import CacheFiller
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextEncoder
 from emf_lightning.text.blip3o_next import BLIP3oNext
 from emf_lightning.text.words import WordEncoder
-from tests.data.tars import SIDE, picture, write_tar
+from tests.data.tars import SIDE, noise_image, write_tar
 from tests.tiny_blip3o import SETTINGS, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -32,7 +33,10 @@ def shards(tmp_path) -> list[str]:
     for shard in range(3):
         members = {}
         for number in range(5 * shard, 5 * shard + 5):
-            members |= {f"{number}.png": picture(number), f"{number}.txt": f"two ball and {number % 4} ring".encode()}
+            members |= {
+                f"{number}.png": noise_image(number),
+                f"{number}.txt": f"two ball and {number % 4} ring".encode(),
+            }
         paths.append(write_tar(tmp_path / f"{shard}.tar", members))
     return paths
 
@@ -46,14 +50,14 @@ def make(text: TextEncoder, shards: list[str], folder: Path | None, **options) -
 
 
 def pairs(data: CaptionImageData) -> tuple[list[str], torch.Tensor]:
-    """The captions and views of the first batch in the shards' order."""
-    stream = ShardStream(data.shards, SIDE, data.batch_size, view_side=data.text.view_side)
+    """The captions and encoder images of the first batch in the shards' order."""
+    stream = ShardStream(data.shards, SquareTransform(SIDE), data.batch_size, encoder_image_size=data.text.image_size)
     batch = next(iter(stream))
-    return list(batch.captions), batch.views.float() / 127.5 - 1
+    return list(batch.captions), batch.encoder_images.float() / 127.5 - 1
 
 
 def fill(data: CaptionImageData, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
-    *_, last = CacheFilling(data, CPU, rank, ranks).fill()
+    *_, last = CacheFiller(data, CPU, rank, ranks).fill()
     return last.done, last.present
 
 
@@ -65,7 +69,7 @@ def test_training_computes_nothing_after_filling(encoder, shards, tmp_path, num_
     expected = make(encoder, shards, None)
     expected.setup("fit")
     for raw, other in zip(data.train_dataloader(), expected.train_dataloader(), strict=True):
-        assert raw.found.all() and raw.latents_found.all()
+        assert raw.features.found.all() and raw.latents.found.all()
         batch, fresh = (d.on_after_batch_transfer(r, 0) for d, r in ((data, raw), (expected, other)))
         assert batch.captions == fresh.captions
         torch.testing.assert_close(batch.text.context, fresh.text.context, atol=1e-5, rtol=1e-4)
@@ -81,7 +85,7 @@ def test_ranks_share_the_work_and_a_second_call_finds_it_done(encoder, shards, t
 
 
 def test_what_was_interrupted_goes_on(encoder, shards, tmp_path):
-    running = CacheFilling(make(encoder, shards, tmp_path), CPU).fill()
+    running = CacheFiller(make(encoder, shards, tmp_path), CPU).fill()
     assert next(running).done == 4
     running.close()
     assert fill(make(encoder, shards, tmp_path)) == (11, 4)
@@ -89,22 +93,22 @@ def test_what_was_interrupted_goes_on(encoder, shards, tmp_path):
 
 def test_only_the_missing_kind_is_computed(encoder, shards, tmp_path):
     fill(make(encoder, shards, tmp_path, latent_cache=None))
-    filling = CacheFilling(make(encoder, shards, tmp_path), CPU)
+    filling = CacheFiller(make(encoder, shards, tmp_path), CPU)
     *batches, _ = filling.stream
-    assert all(batch.found.all() and not batch.latents_found.any() for batch in batches)
-    assert all(len(batch.views) == 0 and len(batch.images) == len(batch) for batch in batches)
+    assert all(batch.features.found.all() and not batch.latents.found.any() for batch in batches)
+    assert all(len(batch.encoder_images) == 0 and len(batch.images) == len(batch) for batch in batches)
     assert fill(make(encoder, shards, tmp_path)) == (15, 0)
 
 
 def test_captions_alone_need_no_image_to_be_decoded(shards, tmp_path):
-    members = {"0.png": picture(0)[:50], "0.txt": b"a red cube"}  # corrupt: decoding it would leave it out
+    members = {"0.png": noise_image(0)[:50], "0.txt": b"a red cube"}  # corrupt: decoding it would leave it out
     data = make(WordEncoder(width=8, length=4), [write_tar(tmp_path / "x.tar", members)], tmp_path, latent_cache=None)
     assert fill(data) == (1, 0)
     assert data.cache.fetch("a red cube") is not None
 
 
 def test_options_state_the_size_and_the_measured_error_of_each_dtype(encoder, shards, tmp_path):
-    filling = CacheFilling(make(encoder, shards, tmp_path), CPU)
+    filling = CacheFiller(make(encoder, shards, tmp_path), CPU)
     assert filling.count() == 15
     options = filling.options(100_000)
     assert set(options) == {"features", "latents"}
@@ -133,7 +137,7 @@ def test_the_published_size_is_what_it_is_said_to_be(tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_encoded(encoder, shards, tmp_path):
     small = {"cache": FeatureCache(tmp_path / "c", 0.01), "latent_cache": LatentCache(tmp_path / "c", 0.01)}
-    filling = CacheFilling(make(encoder, shards, None, **small), CPU)
+    filling = CacheFiller(make(encoder, shards, None, **small), CPU)
     filling.check(1000)
     with pytest.raises(ValueError, match=r"the features would not fit: 30,000 samples x .*raise max_gb to"):
         filling.check(30_000)
@@ -145,7 +149,7 @@ def test_too_little_room_is_said_before_anything_is_encoded(encoder, shards, tmp
 def test_a_cache_that_fills_up_stops_with_a_sentence(encoder, shards, tmp_path):
     members = {}
     for number in range(2000):
-        members |= {f"{number}.png": picture(1), f"{number}.txt": f"{number} ring".encode()}
+        members |= {f"{number}.png": noise_image(1), f"{number}.txt": f"{number} ring".encode()}
     words = WordEncoder(width=64, length=4)
     data = make(words, [write_tar(tmp_path / "x.tar", members)], None, cache=FeatureCache(tmp_path / "c", 0.001))
     with pytest.warns(UserWarning, match="reached max_gb"), pytest.raises(ValueError, match="took no more at max_gb"):
@@ -158,10 +162,10 @@ def test_a_cache_that_fills_up_stops_with_a_sentence(encoder, shards, tmp_path):
 )
 def test_data_that_cannot_be_filled_ahead_say_why(encoder, shards, tmp_path, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        CacheFilling(make(encoder, shards, tmp_path, **change), CPU)
+        CacheFiller(make(encoder, shards, tmp_path, **change), CPU)
 
 
 def test_shards_without_a_usable_sample_are_named(encoder, tmp_path):
-    data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": picture(0)})], tmp_path)
+    data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": noise_image(0)})], tmp_path)
     with pytest.raises(ValueError, match=r"data\.shards: no usable sample in 1 shards"):
-        CacheFilling(data, CPU).options(1)
+        CacheFiller(data, CPU).options(1)

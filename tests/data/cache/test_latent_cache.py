@@ -37,7 +37,8 @@ def opened(path: Path, autoencoder: Autoencoder | None = None, transform: str = 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8"])
 def test_latents_come_back_as_they_did_when_they_were_written(tmp_path, dtype):
     cache, latents = opened(tmp_path, dtype=dtype), torch.randn(3, 5, 4, 4)
-    kept = cache.keep(["a", "b", "c"], latents)
+    cache.store(["a", "b", "c"], latents)
+    kept = cache.as_stored(latents)
     again = opened(tmp_path, dtype=dtype)
     found = again.unpack([again.fetch("c"), again.fetch("a")])
     assert torch.equal(found.float(), kept[[2, 0]])
@@ -47,7 +48,7 @@ def test_latents_come_back_as_they_did_when_they_were_written(tmp_path, dtype):
 
 
 def test_another_autoencoder_or_transform_finds_nothing(tmp_path):
-    opened(tmp_path).keep(["a"], torch.randn(1, 5, 4, 4))
+    opened(tmp_path).store(["a"], torch.randn(1, 5, 4, 4))
     assert opened(tmp_path).fetch("a") is not None
     for other in (opened(tmp_path, Linear(seed=1)), opened(tmp_path, Linear(factor=0.4))):
         assert other.fetch("a") is None

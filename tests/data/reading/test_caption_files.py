@@ -10,23 +10,28 @@ from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
-from tests.data.tars import SIDE, picture, write_tar
+from tests.data.tars import SIDE, noise_image, write_tar
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """Three sets as they are downloaded: BLIP3o-60k, ShareGPT-4o-Image, Echo-4o-Image; all number from 0."""
     (tmp_path / "BLIP3o-60k").mkdir()
-    pairs = {"0.jpg": picture(0, (20, 30), "jpeg"), "0.txt": b"of blip", "1.jpg": picture(1), "1.txt": b"of blip too"}
+    pairs = {
+        "0.jpg": noise_image(0, (20, 30), "jpeg"),
+        "0.txt": b"of blip",
+        "1.jpg": noise_image(1),
+        "1.txt": b"of blip too",
+    }
     write_tar(tmp_path / "BLIP3o-60k/00000.tar", pairs)
     sharegpt = tmp_path / "ShareGPT-4o-Image"
     sharegpt.mkdir()
-    write_tar(sharegpt / "text_to_image_part_0.tar", {f"image/{n}.png": picture(n) for n in range(3)})
+    write_tar(sharegpt / "text_to_image_part_0.tar", {f"image/{n}.png": noise_image(n) for n in range(3)})
     records = [{"input_prompt": f"of sharegpt {n}", "output_image": f"image/{n}.png"} for n in (2, 0)]
     (sharegpt / "text_to_image.json").write_text(json.dumps(records, indent=1))
     echo = tmp_path / "Echo-4o-Image/Instruction-Following-Image"
     (echo / "images").mkdir(parents=True)
-    plain = write_tar(tmp_path / "plain.tar", {f"0000{n}.jpg": picture(n, form="jpeg") for n in range(2)})
+    plain = write_tar(tmp_path / "plain.tar", {f"0000{n}.jpg": noise_image(n, form="jpeg") for n in range(2)})
     with tarfile.open(echo / "images/a.tar.gz", "w:gz") as packed, tarfile.open(plain) as tar:
         for member in tar:
             packed.addfile(member, tar.extractfile(member))
@@ -65,12 +70,12 @@ def test_a_file_holds_for_its_folder_and_below(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.json").write_text(json.dumps([{"prompt": f"in {folder}", "image": "0.png"}]))
     files = CaptionFiles([tmp_path / "c/x.json", tmp_path / "a/x.json"])
-    assert files.of(f"{tmp_path}/a/x.tar/0") == "in a"
-    assert files.of(f"{tmp_path}/a/b/x.tar/folder/0") == "in a"
-    assert files.of(f"{tmp_path}/c/x.tar/0") == "in c"
-    assert files.of(f"{tmp_path}/c/x.tar/1") is None
-    assert files.of(f"{tmp_path}/cc/x.tar/0") is None
-    assert CaptionFiles(str(tmp_path / "a/x.json")).of(f"{tmp_path}/a/x.tar/0") == "in a"
+    assert files.find(f"{tmp_path}/a/x.tar/0") == "in a"
+    assert files.find(f"{tmp_path}/a/b/x.tar/folder/0") == "in a"
+    assert files.find(f"{tmp_path}/c/x.tar/0") == "in c"
+    assert files.find(f"{tmp_path}/c/x.tar/1") is None
+    assert files.find(f"{tmp_path}/cc/x.tar/0") is None
+    assert CaptionFiles(str(tmp_path / "a/x.json")).find(f"{tmp_path}/a/x.tar/0") == "in a"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.dataset_shards import open_dataset, samples_of, write_samples
+from emf_lightning.data.reading.dataset_shards import dataset_samples, open_dataset, write_samples
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
 from tests import pipelines
@@ -24,9 +24,9 @@ def batch_of(shards, **settings):
     return data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
 
 
-def test_pictures_and_classes_come_back_as_they_were(cifar, tmp_path):
+def test_images_and_classes_survive_the_round_trip(cifar, tmp_path):
     dataset = open_dataset(str(cifar), "train")
-    paths = write_samples(samples_of(dataset, "label"), tmp_path / "shards", {}, samples_per_shard=10)
+    paths = write_samples(dataset_samples(dataset, "label"), tmp_path / "shards", {}, samples_per_shard=10)
     assert [path.name for path in paths] == ["data-000000.tar", "data-000001.tar", "data-000002.tar"]
     batch = batch_of(paths[0], resolution=32)
     for row in range(8):
@@ -49,9 +49,9 @@ def test_an_interrupted_call_writes_only_what_is_missing(tmp_path):
         write_samples(samples, tmp_path, {"rows": 26}, samples_per_shard=10)
 
 
-def test_captions_alone_are_read_without_pictures(tmp_path):
+def test_captions_alone_are_read_without_images(tmp_path):
     write_samples([(None, f"a red cat {i}") for i in range(8)], tmp_path, {})
-    batch = batch_of(tmp_path, resolution=16, pictures=False)
+    batch = batch_of(tmp_path, resolution=16, images=False)
     assert batch.captions == tuple(f"a red cat {i}" for i in range(8))
     assert batch.latents.shape == (8, 3, 16, 16)
     assert not batch.latents.any()

@@ -9,13 +9,13 @@ from PIL import Image
 from emf_lightning.data.reading.decoding import (
     SquareTransform,
     UnusableSampleError,
-    caption_of,
-    image_of,
-    picture_name,
-    view_of,
+    decode_caption,
+    decode_image,
+    image_key,
+    stretch_to_square,
 )
 from emf_lightning.data.reading.tar_samples import TarSample
-from tests.data.tars import SIDE, picture
+from tests.data.tars import SIDE, noise_image
 
 
 def sample(image: bytes | None = None, text: bytes | None = None, json: bytes | None = None) -> TarSample:
@@ -23,18 +23,18 @@ def sample(image: bytes | None = None, text: bytes | None = None, json: bytes | 
 
 
 def pixels_of(sample: TarSample, side: int) -> np.ndarray:
-    return SquareTransform(side)(image_of(sample))
+    return SquareTransform(side)(decode_image(sample))
 
 
 def test_image_of_the_right_size_passes_through_exactly() -> None:
-    expected = np.asarray(Image.open(io.BytesIO(picture(5))))
-    assert np.array_equal(pixels_of(sample(picture(5)), SIDE), expected)
+    expected = np.asarray(Image.open(io.BytesIO(noise_image(5))))
+    assert np.array_equal(pixels_of(sample(noise_image(5)), SIDE), expected)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (4, 4)])
 def test_other_sizes_and_formats_become_the_square(form: str, size: tuple[int, int]) -> None:
-    pixels = pixels_of(sample(picture(1, size, form)), SIDE)
+    pixels = pixels_of(sample(noise_image(1, size, form)), SIDE)
     assert pixels.shape == (SIDE, SIDE, 3)
     assert pixels.dtype == np.uint8
 
@@ -55,31 +55,31 @@ def test_shrinking_averages_instead_of_picking_pixels() -> None:
 
 
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (57, 33), (8, 200), (5, 7), (16, 16)])
-def test_the_bilinear_square_is_what_the_published_training_makes(size: tuple[int, int]) -> None:
+def test_the_bilinear_square_equals_the_published_training_s(size: tuple[int, int]) -> None:
     from torchvision.transforms import v2
 
-    image = image_of(sample(picture(3, size)))
+    image = decode_image(sample(noise_image(3, size)))
     published = v2.Compose([v2.Resize(16), v2.CenterCrop(16)])
     assert np.array_equal(SquareTransform(16, "bilinear")(image), np.asarray(published(image)))
 
 
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (14, 14)])
-def test_the_view_of_the_whole_image_is_what_siglip_s_preprocessing_makes(size: tuple[int, int]) -> None:
+def test_the_stretched_image_equals_siglip_s_preprocessing(size: tuple[int, int]) -> None:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    image = image_of(sample(picture(3, size)))
+    image = decode_image(sample(noise_image(3, size)))
     processor = SiglipImageProcessorPil(size={"height": 14, "width": 14})
     expected = processor(image, return_tensors="np")["pixel_values"][0]
-    ours = view_of(image, 14).astype(np.float32) / 127.5 - 1
+    ours = stretch_to_square(image, 14).astype(np.float32) / 127.5 - 1
     assert np.abs(ours.transpose(2, 0, 1) - expected).max() < 1e-6
 
 
-def test_a_picture_s_name_is_that_of_its_file_and_side() -> None:
-    first, other = sample(picture(1)), sample(picture(2))
-    assert picture_name(first, False) == picture_name(TarSample("y.tar/7", 7, 9, picture(1), b"?"), False)
-    assert len({picture_name(first, False), picture_name(first, True), picture_name(other, False)}) == 3
+def test_an_image_key_depends_on_the_file_and_on_mirroring_alone() -> None:
+    first, other = sample(noise_image(1)), sample(noise_image(2))
+    assert image_key(first, False) == image_key(TarSample("y.tar/7", 7, 9, noise_image(1), b"?"), False)
+    assert len({image_key(first, False), image_key(first, True), image_key(other, False)}) == 3
     with pytest.raises(UnusableSampleError, match="missing image"):
-        picture_name(sample(), False)
+        image_key(sample(), False)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16"])
@@ -92,8 +92,8 @@ def test_other_pixel_modes_become_rgb(mode: str) -> None:
 @pytest.mark.parametrize("key", ["caption", "prompt", "text"])
 def test_json_speaks_where_there_is_no_text(key: str) -> None:
     record = f'{{"{key}": " a caption "}}'.encode()
-    assert caption_of(sample(json=record)) == "a caption"
-    assert caption_of(sample(text=b"another\n", json=record)) == "another"
+    assert decode_caption(sample(json=record)) == "a caption"
+    assert decode_caption(sample(text=b"another\n", json=record)) == "another"
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_json_speaks_where_there_is_no_text(key: str) -> None:
 )
 def test_sample_without_a_caption_says_why(unusable: TarSample, reason: str) -> None:
     with pytest.raises(UnusableSampleError, match=reason):
-        caption_of(unusable)
+        decode_caption(unusable)
 
 
 def test_image_that_is_missing_or_corrupt_says_so() -> None:
     with pytest.raises(UnusableSampleError, match="missing image"):
         pixels_of(sample(), SIDE)
     with pytest.raises(UnusableSampleError, match="corrupt image"):
-        pixels_of(sample(picture(1)[:100]), SIDE)
+        pixels_of(sample(noise_image(1)[:100]), SIDE)

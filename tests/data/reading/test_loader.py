@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.streams import ShardStream
-from tests.data.tars import SIDE, picture, write_numbered, write_tar
+from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 
 def make(shards: list[str], num_workers: int = 0, **options: object) -> ShardLoader:
     options = {"shuffle_block": 8, "drop_last": True, "seed": 3, **options}
-    stream = ShardStream(shards, SIDE, 4, lanes=max(num_workers, 1), **options)  # type: ignore[arg-type]
+    stream = ShardStream(shards, SquareTransform(SIDE), 4, lanes=max(num_workers, 1), **options)  # type: ignore[arg-type]
     return ShardLoader(stream, num_workers=num_workers)
 
 
@@ -95,24 +96,24 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
 
 
 def broken_shard(path: Path) -> str:
-    good = {f"{n:03d}.{e}": d for n in range(9) for e, d in (("png", picture(n)), ("txt", b"fine %d" % n))}
+    good = {f"{n:03d}.{e}": d for n in range(9) for e, d in (("png", noise_image(n)), ("txt", b"fine %d" % n))}
     return write_tar(
         path,
         good
         | {
-            "a.png": picture(0)[:-40],
+            "a.png": noise_image(0)[:-40],
             "a.txt": b"cut image",
             "b.png": b"no image at all",
             "b.txt": b"no image",
-            "c.png": picture(1),
-            "d.png": picture(1),
+            "c.png": noise_image(1),
+            "d.png": noise_image(1),
             "d.txt": b"  \n",
-            "e.png": picture(1),
+            "e.png": noise_image(1),
             "e.json": b"{broken",
-            "f.png": picture(1),
+            "f.png": noise_image(1),
             "f.json": b'{"prompt": 3}',
             "g.txt": b"no picture",
-            "h.png": picture(1),
+            "h.png": noise_image(1),
             "h.txt": b"\xff\xfe\xff",
         },
     )

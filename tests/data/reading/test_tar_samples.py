@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emf_lightning.data.reading.tar_samples import count_samples, read_samples
-from tests.data.tars import picture, write_numbered, write_tar
+from tests.data.tars import noise_image, write_numbered, write_tar
 
 
 def test_members_are_grouped_by_the_name_up_to_the_first_dot_of_its_last_part(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_members_are_grouped_by_the_name_up_to_the_first_dot_of_its_last_part(tm
         {"v1.0/a.jpg": b"1", "v1.0/a.seg.png": b"2", "v1.0/a.txt": b"3", "v1.0/b.JSON": b"4", "v1.0/b.webp": b"5"},
     )
     first, second = read_samples(path)
-    assert (first.where, first.image, first.text, first.json) == (f"{path}/v1.0/a", b"1", b"3", None)
+    assert (first.location, first.image, first.text, first.json) == (f"{path}/v1.0/a", b"1", b"3", None)
     assert (second.image, second.text, second.json) == (b"5", None, b"4")
 
 
@@ -30,7 +30,7 @@ def test_long_names_are_read_in_the_gnu_and_the_pax_form(tmp_path: Path, form: i
             info.size, info.mtime = 3, 0.5
             tar.addfile(info, io.BytesIO(b"abc"))
     (sample,) = read_samples(str(tmp_path / "x.tar"))
-    assert sample.where.endswith(name)
+    assert sample.location.endswith(name)
     assert (sample.image, sample.text) == (b"abc", b"abc")
 
 
@@ -58,7 +58,7 @@ def test_parts_are_disjoint_and_complete(tmp_path: Path) -> None:
     (path,) = write_numbered(tmp_path, [11])
     parts = [list(read_samples(path, part=part, parts=3)) for part in range(3)]
     assert sorted(sample.number for part in parts for sample in part) == list(range(11))
-    assert all(sample.image == picture(sample.number) for part in parts for sample in part)
+    assert all(sample.image == noise_image(sample.number) for part in parts for sample in part)
 
 
 @pytest.mark.parametrize("keep", range(0, 4 * 1024 + 1, 256))
@@ -71,7 +71,7 @@ def test_a_cut_anywhere_is_one_fault_behind_the_whole_samples(tmp_path: Path, ke
     *samples, fault = read_samples(path)
     assert fault.fault == "truncated shard"
     kept = sum(sample.end <= cut for sample in whole)
-    # padding behind the last member may be what is missing: then its sample is whole, too
+    # if only padding after the last member is missing, its sample is complete
     assert kept <= len(samples) <= kept + 1
     assert [(s.image, s.text) for s in samples] == [(s.image, s.text) for s in whole[: len(samples)]]
     for parts in (2, 3):
@@ -151,7 +151,7 @@ def test_a_damaged_compressed_shard_ends_in_a_fault(tmp_path: Path) -> None:
 
 
 def test_samples_are_counted_exactly_where_that_is_cheap_and_guessed_elsewhere(tmp_path: Path) -> None:
-    members = {f"{number}.png": picture(number, (40, 40)) for number in range(150)}
+    members = {f"{number}.png": noise_image(number, (40, 40)) for number in range(150)}
     path = write_tar(tmp_path / "x.tar", members)
     assert count_samples(path) == 150
     for other in (compressed(path), f"file://{path}"):

@@ -24,7 +24,7 @@ def test_shards_hold_the_count_in_order_with_picture_caption_and_record(tmp_path
     assert [path.name for path in paths] == ["shapes-000000.tar", "shapes-000001.tar", "shapes-000002.tar"]
     samples = [list(read_samples(str(path))) for path in paths]
     assert [len(shard) for shard in samples] == [10, 10, 5]
-    assert [sample.where[-9:] for shard in samples for sample in shard] == [f"{n:09d}" for n in range(25)]
+    assert [sample.location[-9:] for shard in samples for sample in shard] == [f"{n:09d}" for n in range(25)]
     rng = np.random.default_rng([5, 1])
     for sample in samples[1]:
         scene = training_scene(SMALL, rng)

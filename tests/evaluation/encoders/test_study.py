@@ -138,7 +138,7 @@ def test_a_constant_encoder_has_a_raw_cosine_of_one_and_no_contrast():
 
 
 def test_a_bag_of_words_moves_by_what_was_removed():
-    encoder = WordEncoder(width=600, reach=0, position=0.0)
+    encoder = WordEncoder(width=600, window=0, position=0.0)
     found = disentanglement(encoder, PROMPTS, fraction=0.5)
     # of six words, "a" twice, three stay: computed from the words' counts alone, their vectors being nearly orthogonal
     expected = []
@@ -222,5 +222,5 @@ def test_padding_has_no_say():
 def test_the_same_tokens_in_another_order_give_the_same_feature():
     words = [f"word{i}" for i in range(12)]
     orders = [" ".join(np.random.default_rng(seed).permutation(words)) for seed in range(20)]
-    rows = pooled_features(WordEncoder(width=64, reach=0, position=0.0), orders)
+    rows = pooled_features(WordEncoder(width=64, window=0, position=0.0), orders)
     assert len(np.unique(rows, axis=0)) == 1

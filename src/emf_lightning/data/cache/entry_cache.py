@@ -1,38 +1,43 @@
-"""What is computed once for a sample and read ever after: a store on disk, shared by all processes of all runs."""
+"""Cache on disk of tensors that a frozen model computes, shared by all processes of all runs."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.cache.lmdb_store import LmdbStore
+from emf_lightning.text.base import TextFeatures
+
+T = TypeVar("T", Tensor, TextFeatures)
 
 
-class EntryCache:
-    """Base of the caches: features ``[L, D]`` by a frozen model and a name.
+class EntryCache(ABC, Generic[T]):
+    """Base of the caches: tokens ``[L, D]`` by a frozen model and a key.
 
-    A key is the digest of the model's fingerprint, the stored dtype and the name, so that one folder serves any number
-    of models, and a changed model finds nothing rather than something wrong. A damaged entry is counted, computed again
+    The stored key is the digest of the model's fingerprint, the stored dtype and the key. One folder therefore serves
+    any number of models, and a changed model finds none of the old entries. A damaged entry is counted, computed again
     and overwritten. Objects are small and picklable; every process counts for itself.
 
     Args:
-        path: folder, on a local disk; made if it does not exist. Several caches may share one. Each node has
-            its own, and in the end holds whatever its ranks have seen.
-        max_gb: size in GB (10^9 bytes) at which the folder stops growing; what comes beyond it is computed each time.
+        path: folder on a local disk, created if missing. Several caches may share one. Each node has its own, which in
+            the end holds all samples that its ranks have seen.
+        max_gb: size in GB (10^9 bytes) at which the folder stops growing; further entries are computed each time.
         dtype: of the stored numbers; bfloat16 halves the size and keeps three significant digits, float8 (e4m3, a
             power of two for each token) quarters it and keeps one and a half.
 
     Attributes:
-        hits: names found.
-        misses: names not found, the damaged ones included.
-        corrupt: names whose entry was damaged.
-        full: names that were not stored, for want of room.
+        hits: keys found.
+        misses: keys not found, damaged entries included.
+        corrupt: keys whose entry was damaged.
+        full: keys that were not stored because the cache was full.
     """
 
     def __init__(self, path: str | Path, max_gb: float = 16.0, dtype: StoredDtype = "float32") -> None:
@@ -42,47 +47,51 @@ class EntryCache:
         self.max_gb = max_gb
         self.dtype = dtype
         self.hits = self.misses = self.corrupt = self.full = 0
-        self._store = LmdbStore(str(path), map_size=int(max_gb * 1e9) // 65536 * 65536)  # whole pages of any system
+        self._store = LmdbStore(str(path), map_size=int(max_gb * 1e9) // 65536 * 65536)  # a multiple of any page size
         self._format: EntryFormat | None = None
         self._salt = b""
 
-    def _open(self, fingerprint: str, length: int, width: int) -> None:
-        """Binds the cache to a model; warns if the disk is smaller than ``max_gb``.
+    @abstractmethod
+    def to_tokens(self, values: T) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, L, D]`` and mask ``[B, L]`` of the values."""
 
-        Raises:
-            ValueError: if the folder cannot be written to or holds something else.
-        """
+    @abstractmethod
+    def from_tokens(self, tokens: Tensor, mask: Tensor) -> T:
+        """The inverse of ``to_tokens``."""
+
+    def _open(self, fingerprint: str, length: int, width: int) -> None:
+        """Binds the cache to a model; raises ValueError if the folder is not writable or holds other files."""
         try:
             self._store.open()
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from error
         self._format = EntryFormat(length, width, self.dtype)
         self._salt = f"{fingerprint} {self.dtype} ".encode()
-        if self.room() < self._store.map_size:
+        if self.available_bytes() < self._store.map_size:
             warnings.warn(
                 f"{type(self).__name__}: max_gb={self.max_gb:g}, but the disk of {str(self.path)!r} has room for "
-                f"{readable(self.room())}: lower max_gb, or choose a path on a larger disk",
+                f"{format_bytes(self.available_bytes())}: lower max_gb, or choose a path on a larger disk",
                 stacklevel=3,
             )
 
     def size(self, samples: int, entries: EntryFormat | None = None) -> int:
-        """Bytes that ``samples`` entries take on disk at most, masked tokens included, in this or another format."""
+        """Upper bound of the bytes on disk of ``samples`` entries without a masked token, in this or another format."""
         largest = (entries or self.entries).largest
-        page, entry = self._store.page_size(), largest + 50  # with its key and LMDB's own
-        # LMDB gives an entry beyond half a page whole pages; smaller ones share pages, 7 of 10 places taken.
+        page, entry = self._store.page_size(), largest + 50  # with its key and LMDB's header
+        # LMDB gives an entry beyond half a page whole pages; smaller ones share pages, which are filled to 70 %.
         each = -(-(entry - 34) // page) * page + 80 if entry > page // 2 else page * 10 // (7 * (page // entry))
         return samples * each
 
     def estimate(self, samples: int) -> str:
-        """One sentence on what ``samples`` entries take at most, and what there is.
+        """One sentence: the space that ``samples`` entries need at most, the free space and the limit.
 
         Raises:
             ValueError: if they do not fit the disk.
         """
-        each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.room()
+        each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.available_bytes()
         sentence = (
-            f"{samples:,} samples x {readable(each)} = {readable(needed)}; "
-            f"free: {readable(room - self._store.used())}, limit {readable(limit)}"
+            f"{samples:,} samples x {format_bytes(each)} = {format_bytes(needed)}; "
+            f"free: {format_bytes(room - self._store.used())}, limit {format_bytes(limit)}"
         )
         if min(needed, limit) > room:
             raise ValueError(
@@ -93,14 +102,14 @@ class EntryCache:
             sentence += f", which holds about {int(limit / each):,}: raise max_gb to {needed / 1e9:.3g}"
         return sentence
 
-    def fetch(self, name: str) -> bytes | None:
-        """The intact entry of ``name``, to be unpacked with others; None where there is none."""
+    def fetch(self, key: str) -> bytes | None:
+        """The intact entry of ``key``, for ``unpack``; None if there is none."""
         import lmdb
 
-        entries, key = self.entries, self._key(name)
+        entries, stored_key = self.entries, self._stored_key(key)
         try:
             with self._store.transaction() as transaction:
-                entry = transaction.get(key)
+                entry = transaction.get(stored_key)
                 found = bytes(entry) if entry is not None and entries.is_intact(entry) else None
         except lmdb.Error as error:
             raise ValueError(
@@ -111,54 +120,62 @@ class EntryCache:
         self.corrupt += found is None and entry is not None
         return found
 
-    def holds(self, name: str) -> bool:
-        """Whether there is an entry of ``name``, intact or not, without reading it."""
+    def holds(self, key: str) -> bool:
+        """True if there is an entry of ``key``; does not read it, so that it may be damaged."""
         assert self._format is not None
         with self._store.transaction() as transaction:
-            return transaction.get(self._key(name)) is not None
+            return transaction.get(self._stored_key(key)) is not None
 
-    def _keep(self, names: Sequence[str], context: Tensor, mask: Tensor) -> None:
-        """Writes rows that are not there intact already, in one transaction; at the size limit, warns and stops."""
+    def unpack(self, entries: Sequence[bytes]) -> T:
+        """The B values of fetched entries, in the stored dtype (float8: bfloat16)."""
+        return self.from_tokens(*self.entries.unpack(entries))
+
+    def store(self, keys: Sequence[str], values: T) -> None:
+        """Writes the values that have no intact entry yet, in one transaction; warns and stops at the size limit."""
         import lmdb
 
         if self.full:
-            self.full += len(names)
+            self.full += len(keys)
             return
-        entries = dict(zip(map(self._key, names), self.entries.pack(context, mask), strict=True))
+        entries = dict(zip(map(self._stored_key, keys), self.entries.pack(*self.to_tokens(values)), strict=True))
         try:
             with self._store.transaction(write=True) as transaction:
                 for key, entry in entries.items():
-                    # Another process may have been faster; writing the same again would cost disk and time.
+                    # Another process may have been faster; writing the same entry again would cost disk and time.
                     present = transaction.get(key)
                     if present is None or not self.entries.is_intact(present):
                         transaction.put(key, entry)
-        except lmdb.Error as error:  # whatever it is (a full disk has several names), training can do without
-            self.full += len(names)
+        except lmdb.Error as error:  # a full disk raises several kinds; training can go on without the cache
+            self.full += len(keys)
             full = isinstance(error, lmdb.MapFullError)
             reason = f"reached max_gb={self.max_gb:g}" if full else f"cannot be written any more ({error})"
-            remedy = "raise max_gb, or choose dtype: bfloat16" if full else "look for room on its disk"
+            remedy = "raise max_gb, or choose dtype: bfloat16" if full else "make room on its disk"
             warnings.warn(
-                f"{type(self).__name__}: {str(self.path)!r} {reason}: what is new is computed each time it comes; "
-                f"{remedy}",
+                f"{type(self).__name__}: {str(self.path)!r} {reason}: further entries are computed each time; {remedy}",
                 stacklevel=2,
             )
 
+    def as_stored(self, values: T) -> T:
+        """``values`` as ``unpack`` returns them after ``store``: rounded to ``dtype``, zero where masked; float32."""
+        tokens, mask = self.to_tokens(values)
+        return self.from_tokens(self.entries.rounded(tokens).masked_fill(~mask[..., None], 0.0), mask)
+
     @property
     def entries(self) -> EntryFormat:
-        """How entries are written."""
+        """The byte format of the entries."""
         if self._format is None:
             raise ValueError(f"{type(self).__name__}: {str(self.path)!r} is not open; call open first")
         return self._format
 
-    def _key(self, name: str) -> bytes:
-        return hashlib.sha256(self._salt + name.encode()).digest()
+    def _stored_key(self, key: str) -> bytes:
+        return hashlib.sha256(self._salt + key.encode()).digest()
 
-    def room(self) -> int:
-        """Bytes that the cache may occupy on its disk, those that it does included."""
+    def available_bytes(self) -> int:
+        """Bytes that the cache may occupy on its disk, including those it occupies already."""
         return shutil.disk_usage(self.path).free + self._store.used()
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """``size`` bytes in the largest fitting decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:

@@ -1,4 +1,4 @@
-"""The bytes of one sample's features: a header, the mask as bits, then the unmasked tokens and nothing else."""
+"""Byte format of a cache entry: a header, the mask as bits, then the unmasked tokens."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8": 3}
 _LARGEST_FLOAT8 = 448.0
 
 StoredDtype = Literal["float32", "bfloat16", "float16", "float8"]
-"""How numbers are stored; float8 is e4m3 with a power of two for each token: 3 % of error, a quarter of the size."""
+"""Dtypes of stored numbers; float8 is e4m3 with a power of two for each token: 3 % error, a quarter of the size."""
 
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """How features ``[L, D]`` and their mask ``[L]`` become bytes and come back.
+    """Converts tokens ``[L, D]`` and their mask ``[L]`` to bytes and back.
 
     Attributes:
         length: L.
         width: D.
-        dtype: of the stored numbers; they come back as they are, float8 as bfloat16, which holds it exactly.
+        dtype: of the stored numbers; ``unpack`` returns it, or bfloat16 for float8, which represents it exactly.
     """
 
     length: int
@@ -39,8 +39,8 @@ class EntryFormat:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return self.width + 1 if self.dtype == "float8" else self.width * self._loaded.itemsize
+        """Bytes of a token."""
+        return self.width + 1 if self.dtype == "float8" else self.width * self._unpacked_dtype.itemsize
 
     @property
     def largest(self) -> int:
@@ -48,31 +48,30 @@ class EntryFormat:
         return _HEADER.size + -(-self.length // 8) + self.length * self.token_bytes
 
     @property
-    def _loaded(self) -> torch.dtype:
-        """In which the numbers come back."""
-        loaded: torch.dtype = getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
-        return loaded
+    def _unpacked_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
+        return dtype
 
     def rounded(self, context: Tensor) -> Tensor:
-        """``context`` as it comes back from the store, float32."""
+        """``context`` rounded to the stored dtype, as float32."""
         if self.dtype != "float8":
-            return context.to(self._loaded).float()
+            return context.to(self._unpacked_dtype).float()
         codes, powers = _to_float8(context.float())
         return torch.ldexp(codes.float(), powers)
 
     def error(self, context: Tensor, mask: Tensor) -> float:
-        """The relative error of ``context`` ``[B, L, D]`` where ``mask``, as it comes back."""
+        """Relative L2 error of storing the tokens of ``context`` ``[B, L, D]`` where ``mask``."""
         tokens = context.float()[mask]
         return float((self.rounded(tokens) - tokens).norm() / tokens.norm())
 
     def pack(self, context: Tensor, mask: Tensor) -> list[bytes]:
-        """One entry for each row of ``[B, L, D]`` and ``[B, L]``."""
+        """B entries from tokens ``[B, L, D]`` and masks ``[B, L]``."""
         context = context.cpu()
         if self.dtype == "float8":
             codes, powers = _to_float8(context.float())
             rows = torch.cat([codes.view(torch.uint8), powers.to(torch.int8).view(torch.uint8)], dim=-1).numpy()
-        else:  # Bytes rather than numbers: numpy knows no bfloat16.
-            rows = context.to(self._loaded).contiguous().view(torch.uint8).numpy()
+        else:  # bytes, because numpy has no bfloat16
+            rows = context.to(self._unpacked_dtype).contiguous().view(torch.uint8).numpy()
         return [self._pack_row(row, kept) for row, kept in zip(rows, mask.cpu().numpy(), strict=True)]
 
     def _pack_row(self, row: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
@@ -82,7 +81,7 @@ class EntryFormat:
         return b"".join((header, bits, tokens))
 
     def is_intact(self, entry: memoryview | bytes) -> bool:
-        """Whether ``entry`` is of this format and still what was written."""
+        """True if ``entry`` has this format and its checksum matches."""
         if len(entry) < _HEADER.size:
             return False
         version, code, length, width, tokens, checksum = _HEADER.unpack_from(entry)
@@ -93,8 +92,8 @@ class EntryFormat:
         )
 
     def unpack(self, entries: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-        """Features ``[B, L, D]``, zeros where masked, and masks ``[B, L]`` of intact entries."""
-        context = torch.empty(len(entries), self.length, self.width, dtype=self._loaded)
+        """Tokens ``[B, L, D]``, zero where masked, and masks ``[B, L]`` of intact entries."""
+        context = torch.empty(len(entries), self.length, self.width, dtype=self._unpacked_dtype)
         mask = torch.empty(len(entries), self.length, dtype=torch.bool)
         numbers, masks = context.view(torch.uint8).numpy(), mask.numpy()
         for row, entry in enumerate(entries):
@@ -116,16 +115,16 @@ class EntryFormat:
 
 
 def _to_float8(context: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 numbers ``[..., D]``, and the power of two ``[..., 1]`` that each token was divided by."""
+    """e4m3 numbers ``[..., D]``, and exponents ``[..., 1]`` of the powers of two that tokens were divided by."""
     powers = torch.frexp(context.abs().amax(-1, keepdim=True) / _LARGEST_FLOAT8).exponent.clamp(-100, 100)
     return torch.ldexp(context, -powers).to(torch.float8_e4m3fn), powers
 
 
 def _from_float8(tokens: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The bytes of bfloat16 numbers ``[n, 2 D]`` from e4m3 numbers and a power of two, ``[n, D + 1]``."""
+    """Bytes ``[n, 2 D]`` of bfloat16 numbers, from bytes ``[n, D + 1]`` of e4m3 numbers and an exponent."""
     numbers = np.empty((len(tokens), tokens.shape[1] - 1), np.uint16)
     powers = tokens[:, -1].view(np.int8)
-    for power in np.unique(powers).tolist():  # few: tokens of one model are of one size
+    for power in np.unique(powers).tolist():  # few, as tokens of one model have similar norms
         rows = powers == power
         numbers[rows] = _bfloat16_of_float8(power)[tokens[rows, :-1]]
     return numbers.view(np.uint8)
@@ -133,6 +132,6 @@ def _from_float8(tokens: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @cache
 def _bfloat16_of_float8(power: int) -> NDArray[np.uint16]:
-    """What each of the 256 bytes stands for, times two to the ``power``: the upper half of a float32, exactly."""
+    """The 256 e4m3 numbers times two to the ``power``, as bfloat16 bit patterns: the upper half of a float32."""
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return (torch.ldexp(values, torch.tensor(power)).numpy().view(np.uint32) >> 16).astype(np.uint16)

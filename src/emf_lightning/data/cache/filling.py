@@ -1,21 +1,24 @@
-"""Filling the caches ahead of training: what they lack, each rank its part, as often as it takes."""
+"""Fills the caches ahead of training; ranks share the work, and an interrupted call is simply repeated."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from emf_lightning.data.cache.entry_cache import EntryCache, readable
+from emf_lightning.data.batch_encoder import BatchEncoder
+from emf_lightning.data.cache.entry_cache import EntryCache, format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
-from emf_lightning.data.reading.streams import CACHED, RawBatch, ShardStream
+from emf_lightning.data.reading.streams import CACHED
 from emf_lightning.data.reading.tar_samples import count_samples
 from emf_lightning.text.blip3o_next import BLIP3oNext
 
@@ -24,14 +27,7 @@ DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "float16", "float8")
 
 @dataclass(frozen=True)
 class StorageOption:
-    """What one dtype takes and costs.
-
-    Attributes:
-        dtype: of the stored numbers.
-        token_pool: of the encoder, where it has one and could take another; 1 is the published one.
-        size: bytes of all samples on disk.
-        error: relative, of what comes back, on the samples that were looked at.
-    """
+    """One way to store entries: dtype, bytes of all samples on disk, relative L2 error, the encoder's token_pool."""
 
     dtype: StoredDtype
     size: int
@@ -40,15 +36,8 @@ class StorageOption:
 
 
 @dataclass(frozen=True)
-class Filled:
-    """How far this rank is.
-
-    Attributes:
-        done: samples written.
-        present: samples that were there already.
-        skipped: reason -> samples left out.
-        seconds: since the first one.
-    """
+class FillProgress:
+    """Progress of this rank: samples written, cached already, left out (by reason), and seconds since the start."""
 
     done: int
     present: int
@@ -56,87 +45,65 @@ class Filled:
     seconds: float
 
 
-class CacheFilling:
-    """What fills the caches of ``data`` from its training shards.
+class CacheFiller:
+    """Fills the caches of ``data`` from its training shards.
 
     Args:
-        data: with a cache, or a latent cache, or both.
-        device: on which to encode.
-        rank: of this process.
-        ranks: processes that share the work, each on its own part of the samples.
+        data: data with a cache, a latent cache, or both.
+        device: device of the encoders.
+        rank: rank of this process.
+        ranks: number of processes that share the work.
 
     Raises:
-        ValueError: if there is no cache to fill, images are mirrored at random, or the shards are not there.
+        ValueError: if there is no cache to fill, images are mirrored at random, or shards are missing.
     """
 
     def __init__(self, data: CaptionImageData, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
         if data.cache is None and data.latent_cache is None:
             raise ValueError("data: nothing to fill; set data.cache, data.latent_cache or both")
-        if data.flip and (data.latent_cache is not None or data.text.view_side is not None):
+        if data.flip and (data.latent_cache is not None or data.text.image_size is not None):
             raise ValueError(
-                "data.flip: mirrors images at random, so each would have to be kept twice; set data.flip to false, or "
-                "let `emf fit` fill the caches on its way"
+                "data.flip: mirrors images at random, so that each would need two entries; set data.flip to false, or "
+                "let `emf fit` fill the caches during training"
             )
         self.data = data
         self.device = device
         self.shards = shard_paths(data.shards, "CaptionImageData: shards")
         data.open_caches()
-        data.move(device)
+        data.encoder.device = device
+        caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
         lanes = max(data.num_workers, 1)
-        self.stream = ShardStream(
-            self.shards,
-            data.transform,
-            data.batch_size,
-            rank=rank,
-            ranks=ranks,
-            lanes=lanes,
-            features=data.cache,
-            latents=data.latent_cache,
-            view_side=data.text.view_side,
-            only_missing=True,
-            captions=data.caption_files,
-        )
+        self.stream = data.stream(self.shards, rank=rank, ranks=ranks, lanes=lanes, only_missing=True, **caches)
 
     @property
     def caches(self) -> dict[str, EntryCache]:
-        """The caches by what they hold."""
+        """The caches as "features" and "latents"."""
         both = {"features": self.data.cache, "latents": self.data.latent_cache}
         return {name: cache for name, cache in both.items() if cache is not None}
 
     def count(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(map(count_samples, self.shards))
 
     @torch.no_grad()
     def options(self, samples: int) -> dict[str, list[StorageOption]]:
-        """For each cache what each dtype would take for ``samples`` samples, and its error on one batch of them.
+        """Options of each cache for ``samples`` samples: size by dtype, and its error on one batch.
 
-        Of an encoder whose tokens can be averaged also what that would save, with the error that is there before
-        anything is stored.
+        For an encoder that can average tokens, also the size after averaging, with the error of the average itself.
 
         Raises:
             ValueError: if the shards give no batch.
         """
         data = self.data
-        stream = ShardStream(
-            self.shards, data.transform, data.batch_size, view_side=data.text.view_side, captions=data.caption_files
-        )
-        batch = next(iter(stream)).to(self.device)
+        batch = next(iter(data.stream(self.shards))).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
-        found: dict[str, tuple[EntryCache, Tensor, Tensor]] = {}
-        if data.cache is not None:
-            features = (
-                data.placed(data.text)(batch.captions)
-                if batch.views is None
-                else data.placed(data.text).encode_pairs(batch.captions, batch.views.float() / 127.5 - 1)
-            )
-            found["features"] = (data.cache, features.context.cpu(), features.mask.cpu())
-        if data.latent_cache is not None:
-            latents = data.placed(data.autoencoder).encode(batch.images.float() / 127.5 - 1).float().flatten(2).cpu()
-            found["latents"] = (data.latent_cache, latents, torch.ones(latents.shape[:2], dtype=torch.bool))
+        uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution)
+        uncached.device = self.device
+        encode: dict[str, Callable[[RawBatch], Any]] = {"features": uncached.features, "latents": uncached.latents}
         options = {}
-        for name, (cache, context, mask) in found.items():
+        for name, cache in self.caches.items():
+            context, mask = (tensor.cpu() for tensor in cache.to_tokens(encode[name](batch)))
             entries = [EntryFormat(cache.entries.length, cache.entries.width, dtype) for dtype in DTYPES]
             options[name] = [StorageOption(e.dtype, cache.size(samples, e), e.error(context, mask)) for e in entries]
             if name == "features" and isinstance(data.text, BLIP3oNext) and data.text.token_pool == 1:
@@ -144,7 +111,7 @@ class CacheFilling:
         return options
 
     def check(self, samples: int) -> dict[str, str]:
-        """For each cache one sentence on what ``samples`` samples take, and what there is.
+        """One sentence for each cache: the space that ``samples`` samples need, the free space and the limit.
 
         Raises:
             ValueError: if they do not fit the disk, alone or together, or a cache's ``max_gb``.
@@ -154,21 +121,21 @@ class CacheFilling:
             if cache.size(samples) > cache.max_gb * 1e9:
                 raise ValueError(f"data: the {name} would not fit: {sentences[name]}")
         needed = sum(cache.size(samples) for cache in self.caches.values())
-        room = min(cache.room() for cache in self.caches.values())
+        room = min(cache.available_bytes() for cache in self.caches.values())
         paths = {str(cache.path.resolve()) for cache in self.caches.values()}
         if len(paths) == 1 < len(self.caches):
             limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
             if needed > min(limit, room):
                 raise ValueError(
-                    f"data: features and latents share {paths.pop()!r} and take {readable(needed)} together, the limit "
-                    f"is {readable(limit)} and the disk has room for {readable(room)}: raise both max_gb, or choose "
-                    "another path for one"
+                    f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the "
+                    f"limit is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both "
+                    "max_gb, or choose another path for one"
                 )
         return sentences
 
     @torch.no_grad()
-    def fill(self) -> Iterator[Filled]:
-        """Computes and writes what is missing; says after each batch how far it is.
+    def fill(self) -> Iterator[FillProgress]:
+        """Computes and writes missing entries; yields the progress after each batch.
 
         Raises:
             ValueError: if a cache is full.
@@ -187,25 +154,25 @@ class CacheFilling:
                 else:
                     skipped[reason] = skipped.get(reason, 0) + count
             if len(batch):
-                self._keep(batch.to(self.device))
+                self._store(batch.to(self.device))
                 done += len(batch)
-            yield Filled(done, present, dict(skipped), time.perf_counter() - began)
+            yield FillProgress(done, present, dict(skipped), time.perf_counter() - began)
 
-    def _keep(self, batch: RawBatch) -> None:
+    def _store(self, batch: RawBatch) -> None:
         if self.data.cache is not None:
-            self.data.features_of(batch)
+            self.data.encoder.features(batch)
         if self.data.latent_cache is not None:
-            self.data.latents_of(batch)
+            self.data.encoder.latents(batch)
         for name, cache in self.caches.items():
             if cache.full:
                 raise ValueError(
                     f"data: the cache of {name} took no more at max_gb={cache.max_gb:g} ({str(cache.path)!r}); raise "
-                    "max_gb or make room, then call again: it goes on where it stopped"
+                    "max_gb or make room, then repeat the call: it continues from here"
                 )
 
 
 def _pooled_options(cache: EntryCache, context: Tensor, samples: int) -> Iterator[StorageOption]:
-    """What averaging squares of tokens would take, in the cache's dtype: the error is that of the average itself."""
+    """Options with averaged squares of tokens, in the cache's dtype; the error is that of the average."""
     side = math.isqrt(context.shape[1] - 1)
     patches = context[:, 1:].transpose(1, 2).reshape(len(context), -1, side, side)
     for pool in (pool for pool in (3, 9) if side % pool == 0):

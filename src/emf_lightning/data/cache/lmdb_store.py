@@ -1,4 +1,4 @@
-"""One LMDB folder that several processes and threads read and write at once."""
+"""LMDB folder for concurrent reads and writes by several processes and threads."""
 
 from __future__ import annotations
 
@@ -14,68 +14,68 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lmdb
 
-# LMDB may open a folder once in a process and never lets an open one cross a fork (py-lmdb refuses to open it anew in
-# the child). Hence one registry a process, empty at the moment of any fork, and one transaction at a time.
+# A process may open an LMDB folder only once, and an open folder must not cross a fork (py-lmdb refuses to reopen it in
+# the child). Hence one registry a process, emptied before any fork, and one transaction at a time.
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
 _fork_hooks_set = False
 
-SMALLEST = 1_000_000
-"""Bytes of room to begin a folder in: LMDB maps its first pages before it has them, and dies where it gets none."""
+MIN_FREE_BYTES = 1_000_000
+"""Free bytes needed for a new folder: LMDB maps pages before it has them, and crashes on a full disk."""
 
 
 @dataclass(frozen=True)
 class LmdbStore:
-    """A folder of key-value pairs; opened when first used, in each process anew.
+    """A folder of key-value pairs, opened at the first use in each process.
 
-    It survives ``kill -9`` at any moment, as LMDB does: pages are written before the page that points to them. Commits
-    reach the disk (``sync``), but without a second flush for their own record (no ``metasync``): after a power failure
-    the last commit may be missing, which costs a cache nothing, and the rest is whole.
+    It survives ``kill -9`` at any moment, because LMDB writes pages before the page that points to them. Commits are
+    flushed to disk (``sync``), but not the record of the commit (no ``metasync``): after a power failure the last
+    commit may be missing, which a cache can afford, and the rest is intact.
 
     Attributes:
         path: the folder, on a local disk (LMDB does not work on network file systems).
-        map_size: bytes beyond which it does not grow.
+        map_size: maximal size in bytes.
     """
 
     path: str
     map_size: int
 
     def open(self) -> None:
-        """Makes the folder where there is none.
+        """Creates the folder if it is missing.
 
         Raises:
-            ValueError: if it cannot be made or written to, or what is in it is no whole LMDB file.
+            ValueError: if it cannot be created or written to, or does not hold an intact LMDB file.
         """
         with _LOCK:
             key = os.path.realpath(self.path)
-            if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted meanwhile
+            if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted since
                 _ENVIRONMENTS.pop(key).close()
             environment = self._environment()
-            if environment.info()["map_size"] < self.map_size:  # opened by another store of less ambition
+            if environment.info()["map_size"] < self.map_size:  # opened by a store with a smaller limit
                 environment.set_mapsize(self.map_size)
 
     @contextmanager
     def transaction(self, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
-        """A transaction that commits on leaving; values are buffers that are valid inside of it only."""
+        """A transaction that commits on exit; values are buffers, valid only inside it."""
         import lmdb
 
         with _LOCK:
             environment = self._environment()
             try:
                 transaction = environment.begin(write=write, buffers=True)
-            except lmdb.MapResizedError:  # another process is allowed more and has used it
+            except lmdb.MapResizedError:  # another process with a larger limit has grown the file
                 environment.set_mapsize(0)
                 transaction = environment.begin(write=write, buffers=True)
             with transaction:
                 yield transaction
 
     def page_size(self) -> int:
-        """Bytes of a page; larger values take whole pages."""
+        """Bytes of a page; large values take whole pages."""
         with _LOCK:
             return self._environment().stat()["psize"]
 
     def used(self) -> int:
-        """Bytes on disk."""
+        """Bytes used on disk."""
         return os.stat(os.path.join(self.path, "data.mdb")).st_size
 
     def _environment(self) -> lmdb.Environment:
@@ -92,18 +92,18 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
-        if free < SMALLEST and not Path(path, "lock.mdb").exists():
+        if free < MIN_FREE_BYTES and not Path(path, "lock.mdb").exists():
             raise ValueError(f"no room on the disk of {path!r} ({free:,} bytes); choose another path, or make room")
-        # More readers than LMDB's 126: each loader worker of each rank of each run that shares the folder is one.
+        # more than LMDB's default of 126: each loader worker of each rank of each run is a reader
         environment = lmdb.open(path, map_size=map_size, metasync=False, max_readers=1024)
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
         raise ValueError(f"{path!r} holds no LMDB file ({error}); delete it or choose another path") from error
     except (OSError, lmdb.Error) as error:
         raise ValueError(f"cannot write to the folder {path!r} ({error}); choose another path") from error
-    environment.reader_check()  # frees the slots of readers that were killed
+    environment.reader_check()  # frees the slots of killed readers
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     present = os.stat(os.path.join(path, "data.mdb")).st_size
-    if present < needed:  # reading beyond the end of a mapped file would kill the process
+    if present < needed:  # reading beyond the end of a mapped file kills the process
         environment.close()
         raise ValueError(f"{path!r} was cut short ({present:,} of {needed:,} bytes), by a copy perhaps; delete it")
     return environment

@@ -1,4 +1,4 @@
-"""Captions that lie beside the shards rather than in them, as ShareGPT-4o-Image and Echo-4o-Image publish theirs."""
+"""Captions in files beside the shards, the format of ShareGPT-4o-Image and Echo-4o-Image."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 
 CAPTIONS = ("caption", "prompt", "text", "txt", "instruction", "input_prompt")
 IMAGES = ("output_image", "image_path", "image", "file_name")
-"""What published files call a caption and the image that it belongs to."""
+"""Field names for a caption and for its image in published files."""
 
 
 class CaptionFiles:
-    """The captions of JSON or JSON-lines files, by the names of their images.
+    """Captions from JSON or JSON-lines files, by image name.
 
-    A file holds for the shards in its folder and below, since many sets number their images from 0: Echo-4o-Image's
-    ``Instruction-Following-Image/*.jsonl`` ("instruction", "output_image") for ``images/*.tar.gz`` there,
-    ShareGPT-4o-Image's ``text_to_image.json`` ("input_prompt", "output_image") for ``text_to_image_part_*.tar``.
+    A file applies to the shards in its folder and below, since many sets number their images from 0, e.g.
+    Echo-4o-Image's ``Instruction-Following-Image/*.jsonl`` to ``Instruction-Following-Image/images/*.tar.gz``.
 
     Args:
         files: their paths.
 
     Raises:
-        ValueError: for a file that is not there, no JSON, or without captions and images.
+        ValueError: for a file that is missing, is not JSON, or holds no captions with images.
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path]) -> None:
@@ -34,11 +33,11 @@ class CaptionFiles:
             folder = os.path.abspath(path.parent)
             self._folders.setdefault(folder, {}).update(_captions(path))
 
-    def of(self, where: str) -> str | None:
-        """The caption of the sample at ``shard/name``; None where the files do not know it."""
-        place, _, name = os.path.abspath(where).rpartition("/")
+    def find(self, location: str) -> str | None:
+        """The caption of the sample at ``location`` (``shard/name``); None if no file has it."""
+        shard, _, name = os.path.abspath(location).rpartition("/")
         for folder, captions in self._folders.items():
-            if f"{place}/".startswith(f"{folder}/") and name in captions:
+            if f"{shard}/".startswith(f"{folder}/") and name in captions:
                 return captions[name]
         return None
 
@@ -48,7 +47,7 @@ def _captions(path: Path) -> dict[str, str]:
         captions = dict(filter(None, map(_entry, _records(path))))
     except OSError as error:
         raise ValueError(
-            f"captions: cannot read {str(path)!r} ({error.strerror}); give a JSON file, or --data.captions null where "
+            f"captions: cannot read {str(path)!r} ({error.strerror}); give a JSON file, or --data.captions null if "
             "the shards hold their captions"
         ) from error
     except ValueError as error:
@@ -69,7 +68,7 @@ def _records(path: Path) -> Iterable[Any]:
 
 
 def _entry(record: Any) -> tuple[str, str] | None:
-    """The image's name without folder and extension, and its caption."""
+    """(image name without folder and extension, caption) of a record; None if it lacks either."""
     if not isinstance(record, dict):
         return None
     caption = next((record[key] for key in CAPTIONS if isinstance(record.get(key), str)), "")

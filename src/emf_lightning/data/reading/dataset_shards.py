@@ -1,4 +1,4 @@
-"""An image data set of the Hugging Face hub, or captions alone, as the shards that training reads."""
+"""Writes an image data set of the Hugging Face hub, or captions alone, as shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ MANIFEST = "manifest.json"
 
 
 def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
-    """A split of a data set: a hub name, a folder of parquet or picture files, or one that ``save_to_disk`` wrote.
+    """A split of a data set: a hub name, a folder of parquet or image files, or one that ``save_to_disk`` wrote.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if it cannot be read.
     """
     from datasets import load_dataset, load_from_disk
 
@@ -29,7 +30,7 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
         if (Path(name) / "state.json").is_file():
             return load_from_disk(name)
         return load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # of many kinds: hub, files, names of splits
+    except Exception as error:  # many kinds: hub, files, split names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"dataset: cannot read split {split!r} of {name} ({reason}); give a hub name that can be reached, or the "
@@ -37,8 +38,8 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def caption_rule(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
-    """What says a row's caption: the column ``caption`` where there is one (a class by its name), else that text.
+def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
+    """Function from a row to its caption: the column ``caption`` if there is one (class names), else that text.
 
     Raises:
         ValueError: for a column that holds neither text nor classes.
@@ -55,33 +56,32 @@ def caption_rule(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
     raise ValueError(f"caption: column {caption!r} holds {feature}, neither text nor classes")
 
 
-def picture_column(dataset: Any) -> str:
-    """The name of the one column that holds pictures.
+def image_column(dataset: Any) -> str:
+    """Name of the one column that holds images.
 
     Raises:
-        ValueError: where there is none, or there are several.
+        ValueError: unless there is exactly one.
     """
     from datasets import Image
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         raise ValueError(
-            f"dataset: one column of pictures is needed, and there are {columns or 'none'} among "
-            f"{', '.join(dataset.features)}"
+            f"dataset: needs exactly one column of images, has {columns or 'none'} among {', '.join(dataset.features)}"
         )
     return columns[0]
 
 
-def samples_of(dataset: Any, caption: str) -> Iterator[tuple[bytes | None, str]]:
-    """Each row's picture as PNG, and its caption (``caption_rule``)."""
-    column, rule = picture_column(dataset), caption_rule(dataset, caption)
+def dataset_samples(dataset: Any, caption: str) -> Iterator[tuple[bytes | None, str]]:
+    """(PNG bytes, caption) of each row; the caption by ``caption_function``."""
+    column, caption_of = image_column(dataset), caption_function(dataset, caption)
 
     def sample(row: dict[str, Any]) -> tuple[bytes | None, str]:
         png = io.BytesIO()
         row[column].convert("RGB").save(png, "png", compress_level=1)
-        return png.getvalue(), rule(row)
+        return png.getvalue(), caption_of(row)
 
-    return map(sample, dataset)  # columns are looked at now, rows when they are wanted
+    return map(sample, dataset)  # columns are checked now, rows are read lazily
 
 
 def write_samples(
@@ -89,21 +89,21 @@ def write_samples(
     directory: Path,
     identity: dict[str, Any],
     samples_per_shard: int = 2000,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Sequence[Path]:
-    """The paths of shards ``data-000000.tar`` with a ``.txt`` a sample, and a ``.png`` where there is a picture.
+    """Writes shards ``data-000000.tar`` of ``.txt`` captions and optional ``.png`` images; returns their paths.
 
-    A shard appears under its name only when it is complete; those of an interrupted call are not written again.
+    A shard gets its name only when it is complete; a repeated call writes the missing shards.
 
     Args:
-        samples: PNG bytes or None, and caption.
-        directory: made if missing.
-        identity: what the samples are; a directory remembers it in ``manifest.json``.
+        samples: (PNG bytes or None, caption).
+        directory: created if missing.
+        identity: describes the samples; stored in the directory's ``manifest.json``.
         samples_per_shard: the last shard may have fewer.
-        progress: called with the number of samples done.
+        progress: called with the number of samples written so far.
 
     Raises:
-        ValueError: for a directory that holds other samples, or for no samples.
+        ValueError: if the directory holds other samples, or there are no samples.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
@@ -115,26 +115,14 @@ def write_samples(
         )
     manifest.write_text(json.dumps(identity, indent=1) + "\n")
     paths: list[Path] = []
-    block: list[tuple[bytes | None, str]] = []
-    done = 0
-
-    def write() -> None:
-        nonlocal done
-        path = directory / f"data-{len(paths):06d}.tar"
-        if not path.exists():
-            _write_shard(path, block, done)
-        paths.append(path)
+    remaining, done = iter(samples), 0
+    while block := list(islice(remaining, samples_per_shard)):
+        paths.append(directory / f"data-{len(paths):06d}.tar")
+        if not paths[-1].exists():
+            _write_shard(paths[-1], block, done)
         done += len(block)
-        block.clear()
         if progress is not None:
             progress(done)
-
-    for sample in samples:
-        block.append(sample)
-        if len(block) == samples_per_shard:
-            write()
-    if block:
-        write()
     if not paths:
         raise ValueError("there are no samples to write")
     return paths

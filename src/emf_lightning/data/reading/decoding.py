@@ -1,4 +1,4 @@
-"""Samples decoded: a caption and 8-bit pixels, or the reason why not."""
+"""Decodes samples to a caption and 8-bit pixels, or raises the reason why a sample is left out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,51 +20,46 @@ CAPTION_KEYS = ("caption", "prompt", "text")
 
 
 class UnusableSampleError(Exception):
-    """A sample that is left out; its message is the reason under which it is counted."""
+    """A sample that is left out; it is counted under this message."""
 
 
-def caption_of(sample: TarSample) -> str:
-    """The sample's caption: its txt member, else the first of the JSON's "caption", "prompt", "text".
+def decode_caption(sample: TarSample) -> str:
+    """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
 
     Raises:
-        UnusableSampleError: missing caption, empty caption, broken JSON, or not UTF-8.
+        UnusableSampleError: for a missing or empty caption, broken JSON, or text that is not UTF-8.
     """
     try:
         if sample.text is not None:
-            caption = sample.text.decode()
-        elif sample.json is not None:
-            record = json.loads(sample.json)
-            found = [record[key] for key in CAPTION_KEYS if key in record] if isinstance(record, dict) else []
-            if not found or not isinstance(found[0], str):
-                raise UnusableSampleError("missing caption")
-            caption = found[0]
+            caption: Any = sample.text.decode()
         else:
-            raise UnusableSampleError("missing caption")
+            record = None if sample.json is None else json.loads(sample.json)
+            caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UnusableSampleError("broken JSON") from error
-    caption = caption.strip()
-    if not caption:
+    if not isinstance(caption, str):
+        raise UnusableSampleError("missing caption")
+    if not caption.strip():
         raise UnusableSampleError("empty caption")
-    return caption
+    return caption.strip()
 
 
 @dataclass(frozen=True)
 class SquareTransform:
-    """The centre square of an image after its shorter side became ``side``.
+    """Resizes the shorter side of an image to ``side`` and crops the centre square.
 
     Attributes:
-        side: of the square.
-        filter: of the resizing, which averages where it shrinks. "bilinear" is that of torchvision's ``Resize`` and
-            ``CenterCrop``, which EMF and BLIP3o train with.
+        side: of the square, in pixels.
+        filter: antialiased resize filter; "bilinear" is torchvision's, with which EMF and BLIP3o train.
     """
 
     side: int
     filter: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __call__(self, image: Image) -> NDArray[np.uint8]:
-        """Pixels ``[side, side, 3]``; untouched where the image has that size already."""
+        """Pixels ``[side, side, 3]``; unchanged if the image has that size already."""
         from PIL.Image import Resampling
 
         width, height = image.size
@@ -76,29 +71,29 @@ class SquareTransform:
         return np.asarray(image.crop((left, top, left + self.side, top + self.side)))
 
 
-def view_of(image: Image, side: int) -> NDArray[np.uint8]:
-    """The whole image as a square ``[side, side, 3]``, its aspect lost: what SigLIP's preprocessing gives."""
+def stretch_to_square(image: Image, side: int) -> NDArray[np.uint8]:
+    """The whole image resized to ``[side, side, 3]`` whatever its aspect ratio, as SigLIP's preprocessing does."""
     from PIL.Image import Resampling
 
     return np.asarray(image.resize((side, side), Resampling.BICUBIC))
 
 
-def picture_name(sample: TarSample, flipped: bool) -> str:
-    """By which the sample's image is known whatever shard it is in: a digest of its file, and whether it is mirrored.
+def image_key(sample: TarSample, flipped: bool) -> str:
+    """Cache key of the sample's image, independent of its shard: digest of the image file, and a flag if mirrored.
 
     Raises:
-        UnusableSampleError: missing image.
+        UnusableSampleError: for a missing image.
     """
     if sample.image is None:
         raise UnusableSampleError("missing image")
     return hashlib.sha256(sample.image).hexdigest() + ("-flipped" if flipped else "")
 
 
-def image_of(sample: TarSample) -> Image:
-    """The sample's image, RGB.
+def decode_image(sample: TarSample) -> Image:
+    """The sample's image in RGB.
 
     Raises:
-        UnusableSampleError: missing image or corrupt image.
+        UnusableSampleError: for a missing or corrupt image.
     """
     from PIL import Image
 
@@ -107,5 +102,5 @@ def image_of(sample: TarSample) -> Image:
     try:
         with Image.open(io.BytesIO(sample.image)) as opened:
             return opened.convert("RGB")
-    except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, zlib.error, ...
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, zlib.error, ...
         raise UnusableSampleError("corrupt image") from error

@@ -1,4 +1,4 @@
-"""The iterable that Lightning's loops train on: batches of passes over the shards, and the state to go on from."""
+"""Data loader over passes of the shards, with a state that resumes at any batch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from emf_lightning.data.reading.streams import Position, RawBatch, ShardStream
+from emf_lightning.data.reading.raw_batch import Position, RawBatch
+from emf_lightning.data.reading.streams import ShardStream
 
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
 
 
 class ShardLoader:
-    """One pass over the shards an iteration; the next iteration goes on with the next pass.
+    """Iterates over one pass of the shards; the next iteration reads the next pass.
 
-    Its state is that of the last batch *acknowledged*, because neither what workers prepared nor what Lightning
-    fetched ahead (it holds one batch back to know the last one) has been trained on. An iteration that is begun anew
-    goes on behind the last acknowledged batch; Lightning begins more than one at a restart.
+    The state is that of the last *acknowledged* batch, because batches that workers prepared or Lightning prefetched
+    (it holds one back to know the last one) have not been trained on. A new iteration within a pass starts after the
+    last acknowledged batch; Lightning starts more than one at a restart.
 
     Args:
-        stream: this rank's.
-        num_workers: processes that read; the stream must have as many lanes (1 for 0).
-        pin_memory: puts images into page-locked memory.
+        stream: the stream of this rank.
+        num_workers: reading processes; the stream must have as many lanes (1 for 0).
+        pin_memory: puts batches into page-locked memory.
 
     Attributes:
         skipped: reason -> samples left out by this rank so far.
@@ -51,7 +52,7 @@ class ShardLoader:
         self._finished = False
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """The batches of the rest of this pass, or of the next one where this pass is over.
+        """The remaining batches of this pass, or those of the next pass if this one is over.
 
         Raises:
             ValueError: for a whole pass without a batch.
@@ -62,14 +63,14 @@ class ShardLoader:
         self._pending.clear()
         fresh = not any(any(position) for position in self._positions)
         count = 0
-        for batch in self._together(self._batches()):
+        for batch in self._while_all_ranks_have(self._batches()):
             count = batch.ticket
             yield batch
         if count == 0 and fresh:
-            raise ValueError(self._why_nothing())
-        while self._pending and self._pending[-1][0] > count:  # of a batch that another rank had no partner for
+            raise ValueError(self._empty_pass())
+        while self._pending and self._pending[-1][0] > count:  # a batch that some other rank had no counterpart for
             self._pending.pop()
-        self._when(count, self._finish)
+        self._after(count, self._finish)
         if count == 0:  # resumed at the very end of a pass
             yield from self
 
@@ -85,47 +86,48 @@ class ShardLoader:
             num_workers=self.num_workers,
             prefetch_factor=BATCHES_AHEAD if self.num_workers else None,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # its own: a loader must not move the global one on
+            generator=torch.Generator(),  # DataLoader would advance the global generator otherwise
         )
         ticket = 0
         for batch in loader:
             self._warn(batch)
             ticket += len(batch) > 0
             batch.ticket = ticket
-            self._when(ticket, self._change(batch))
+            self._after(ticket, self._advance(batch))
             if len(batch):
                 yield batch
 
-    def _change(self, batch: RawBatch) -> Callable[[], None]:
+    def _advance(self, batch: RawBatch) -> Callable[[], None]:
         def apply() -> None:
             self._positions[lane] = position
             self._first = (lane + 1) % self.stream.lanes
             self.skipped.update(skipped)
 
-        lane, position, skipped = batch.lane, batch.position, batch.skipped  # not the batch: it would stay in memory
+        # not the batch itself: the closure would keep it in memory
+        lane, position, skipped = batch.lane, batch.position, batch.skipped
         return apply
 
-    def _when(self, ticket: int, change: Callable[[], None]) -> None:
-        """Makes ``change`` to the state as soon as batch ``ticket`` is acknowledged."""
+    def _after(self, ticket: int, change: Callable[[], None]) -> None:
+        """Applies ``change`` to the state once batch ``ticket`` is acknowledged."""
         if ticket <= self._acknowledged:
             change()
         else:
             self._pending.append((ticket, change))
 
     def acknowledge(self, batch: RawBatch) -> None:
-        """Moves the state behind ``batch``; call it for each batch that is used, in order."""
+        """Advances the state past ``batch``; call it for each batch that is trained on, in order."""
         self._acknowledged = batch.ticket
         while self._pending and self._pending[0][0] <= batch.ticket:
             self._pending.popleft()[1]()
 
     def _warn(self, batch: RawBatch) -> None:
-        for reason, where in batch.examples.items():
+        for reason, location in batch.examples.items():
             shard_fault = "shard" in reason
-            if (reason, where if shard_fault else "") in self._warned:
+            if (reason, location if shard_fault else "") in self._warned:
                 continue
-            self._warned.add((reason, where if shard_fault else ""))
-            more = "the samples behind it are lost" if shard_fault else "further ones are counted without a warning"
-            warnings.warn(f"{where}: {reason}; left out, {more}", stacklevel=2)
+            self._warned.add((reason, location if shard_fault else ""))
+            more = "the samples after it are lost" if shard_fault else "further ones are counted without a warning"
+            warnings.warn(f"{location}: {reason}; left out, {more}", stacklevel=2)
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 
@@ -138,27 +140,27 @@ class ShardLoader:
             self._group = dist.new_group(backend="gloo")
         return self._group
 
-    def _together(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
-        """The batches while every rank has one: a rank that trained on alone would wait for the others for ever."""
+    def _while_all_ranks_have(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
+        """The batches as long as every rank has one: a rank that trains alone would wait for the others forever."""
         for batch in batches:
-            if not self._all_have(True):
+            if not self._all_ranks(True):
                 return
             yield batch
-        self._all_have(False)
+        self._all_ranks(False)
 
-    def _all_have(self, one: bool) -> bool:
+    def _all_ranks(self, has_batch: bool) -> bool:
         if not self._distributed:
-            return one
-        have = torch.tensor(int(one))
+            return has_batch
+        have = torch.tensor(int(has_batch))
         dist.all_reduce(have, dist.ReduceOp.MIN, group=self._cpu_group())
         return bool(have)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What the positions refer to."""
+        """Settings under which saved positions are valid."""
         stream = self.stream
-        names = "\n".join(shard.rpartition("/")[2] for shard in stream.shards)  # names: a folder may have been moved
+        names = "\n".join(shard.rpartition("/")[2] for shard in stream.shards)  # names only: a folder may have moved
         return {
             "shards": hashlib.sha256(names.encode()).hexdigest(),
             "seed": stream.seed,
@@ -183,15 +185,15 @@ class ShardLoader:
         return {"identity": self._identity(), "ranks": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken; with other shards, shuffle, ranks or workers, at the next pass's start."""
+        """Resumes at ``state``; with other shards, shuffle, ranks or workers, at the start of the next pass."""
         identity = self._identity()
         changed = [name for name in identity if state["identity"].get(name) != identity[name]]
         own = state["ranks"][min(self.stream.rank, len(state["ranks"]) - 1)]
         self.skipped = Counter(own["skipped"])
         if changed:
             warnings.warn(
-                f"resumed with other {', '.join(changed)} than the checkpoint's: its place in the data means nothing"
-                f" here, training goes on at the beginning of pass {own['epoch'] + 1}",
+                f"resumed with other {', '.join(changed)} than the checkpoint's: its position in the data does not"
+                f" apply, training continues at the start of pass {own['epoch'] + 1}",
                 stacklevel=2,
             )
             self._begin(own["epoch"] + 1)
@@ -199,7 +201,8 @@ class ShardLoader:
         self._epoch, self._finished, self._first = own["epoch"], own["finished"], own["first"]
         self._positions = [Position(*position) for position in own["positions"]]
 
-    def _why_nothing(self) -> str:
+    def _empty_pass(self) -> str:
+        """Message for a pass without a batch."""
         for _, change in self._pending:
             change()
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))

@@ -1,4 +1,4 @@
-"""The shards that a path, a pattern or a list of them stands for."""
+"""Expands paths, globs and ranges to a list of shards."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
-"""Of the names of shards; gzip is undone while reading."""
+"""Endings of shard names; gzip is decompressed while reading."""
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shards") -> tuple[str, ...]:
-    """The shards' files or addresses, in order.
+    """The shards' files or URLs, in order.
 
     Args:
         shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a folder of them, a glob, a range like
-            ``data-{000000..000012}.tar``, an address with a scheme (``hf://``, ``https://``, ``s3://``), or a list of
-            these.
-        argument: what the user calls it.
+            ``data-{000000..000012}.tar``, a URL (``hf://``, ``https://``, ``s3://``), or a list of these.
+        argument: name of the argument, for errors.
 
     Raises:
-        ValueError: naming the entry that stands for no shard, or for something else.
+        ValueError: naming the entry that matches no shard.
     """
     entries = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if not entries:
@@ -47,7 +46,7 @@ def _ranges(entry: str) -> list[str]:
 def _expand(entry: str, argument: str) -> list[str]:
     if "://" in entry:
         if not glob.has_magic(entry):
-            return [entry]  # whether it is there shows when it is read: asking first would cost a request a shard
+            return [entry]  # checked when it is read: checking here would cost one request a shard
         import fsspec
 
         system, pattern = fsspec.core.url_to_fs(entry)

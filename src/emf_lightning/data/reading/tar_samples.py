@@ -1,4 +1,4 @@
-"""WebDataset samples out of tar shards, one by one, from any byte offset that an earlier reading stood at."""
+"""Reads WebDataset samples from tar shards, one by one, from any byte offset at which a sample ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 BLOCK = tarfile.BLOCKSIZE
 IMAGES = ("jpg", "jpeg", "png", "webp")
 COUNTED = 64
-"""Samples from which the size of the others is guessed."""
+"""Number of samples from which ``count_samples`` extrapolates."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class TarSample:
     """The members of one key, undecoded.
 
     Attributes:
-        where: ``shard/key``, for messages.
+        location: ``shard/key``, for messages and ``CaptionFiles``.
         number: running number in the shard.
-        end: byte offset in the shard behind the sample, from which reading can go on.
-        image, text, json: the members' bytes, None where there is none.
-        fault: the reason why nothing more could be read here; then the members are None.
+        end: byte offset in the shard after the sample; reading can resume there.
+        image, text, json: the members' bytes; None for a missing member.
+        fault: reason why the shard could not be read further; the members are then None.
     """
 
-    where: str
+    location: str
     number: int
     end: int
     image: bytes | None = None
@@ -39,7 +39,7 @@ class TarSample:
 
 
 class _FaultError(Exception):
-    """Nothing more can be read: the reason, and an offset at which reading would find the same fault again."""
+    """The shard cannot be read further: the reason, and an offset from which reading meets the same fault."""
 
     def __init__(self, reason: str, offset: int) -> None:
         super().__init__(reason)
@@ -47,10 +47,10 @@ class _FaultError(Exception):
 
 
 def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; addresses with a scheme (``hf://``, ``https://``, ``s3://``) by fsspec.
+    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) are opened by fsspec.
 
-    A compressed one is undone on the way. Images do not shrink by it, so that it costs little, but to begin in the
-    middle means to undo all that is before.
+    Gzip is decompressed while reading. That is cheap, as images hardly compress, but a start in the middle decompresses
+    everything before.
     """
     if "://" not in path:
         if path.endswith("gz"):
@@ -72,7 +72,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
 
 @contextmanager
 def _faults(file: BinaryIO) -> Iterator[None]:
-    """What a compressed file says where it is cut or damaged, as faults."""
+    """Turns the errors of truncated or damaged compressed files into faults."""
     try:
         yield
     except EOFError as error:
@@ -95,10 +95,10 @@ def _pax_path(records: bytes) -> str | None:
 
 
 def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
-    """(offset of the first header, name, size) of each regular file; leaves ``file`` at its data.
+    """(offset of the first header, name, size) of each regular file; positions ``file`` at its data.
 
-    tarfile's own iterator cannot tell the end of an archive from a file that was cut between two members, and keeps
-    every member it has seen; so only its header parser is used.
+    Only the header parser of tarfile is used: its iterator cannot tell the end of an archive from a file that was
+    truncated between two members, and keeps every member in memory.
     """
     start, long_name = offset, None
     while True:
@@ -114,28 +114,29 @@ def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
                 long_name = _read(file, info.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
             if not any(header):
-                return  # the archive's proper end: a block of zeros
+                return  # a block of zeros ends an archive
             raise _FaultError("damaged shard", start) from error
         if info.isreg():
             yield start, long_name or info.name, info.size
-        if not (info.islnk() or info.issym() or info.isdir() or info.isdev()):  # these have no data, whatever they say
+        # links, folders and devices have no data, whatever size they state
+        if not (info.islnk() or info.issym() or info.isdir() or info.isdev()):
             offset += -(-info.size // BLOCK) * BLOCK
         if info.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             start, long_name = offset, None
 
 
 def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, parts: int = 1) -> Iterator[TarSample]:
-    """The samples of one shard whose running number, modulo ``parts``, is ``part``.
+    """The samples of one shard with ``number % parts == part``.
 
-    A sample is a run of members of one key (the name up to the first dot of its last component). A shard that is
-    cut off, damaged or cannot be opened ends with a sample that is a ``fault`` (and has a running number itself).
+    A sample is a run of members with one key (the name up to the first dot of its last component). A shard that is
+    truncated, damaged or cannot be opened ends with a sample that has a ``fault`` (and a running number of its own).
 
     Args:
-        path: file or address.
-        offset: where to begin: 0 or the ``end`` of an earlier sample.
+        path: file or URL.
+        offset: start: 0 or the ``end`` of an earlier sample.
         number: running number of the sample at ``offset``.
-        part: which of the ``parts`` to yield; the other samples' bytes are not read.
-        parts: into how many the shard's samples are dealt.
+        part: index of the part to yield; the bytes of other samples are not read.
+        parts: number of parts that the shard's samples are dealt to.
     """
     key: str | None = None
     found: dict[str, bytes] = {}
@@ -160,7 +161,7 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
     except OSError as error:
         fault = f"unreadable shard ({type(error).__name__})"
     if key is not None:
-        # what came before a cut is a sample if it is whole, else it is part of what the fault stands for
+        # the last members before a fault are a sample if they are complete, else they are lost with the fault
         if number % parts == part and (fault is None or ("image" in found and len(found) > 1)):
             yield TarSample(f"{path}/{key}", number, start, **found)  # type: ignore[arg-type]
         number += 1
@@ -169,7 +170,7 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
 
 
 def count_samples(path: str) -> int:
-    """How many samples a shard has: a plain local one by its headers, others by their size and their first samples."""
+    """Number of samples in a shard: exact for a plain local file, extrapolated by size for URLs and gzip."""
     keys: list[str] = []
     start = 0
     try:
@@ -179,9 +180,9 @@ def count_samples(path: str) -> int:
                 if not keys or key != keys[-1]:
                     keys.append(key)
                 if len(keys) > COUNTED and ("://" in path or path.endswith("gz")):
-                    return round(_size(path) / start * COUNTED)  # images do not shrink by compression
+                    return round(_size(path) / start * COUNTED)  # images hardly compress
     except (_FaultError, OSError):
-        pass  # said when it is read
+        pass  # reported when the shard is read
     return len(keys)
 
 
@@ -196,7 +197,7 @@ def _size(path: str) -> int:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The sample that a member belongs to, and its extension in small letters."""
+    """The key of the sample that a member belongs to, and its extension in lower case."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()

@@ -1,0 +1,86 @@
+"""Lookup of one batch in a cache, completed by the encoder: the one way to text features and to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from emf_lightning.data.cache.entry_cache import EntryCache, T
+from emf_lightning.text.base import TextFeatures
+
+Item = TypeVar("Item")
+
+
+class Lookup(Generic[T]):
+    """B keys, and the values of those that a cache holds.
+
+    Loader workers look up sample by sample, so that they decode only the images that are still needed; ``complete``
+    encodes the missing elements on the training device. Not a dataclass: Lightning takes dataclasses apart.
+
+    Args:
+        keys: the B keys; None stands for a key of its own.
+        entries: the fetched entry of each key, None where there is none; without ``entries`` no key counts as found.
+        cache: the cache of ``entries``.
+
+    Attributes:
+        found: ``[B]``, bool, on the CPU: True where there is an entry.
+        hits: the values found, in batch order and in the stored dtype; None if there are none.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str | None],
+        entries: Sequence[bytes | None] | None = None,
+        cache: EntryCache[T] | None = None,
+    ) -> None:
+        self.keys = tuple(str(index) if key is None else key for index, key in enumerate(keys))
+        entries = [None] * len(self.keys) if entries is None else entries
+        self.found = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
+        intact = [entry for entry in entries if entry is not None]
+        self.hits: T | None = cache.unpack(intact) if cache is not None and intact else None
+
+    def missing(self, items: Sequence[Item]) -> list[Item]:
+        """Those of B ``items`` whose keys were not found."""
+        return [item for item, found in zip(items, self.found.tolist(), strict=True) if not found]
+
+    def complete(self, encode: Callable[[list[int]], T], cache: EntryCache[T] | None, device: torch.device) -> T:
+        """All B values on ``device``: hits as float32, the missing elements encoded.
+
+        Missing keys are looked up once more, because another batch may have stored them since. The rest is encoded in
+        one call, each key once, stored, and rounded as the cache returns it from then on.
+
+        Args:
+            encode: returns values of missing elements, given their indices among all missing elements.
+            cache: looked up and written to; None encodes all missing elements.
+            device: of the result.
+        """
+        keys = self.missing(self.keys)
+        if not keys:
+            return self._merge(None, device)
+        again = Lookup(keys, None if cache is None else [cache.fetch(key) for key in keys], cache)
+        new: dict[str, int] = {}
+        for key, index in again.missing([(key, index) for index, key in enumerate(keys)]):
+            new.setdefault(key, index)
+        encoded: T | None = None
+        if new:
+            encoded = encode(list(new.values()))
+            if cache is not None:
+                cache.store(list(new), encoded)
+                encoded = cache.as_stored(encoded)
+            place = {key: index for index, key in enumerate(new)}
+            places = [place[key] for key in again.missing(keys)]
+            encoded = encoded if len(places) == len(new) else encoded[torch.tensor(places)]
+        return self._merge(again._merge(encoded, device), device)
+
+    def _merge(self, misses: T | None, device: torch.device) -> T:
+        """All B values in batch order: the hits, and ``misses`` for the missing elements."""
+        parts = [] if self.hits is None else [self.hits.to(device=device, dtype=torch.float32)]
+        parts += [] if misses is None else [misses.to(device=device)]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([self.found.nonzero(), (~self.found).nonzero()]).flatten().argsort()
+        cat: Any = TextFeatures.cat if isinstance(misses, TextFeatures) else torch.cat
+        merged: T = cat(parts)[order]
+        return merged
