@@ -6,15 +6,8 @@ from collections import Counter
 
 import pytest
 
-from emf_lightning.data.shapes.prompts import (
-    TASKS,
-    counting,
-    evaluation_prompts,
-    plural,
-    position,
-    single_object,
-    with_article,
-)
+from emf_lightning.data.geneval_prompts import TASKS, counting, plural, position, single_object, with_article
+from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.world import FULL, SMALL, WORLDS
 
 DIGESTS = {
@@ -48,19 +41,19 @@ def test_a_smaller_list_holds_the_tasks_too():
 
 
 def test_records_are_those_of_geneval():
-    assert single_object(SMALL, "circle").metadata() == {
+    assert single_object("circle").metadata() == {
         "tag": "single_object",
         "include": [{"class": "circle", "count": 1}],
         "prompt": "a photo of a circle",
         "held_out": False,
     }
-    three = counting(SMALL, "cross", 3)
+    three = counting("cross", 3)
     assert three.prompt == "a photo of three crosses"
     assert three.metadata()["exclude"] == [{"class": "cross", "count": 4}]
 
 
 def test_the_reference_object_of_a_position_comes_first():
-    prompt = position(SMALL, "circle", "left of", "square")
+    prompt = position("circle", "left of", "square")
     assert prompt.prompt == "a photo of a circle left of a square"
     assert prompt.include == (
         {"class": "square", "count": 1},

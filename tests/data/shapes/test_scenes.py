@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.drawing import object_alpha
-from emf_lightning.data.shapes.prompts import TASKS, Prompt, evaluation_prompts
-from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, Scene, random_prompt, scene_for, training_scene
+from emf_lightning.data.geneval_prompts import TASKS, Prompt
+from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
+from emf_lightning.data.shapes.rendering import object_alpha
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, Scene, scene_for, training_scene
 from emf_lightning.data.shapes.world import FULL, SMALL
 
 WORLDS = pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)
 
 
 def shows(scene: Scene, prompt: Prompt) -> bool:
-    """Whether the objects are what the prompt says, by their names and centres alone."""
+    """True if the objects satisfy the prompt, by their names and centres alone."""
     wanted = sorted((item["class"], item["count"]) for item in prompt.include)
     shapes = [o.shape for o in scene.objects]
     if wanted != sorted((shape, shapes.count(shape)) for shape in set(shapes)):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from emf_lightning.data.reading.tar_samples import read_samples
-from emf_lightning.data.shapes.scenes import training_scene
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, training_scene
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 
@@ -30,7 +30,7 @@ def test_shards_hold_the_count_in_order_with_picture_caption_and_record(tmp_path
         scene = training_scene(SMALL, rng)
         assert sample.text is not None
         assert sample.text.decode() == scene.prompt.prompt
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image or b""))), scene.draw(SMALL))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image or b""))), scene.render(SMALL))
         record = json.loads(sample.json or b"")
         assert record["tag"] == scene.prompt.tag
         assert record["prompt"] == scene.prompt.prompt
@@ -70,7 +70,6 @@ def test_folder_of_other_shards_is_refused_and_left_alone(tmp_path: Path, change
     before = contents(write_shards(SMALL, tmp_path, 4))
     arguments = {"world": SMALL, "count": 4, "seed": 0, "samples_per_shard": 2000}
     others = {"world": replace(SMALL, canvas=48), "seed": 1, "count": 5, "samples_per_shard": 3}
-    from emf_lightning.data.shapes.scenes import TASK_WEIGHTS
 
     others["task_weights"] = TASK_WEIGHTS | {"colors": 9.0}
     with pytest.raises(ValueError, match=f"shards of another {change}"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emf_lightning.evaluation.clip_hps.clip_score import HPS_STYLES, ClipScore, HpsScore, fitted
+from emf_lightning.evaluation.clip_hps.clip_score import HPS_STYLES, ClipScore, HpsScore, fit_to_square
 from tests.evaluation.tiny_clip import save_tiny_clip
 
 PROMPTS = ["red", "a blue square on a table in the garden", "two dogs"]
@@ -56,7 +56,7 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_whatever_the_batches(weig
 def test_a_twin_shares_the_network_and_has_seen_nothing(weights, images):
     metric = ClipScore("emf-tiny-clip", weights, "cpu")
     metric.update(images, PROMPTS)
-    twin = metric.twin()
+    twin = metric.fresh_copy()
     twin.update(images[:1], PROMPTS[:1])
 
     assert twin._scorer is metric._scorer
@@ -67,12 +67,12 @@ def test_a_twin_shares_the_network_and_has_seen_nothing(weights, images):
 def test_images_of_one_prompt_are_one_cluster_of_the_standard_error_on_any_rank(weights, images):
     prompts = [PROMPTS[i] for i in (0, 1, 0, 2, 0)]
     whole = ClipScore("emf-tiny-clip", weights, "cpu")
-    first, second = whole.twin(), whole.twin()
+    first, second = whole.fresh_copy(), whole.fresh_copy()
     pictures = [*images, images[1], images[0]]
     whole.update(pictures, prompts)
     first.update(pictures[:2], prompts[:2])
     second.update(pictures[2:], prompts[2:])
-    first.absorb(second)  # sums, as the ranks' are
+    first.merge(second)  # sums, as the ranks' are
     values = np.array([row["clip"] for row in whole.rows])
     residuals = [values[[0, 2, 4]] - values.mean(), values[[1]] - values.mean(), values[[3]] - values.mean()]
     expected = np.sqrt(3 / 2 * sum(np.sum(residual) ** 2 for residual in residuals)) / 5
@@ -99,9 +99,9 @@ def test_the_right_prompts_score_higher_than_permuted_ones(weights, tmp_path):
     hps = HpsScore(weights, benchmark(tmp_path, {"anime": PROMPTS}), model="emf-tiny-clip", device="cpu")
     mean, std = (value[:, None, None] for value in (hps._scorer.mean, hps._scorer.std))
     taught(clip, [clip._scorer.transform(Image.fromarray(image)) for image in images])
-    taught(hps, [(fitted(image, 32, False) - mean) / std for image in images])
+    taught(hps, [(fit_to_square(image, 32, False) - mean) / std for image in images])
     for metric in (clip, hps):
-        right, permuted = metric.twin(), metric.twin()
+        right, permuted = metric.fresh_copy(), metric.fresh_copy()
         right.update(images, PROMPTS)
         permuted.update(images, PROMPTS[1:] + PROMPTS[:1])
         assert right.compute()["score"].item() == pytest.approx(100, abs=0.1)
@@ -115,7 +115,7 @@ def test_hps_means_styles_and_places_in_the_benchmarks_layout(weights, images, t
     scorer = metric._scorer
 
     def value(image, prompt):
-        picture = (fitted(image, 32, False) - scorer.mean[:, None, None]) / scorer.std[:, None, None]
+        picture = (fit_to_square(image, 32, False) - scorer.mean[:, None, None]) / scorer.std[:, None, None]
         return 100 * cosine(scorer, picture, prompt)
 
     anime = [
@@ -148,7 +148,7 @@ def test_a_text_that_stands_in_several_places_counts_in_each(weights, images, tm
 def test_hps_is_the_same_whatever_the_batches(weights, images, tmp_path):
     folder = benchmark(tmp_path, {"anime": PROMPTS[:2], "photo": PROMPTS[2:]})
     whole = HpsScore(weights, folder, model="emf-tiny-clip", device="cpu")
-    single = whole.twin()
+    single = whole.fresh_copy()
     whole.update(images, PROMPTS)
     for image, prompt in zip(images, PROMPTS, strict=True):
         single.update([image], [prompt])
@@ -170,7 +170,7 @@ def test_settings_tell_other_prompts_apart(weights, tmp_path):
 
 def test_pictures_keep_their_shape_between_black_bars():
     image = np.full((20, 10, 3), 255, np.uint8)
-    picture = fitted(image, 32, antialias=False)
+    picture = fit_to_square(image, 32, antialias=False)
 
     assert picture.shape == (3, 32, 32)
     assert picture[:, :, 8:24].min() == 1
@@ -179,7 +179,7 @@ def test_pictures_keep_their_shape_between_black_bars():
 
 def test_antialiasing_changes_what_the_model_sees():
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-    assert (fitted(image, 32, True) - fitted(image, 32, False)).abs().max() > 0.1
+    assert (fit_to_square(image, 32, True) - fit_to_square(image, 32, False)).abs().max() > 0.1
 
 
 def test_missing_prompts_and_other_prompts_are_named(weights, images, tmp_path):

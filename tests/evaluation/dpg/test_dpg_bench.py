@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from emf_lightning.evaluation.dpg.dpg_bench import COLUMNS, DpgBench, tiles_of
-from emf_lightning.evaluation.dpg.vqa_judge import VqaJudge
+from emf_lightning.evaluation.dpg.vqa_models import VqaModel
 
 ROWS = [
     ("one", "a red cat on a mat", 1, "0", "entity - whole (cat)", "is there a cat?"),
@@ -19,7 +19,7 @@ ROWS = [
 BLANK = np.zeros((8, 8, 3), np.uint8)
 
 
-class Scripted(VqaJudge):
+class Scripted(VqaModel):
     """Says no to the questions that are listed for a picture's grey level, yes to the others."""
 
     name = "scripted"

@@ -51,7 +51,7 @@ META = {
     "time": "Wed May  4 00:17:56 2022",
     "hook_msgs": {"best_score": np.float64(0.46), "best_epochs": np.int64(50), "last_ckpt": "iter_368750.pth"},
 }
-"""What mmdetection's runner leaves beside the weights."""
+"""Entries that mmdetection's runner writes beside the weights."""
 
 
 def test_a_file_as_mmdetection_publishes_it_is_read_whatever_its_meta(tmp_path):

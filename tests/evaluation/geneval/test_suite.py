@@ -9,7 +9,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from emf_lightning.data.shapes.drawing import draw
+from emf_lightning.data.shapes.rendering import render
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, COLOURS, geneval_prompts
 from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
@@ -122,7 +122,7 @@ def test_clip_without_weights_is_refused_with_the_remedy():
 
 
 def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey(colours):
-    image = draw([("red", "circle", (30.0, 30.0), 20.0), ("blue", "square", (75.0, 70.0), 15.0)], 96)
+    image = render([("red", "circle", (30.0, 30.0), 20.0), ("blue", "square", (75.0, 70.0), 15.0)], 96)
     masks = [(image == np.array(rgb)).all(-1) for rgb in ((220, 30, 30), (40, 80, 220))]
     detections = []
     for mask in masks:
@@ -188,7 +188,7 @@ def scores(of) -> TaskScores:
     judged = []
     for number, prompt in enumerate(prompts):
         detector.answer = prompts[of(number)].include
-        judged.append((prompt, suite.judge(GREY, prompt)))
+        judged.append((prompt, suite.evaluate(GREY, prompt)))
     return TaskScores.of(judged)
 
 
@@ -244,7 +244,7 @@ def test_the_pipeline_runs_with_real_networks_and_reports_genevals_details(detec
     bias = detector.network.class_predictor.bias.data.clone()
     detector.network.class_predictor.bias.data[CLASSES.index(thing)] = 40
     try:
-        judgement = suite.judge(image, prompt)
+        judgement = suite.evaluate(image, prompt)
     finally:
         detector.network.class_predictor.bias.data.copy_(bias)
     assert list(judgement.boxes) == [thing]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from emf_lightning.data.shapes.prompts import with_article
+from emf_lightning.data.geneval_prompts import with_article
 
 MANIFEST = "manifest.json"
 

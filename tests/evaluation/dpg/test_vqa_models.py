@@ -19,7 +19,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from emf_lightning.evaluation.dpg.vqa_judge import BlipJudge, MplugJudge, QwenVlJudge
+from emf_lightning.evaluation.dpg.vqa_models import BlipVqa, MplugVqa, QwenVqa
 from tests.evaluation.tiny_blip import save_tiny_blip
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -34,8 +34,8 @@ def test_blip_answers_each_question_the_same_alone_and_in_any_company(blip):
     words = ["is", "there", "a", "dog", "cat", "?", "yes", "no"]
     rng = np.random.default_rng(0)
     questions = [" ".join(rng.choice(words, length)) for length in (1, 2, 12) * 8]
-    together = BlipJudge(blip, device="cpu", batch_size=7).answer(IMAGE, questions)
-    judge = BlipJudge(blip, device="cpu", batch_size=1)
+    together = BlipVqa(blip, device="cpu", batch_size=7).answer(IMAGE, questions)
+    judge = BlipVqa(blip, device="cpu", batch_size=1)
 
     assert together == [judge.answer(IMAGE, [question])[0] for question in questions]
     assert len(set(together)) > 5, "the questions have no say"
@@ -59,8 +59,8 @@ def test_blip_answers_each_question_the_same_alone_and_in_any_company(blip):
 def test_weights_that_do_not_fill_the_judge_are_refused(blip, tmp_path, spoil, said):
     shutil.copytree(blip, tmp_path, dirs_exist_ok=True)
     save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"BlipJudge: model=.* {said}hf download"):
-        BlipJudge(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match=rf"BlipVqa: model=.* {said}hf download"):
+        BlipVqa(str(tmp_path), device="cpu")
 
 
 def test_settings_tell_judges_with_other_weights_apart(blip, tmp_path):
@@ -69,11 +69,11 @@ def test_settings_tell_judges_with_other_weights_apart(blip, tmp_path):
     weights = load_file(file)
     weights["vision_model.post_layernorm.weight"] *= 2
     save_file(weights, file, {"format": "pt"})
-    one, other = (BlipJudge(str(folder), device="cpu").settings() for folder in (blip, file.parent))
+    one, other = (BlipVqa(str(folder), device="cpu").settings() for folder in (blip, file.parent))
 
     assert one["judge_model"] == other["judge_model"] == Path(blip).name
     assert one["judge_weights"] != other["judge_weights"]
-    assert one == BlipJudge(blip, device="cpu", batch_size=2).settings()
+    assert one == BlipVqa(blip, device="cpu", batch_size=2).settings()
 
 
 CHAT = (
@@ -139,7 +139,7 @@ def qwen(tmp_path_factory) -> str:
 
 
 def test_a_chat_model_is_shown_the_picture_and_answers_in_plain_words(qwen):
-    judge = QwenVlJudge(qwen, device="cpu", dtype="float32")
+    judge = QwenVqa(qwen, device="cpu", dtype="float32")
     answers = judge.answer(IMAGE, ["is there a dog ?", "is there a cat ?"])
 
     assert len(answers) == 2
@@ -147,12 +147,12 @@ def test_a_chat_model_is_shown_the_picture_and_answers_in_plain_words(qwen):
     assert judge.answer(np.zeros_like(IMAGE), ["is there a dog ?"]) != answers[:1], "the picture has no say"
 
 
-@pytest.mark.parametrize("kind", [BlipJudge, QwenVlJudge])
+@pytest.mark.parametrize("kind", [BlipVqa, QwenVqa])
 def test_missing_weights_are_named_with_the_remedy(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: cannot load model='no/judge'.*hf download no/judge"):
         kind("no/judge")
 
 
 def test_the_original_judge_needs_a_package_that_is_named():
-    with pytest.raises(ValueError, match="MplugJudge: the package modelscope is not installed"):
-        MplugJudge()
+    with pytest.raises(ValueError, match="MplugVqa: the package modelscope is not installed"):
+        MplugVqa()
