@@ -47,7 +47,7 @@ def test_the_ground_is_grey_and_the_middle_of_an_object_its_colour():
         assert tuple(image[30, 30]) == BACKGROUND
 
 
-def test_objects_are_drawn_whole_at_the_border():
+def test_objects_are_rendered_whole_at_the_border():
     image = render([("red", "circle", (5.0, 31.0), 4.9)], 36)
     red = object_alpha("circle", (5.0, 31.0), 4.9, 36)[..., None]
     expected = np.array(BACKGROUND) + red * (np.array(PALETTE["red"]) - np.array(BACKGROUND))

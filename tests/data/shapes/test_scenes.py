@@ -82,14 +82,14 @@ def test_training_never_shows_a_held_out_composition(world):
             assert frozenset(o.shape for o in scene.objects) not in world.held_out_shape_pairs
 
 
-def test_held_out_compositions_can_be_drawn_for_evaluation():
+def test_held_out_compositions_can_be_rendered_for_evaluation():
     rng = np.random.default_rng(4)
     held_out = [prompt for prompt in evaluation_prompts(SMALL) if prompt.held_out]
     assert {prompt.tag for prompt in held_out} == {"two_object", "colors", "position", "color_attr"}
     assert all(shows(scene_for(SMALL, prompt, rng), prompt) for prompt in held_out)
 
 
-def test_tasks_are_drawn_by_their_weights():
+def test_tasks_are_sampled_by_their_weights():
     rng = np.random.default_rng(5)
     assert sum(TASK_WEIGHTS.values()) == pytest.approx(1)
     tags = [training_scene(SMALL, rng, {tag: float(tag == "counting") for tag in TASKS}).prompt.tag for _ in range(20)]

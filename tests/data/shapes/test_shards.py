@@ -19,7 +19,7 @@ def contents(paths: tuple[Path, ...]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def test_shards_hold_the_count_in_order_with_picture_caption_and_record(tmp_path: Path) -> None:
+def test_shards_hold_the_count_in_order_with_image_caption_and_record(tmp_path: Path) -> None:
     paths = write_shards(SMALL, tmp_path, 25, samples_per_shard=10, seed=5)
     assert [path.name for path in paths] == ["shapes-000000.tar", "shapes-000001.tar", "shapes-000002.tar"]
     samples = [list(read_samples(str(path))) for path in paths]

@@ -220,16 +220,16 @@ def test_inception_describes_images_of_any_size_with_weights_from_a_file(tmp_pat
     rows = features([images_of(0)[0], np.zeros((20, 30, 3), np.uint8)])
 
     assert rows.shape == (2, 2048)
-    picture = torch.from_numpy(images_of(0)[0]).permute(2, 0, 1)[None]
-    torch.testing.assert_close(rows[:1], untrained.eval()(picture)[0], rtol=1e-4, atol=1e-5)
+    image = torch.from_numpy(images_of(0)[0]).permute(2, 0, 1)[None]
+    torch.testing.assert_close(rows[:1], untrained.eval()(image)[0], rtol=1e-4, atol=1e-5)
 
     own = InceptionFeatures(tmp_path / "weights.pth", "cpu", resize="pytorch")
     assert own.digest != features.digest
-    pixels = nn.functional.interpolate(picture / 255, (299, 299), mode="bilinear", align_corners=False)
+    pixels = nn.functional.interpolate(image / 255, (299, 299), mode="bilinear", align_corners=False)
     seen = []
     own.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     rows = own([images_of(0)[0]])
     torch.testing.assert_close(seen[0], (pixels - 0.5) / 0.5)
     # what follows the resizing is the network's own
     own.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (seen[0],))
-    torch.testing.assert_close(rows, own.network(picture)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows, own.network(image)[0], rtol=1e-4, atol=1e-5)

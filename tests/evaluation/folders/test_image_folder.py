@@ -32,7 +32,7 @@ class Distance(SuiteScore):
         return None
 
 
-def picture(prompt, seed: int = 0) -> Image.Image:
+def scene_image(prompt, seed: int = 0) -> Image.Image:
     return Image.fromarray(scene_for(SUITE.world, prompt, np.random.default_rng(seed)).render(SUITE.world))
 
 
@@ -41,7 +41,7 @@ def write_listed(folder, per_prompt: int = 1):
     for number, prompt in enumerate(PROMPTS):
         for index in range(per_prompt):
             file = f"{number:05d}-1step-{index}.png"
-            picture(prompt, index).save(folder / file)
+            scene_image(prompt, index).save(folder / file)
             rows.append({"file": file, "prompt": prompt.prompt})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -56,7 +56,7 @@ def test_the_list_that_predict_writes_names_the_prompts(tmp_path):
 def test_genevals_layout_is_known_with_and_without_its_records(tmp_path, metadata):
     for number, prompt in enumerate(PROMPTS):
         (tmp_path / f"{number:05d}/samples").mkdir(parents=True)
-        picture(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
         if metadata:
             (tmp_path / f"{number:05d}/metadata.jsonl").write_text(json.dumps(prompt.metadata()))
     images = generated_images(tmp_path, SuiteScore(SUITE))
@@ -65,7 +65,7 @@ def test_genevals_layout_is_known_with_and_without_its_records(tmp_path, metadat
 
 def test_a_text_file_beside_an_image_is_its_prompt(tmp_path):
     for number, prompt in enumerate(PROMPTS):
-        picture(prompt).save(tmp_path / f"{number}.png")
+        scene_image(prompt).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(prompt.prompt + "\n")
     assert {image.prompt for image in generated_images(tmp_path, SuiteScore(SUITE))} == {p.prompt for p in PROMPTS}
 
@@ -98,13 +98,13 @@ def test_a_prompt_with_fewer_images_than_the_others_is_named(tmp_path):
     assert len(generated_images(tmp_path, SuiteScore(SUITE), partial=True)) == 2 * len(PROMPTS) - 1
 
 
-def test_images_drawn_in_several_ways_are_not_one_score(tmp_path):
-    drawn = {"1step": (1, 1.0), "4step": (4, 1.0), "4step_cfg2": (4, 2.0), "4step_cfg2.5": (4, 2.5)}
+def test_images_of_several_sampling_settings_are_not_one_score(tmp_path):
+    settings = {"1step": (1, 1.0), "4step": (4, 1.0), "4step_cfg2": (4, 2.0), "4step_cfg2.5": (4, 2.5)}
     rows = []
     for number, prompt in enumerate(PROMPTS):
-        for label, (steps, guidance) in drawn.items():
+        for label, (steps, guidance) in settings.items():
             file = f"{number:05d}-{label}.png"
-            picture(prompt).save(tmp_path / file)
+            scene_image(prompt).save(tmp_path / file)
             rows.append({"file": file, "prompt": prompt.prompt, "steps": steps, "guidance": guidance})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -113,7 +113,7 @@ def test_images_drawn_in_several_ways_are_not_one_score(tmp_path):
     patterns = re.findall("'([^']*)'", str(refused.value).partition("--files")[2])
     chosen = [generated_images(tmp_path, SuiteScore(SUITE), files=pattern) for pattern in patterns]
     assert {tuple(image.path.name for image in images) for images in chosen} == {
-        tuple(f"{number:05d}-{label}.png" for number in range(len(PROMPTS))) for label in drawn
+        tuple(f"{number:05d}-{label}.png" for number in range(len(PROMPTS))) for label in settings
     }
     with pytest.raises(ValueError, match="different settings of guidance"):
         generated_images(tmp_path, Distance(), files="*-4step*")
@@ -122,8 +122,8 @@ def test_images_drawn_in_several_ways_are_not_one_score(tmp_path):
 def test_genevals_grids_are_no_images(tmp_path):
     for number, prompt in enumerate(PROMPTS):
         (tmp_path / f"{number:05d}/samples").mkdir(parents=True)
-        picture(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
-        picture(prompt).save(tmp_path / f"{number:05d}/grid.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/grid.png")
         (tmp_path / f"{number:05d}/metadata.jsonl").write_text(json.dumps(prompt.metadata()))
     images = generated_images(tmp_path, SuiteScore(SUITE))
     assert [image.path.parent.name for image in images] == ["samples"] * len(PROMPTS)
@@ -140,7 +140,7 @@ def test_broken_images_are_counted_before_anything_is_scored(tmp_path):
 
 def test_other_prompts_and_images_without_one_are_named(tmp_path):
     write_listed(tmp_path)
-    picture(PROMPTS[0]).save(tmp_path / "stray.png")
+    scene_image(PROMPTS[0]).save(tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"no prompt for 1 of .*stray\.png among them; known layouts: prompts\.jsonl"):
         generated_images(tmp_path, SuiteScore(SUITE))
     (tmp_path / "stray.txt").write_text("a photo of a whale")

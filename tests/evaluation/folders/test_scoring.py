@@ -51,7 +51,7 @@ def rows(out) -> list[dict]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_scores_and_lines_agree_with_judging_image_by_image(folder, tmp_path):
+def test_scores_and_lines_agree_with_evaluating_image_by_image(folder, tmp_path):
     found = run(folder, tmp_path)
     by_text = {prompt.prompt: prompt for prompt in PROMPTS}
     evaluated = []
@@ -63,7 +63,7 @@ def test_scores_and_lines_agree_with_judging_image_by_image(folder, tmp_path):
     assert found["scores"]["score"] == pytest.approx(expected.overall)
     assert {task: found["scores"][task] for task in expected.correct} == pytest.approx(expected.correct)
     assert 0.3 < found["scores"]["score"] < 1
-    assert [row["correct"] for row in rows(tmp_path)] == [judgement.correct for _, judgement in evaluated]
+    assert [row["correct"] for row in rows(tmp_path)] == [verdict.correct for _, verdict in evaluated]
     assert json.loads((tmp_path / "scores.json").read_text())["scores"] == found["scores"]
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
 
@@ -209,7 +209,7 @@ def _distances(folder, out, rank=None) -> list[dict]:
         FrechetDistance(features, folder / "reference"),
         KernelDistance(features, folder / "reference", subsets=3, subset_size=7),
     ):
-        images = generated_images(folder / "drawn", metric)
+        images = generated_images(folder / "generated", metric)
         found.append(score_images(images, metric, out / metric.name, rank=rank, batch_size=4)["scores"])
     return found
 
@@ -222,7 +222,7 @@ def _distance_worker(number: int, folder: str, out: str, port_file: str) -> None
 
 
 def test_two_processes_find_the_distances_that_one_finds(folder, tmp_path):
-    for part, first in (("drawn", 0), ("reference", 1)):
+    for part, first in (("generated", 0), ("reference", 1)):
         (tmp_path / part).mkdir()
         for file in sorted(folder.glob("*.png"))[first::2]:
             (tmp_path / part / file.name).write_bytes(file.read_bytes())

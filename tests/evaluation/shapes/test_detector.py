@@ -51,11 +51,11 @@ def test_blemishes_are_forgiven(name, worst):
 
 
 def test_the_full_world_is_read_as_well():
-    drawn = scenes(FULL, 5)
-    images = render_all(FULL, drawn)
+    full_scenes = scenes(FULL, 5)
+    images = render_all(FULL, full_scenes)
     detector = ShapesDetector(FULL)
-    assert accepted(detector, images, drawn, strict=True) == [1.0] * len(TASKS)
-    assert accepted(detector, blurred(noisy(images, 16), 1.0), drawn, strict=True) == [1.0] * len(TASKS)
+    assert accepted(detector, images, full_scenes, strict=True) == [1.0] * len(TASKS)
+    assert accepted(detector, blurred(noisy(images, 16), 1.0), full_scenes, strict=True) == [1.0] * len(TASKS)
 
 
 def corrupted(scene: Scene) -> Scene:

@@ -38,13 +38,13 @@ def test_clean_scenes_score_the_ceiling_and_other_scenes_of_the_task_hardly_anyt
     assert SUITE.ceiling() is SUITE.ceiling(), "not kept"
 
 
-def test_a_picture_is_judged_by_its_prompt():
+def test_an_image_is_evaluated_by_its_prompt():
     red = colors("red", "circle")
-    picture = scene_for(SMALL, red, np.random.default_rng(0)).render(SMALL)
+    image = scene_for(SMALL, red, np.random.default_rng(0)).render(SMALL)
 
-    assert SUITE.evaluate(picture, red).strict
-    assert not SUITE.evaluate(picture, colors("blue", "circle")).correct
-    assert not SUITE.evaluate(np.full_like(picture, 153), red).correct
+    assert SUITE.evaluate(image, red).strict
+    assert not SUITE.evaluate(image, colors("blue", "circle")).correct
+    assert not SUITE.evaluate(np.full_like(image, 153), red).correct
 
 
 def test_an_unknown_world_is_refused_with_those_there_are():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
-from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resized, statistics
+from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resize, statistics
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 
@@ -58,7 +58,7 @@ class _Distance(ImageMetric):
 
     def features_of(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Features ``[B, D]`` of images, resized to the protocol's resolution first."""
-        return self._features([resized(image, self.resolution) for image in images])
+        return self._features([resize(image, self.resolution) for image in images])
 
 
 class FrechetDistance(_Distance):

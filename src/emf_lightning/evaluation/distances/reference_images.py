@@ -40,7 +40,7 @@ class ReferenceImages:
         caller: class name at the beginning of error messages.
         folder: of the images.
         features: the feature network.
-        resolution: see ``resized``.
+        resolution: see ``resize``.
 
     Raises:
         ValueError: for a missing folder, or one without images.
@@ -86,7 +86,7 @@ class ReferenceImages:
         files = self.files[rank::ranks]
         for first in range(0, len(files), BATCH):
             images = [read_image(file) for file in files[first : first + BATCH]]
-            yield self.features([resized(image, self.resolution) for image in images])
+            yield self.features([resize(image, self.resolution) for image in images])
 
     @cached_property
     def _key(self) -> str:
@@ -162,7 +162,7 @@ def gaussian(total: Tensor, products: Tensor, images: int) -> tuple[Tensor, Tens
     return mean, (products - images * torch.outer(mean, mean)) / (images - 1)
 
 
-def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
+def resize(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
     """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; unchanged if it has that size."""
     if resolution is None or image.shape[:2] == (resolution, resolution):
         return image

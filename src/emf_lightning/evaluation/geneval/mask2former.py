@@ -65,7 +65,7 @@ class Mask2FormerDetector(ObjectDetector):
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
         pixels = torch.tensor(image, device=self.device)
-        inputs, (height, width) = prepared(pixels, self.short_side)
+        inputs, (height, width) = preprocess(pixels, self.short_side)
         with torch.autocast(self.device.type, enabled=False):
             output = self.network(pixel_values=inputs)
         return instances(
@@ -77,7 +77,7 @@ class Mask2FormerDetector(ObjectDetector):
         )
 
 
-def prepared(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
+def preprocess(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
     """The network's input ``[1, 3, H', W']``, and the height and width of the image in it, without the padding.
 
     As in mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, padded with zeros to
@@ -144,11 +144,11 @@ def _load(model: str) -> Any:
     """The network; all of its weights must be in the checkpoint."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from emf_lightning.evaluation.geneval.mmdet_checkpoint import as_transformers
+    from emf_lightning.evaluation.geneval.mmdet_checkpoint import convert_checkpoint
 
     arguments: dict[str, Any] = {}
     if model.endswith(".pth"):
-        arguments["config"], arguments["state_dict"] = as_transformers(model)
+        arguments["config"], arguments["state_dict"] = convert_checkpoint(model)
     remedy = (
         f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
     )

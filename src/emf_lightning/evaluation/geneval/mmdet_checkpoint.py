@@ -75,7 +75,7 @@ NUMBERS: list[Any] = [
 """Classes of pickled numpy scalars, under the names of numpy 1 and 2: ``meta`` may hold measured scores."""
 
 
-def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
+def convert_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
     """Configuration and weights for transformers of mmdetection's Mask2Former checkpoint at ``path``.
 
     Code in the file is never executed: beside tensors it may hold plain values and numpy scalars.
@@ -103,14 +103,14 @@ def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     try:
-        return configuration(weights), renamed(weights)
+        return configuration(weights), rename_weights(weights)
     except KeyError as error:
         raise ValueError(
             f"Mask2FormerDetector: {path} is no Mask2Former of mmdetection 2, it has {error.args[0]}; {remedy}"
         ) from error
 
 
-def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under transformers' names.
 
     Joint projections of queries, keys and values are split. Channels of patch merging are reordered: mmdetection
@@ -129,7 +129,7 @@ def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
                 result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
             continue
-        new = _renamed(name)
+        new = _new_name(name)
         if ".downsample." in new:
             weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3).contiguous()
         if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new):
@@ -140,7 +140,7 @@ def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _renamed(name: str) -> str:
+def _new_name(name: str) -> str:
     for pattern, replacement in NAMES:
         if match := re.match(rf"{pattern}(?=[._]|$)", name):
             return match.expand(replacement) + name[match.end() :]

@@ -97,5 +97,5 @@ class SuiteScore(ImageMetric):
         return self._prompts[text]
 
     def _counted(self) -> TaskScores:
-        counts = (self.images, self.correct, self.strict)
-        return TaskScores.of_counts(list(self._prompts.values()), *(count.cpu().numpy() for count in counts))
+        images, correct, strict = (count.cpu().numpy() for count in (self.images, self.correct, self.strict))
+        return TaskScores.of_counts(list(self._prompts.values()), images, correct, strict)
