@@ -13,7 +13,7 @@ from emf_lightning.callbacks import FewStepSampling
 from emf_lightning.data.geneval_prompts import TASKS, Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
-from emf_lightning.evaluation.distances.random_features import RandomFeatures
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.meanflow import MeanFlow
 from tests.callbacks import tiny

@@ -11,7 +11,7 @@ from PIL import Image
 from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
-from emf_lightning.evaluation.distances.random_features import RandomFeatures
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.dpg.dpg_bench import DpgBench
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.reports.report import Report

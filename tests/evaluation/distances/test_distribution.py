@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from emf_lightning.evaluation.distances.distribution import distribution
-from emf_lightning.evaluation.distances.random_features import RandomFeatures
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 
 PROMPTS, EACH = 20, 4

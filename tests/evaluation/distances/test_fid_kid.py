@@ -9,8 +9,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance, frechet
-from emf_lightning.evaluation.distances.image_features import InceptionFeatures
-from emf_lightning.evaluation.distances.random_features import RandomFeatures
+from emf_lightning.evaluation.distances.image_features import InceptionFeatures, RandomFeatures
 from emf_lightning.evaluation.distances.reference_images import gaussian
 
 FEATURES = RandomFeatures(width=16)
@@ -178,7 +177,7 @@ def test_kept_statistics_of_other_features_are_refused(reference):
     of_full_size = [path for path in statistics if np.load(path)["resolution"] == 0]
     assert distance(of_full_size[0], images_of(1)) == pytest.approx(distance(reference, images_of(1)))
     with pytest.raises(ValueError, match=r"are of features \w+, the images would be of"):
-        FrechetDistance(RandomFeatures(width=16, side=20), of_full_size[0])
+        FrechetDistance(RandomFeatures(width=16, seed=1), of_full_size[0])
     with pytest.raises(ValueError, match="are of resolution 0, the images would be of 20"):
         FrechetDistance(FEATURES, of_full_size[0], resolution=20)
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
-from emf_lightning.evaluation.distances.random_features import RandomFeatures
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage, generated_images
 from emf_lightning.evaluation.folders.scoring import Rank, score_images
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore

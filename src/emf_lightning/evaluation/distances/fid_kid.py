@@ -28,6 +28,8 @@ class _Distance(ImageMetric):
 
     def __init__(self, features: ImageFeatures, reference: Path, resolution: int | None, count: int | None) -> None:
         super().__init__()
+        if features.name:
+            self.name, self.title = f"{self.name}_{features.name}", f"{self.title} ({features.name} features)"
         self._features = features
         self.reference = Path(reference)
         self.resolution = resolution
@@ -79,12 +81,15 @@ class FrechetDistance(_Distance):
         ValueError: for a missing reference, or statistics of other features or another resolution.
     """
 
+    name, title = "fid", "FID"
+    total: Tensor
+    products: Tensor
+    images: Tensor
+
     def __init__(
         self, features: ImageFeatures, reference: Path, resolution: int | None = None, count: int | None = None
     ) -> None:
         super().__init__(features, reference, resolution, count)
-        self.name = f"fid_{features.name}" if features.name else "fid"
-        self.title = f"FID ({features.name} features)" if features.name else "FID"
         width = features.width
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
@@ -94,16 +99,12 @@ class FrechetDistance(_Distance):
         elif len(self._images.files) < 2:
             raise ValueError(f"FrechetDistance: reference {reference} has one image; give two or more")
 
-    total: Tensor
-    products: Tensor
-    images: Tensor
-
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        rows = self.features_of(images).double().to(self.total.device)
+        features = self.features_of(images).double().to(self.total.device)
         self.rows = [{} for _ in images]
-        self.total += rows.sum(0)
-        self.products += rows.T @ rows
-        self.images += len(rows)
+        self.total += features.sum(0)
+        self.products += features.T @ features
+        self.images += len(features)
 
     def compute(self) -> dict[str, Tensor]:
         if self.images < 2:
@@ -134,6 +135,10 @@ class KernelDistance(_Distance):
         ValueError: for a missing reference, or one with fewer images than a subset.
     """
 
+    name, title = "kid", "KID x 1000"
+    features: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
+
     def __init__(
         self,
         features: ImageFeatures,
@@ -144,8 +149,6 @@ class KernelDistance(_Distance):
         subset_size: int = 1000,
     ) -> None:
         super().__init__(features, reference, resolution, count)
-        self.name = f"kid_{features.name}" if features.name else "kid"
-        self.title = f"KID x 1000 ({features.name} features)" if features.name else "KID x 1000"
         self.subsets, self.subset_size = subsets, subset_size
         if self._images is None:
             raise ValueError(
@@ -158,9 +161,6 @@ class KernelDistance(_Distance):
             )
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("keys", [], dist_reduce_fx="cat")
-
-    features: list[Tensor] | Tensor
-    keys: list[Tensor] | Tensor
 
     def check_count(self, images: int) -> None:
         if images < self.subset_size:
@@ -186,7 +186,7 @@ class KernelDistance(_Distance):
         if len(features) < 2:
             raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
         assert self._images is not None
-        generated, real = features[keys.argsort()], self._images.rows(self.device)
+        generated, real = features[keys.argsort()], self._images.feature_matrix(self.device)
         distances = kernel_distances(real, generated, self.subsets, min(self.subset_size, len(generated)))
         return {"score": distances.mean(), "spread": distances.std(unbiased=False)}
 

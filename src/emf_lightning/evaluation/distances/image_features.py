@@ -87,7 +87,9 @@ class InceptionFeatures(ImageFeatures):
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([self._features(batch.to(self.device)).float().cpu() for batch in batches_by_size(images)])
+            return torch.cat(
+                [self._features(batch.to(self.device)).float().cpu() for batch in _batches_by_size(images)]
+            )
 
     def _features(self, batch: Tensor) -> Tensor:
         if self.resize == "tensorflow":
@@ -96,7 +98,55 @@ class InceptionFeatures(ImageFeatures):
         return self._blocks(2 * pixels - 1).flatten(1)  # type: ignore[no-any-return]
 
 
-def batches_by_size(images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
+class RandomFeatures(ImageFeatures):
+    """Channel means and standard deviations of three convolutions with fixed random weights.
+
+    For worlds without a published feature network. Images of different distributions may have the same random
+    features; distances compare with others of the same ``width`` and ``seed`` alone. Images are not resized.
+
+    Args:
+        width: D, even and at least 8.
+        seed: of the weights.
+
+    Raises:
+        ValueError: for another width.
+    """
+
+    name = "random"
+    resize = "none"
+
+    def __init__(self, width: int = 448, seed: int = 0) -> None:
+        if width < 8 or width % 2:
+            raise ValueError(f"RandomFeatures: width must be even and at least 8, got {width}")
+        self.width = width
+        first = max(width // 14, 1)  # layers as wide as 1 : 2 : 4
+        self.network = _RandomConvolutions((first, 2 * first, width // 2 - 3 * first), seed)
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        return torch.cat([self.network(batch.float() / 127.5 - 1) for batch in _batches_by_size(images)])
+
+
+class _RandomConvolutions(nn.Module):
+    def __init__(self, widths: Sequence[int], seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        channels = 3
+        for number, width in enumerate(widths):
+            weight = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+            self.register_buffer(f"weight{number}", weight)
+            channels = width
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for number, weight in enumerate(self.buffers()):
+            x = nn.functional.conv2d(x, weight, stride=1 if number == 0 else 2)
+            x = nn.functional.leaky_relu(x, 0.2)
+            parts += [x.mean((2, 3)), x.std((2, 3))]
+        return torch.cat(parts, dim=1)
+
+
+def _batches_by_size(images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
     """Batches ``[B, 3, H, W]``, 8-bit, of consecutive images of one size."""
     batches: list[list[NDArray[np.uint8]]] = []
     for image in images:

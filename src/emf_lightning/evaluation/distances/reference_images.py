@@ -70,7 +70,7 @@ class ReferenceImages:
         moments = self._load("moments")
         return torch.from_numpy(moments["mu"]), torch.from_numpy(moments["sigma"])
 
-    def rows(self, device: torch.device) -> Tensor:
+    def feature_matrix(self, device: torch.device) -> Tensor:
         """Features ``[N, D]`` in the order of ``files``. All ranks must call it, see ``gathered``."""
         if not self._is_kept("features", device):
             parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._own_features()]), device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SWIN = "model.pixel_level_module.encoder.encoder.layers"
+BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)"
 PIXELS = "model.pixel_level_module.decoder"
 QUERIES = "model.transformer_module"
 LAYERS = r"panoptic_head\.transformer_decoder\.layers"
@@ -18,20 +19,14 @@ ENCODER = r"panoptic_head\.pixel_decoder\.encoder\.layers"
 NAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.patch_embed\.projection", "model.pixel_level_module.encoder.embeddings.patch_embeddings.projection"),
     (r"backbone\.patch_embed\.norm", "model.pixel_level_module.encoder.embeddings.norm"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.relative_position_bias_table",
-        rf"{SWIN}.\1.blocks.\2.attention.self.relative_position_bias_table",
-    ),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj", rf"{SWIN}.\1.blocks.\2.attention.output.dense"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0", rf"{SWIN}.\1.blocks.\2.intermediate.dense"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
+    (rf"{BLOCK}\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
+    (rf"{BLOCK}\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
+    (rf"{BLOCK}\.attn\.w_msa\.relative_position", rf"{SWIN}.\1.blocks.\2.attention.self.relative_position"),
+    (rf"{BLOCK}\.attn\.w_msa\.proj", rf"{SWIN}.\1.blocks.\2.attention.output.dense"),
+    (rf"{BLOCK}\.ffn\.layers\.0\.0", rf"{SWIN}.\1.blocks.\2.intermediate.dense"),
+    (rf"{BLOCK}\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
     (r"backbone\.stages\.(\d+)\.downsample\.(norm|reduction)", rf"{SWIN}.\1.downsample.\2"),
-    (r"backbone\.norm0", "model.pixel_level_module.encoder.hidden_states_norms.stage1"),
-    (r"backbone\.norm1", "model.pixel_level_module.encoder.hidden_states_norms.stage2"),
-    (r"backbone\.norm2", "model.pixel_level_module.encoder.hidden_states_norms.stage3"),
-    (r"backbone\.norm3", "model.pixel_level_module.encoder.hidden_states_norms.stage4"),
+    *((rf"backbone\.norm{i}", f"model.pixel_level_module.encoder.hidden_states_norms.stage{i + 1}") for i in range(4)),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv", rf"{PIXELS}.input_projections.\1.0"),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn", rf"{PIXELS}.input_projections.\1.1"),
     (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", rf"{PIXELS}.level_embed"),
@@ -57,9 +52,10 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"panoptic_head\.query_embed", f"{QUERIES}.queries_embedder"),
     (r"panoptic_head\.query_feat", f"{QUERIES}.queries_features"),
     (r"panoptic_head\.level_embed", f"{QUERIES}.level_embed"),
-    (r"panoptic_head\.mask_embed\.0", f"{QUERIES}.decoder.mask_predictor.mask_embedder.0.0"),
-    (r"panoptic_head\.mask_embed\.2", f"{QUERIES}.decoder.mask_predictor.mask_embedder.1.0"),
-    (r"panoptic_head\.mask_embed\.4", f"{QUERIES}.decoder.mask_predictor.mask_embedder.2.0"),
+    *(
+        (rf"panoptic_head\.mask_embed\.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
+        for i in range(3)
+    ),
     (r"panoptic_head\.cls_embed", "class_predictor"),
 )
 """Patterns of mmdetection 2's names -> names in transformers; .weight and .bias follow."""
@@ -124,7 +120,7 @@ def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in weights.items():
         if IGNORED.fullmatch(name):
             continue
-        if match := re.fullmatch(r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.qkv\.(weight|bias)", name):
+        if match := re.fullmatch(rf"{BLOCK}\.attn\.w_msa\.qkv\.(weight|bias)", name):
             stem = f"{SWIN}.{match[1]}.blocks.{match[2]}.attention.self"
             for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
                 result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
