@@ -12,7 +12,7 @@ from emf_lightning.data.shapes.scenes import Scene
 from emf_lightning.data.shapes.world import FULL, SMALL
 from emf_lightning.evaluation.geneval.verdict import evaluate
 from emf_lightning.evaluation.shapes.detector import UNKNOWN, ShapesDetector
-from tests.evaluation.shapes_images import accepted, blurred, noisy, render_all, scenes, tinted, to_bytes
+from tests.evaluation.shapes.perturbations import accepted, blurred, noisy, render_all, scenes, tinted, to_bytes
 
 PER_TASK = 40
 SCENES = scenes(SMALL, PER_TASK)
