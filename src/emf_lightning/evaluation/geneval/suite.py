@@ -41,14 +41,11 @@ class GenEvalSuite(PromptSuite):
             check_colours(colours)
 
     def prompts(self) -> Sequence[Prompt]:
-        """The published prompts, in their order."""
         return self._prompts
 
     def evaluate(self, image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
-        """GenEval's verdict on the detected objects."""
         return evaluate(self.detector(image), prompt, partial(self.colours, image))
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the detector and the colour classifier, and the detection thresholds."""
         thresholds = {"threshold": THRESHOLD, "counting_threshold": COUNTING_THRESHOLD}
         return self.detector.settings() | self.colours.settings() | thresholds

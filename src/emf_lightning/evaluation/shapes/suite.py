@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,12 @@ class ShapesSuite(PromptSuite):
         self._chance: TaskScores | None = None
 
     def prompts(self) -> Sequence[Prompt]:
-        """The world's evaluation prompts."""
         return self._prompts
 
     def evaluate(self, image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
-        """GenEval's verdict on the detected shapes."""
         return evaluate(self._detector(image), prompt)
 
     def settings(self) -> dict[str, Any]:
-        """The world and the number of sampled prompts; the detector has no weights."""
         return {"world": self.world.name, "per_task": self.per_task}
 
     def reference_image(self, prompt: Prompt, index: int) -> NDArray[np.uint8]:
@@ -65,17 +62,16 @@ class ShapesSuite(PromptSuite):
     def ceiling(self) -> TaskScores:
         """Scores of rendered scenes of each prompt: the errors of the detector."""
         if self._ceiling is None:
-            self._ceiling = self._scores_of_scenes(lambda prompt, other: prompt)
+            self._ceiling = self._scores_of_scenes(of_other_prompts=False)
         return self._ceiling
 
     def chance(self) -> TaskScores:
         """Scores of rendered scenes of another prompt of the task: those of a model that ignores the caption."""
         if self._chance is None:
-            self._chance = self._scores_of_scenes(lambda prompt, other: other)
+            self._chance = self._scores_of_scenes(of_other_prompts=True)
         return self._chance
 
-    def _scores_of_scenes(self, choose: Callable[[Prompt, Prompt], Prompt]) -> TaskScores:
-        """Scores of scenes of ``choose(prompt, another prompt of its task)``."""
+    def _scores_of_scenes(self, of_other_prompts: bool) -> TaskScores:
         rng = np.random.default_rng(0)
         by_task: dict[str, list[Prompt]] = {}
         for prompt in self._prompts:
@@ -85,6 +81,6 @@ class ShapesSuite(PromptSuite):
             prompt, task = asked.prompt, by_task[asked.prompt.tag]
             # any other prompt of the task
             other = task[(task.index(prompt) + int(rng.integers(1, len(task)))) % len(task)]
-            image = scene_for(self.world, choose(prompt, other), rng).render(self.world)
+            image = scene_for(self.world, other if of_other_prompts else prompt, rng).render(self.world)
             evaluated.append((prompt, self.evaluate(image, prompt)))
         return TaskScores.of(evaluated)
