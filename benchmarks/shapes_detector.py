@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from emf_lightning.data.shapes.prompts import TASKS, Prompt, colors, evaluation_prompts
-from emf_lightning.data.shapes.scenes import Scene, SceneObject, random_prompt, scene_for
-from emf_lightning.data.shapes.world import BACKGROUND, FULL, PALETTE, SMALL, World
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE, TASKS, Prompt, colors
+from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
+from emf_lightning.data.shapes.scenes import Scene, SceneObject, scene_for
+from emf_lightning.data.shapes.world import FULL, SMALL, World
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores, score_table
-from emf_lightning.evaluation.geneval.verdict import Detection, judge
+from emf_lightning.evaluation.geneval.verdict import Detection, evaluate
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
 from emf_lightning.evaluation.shapes.templates import gaussian
 
@@ -134,7 +135,7 @@ def garbage(world: World, n: int, rng: np.random.Generator) -> dict[str, Images]
 def rates(detections: list[list[Detection]], prompts: list[Prompt], strict: bool = False) -> NDArray[np.floating]:
     """Share accepted, task by task."""
     tags = np.array([prompt.tag for prompt in prompts])
-    verdicts = [judge(d, prompt) for d, prompt in zip(detections, prompts, strict=True)]
+    verdicts = [evaluate(d, prompt) for d, prompt in zip(detections, prompts, strict=True)]
     accepted = np.array([v.strict if strict else v.correct for v in verdicts])
     return np.array([accepted[tags == tag].mean() for tag in TASKS])
 
@@ -149,9 +150,9 @@ def shares(values: NDArray[np.floating]) -> list[str]:
 
 def confusion(world: World, detector: ShapesDetector, rng: np.random.Generator, per_pair: int) -> list[str]:
     """What single objects of every colour and shape are read as, noisy ones."""
-    prompts = [colors(world, c, s) for c in world.colours for s in world.shapes for _ in range(per_pair)]
+    prompts = [colors(c, s) for c in world.colours for s in world.shapes for _ in range(per_pair)]
     scenes = [scene_for(world, prompt, rng) for prompt in prompts]
-    images = noise(blur(np.stack([scene.draw(world) for scene in scenes]), 0.5), 16, rng)
+    images = noise(blur(np.stack([scene.render(world) for scene in scenes]), 0.5), 16, rng)
     shapes, colours = [*world.shapes, "unknown", "nothing"], [*world.colours, "nothing"]
     by_shape = np.zeros((len(world.shapes), len(shapes)), int)
     by_colour = np.zeros((len(world.colours), len(colours)), int)
@@ -175,8 +176,8 @@ def measure(world: World, per_task: int) -> list[str]:
     detector = ShapesDetector(world)
     scenes = [scene_for(world, random_prompt(world, tag, rng), rng) for tag in TASKS for _ in range(per_task)]
     prompts = [scene.prompt for scene in scenes]
-    images = np.stack([scene.draw(world) for scene in scenes])
-    wrong = np.stack([corrupted(world, scene, rng).draw(world) for scene in scenes])
+    images = np.stack([scene.render(world) for scene in scenes])
+    wrong = np.stack([corrupted(world, scene, rng).render(world) for scene in scenes])
     heads = ["", *(HEADINGS[tag] for tag in TASKS), "mean"]
 
     true_rows, false_rows, missed = [], [], []
@@ -205,9 +206,9 @@ def measure(world: World, per_task: int) -> list[str]:
     garbage_rows.append(["right objects on another ground", *shares(values), f"{values.mean():.4f}", ""])
 
     def score(drawn: list[Prompt]) -> TaskScores:
-        pictures = np.stack([scene_for(world, prompt, rng).draw(world) for prompt in drawn])
+        pictures = np.stack([scene_for(world, prompt, rng).render(world) for prompt in drawn])
         seen = detector.detect_batch(pictures)
-        return TaskScores.of((prompt, judge(d, prompt)) for prompt, d in zip(asked, seen, strict=True))
+        return TaskScores.of((prompt, evaluate(d, prompt)) for prompt, d in zip(asked, seen, strict=True))
 
     others = []
     for prompt in asked:

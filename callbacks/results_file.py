@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import Prompt
-from emf_lightning.evaluation.geneval.verdict import Judgement
+from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.geneval.result_rows import result_row, sample_path
+from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.prompt_suite import PromptImage
 
 
@@ -26,7 +27,7 @@ class JudgedImage:
     """
 
     asked: PromptImage
-    judgement: Judgement
+    judgement: Verdict
     image: NDArray[np.uint8] | None = None
 
 
@@ -45,16 +46,7 @@ def write_results(
     numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}
     with path.open("w") as file:
         for image in judged:
-            prompt, judgement = image.asked.prompt, image.judgement
-            row = {
-                "filename": f"{numbers[prompt.prompt]:05d}/samples/{image.asked.index:04d}.png",
-                "tag": prompt.tag,
-                "prompt": prompt.prompt,
-                "correct": judgement.correct,
-                "strict": judgement.strict,
-                "reason": judgement.reason,
-                "metadata": json.dumps(prompt.metadata()),
-                "details": json.dumps(judgement.boxes),
-                "drawing": json.dumps(drawing),
-            }
+            prompt = image.asked.prompt
+            name = sample_path(numbers[prompt.prompt], image.asked.index)
+            row = {"filename": name, **result_row(prompt, image.judgement), "drawing": json.dumps(drawing)}
             file.write(json.dumps(row) + "\n")

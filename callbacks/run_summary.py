@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from emf_lightning.callbacks.fixed_noise_sampling import datamodule_of, draw_images, settings_of
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.undisturbed import undisturbed
-from emf_lightning.data.shapes.prompts import Prompt
-from emf_lightning.evaluation.distances.distribution import RandomFeatures, distribution
+from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.distances.distribution import distribution
+from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.modules.flow_map import FlowMapModule
 
@@ -123,7 +124,7 @@ class RunSummary(Callback):
         indices = [row % n for row in range(len(prompts))]
         sets = []
         for offset in (0, n):
-            pictures = [self.suite.picture(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
+            pictures = [self.suite.reference_image(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
             sets.append([picture for picture in pictures if picture is not None])
         if len(sets[0]) < len(prompts):
             raise ValueError(f"RunSummary: {self.suite.name} has no real pictures to compare with; take ShapesSuite")

@@ -174,11 +174,11 @@ class StepSweep(Callback):
         mine = asked[trainer.global_rank :: trainer.world_size]
         share = math.ceil(len(asked) / trainer.world_size)
         metrics = [benchmark, *self.also]
-        tally = _Tally(benchmark, setting, [m.twin().to(device) for m in metrics], [[] for _ in metrics])
+        tally = _Tally(benchmark, setting, [m.fresh_copy().to(device) for m in metrics], [[] for _ in metrics])
         drawn_before, total = number * len(asked) * len(self.seeds), len(self.settings) * len(asked) * len(self.seeds)
         done = 0
         for seed in self.seeds:
-            fresh = [metric.twin().to(device) for metric in metrics]
+            fresh = [metric.fresh_copy().to(device) for metric in metrics]
             # as many batches on all ranks: of a sharded network each has a part
             for first in range(0, share, self.batch_size):
                 batch = mine[first : first + self.batch_size]
@@ -192,7 +192,7 @@ class StepSweep(Callback):
                 _show(trainer, benchmark.title, min(drawn_before + done, total), total)
             tally.images += len(asked)
             for i, part in enumerate(fresh):
-                tally.metrics[i].absorb(part)
+                tally.metrics[i].merge(part)
                 if len(self.seeds) > 1:
                     tally.of_seeds[i].append(float(part.compute()["score"]))  # asks all ranks
         return tally

@@ -13,7 +13,8 @@ from emf_lightning.callbacks.fixed_noise_sampling import Setting, datamodule_of,
 from emf_lightning.callbacks.gathering import gathered
 from emf_lightning.callbacks.results_file import JudgedImage
 from emf_lightning.callbacks.undisturbed import undisturbed
-from emf_lightning.evaluation.geneval.task_scores import GenEvalScore, TaskScores
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -70,8 +71,8 @@ def evaluate_suite(
     kept = _first_of_each_task(asked, shown_per_task)
     numbered = list(enumerate(asked))
     mine, share = numbered[trainer.global_rank :: trainer.world_size], math.ceil(len(asked) / trainer.world_size)
-    metrics = [GenEvalScore(suite.prompts()).to(trainer.strategy.root_device) for _ in settings]
-    further = [[metric.twin().to(trainer.strategy.root_device) for metric in also] for _ in settings]
+    metrics = [SuiteScore(suite).to(trainer.strategy.root_device) for _ in settings]
+    further = [[metric.fresh_copy().to(trainer.strategy.root_device) for metric in also] for _ in settings]
     judged: list[list[JudgedImage]] = [[] for _ in settings]
     seconds = [0.0] * len(settings)
     done, total = 0, len(asked) * len(settings)
@@ -85,8 +86,8 @@ def evaluate_suite(
                 if not batch:
                     continue
                 began = time.perf_counter()
-                judgements = [suite.judge(*pair) for pair in zip(drawn.images, prompts, strict=True)]
-                metrics[k].update(prompts, judgements)
+                judgements = [suite.evaluate(*pair) for pair in zip(drawn.images, prompts, strict=True)]
+                metrics[k].count(prompts, judgements)
                 for metric in further[k]:
                     metric.update(list(drawn.images), captions)
                 judged[k] += [
@@ -97,7 +98,7 @@ def evaluate_suite(
                 done += len(batch) * trainer.world_size
                 report(min(done, total), total)
     return [
-        SuiteEvaluation(setting, metric.scores(), gathered(trainer, images), duration, _main_numbers(others))
+        SuiteEvaluation(setting, metric.task_scores(), gathered(trainer, images), duration, _main_numbers(others))
         for setting, metric, images, duration, others in zip(settings, metrics, judged, seconds, further, strict=True)
     ]
 

@@ -12,8 +12,8 @@ import yaml
 
 from emf_lightning.cli import main
 from emf_lightning.cli.encoders import _kept_features
-from emf_lightning.evaluation.encoders.pair_corpus import ShapesPairs
 from emf_lightning.evaluation.encoders.study import pooled_features
+from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.words import WordEncoder
 from tests.evaluation.dpg.test_dpg_bench import write

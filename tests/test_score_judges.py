@@ -149,7 +149,7 @@ def test_dpg_bench_is_the_mean_of_gated_answers_of_its_judge(judge, tmp_path):
         shares[prompt].append(sum(list(said.values())[1:]) / 3)
     init = {
         "benchmark": str(tmp_path / "table.csv"),
-        "judge": {"class_path": "BlipJudge", "init_args": {"model": judge}},
+        "vqa_model": {"class_path": "BlipVqa", "init_args": {"model": judge}},
     }
     scores, rows = scored(tmp_path / "images", {"class_path": "DpgBench", "init_args": init})
 

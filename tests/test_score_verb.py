@@ -90,8 +90,8 @@ def test_a_distance_needs_no_prompts_and_is_set_by_short_names(folder, capsys):
             "ClipScore: cannot load model='no-model'",
         ),
         (
-            ["{folder}", "--metric", "DpgBench", "--metric.benchmark", "no.csv", "--metric.judge", "BlipJudge"],
-            "BlipJudge: cannot load|cannot read benchmark",
+            ["{folder}", "--metric", "DpgBench", "--metric.benchmark", "no.csv", "--metric.vqa_model", "BlipVqa"],
+            "BlipVqa: cannot load|cannot read benchmark",
         ),
         (["{folder}"], "metric"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -38,4 +38,4 @@ class Oracle(FlowMapModule):
     def _picture(self, prompt: Prompt | None) -> np.ndarray:
         if prompt is None:
             return np.full((self.world.canvas, self.world.canvas, 3), 153, np.uint8)
-        return scene_for(self.world, prompt, self.rng).draw(self.world)
+        return scene_for(self.world, prompt, self.rng).render(self.world)

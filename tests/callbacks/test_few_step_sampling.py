@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from PIL import Image
 
 from emf_lightning.callbacks import FewStepSampling
-from emf_lightning.data.shapes.prompts import TASKS, Prompt
+from emf_lightning.data.geneval_prompts import TASKS, Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
@@ -96,7 +96,7 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
     reference.mkdir()
     for number, prompt in enumerate(SUITE.prompts()):
         scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
-        Image.fromarray(scene.draw(SUITE.world)).save(reference / f"{number}.png")
+        Image.fromarray(scene.render(SUITE.world)).save(reference / f"{number}.png")
     fid = FrechetDistance(RandomFeatures(width=8), reference)
     distances = {}
     for name, answer in (("oracle", lambda prompt: prompt), ("blank", lambda prompt: None)):

@@ -36,9 +36,9 @@ def test_cost_and_distances_are_written(tmp_path, data):
 
 def test_time_spent_on_scores_is_not_training(tmp_path, data):
     class Slow(ShapesSuite):
-        def judge(self, image, prompt):
+        def evaluate(self, image, prompt):
             time.sleep(0.2)
-            return super().judge(image, prompt)
+            return super().evaluate(image, prompt)
 
         def ceiling(self):
             return None

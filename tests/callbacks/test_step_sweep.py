@@ -105,7 +105,7 @@ def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     for number, prompt in enumerate(SUITE.prompts()):
         scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
-        Image.fromarray(scene.draw(SUITE.world)).save(folder / f"{number}.png")
+        Image.fromarray(scene.render(SUITE.world)).save(folder / f"{number}.png")
     return folder
 
 

@@ -79,7 +79,7 @@ def mmdet_weights(
 
     for i in range(decoder_layers):
         layer = f"panoptic_head.transformer_decoder.layers.{i}"
-        for j in range(2):  # to the picture, then among the queries
+        for j in range(2):  # to the image, then among the queries
             attention = f"{layer}.attentions.{j}.attn"
             add(f"{attention}.in_proj_weight", 3 * hidden, hidden)
             add(f"{attention}.in_proj_bias", 3 * hidden)

@@ -43,12 +43,12 @@ def heads() -> SanaFlowMap:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(
-    ("velocity", "interval"), [(ConditionalVelocity(), None), (TeacherVelocity(), DecoupledInterval(1))]
+    ("velocity", "interval"), [(ConditionalVelocity, None), (TeacherVelocity, DecoupledInterval(1))]
 )
 def test_training_moves_every_weight(tmp_path, loader, velocity, interval, precision):
     net = improved(interval=interval)
     before = copy.deepcopy(net.state_dict())
-    model = FlowMapModule(net, ImprovedMeanFlow(velocity=velocity), optimization=Optimization(optimizer))
+    model = FlowMapModule(net, ImprovedMeanFlow(velocity=velocity()), optimization=Optimization(optimizer))
     logged = fit(model, loader, tmp_path, precision=precision).callback_metrics
     assert moved(before, net) == set(before)
     assert logged["train/nan_rows"] == 0

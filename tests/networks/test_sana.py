@@ -344,7 +344,9 @@ def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip
         told = net(z, t / 3, t, context, mask, some_guidance(t))
         assert torch.equal(again(z, t / 3, t, context, mask, some_guidance(t)), told)
         untold = net(z, t / 3, t, context, mask)
-        assert torch.equal(untold, net(z, t / 3, t, context, mask, GuidanceCondition.everywhere(torch.ones_like(t)).conditions))
+        assert torch.equal(
+            untold, net(z, t / 3, t, context, mask, GuidanceCondition.everywhere(torch.ones_like(t)).conditions)
+        )
         assert not torch.allclose(told, untold, atol=1e-3)
         u, v = told.chunk(2, dim=1)
         assert not torch.allclose(u, v, atol=1e-3)

@@ -15,8 +15,9 @@ from emf_lightning.callbacks.score_history import ScoreHistory
 from emf_lightning.cli.experiment_files import lineage, without_base
 from emf_lightning.cli.trainings import fit, side_by_side
 from emf_lightning.evaluation.encoders.claim import FEW, MANY, Claim, ClaimRun
-from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.study import Estimate, discriminability, pooled_features
+from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text import degraded, words  # noqa: F401  what the experiments name
 from emf_lightning.text.base import TextEncoder
 

@@ -18,7 +18,7 @@ from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.dpg.dpg_bench import read_items
 from emf_lightning.evaluation.encoders.controls import ConstantEncoder
-from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.report import EncoderStudy, StudiedEncoder
 from emf_lightning.evaluation.encoders.study import (
     Features,
@@ -28,6 +28,7 @@ from emf_lightning.evaluation.encoders.study import (
     pooled_features,
     truncations,
 )
+from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextEncoder
 
 for _module in iter_modules(emf_lightning.text.__path__, "emf_lightning.text."):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import emf_lightning.evaluation
-from emf_lightning.evaluation.folders.image_folder import drawn_images
+from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.folders.scoring import Rank, score_images
 from emf_lightning.evaluation.image_metric import ImageMetric
 
@@ -48,7 +48,7 @@ def score(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    images = drawn_images(folder, metric, files, partial)
+    images = generated_images(folder, metric, files, partial)
     rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if rank.count > 1 and not dist.is_initialized():
         # what is summed are a few numbers on the CPU; a rank with simple images may wait hours for the others

@@ -1,4 +1,4 @@
-"""Where the networks of the evaluation run."""
+"""Devices of the evaluation networks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device called ``name``; without a name this process's GPU, or the CPU where there is none.
+    """The device ``name``; by default this process's GPU, or the CPU where there is none.
 
-    Which GPU is a process's is known before anyone has made it the current one: launchers say so in the environment.
+    Launchers set the process's GPU in ``LOCAL_RANK`` or ``SLURM_LOCALID`` before it is made the current device.
     """
     if name is None and torch.cuda.is_available():
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", torch.cuda.current_device()))

@@ -1,4 +1,4 @@
-"""Noise that belongs to a prompt and an image index, so that two checkpoints' images differ by the weights alone."""
+"""Noise as a function of the prompt and the image index: images of two checkpoints differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def fixed_noise(seed: int, prompt: str, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of ``shape``, fp32, on the CPU, a function of the four arguments and nothing else.
+    """Standard normal noise of ``shape``, fp32, on the CPU; it depends on the four arguments alone.
 
-    Step counts, checkpoints, ranks and batch sizes therefore share it, and the global generators stay as they are.
+    It is the same for all step counts, checkpoints, ranks and batch sizes. The global generators are not used.
 
     Args:
         seed: of a whole evaluation.
         prompt: the caption.
-        index: which of the prompt's images.
+        index: number of the image among those of the prompt.
         shape: ``(C, H, W)`` of the latents.
     """
     digest = hashlib.sha256(f"{seed}\0{index}\0{prompt}".encode()).digest()
-    # manual_seed takes 64 bits; the top one is dropped because it reads it as a sign
+    # manual_seed takes 64 bits; drop the top one, which it reads as a sign
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator)

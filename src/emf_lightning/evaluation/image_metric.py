@@ -1,4 +1,4 @@
-"""What every score of images is here: a torchmetrics ``Metric`` that is shown pictures and their prompts."""
+"""Base classes of all image scores: torchmetrics ``Metric``s of images and their prompts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-RESAMPLES = 1000
-"""Bootstrap samples behind a standard error."""
+from emf_lightning.evaluation.bootstrap import bootstrap_means
 
 Self = TypeVar("Self", bound="ImageMetric")
 
 
 class ImageMetric(Metric):
-    """Base of the scores: sums over images, added up over ranks, whose networks are no part of the state.
+    """Base of the scores: states are sums over images and ranks; networks are no part of the state.
 
-    ``compute`` gives named numbers; ``score`` is the main one and ``se`` its standard error, where there is one.
+    ``compute`` returns named numbers; ``score`` is the main one, ``se`` its standard error where there is one.
 
     Attributes:
-        name: the word that stands for it in tags and file names; judges other than the published one are part of it.
-        title: what reports call it.
-        rows: of the images of the last ``update``, one each: what is worth a line in a file.
-        needs_prompts: whether images without a prompt can be scored.
+        name: used in tags and file names; a network other than the benchmark's own is part of it.
+        title: heading in reports.
+        rows: one dict for each image of the last ``update``, for a line of ``results.jsonl``.
+        needs_prompts: whether images must have prompts.
     """
 
     full_state_update = False
@@ -44,29 +43,29 @@ class ImageMetric(Metric):
 
     @abstractmethod
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Adds ``images``, each ``[H, W, 3]``, 8-bit RGB, drawn for ``prompts``."""
+        """Adds ``images``, each ``[H, W, 3]``, 8-bit RGB, generated from ``prompts``."""
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
         """The scores of all ranks' images."""
 
     def prompts(self) -> Sequence[str]:
-        """The prompts that it is for; none where any prompt will do."""
+        """The benchmark's prompts; empty if the metric takes any prompt."""
         return ()
 
     def prompt_of(self, path: PurePath) -> str | None:
-        """The prompt of the image at ``path`` in a folder of the benchmark's own layout, where it has one."""
+        """The prompt of the image at ``path`` in the benchmark's own folder layout; None where it has none."""
         return None
 
     def check_count(self, images: int) -> None:
-        """Raises a ``ValueError`` where its protocol wants another number of images than ``images``."""
+        """Raises a ``ValueError`` if the protocol asks for another number of images than ``images``."""
 
     def settings(self) -> dict[str, Any]:
-        """What a reader must know to compare the numbers: model, weights, protocol; plain values."""
+        """Everything that comparable numbers must share, e.g. model, weights, protocol; plain values."""
         return {}
 
-    def twin(self: Self) -> Self:
-        """Another one with the same networks that has seen nothing."""
+    def fresh_copy(self: Self) -> Self:
+        """A copy in the initial state that shares the networks."""
         other = copy.copy(self)
         other._defaults = dict(self._defaults)  # moving a metric moves these, too
         for name, default in self._defaults.items():
@@ -75,8 +74,8 @@ class ImageMetric(Metric):
         other._computed, other._update_count = None, 0
         return other
 
-    def absorb(self: Self, other: Self) -> None:
-        """Adds what ``other`` counted, on the same rank."""
+    def merge(self: Self, other: Self) -> None:
+        """Adds the state of ``other``, which is on the same rank."""
         for name, default in self._defaults.items():
             if isinstance(default, list):
                 getattr(self, name).extend(getattr(other, name))
@@ -86,11 +85,11 @@ class ImageMetric(Metric):
 
 
 class PromptMeans(ImageMetric):
-    """Base of the scores that are means over prompts known beforehand, each of the mean over its images.
+    """Base of benchmarks whose score is the mean over their prompts of the mean over a prompt's images.
 
     Args:
-        texts: the prompts; one that comes several times counts as often, each time with all its images.
-        groups: the part of the benchmark that each belongs to; every part gets a mean of its own.
+        texts: the prompts; a repeated one counts as often, each time with all its images.
+        groups: the part of the benchmark that each prompt belongs to; each part has a mean of its own.
         scale: factor on the reported numbers, e.g. 100 for per cent.
     """
 
@@ -101,8 +100,8 @@ class PromptMeans(ImageMetric):
         super().__init__()
         self._texts = tuple(dict.fromkeys(texts))
         self._scale = scale
-        self._row = {text: row for row, text in enumerate(self._texts)}
-        self._places = np.array([self._row[text] for text in texts])
+        self._index = {text: index for index, text in enumerate(self._texts)}
+        self._places = np.array([self._index[text] for text in texts])
         self._groups = np.array(groups if groups is not None else [])
         self.add_state("images", torch.zeros(len(self._texts), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("totals", torch.zeros(len(self._texts), dtype=torch.float64), dist_reduce_fx="sum")
@@ -112,31 +111,31 @@ class PromptMeans(ImageMetric):
 
     @abstractmethod
     def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
-        """What each image gets."""
+        """The value of each image."""
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Adds images of known prompts.
+        """Adds images of the benchmark's prompts.
 
         Raises:
             ValueError: for a prompt that is not one of ``prompts()``.
         """
         for prompt in prompts:
-            if prompt not in self._row:
+            if prompt not in self._index:
                 raise ValueError(f"{self.title}: {prompt!r} is none of its {len(self._texts)} prompts")
         values = self.values(images, prompts)
         self.rows = [{"prompt": prompt, self.name: value} for prompt, value in zip(prompts, values, strict=True)]
         for prompt, value in zip(prompts, values, strict=True):
-            self.images[self._row[prompt]] += 1
-            self.totals[self._row[prompt]] += value
+            self.images[self._index[prompt]] += 1
+            self.totals[self._index[prompt]] += value
 
     def compute(self) -> dict[str, Tensor]:
         images, totals = self.images.cpu().numpy(), self.totals.cpu().numpy()
-        drawn = images > 0
+        present = images > 0
         means = self._scale * totals / np.maximum(images, 1)
-        counted = drawn[self._places]
+        counted = present[self._places]
         values = means[self._places]
         weights = np.bincount(self._places, minlength=len(images))
-        numbers = {"score": _mean(values[counted]), "se": standard_error(means[drawn], weights[drawn])}
+        numbers = {"score": _mean(values[counted]), "se": standard_error(means[present], weights[present])}
         for group in dict.fromkeys(self._groups[counted].tolist() if len(self._groups) else []):
             numbers[group] = _mean(values[counted & (self._groups == group)])
         return numbers
@@ -147,12 +146,7 @@ def _mean(values: NDArray[np.float64]) -> Tensor:
 
 
 def standard_error(means: NDArray[np.float64], weights: NDArray[np.integer], seed: int = 0) -> Tensor:
-    """Of the mean of ``means`` ``[P]`` that count ``weights`` ``[P]`` times each.
-
-    Bootstrap over prompts, because images of one prompt resemble each other.
-    """
-    n = len(means)
-    if n < 2:
+    """Standard error of the mean of ``means`` ``[P]`` with ``weights`` ``[P]``, by bootstrap over the P prompts."""
+    if len(means) < 2:
         return torch.tensor(float("nan"), dtype=torch.float64)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return torch.tensor(((drawn @ (weights * means)) / (drawn @ weights)).std(ddof=1))
+    return torch.tensor(bootstrap_means(weights * means, weights, np.random.default_rng(seed)).std(ddof=1))

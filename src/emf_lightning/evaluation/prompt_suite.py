@@ -1,4 +1,4 @@
-"""What a suite of prompts offers: which images to ask for, and whether one shows what was asked."""
+"""Base class of prompt suites: prompts, and a verdict on whether an image shows its prompt."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
-from emf_lightning.evaluation.geneval.verdict import Judgement
+from emf_lightning.evaluation.geneval.verdict import Verdict
 
 
 @dataclass(frozen=True)
 class PromptImage:
-    """One image to draw: the ``index``-th of ``prompt``."""
+    """One image to generate: the ``index``-th of ``prompt``."""
 
     prompt: Prompt
     index: int
 
 
 class PromptSuite(ABC):
-    """Prompts and their judge.
+    """Prompts with a rule that decides whether an image shows its prompt.
 
     Attributes:
-        name: the word that stands for the suite in tags and file names.
-        title: what reports call it; the judge's limits are part of it.
+        name: used in tags and file names.
+        title: heading in reports; it says how the rule differs from the published one.
     """
 
     name: str
@@ -39,29 +39,29 @@ class PromptSuite(ABC):
         """All prompts, in their published order."""
 
     @abstractmethod
-    def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
-        """Whether ``image``, 8-bit RGB ``[H, W, 3]``, shows ``prompt``."""
+    def evaluate(self, image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
+        """The verdict on whether ``image`` ``[H, W, 3]``, 8-bit RGB, shows ``prompt``."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What a reader must know to compare scores: what judges, and how it was set; plain values."""
+        """Everything that comparable scores must share, e.g. the detector and its thresholds; plain values."""
 
     def ceiling(self) -> TaskScores | None:
-        """What perfect images score, where that is known."""
+        """Scores of perfect images, or None if unknown."""
         return None
 
     def chance(self) -> TaskScores | None:
-        """What good images of another prompt of the same task score, where that is known."""
+        """Scores of good images of another prompt of the same task, or None if unknown."""
         return None
 
-    def picture(self, prompt: Prompt, number: int) -> NDArray[np.uint8] | None:
-        """The ``number``-th real picture of ``prompt``, 8-bit RGB, where the suite can draw one."""
+    def reference_image(self, prompt: Prompt, index: int) -> NDArray[np.uint8] | None:
+        """The ``index``-th real image of ``prompt``, 8-bit RGB; None if the suite has no real images."""
         return None
 
     def images(self, images_per_task: int) -> list[PromptImage]:
-        """``images_per_task`` images of every task, grouped by task: each prompt once, then each a second time, ...
+        """``images_per_task`` images of each task, grouped by task: every prompt once, then every one again, ...
 
-        A smaller number asks for a beginning of what a larger one asks for.
+        In each task, the images for a smaller number are the first of those for a larger one.
         """
         by_task: dict[str, list[Prompt]] = {}
         for prompt in self.prompts():

@@ -6,15 +6,8 @@ from collections import Counter
 
 import pytest
 
-from emf_lightning.data.shapes.prompts import (
-    TASKS,
-    counting,
-    evaluation_prompts,
-    plural,
-    position,
-    single_object,
-    with_article,
-)
+from emf_lightning.data.geneval_prompts import TASKS
+from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.world import FULL, SMALL, WORLDS
 
 DIGESTS = {
@@ -45,33 +38,6 @@ def test_prompts_come_task_by_task_and_once_each(world):
 
 def test_a_smaller_list_holds_the_tasks_too():
     assert Counter(prompt.tag for prompt in evaluation_prompts(SMALL, 4)).keys() == set(TASKS)
-
-
-def test_records_are_those_of_geneval():
-    assert single_object(SMALL, "circle").metadata() == {
-        "tag": "single_object",
-        "include": [{"class": "circle", "count": 1}],
-        "prompt": "a photo of a circle",
-        "held_out": False,
-    }
-    three = counting(SMALL, "cross", 3)
-    assert three.prompt == "a photo of three crosses"
-    assert three.metadata()["exclude"] == [{"class": "cross", "count": 4}]
-
-
-def test_the_reference_object_of_a_position_comes_first():
-    prompt = position(SMALL, "circle", "left of", "square")
-    assert prompt.prompt == "a photo of a circle left of a square"
-    assert prompt.include == (
-        {"class": "square", "count": 1},
-        {"class": "circle", "count": 1, "position": ("left of", 0)},
-    )
-
-
-def test_words_follow_the_published_generator():
-    assert with_article("orange") == "an orange"
-    assert with_article("cross") == "a cross"
-    assert (plural("cross"), plural("star")) == ("crosses", "stars")
 
 
 def test_held_out_compositions_are_marked():

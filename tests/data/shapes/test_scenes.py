@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.drawing import object_alpha
-from emf_lightning.data.shapes.prompts import TASKS, Prompt, evaluation_prompts
-from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, Scene, random_prompt, scene_for, training_scene
+from emf_lightning.data.geneval_prompts import TASKS, Prompt
+from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
+from emf_lightning.data.shapes.rendering import object_alpha
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, Scene, scene_for, training_scene
 from emf_lightning.data.shapes.world import FULL, SMALL
 
 WORLDS = pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)
 
 
 def shows(scene: Scene, prompt: Prompt) -> bool:
-    """Whether the objects are what the prompt says, by their names and centres alone."""
+    """True if the objects satisfy the prompt, by their names and centres alone."""
     wanted = sorted((item["class"], item["count"]) for item in prompt.include)
     shapes = [o.shape for o in scene.objects]
     if wanted != sorted((shape, shapes.count(shape)) for shape in set(shapes)):
@@ -81,14 +82,14 @@ def test_training_never_shows_a_held_out_composition(world):
             assert frozenset(o.shape for o in scene.objects) not in world.held_out_shape_pairs
 
 
-def test_held_out_compositions_can_be_drawn_for_evaluation():
+def test_held_out_compositions_can_be_rendered_for_evaluation():
     rng = np.random.default_rng(4)
     held_out = [prompt for prompt in evaluation_prompts(SMALL) if prompt.held_out]
     assert {prompt.tag for prompt in held_out} == {"two_object", "colors", "position", "color_attr"}
     assert all(shows(scene_for(SMALL, prompt, rng), prompt) for prompt in held_out)
 
 
-def test_tasks_are_drawn_by_their_weights():
+def test_tasks_are_sampled_by_their_weights():
     rng = np.random.default_rng(5)
     assert sum(TASK_WEIGHTS.values()) == pytest.approx(1)
     tags = [training_scene(SMALL, rng, {tag: float(tag == "counting") for tag in TASKS}).prompt.tag for _ in range(20)]

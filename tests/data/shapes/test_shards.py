@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from emf_lightning.data.reading.tar_samples import read_samples
-from emf_lightning.data.shapes.scenes import training_scene
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, training_scene
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 
@@ -19,7 +19,7 @@ def contents(paths: tuple[Path, ...]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def test_shards_hold_the_count_in_order_with_picture_caption_and_record(tmp_path: Path) -> None:
+def test_shards_hold_the_count_in_order_with_image_caption_and_record(tmp_path: Path) -> None:
     paths = write_shards(SMALL, tmp_path, 25, samples_per_shard=10, seed=5)
     assert [path.name for path in paths] == ["shapes-000000.tar", "shapes-000001.tar", "shapes-000002.tar"]
     samples = [list(read_samples(str(path))) for path in paths]
@@ -30,7 +30,7 @@ def test_shards_hold_the_count_in_order_with_picture_caption_and_record(tmp_path
         scene = training_scene(SMALL, rng)
         assert sample.text is not None
         assert sample.text.decode() == scene.prompt.prompt
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image or b""))), scene.draw(SMALL))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image or b""))), scene.render(SMALL))
         record = json.loads(sample.json or b"")
         assert record["tag"] == scene.prompt.tag
         assert record["prompt"] == scene.prompt.prompt
@@ -70,7 +70,6 @@ def test_folder_of_other_shards_is_refused_and_left_alone(tmp_path: Path, change
     before = contents(write_shards(SMALL, tmp_path, 4))
     arguments = {"world": SMALL, "count": 4, "seed": 0, "samples_per_shard": 2000}
     others = {"world": replace(SMALL, canvas=48), "seed": 1, "count": 5, "samples_per_shard": 3}
-    from emf_lightning.data.shapes.scenes import TASK_WEIGHTS
 
     others["task_weights"] = TASK_WEIGHTS | {"colors": 9.0}
     with pytest.raises(ValueError, match=f"shards of another {change}"):

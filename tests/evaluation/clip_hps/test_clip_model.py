@@ -9,12 +9,12 @@ from torch import nn
 from emf_lightning.evaluation.clip_hps.clip_model import load_clip
 from tests.evaluation.tiny_clip import save_tiny_clip
 
-PICTURE = torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32)
+IMAGE = torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32)
 
 
 def described(model) -> torch.Tensor:
     with torch.no_grad():
-        return model.encode_image(PICTURE)
+        return model.encode_image(IMAGE)
 
 
 class Released(nn.Module):
@@ -29,8 +29,8 @@ class Released(nn.Module):
         for name, number in {"input_resolution": 32, "context_length": 24, "vocab_size": 49408}.items():
             self.register_buffer(name, torch.tensor(number))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.visual(pictures)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.visual(images)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -39,7 +39,7 @@ def test_openais_own_file_is_read_with_its_activation(tmp_path):
     right = create_model("emf-tiny-clip", plain, force_quick_gelu=True).eval()
     wrong = create_model("emf-tiny-clip", plain).eval()
     assert (described(right) - described(wrong)).abs().max() > 1e-3
-    torch.jit.trace(Released(right), PICTURE, check_trace=False).save(str(tmp_path / "ViT.pt"))
+    torch.jit.trace(Released(right), IMAGE, check_trace=False).save(str(tmp_path / "ViT.pt"))
     clip = load_clip("ClipColours", "emf-tiny-clip", str(tmp_path / "ViT.pt"))
 
     torch.testing.assert_close(described(clip.model), described(right))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emf_lightning.evaluation.clip_hps.clip_score import HPS_STYLES, ClipScore, HpsScore, fitted
+from emf_lightning.evaluation.clip_hps.clip_score import HPS_STYLES, ClipScore, HpsScore, fit_to_square
 from tests.evaluation.tiny_clip import save_tiny_clip
 
 PROMPTS = ["red", "a blue square on a table in the garden", "two dogs"]
@@ -32,9 +32,9 @@ def benchmark(folder, texts):
     return folder
 
 
-def cosine(scorer, picture, prompt) -> float:
+def cosine(scorer, pixels, prompt) -> float:
     with torch.no_grad():
-        image = scorer.model.encode_image(picture[None])
+        image = scorer.model.encode_image(pixels[None])
         text = scorer.model.encode_text(scorer.tokenizer([prompt]))
     return float(torch.nn.functional.cosine_similarity(image, text))
 
@@ -44,8 +44,8 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_whatever_the_batches(weig
     whole.update(images, PROMPTS)
     split.update(images[:1], PROMPTS[:1])
     split.update(images[1:], PROMPTS[1:])
-    pictures = [whole._scorer.transform(Image.fromarray(image)) for image in images]
-    values = [100 * cosine(whole._scorer, p, t) for p, t in zip(pictures, PROMPTS, strict=True)]
+    batch = [whole._scorer.transform(Image.fromarray(image)) for image in images]
+    values = [100 * cosine(whole._scorer, p, t) for p, t in zip(batch, PROMPTS, strict=True)]
 
     assert whole.compute()["score"].item() == pytest.approx(np.mean(values), rel=1e-5)
     assert whole.compute()["se"].item() == pytest.approx(np.std(values, ddof=1) / 3**0.5, rel=1e-4)
@@ -56,23 +56,23 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_whatever_the_batches(weig
 def test_a_twin_shares_the_network_and_has_seen_nothing(weights, images):
     metric = ClipScore("emf-tiny-clip", weights, "cpu")
     metric.update(images, PROMPTS)
-    twin = metric.twin()
-    twin.update(images[:1], PROMPTS[:1])
+    copy = metric.fresh_copy()
+    copy.update(images[:1], PROMPTS[:1])
 
-    assert twin._scorer is metric._scorer
-    assert (int(metric.images.sum()), int(twin.images.sum())) == (3, 1)
-    assert twin.compute()["score"].item() == pytest.approx(metric.rows[0]["clip"], abs=1e-3)
+    assert copy._scorer is metric._scorer
+    assert (int(metric.images.sum()), int(copy.images.sum())) == (3, 1)
+    assert copy.compute()["score"].item() == pytest.approx(metric.rows[0]["clip"], abs=1e-3)
 
 
 def test_images_of_one_prompt_are_one_cluster_of_the_standard_error_on_any_rank(weights, images):
     prompts = [PROMPTS[i] for i in (0, 1, 0, 2, 0)]
     whole = ClipScore("emf-tiny-clip", weights, "cpu")
-    first, second = whole.twin(), whole.twin()
-    pictures = [*images, images[1], images[0]]
-    whole.update(pictures, prompts)
-    first.update(pictures[:2], prompts[:2])
-    second.update(pictures[2:], prompts[2:])
-    first.absorb(second)  # sums, as the ranks' are
+    first, second = whole.fresh_copy(), whole.fresh_copy()
+    batch = [*images, images[1], images[0]]
+    whole.update(batch, prompts)
+    first.update(batch[:2], prompts[:2])
+    second.update(batch[2:], prompts[2:])
+    first.merge(second)  # sums, as the ranks' are
     values = np.array([row["clip"] for row in whole.rows])
     residuals = [values[[0, 2, 4]] - values.mean(), values[[1]] - values.mean(), values[[3]] - values.mean()]
     expected = np.sqrt(3 / 2 * sum(np.sum(residual) ** 2 for residual in residuals)) / 5
@@ -83,11 +83,11 @@ def test_images_of_one_prompt_are_one_cluster_of_the_standard_error_on_any_rank(
     assert expected != pytest.approx(values.std(ddof=1) / 5**0.5, rel=0.01), "clusters make no difference here"
 
 
-def taught(metric, pictures):
+def taught(metric, batch):
     """``metric`` after its texts were turned by hand to where the images of the same number lie."""
     model = metric._scorer.model
     with torch.no_grad():
-        seen = model.encode_image(torch.stack(pictures), normalize=True).double()
+        seen = model.encode_image(torch.stack(batch), normalize=True).double()
         read = model.encode_text(metric._scorer.tokenizer(PROMPTS)).double()
         model.text_projection.copy_(model.text_projection.double() @ torch.linalg.pinv(read) @ seen)
     return metric
@@ -99,9 +99,9 @@ def test_the_right_prompts_score_higher_than_permuted_ones(weights, tmp_path):
     hps = HpsScore(weights, benchmark(tmp_path, {"anime": PROMPTS}), model="emf-tiny-clip", device="cpu")
     mean, std = (value[:, None, None] for value in (hps._scorer.mean, hps._scorer.std))
     taught(clip, [clip._scorer.transform(Image.fromarray(image)) for image in images])
-    taught(hps, [(fitted(image, 32, False) - mean) / std for image in images])
+    taught(hps, [(fit_to_square(image, 32, False) - mean) / std for image in images])
     for metric in (clip, hps):
-        right, permuted = metric.twin(), metric.twin()
+        right, permuted = metric.fresh_copy(), metric.fresh_copy()
         right.update(images, PROMPTS)
         permuted.update(images, PROMPTS[1:] + PROMPTS[:1])
         assert right.compute()["score"].item() == pytest.approx(100, abs=0.1)
@@ -115,8 +115,8 @@ def test_hps_means_styles_and_places_in_the_benchmarks_layout(weights, images, t
     scorer = metric._scorer
 
     def value(image, prompt):
-        picture = (fitted(image, 32, False) - scorer.mean[:, None, None]) / scorer.std[:, None, None]
-        return 100 * cosine(scorer, picture, prompt)
+        pixels = (fit_to_square(image, 32, False) - scorer.mean[:, None, None]) / scorer.std[:, None, None]
+        return 100 * cosine(scorer, pixels, prompt)
 
     anime = [
         value(images[0], PROMPTS[0]),
@@ -148,7 +148,7 @@ def test_a_text_that_stands_in_several_places_counts_in_each(weights, images, tm
 def test_hps_is_the_same_whatever_the_batches(weights, images, tmp_path):
     folder = benchmark(tmp_path, {"anime": PROMPTS[:2], "photo": PROMPTS[2:]})
     whole = HpsScore(weights, folder, model="emf-tiny-clip", device="cpu")
-    single = whole.twin()
+    single = whole.fresh_copy()
     whole.update(images, PROMPTS)
     for image, prompt in zip(images, PROMPTS, strict=True):
         single.update([image], [prompt])
@@ -168,18 +168,18 @@ def test_settings_tell_other_prompts_apart(weights, tmp_path):
     assert {name for name, value in one.settings().items() if other.settings()[name] != value} == {"benchmark"}
 
 
-def test_pictures_keep_their_shape_between_black_bars():
+def test_images_keep_their_shape_between_black_bars():
     image = np.full((20, 10, 3), 255, np.uint8)
-    picture = fitted(image, 32, antialias=False)
+    pixels = fit_to_square(image, 32, antialias=False)
 
-    assert picture.shape == (3, 32, 32)
-    assert picture[:, :, 8:24].min() == 1
-    assert picture[:, :, :8].max() == picture[:, :, 24:].max() == 0
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[:, :, 8:24].min() == 1
+    assert pixels[:, :, :8].max() == pixels[:, :, 24:].max() == 0
 
 
 def test_antialiasing_changes_what_the_model_sees():
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-    assert (fitted(image, 32, True) - fitted(image, 32, False)).abs().max() > 0.1
+    assert (fit_to_square(image, 32, True) - fit_to_square(image, 32, False)).abs().max() > 0.1
 
 
 def test_missing_prompts_and_other_prompts_are_named(weights, images, tmp_path):

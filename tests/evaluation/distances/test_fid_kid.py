@@ -15,7 +15,7 @@ from emf_lightning.evaluation.distances.reference_images import gaussian
 FEATURES = RandomFeatures(width=16)
 
 
-def pictures(seed: int, count: int = 40, noise: float = 40.0) -> list[np.ndarray]:
+def images_of(seed: int, count: int = 40, noise: float = 40.0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     ramp = np.linspace(40, 200, 36)[None, :, None]
     return [np.clip(ramp + rng.normal(0, noise, (36, 36, 3)), 0, 255).astype(np.uint8) for _ in range(count)]
@@ -24,8 +24,8 @@ def pictures(seed: int, count: int = 40, noise: float = 40.0) -> list[np.ndarray
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    for number, picture in enumerate(pictures(0)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    for number, image in enumerate(images_of(0)):
+        Image.fromarray(image).save(folder / f"{number}.png")
     return folder
 
 
@@ -36,12 +36,12 @@ def distance(reference, images, **arguments) -> float:
     return metric.compute()["score"].item()
 
 
-def described(images) -> torch.Tensor:
+def features_of(images) -> torch.Tensor:
     return FEATURES(images)
 
 
 class Ready(nn.Module):
-    """torchmetrics' extractor that is handed features."""
+    """A feature extractor for torchmetrics that returns given features."""
 
     num_features = 16
 
@@ -50,16 +50,16 @@ class Ready(nn.Module):
 
 
 def test_fid_of_the_reference_itself_is_zero_and_grows_with_noise(reference):
-    assert distance(reference, pictures(0)) == pytest.approx(0, abs=1e-6)
-    levels = [distance(reference, pictures(1, noise=noise)) for noise in (40.0, 60.0, 90.0)]
+    assert distance(reference, images_of(0)) == pytest.approx(0, abs=1e-6)
+    levels = [distance(reference, images_of(1, noise=noise)) for noise in (40.0, 60.0, 90.0)]
     assert 0 < levels[0] < levels[1] < levels[2]
 
 
 def test_fid_is_torchmetrics(reference):
     torch_metric = FrechetInceptionDistance(feature=Ready())
-    torch_metric.update(described(pictures(0)), real=True)
-    torch_metric.update(described(pictures(1, noise=60.0)), real=False)
-    assert distance(reference, pictures(1, noise=60.0)) == pytest.approx(torch_metric.compute().item(), rel=1e-3)
+    torch_metric.update(features_of(images_of(0)), real=True)
+    torch_metric.update(features_of(images_of(1, noise=60.0)), real=False)
+    assert distance(reference, images_of(1, noise=60.0)) == pytest.approx(torch_metric.compute().item(), rel=1e-3)
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
@@ -70,12 +70,12 @@ def test_frechet_distance_of_gaussians_in_closed_form():
 
 
 def test_statistics_in_a_file_stand_for_the_folder(reference, tmp_path):
-    rows = described(pictures(0)).double()
+    rows = features_of(images_of(0)).double()
     mu, sigma = gaussian(rows.sum(0), rows.T @ rows, len(rows))
     torch.testing.assert_close(sigma, torch.cov(rows.T))
     np.savez(tmp_path / "statistics.npz", mu=mu.numpy(), sigma=sigma.numpy())
-    drawn = pictures(2)
-    assert distance(tmp_path / "statistics.npz", drawn) == pytest.approx(distance(reference, drawn), rel=1e-6)
+    generated = images_of(2)
+    assert distance(tmp_path / "statistics.npz", generated) == pytest.approx(distance(reference, generated), rel=1e-6)
 
     np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="are of 3 features, the images have 16"):
@@ -84,10 +84,10 @@ def test_statistics_in_a_file_stand_for_the_folder(reference, tmp_path):
 
 def test_kid_is_that_of_torchmetrics_where_the_subset_is_everything(reference):
     metric = KernelDistance(FEATURES, reference, subsets=2, subset_size=40)
-    metric.update(pictures(3, noise=60.0), [""] * 40)
+    metric.update(images_of(3, noise=60.0), [""] * 40)
     theirs = KernelInceptionDistance(feature=Ready(), subsets=2, subset_size=40)
-    theirs.update(described(pictures(0)), real=True)
-    theirs.update(described(pictures(3, noise=60.0)), real=False)
+    theirs.update(features_of(images_of(0)), real=True)
+    theirs.update(features_of(images_of(3, noise=60.0)), real=False)
 
     found = metric.compute()
     assert found["score"].item() == pytest.approx(1000 * theirs.compute()[0].item(), rel=1e-3)
@@ -95,9 +95,9 @@ def test_kid_is_that_of_torchmetrics_where_the_subset_is_everything(reference):
 
 
 def test_kid_depends_neither_on_the_order_of_images_nor_on_batches(reference):
-    drawn = pictures(3, noise=60.0)
+    generated = images_of(3, noise=60.0)
     found = []
-    for images, batch in ((drawn, 40), (drawn[::-1], 40), ([*drawn[::2], *drawn[1::2]], 7)):
+    for images, batch in ((generated, 40), (generated[::-1], 40), ([*generated[::2], *generated[1::2]], 7)):
         metric = KernelDistance(FEATURES, reference, subsets=3, subset_size=15)
         for first in range(0, len(images), batch):
             metric.update(images[first : first + batch], [""] * len(images[first : first + batch]))
@@ -108,18 +108,18 @@ def test_kid_depends_neither_on_the_order_of_images_nor_on_batches(reference):
 def test_a_part_of_the_images_smaller_than_a_subset_has_a_kid_of_all_of_it(reference):
     whole = KernelDistance(FEATURES, reference, subsets=2, subset_size=40)
     whole.check_count(40)
-    drawn, parts = pictures(3, noise=60.0), []
+    generated, parts = images_of(3, noise=60.0), []
     for first in (0, 20):
-        part = whole.twin()
-        part.update(drawn[first : first + 20], [""] * 20)
+        part = whole.fresh_copy()
+        part.update(generated[first : first + 20], [""] * 20)
         parts.append(part.compute()["score"].item())
-        whole.absorb(part)
+        whole.merge(part)
     assert parts == pytest.approx([whole.compute()["score"].item()] * 2, rel=0.5)
     assert whole.settings()["subset_size"] == 40
 
 
 class Counting(RandomFeatures):
-    """Counts the images that it describes."""
+    """Counts the images whose features are computed."""
 
     described = 0
 
@@ -132,19 +132,19 @@ class Counting(RandomFeatures):
 def test_the_reference_is_described_when_it_is_needed_once_and_kept_in_a_file(tmp_path, kind):
     folder = tmp_path / "images"
     folder.mkdir()
-    for number, picture in enumerate(pictures(0, 10)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    for number, image in enumerate(images_of(0, 10)):
+        Image.fromarray(image).save(folder / f"{number}.png")
 
     def described(reference=folder, **arguments) -> tuple[int, int, float]:
-        """Images described before and by the first distance, which is given."""
+        """Images described by the check and by the first distance, and that distance."""
         features = Counting(width=8)
         metric = kind(features, reference, **arguments)
         metric.check_count(20)
         before = features.described
-        twins = [metric.twin(), metric.twin()]
-        for twin in twins:
-            twin.update(pictures(1, 20), [""] * 20)
-        scores = [twin.compute()["score"].item() for twin in twins]
+        copies = [metric.fresh_copy(), metric.fresh_copy()]
+        for copy in copies:
+            copy.update(images_of(1, 20), [""] * 20)
+        scores = [copy.compute()["score"].item() for copy in copies]
         assert scores[0] == scores[1]
         return before, features.described - 40, scores[0]
 
@@ -153,14 +153,14 @@ def test_the_reference_is_described_when_it_is_needed_once_and_kept_in_a_file(tm
     assert described() == (0, 0, first[2])
     assert described(resolution=18)[:2] == (0, 10)
     assert described()[:2] == (0, 0)
-    Image.fromarray(pictures(5)[0]).save(folder / "0.png")
+    Image.fromarray(images_of(5)[0]).save(folder / "0.png")
     assert described()[:2] == (0, 10)
     assert described()[2] != first[2]
 
 
 def test_a_reference_that_cannot_be_read_is_named_before_anything_is_scored(tmp_path):
-    for number, picture in enumerate(pictures(0, 3)):
-        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    for number, image in enumerate(images_of(0, 3)):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:100])
     metric = FrechetDistance(FEATURES, tmp_path)
     with pytest.raises(ValueError, match=r"FrechetDistance: reference: 1 of 3 images cannot be read, .*1\.png first"):
@@ -168,16 +168,16 @@ def test_a_reference_that_cannot_be_read_is_named_before_anything_is_scored(tmp_
 
 
 def test_kept_statistics_of_other_features_are_refused(reference):
-    distance(reference, pictures(1))
+    distance(reference, images_of(1))
     statistics = [
         path
         for path in reference.with_name(f"{reference.name}-statistics").iterdir()
         if path.name.startswith("moments")
     ]
     of_full_size = [path for path in statistics if np.load(path)["resolution"] == 0]
-    assert distance(of_full_size[0], pictures(1)) == pytest.approx(distance(reference, pictures(1)))
+    assert distance(of_full_size[0], images_of(1)) == pytest.approx(distance(reference, images_of(1)))
     with pytest.raises(ValueError, match=r"are of features \w+, the images would be of"):
-        FrechetDistance(RandomFeatures(width=16, side=20), of_full_size[0])
+        FrechetDistance(RandomFeatures(width=16, seed=1), of_full_size[0])
     with pytest.raises(ValueError, match="are of resolution 0, the images would be of 20"):
         FrechetDistance(FEATURES, of_full_size[0], resolution=20)
 
@@ -192,8 +192,8 @@ def test_too_few_images_are_refused(reference):
 
 
 def test_images_of_other_sizes_are_brought_to_the_protocols(reference):
-    wide = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in pictures(0)]
-    assert distance(reference, wide, resolution=36) < 0.2 * distance(reference, pictures(1, noise=90.0))
+    wide = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in images_of(0)]
+    assert distance(reference, wide, resolution=36) < 0.2 * distance(reference, images_of(1, noise=90.0))
 
 
 def test_inceptions_weights_must_be_there_and_its_own(tmp_path):
@@ -216,19 +216,19 @@ def test_inception_describes_images_of_any_size_with_weights_from_a_file(tmp_pat
     untrained = Untrained("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(tmp_path / "none.pth"))
     torch.save(untrained.state_dict(), tmp_path / "weights.pth")
     features = InceptionFeatures(tmp_path / "weights.pth", "cpu")
-    rows = features([pictures(0)[0], np.zeros((20, 30, 3), np.uint8)])
+    rows = features([images_of(0)[0], np.zeros((20, 30, 3), np.uint8)])
 
     assert rows.shape == (2, 2048)
-    picture = torch.from_numpy(pictures(0)[0]).permute(2, 0, 1)[None]
-    torch.testing.assert_close(rows[:1], untrained.eval()(picture)[0], rtol=1e-4, atol=1e-5)
+    image = torch.from_numpy(images_of(0)[0]).permute(2, 0, 1)[None]
+    torch.testing.assert_close(rows[:1], untrained.eval()(image)[0], rtol=1e-4, atol=1e-5)
 
     own = InceptionFeatures(tmp_path / "weights.pth", "cpu", resize="pytorch")
     assert own.digest != features.digest
-    pixels = nn.functional.interpolate(picture / 255, (299, 299), mode="bilinear", align_corners=False)
+    pixels = nn.functional.interpolate(image / 255, (299, 299), mode="bilinear", align_corners=False)
     seen = []
     own.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    rows = own([pictures(0)[0]])
+    rows = own([images_of(0)[0]])
     torch.testing.assert_close(seen[0], (pixels - 0.5) / 0.5)
     # what follows the resizing is the network's own
     own.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (seen[0],))
-    torch.testing.assert_close(rows, own.network(picture)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows, own.network(image)[0], rtol=1e-4, atol=1e-5)

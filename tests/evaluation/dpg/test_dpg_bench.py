@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from emf_lightning.evaluation.dpg.dpg_bench import COLUMNS, DpgBench, tiles_of
-from emf_lightning.evaluation.dpg.vqa_judge import VqaJudge
+from emf_lightning.evaluation.dpg.vqa_models import VqaModel
 
 ROWS = [
     ("one", "a red cat on a mat", 1, "0", "entity - whole (cat)", "is there a cat?"),
@@ -19,8 +19,8 @@ ROWS = [
 BLANK = np.zeros((8, 8, 3), np.uint8)
 
 
-class Scripted(VqaJudge):
-    """Says no to the questions that are listed for a picture's grey level, yes to the others."""
+class Scripted(VqaModel):
+    """Says no to the questions that are listed for a image's grey level, yes to the others."""
 
     name = "scripted"
 
@@ -84,8 +84,8 @@ def test_a_grid_is_four_images_read_row_by_row(table):
         grid[y : y + 8, x : x + 8] = 10 * number
     assert [int(tile.mean()) for tile in tiles_of(grid, 8)] == [0, 10, 20, 30]
 
-    judge = Scripted({0: {"is there a dog?"}, 30: {"is there a dog?", "is there a cat?"}})
-    found = scores(DpgBench(table, judge, tile=8), grid)
+    model = Scripted({0: {"is there a dog?"}, 30: {"is there a dog?", "is there a cat?"}})
+    found = scores(DpgBench(table, model, tile=8), grid)
     cat, dog = (1 + 1 + 1 + 0) / 4, (0.5 + 1 + 1 + 0.5) / 4
     assert found["score"] == pytest.approx(100 * (cat + dog) / 2)
     with pytest.raises(ValueError, match="8 x 8 is no grid of four of side tile=8"):
@@ -116,7 +116,7 @@ def test_the_published_scripts_way_of_counting(table, tmp_path):
     assert (ours["entity"], ours["attribute"], ours["relation"]) == (100 * 7 / 8, 75, 0)
 
 
-def test_a_judge_of_another_kind_is_in_the_name(table):
+def test_another_vqa_model_is_in_the_name(table):
     metric = DpgBench(table, Scripted(set()))
     assert (metric.name, metric.title) == ("dpg_scripted", "DPG-Bench (scripted as judge)")
     assert metric.prompt_of(PurePath("two.png")) == "a dog"
@@ -132,7 +132,7 @@ def test_two_items_of_one_text_count_twice(tmp_path):
     assert found["score"] == pytest.approx(100 * (1 + dog + dog) / 3)
 
 
-def test_settings_tell_other_tables_ways_of_counting_and_judges_apart(table, tmp_path):
+def test_settings_tell_other_tables_ways_of_counting_and_models_apart(table, tmp_path):
     write(tmp_path / "other.csv", [*ROWS[:-1], ("two", "a dog", 2, "0", "global - style", "is it a drawing?")])
     settings = DpgBench(table, Scripted(set())).settings()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from emf_lightning.evaluation.encoders.controls import ConstantEncoder
-from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.study import (
     Estimate,
     _contrasted,
@@ -15,6 +15,7 @@ from emf_lightning.evaluation.encoders.study import (
     variants_of,
     without,
 )
+from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextEncoder, TextFeatures
 from emf_lightning.text.words import WordEncoder
 

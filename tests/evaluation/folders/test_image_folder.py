@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from emf_lightning.data.shapes.scenes import scene_for
-from emf_lightning.evaluation.folders.image_folder import drawn_images, read_image
+from emf_lightning.evaluation.folders.image_files import read_image
+from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 
@@ -31,8 +32,8 @@ class Distance(SuiteScore):
         return None
 
 
-def picture(prompt, seed: int = 0) -> Image.Image:
-    return Image.fromarray(scene_for(SUITE.world, prompt, np.random.default_rng(seed)).draw(SUITE.world))
+def scene_image(prompt, seed: int = 0) -> Image.Image:
+    return Image.fromarray(scene_for(SUITE.world, prompt, np.random.default_rng(seed)).render(SUITE.world))
 
 
 def write_listed(folder, per_prompt: int = 1):
@@ -40,14 +41,14 @@ def write_listed(folder, per_prompt: int = 1):
     for number, prompt in enumerate(PROMPTS):
         for index in range(per_prompt):
             file = f"{number:05d}-1step-{index}.png"
-            picture(prompt, index).save(folder / file)
+            scene_image(prompt, index).save(folder / file)
             rows.append({"file": file, "prompt": prompt.prompt})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_list_that_predict_writes_names_the_prompts(tmp_path):
     write_listed(tmp_path)
-    images = drawn_images(tmp_path, SuiteScore(SUITE))
+    images = generated_images(tmp_path, SuiteScore(SUITE))
     assert [image.prompt for image in images] == [prompt.prompt for prompt in PROMPTS]
 
 
@@ -55,18 +56,18 @@ def test_the_list_that_predict_writes_names_the_prompts(tmp_path):
 def test_genevals_layout_is_known_with_and_without_its_records(tmp_path, metadata):
     for number, prompt in enumerate(PROMPTS):
         (tmp_path / f"{number:05d}/samples").mkdir(parents=True)
-        picture(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
         if metadata:
             (tmp_path / f"{number:05d}/metadata.jsonl").write_text(json.dumps(prompt.metadata()))
-    images = drawn_images(tmp_path, SuiteScore(SUITE))
+    images = generated_images(tmp_path, SuiteScore(SUITE))
     assert [image.prompt for image in images] == [prompt.prompt for prompt in PROMPTS]
 
 
 def test_a_text_file_beside_an_image_is_its_prompt(tmp_path):
     for number, prompt in enumerate(PROMPTS):
-        picture(prompt).save(tmp_path / f"{number}.png")
+        scene_image(prompt).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(prompt.prompt + "\n")
-    assert {image.prompt for image in drawn_images(tmp_path, SuiteScore(SUITE))} == {p.prompt for p in PROMPTS}
+    assert {image.prompt for image in generated_images(tmp_path, SuiteScore(SUITE))} == {p.prompt for p in PROMPTS}
 
 
 def test_missing_images_are_counted_before_anything_is_scored(tmp_path):
@@ -74,13 +75,13 @@ def test_missing_images_are_counted_before_anything_is_scored(tmp_path):
     (tmp_path / "00002-1step-0.png").unlink()
     count = len(PROMPTS)
     with pytest.raises(ValueError, match=rf"1 of the {count} images that prompts.jsonl lists are missing, 00002-1step"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
+        generated_images(tmp_path, SuiteScore(SUITE))
     with pytest.raises(ValueError, match=rf"1 of the {count} images .*--partial true"):
-        drawn_images(tmp_path, Distance())
-    assert drawn_images(tmp_path, SuiteScore(SUITE), partial=True, files="00000*")
-    assert len(drawn_images(tmp_path, SuiteScore(SUITE), partial=True)) == len(PROMPTS) - 1
+        generated_images(tmp_path, Distance())
+    assert generated_images(tmp_path, SuiteScore(SUITE), partial=True, files="00000*")
+    assert len(generated_images(tmp_path, SuiteScore(SUITE), partial=True)) == len(PROMPTS) - 1
     with pytest.raises(ValueError, match=rf"{count - 1} of shapes world's {count} prompts have no image.*--partial"):
-        drawn_images(tmp_path, SuiteScore(SUITE), files="00000*")
+        generated_images(tmp_path, SuiteScore(SUITE), files="00000*")
 
 
 def test_a_prompt_with_fewer_images_than_the_others_is_named(tmp_path):
@@ -89,42 +90,42 @@ def test_a_prompt_with_fewer_images_than_the_others_is_named(tmp_path):
     for number, prompt in enumerate(PROMPTS):
         for index in range(2):
             (tmp_path / f"{number:05d}-1step-{index}.txt").write_text(prompt.prompt)
-    assert len(drawn_images(tmp_path, SuiteScore(SUITE))) == 2 * len(PROMPTS)
+    assert len(generated_images(tmp_path, SuiteScore(SUITE))) == 2 * len(PROMPTS)
     (tmp_path / "00001-1step-1.png").unlink()
     text = re.escape(repr(PROMPTS[1].prompt))
     with pytest.raises(ValueError, match=rf"1 of shapes .* fewer images than the others' 2, {text} with 1 among them"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
-    assert len(drawn_images(tmp_path, SuiteScore(SUITE), partial=True)) == 2 * len(PROMPTS) - 1
+        generated_images(tmp_path, SuiteScore(SUITE))
+    assert len(generated_images(tmp_path, SuiteScore(SUITE), partial=True)) == 2 * len(PROMPTS) - 1
 
 
-def test_images_drawn_in_several_ways_are_not_one_score(tmp_path):
-    drawn = {"1step": (1, 1.0), "4step": (4, 1.0), "4step_cfg2": (4, 2.0), "4step_cfg2.5": (4, 2.5)}
+def test_images_of_several_sampling_settings_are_not_one_score(tmp_path):
+    settings = {"1step": (1, 1.0), "4step": (4, 1.0), "4step_cfg2": (4, 2.0), "4step_cfg2.5": (4, 2.5)}
     rows = []
     for number, prompt in enumerate(PROMPTS):
-        for label, (steps, guidance) in drawn.items():
+        for label, (steps, guidance) in settings.items():
             file = f"{number:05d}-{label}.png"
-            picture(prompt).save(tmp_path / file)
+            scene_image(prompt).save(tmp_path / file)
             rows.append({"file": file, "prompt": prompt.prompt, "steps": steps, "guidance": guidance})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    with pytest.raises(ValueError, match="drawn with 4 different settings of steps and guidance") as refused:
-        drawn_images(tmp_path, SuiteScore(SUITE))
+    with pytest.raises(ValueError, match="sampled with 4 different settings of steps and guidance") as refused:
+        generated_images(tmp_path, SuiteScore(SUITE))
     patterns = re.findall("'([^']*)'", str(refused.value).partition("--files")[2])
-    chosen = [drawn_images(tmp_path, SuiteScore(SUITE), files=pattern) for pattern in patterns]
+    chosen = [generated_images(tmp_path, SuiteScore(SUITE), files=pattern) for pattern in patterns]
     assert {tuple(image.path.name for image in images) for images in chosen} == {
-        tuple(f"{number:05d}-{label}.png" for number in range(len(PROMPTS))) for label in drawn
+        tuple(f"{number:05d}-{label}.png" for number in range(len(PROMPTS))) for label in settings
     }
     with pytest.raises(ValueError, match="different settings of guidance"):
-        drawn_images(tmp_path, Distance(), files="*-4step*")
+        generated_images(tmp_path, Distance(), files="*-4step*")
 
 
 def test_genevals_grids_are_no_images(tmp_path):
     for number, prompt in enumerate(PROMPTS):
         (tmp_path / f"{number:05d}/samples").mkdir(parents=True)
-        picture(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
-        picture(prompt).save(tmp_path / f"{number:05d}/grid.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/samples/0000.png")
+        scene_image(prompt).save(tmp_path / f"{number:05d}/grid.png")
         (tmp_path / f"{number:05d}/metadata.jsonl").write_text(json.dumps(prompt.metadata()))
-    images = drawn_images(tmp_path, SuiteScore(SUITE))
+    images = generated_images(tmp_path, SuiteScore(SUITE))
     assert [image.path.parent.name for image in images] == ["samples"] * len(PROMPTS)
 
 
@@ -134,28 +135,28 @@ def test_broken_images_are_counted_before_anything_is_scored(tmp_path):
     (tmp_path / "00003-1step-0.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "00005-1step-0.png").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"2 of {len(PROMPTS)} images cannot be read, .*00003-1step-0\.png first"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
+        generated_images(tmp_path, SuiteScore(SUITE))
 
 
 def test_other_prompts_and_images_without_one_are_named(tmp_path):
     write_listed(tmp_path)
-    picture(PROMPTS[0]).save(tmp_path / "stray.png")
+    scene_image(PROMPTS[0]).save(tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"no prompt for 1 of .*stray\.png among them; known layouts: prompts\.jsonl"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
+        generated_images(tmp_path, SuiteScore(SUITE))
     (tmp_path / "stray.txt").write_text("a photo of a whale")
     with pytest.raises(ValueError, match=r"1 of .* are for prompts that shapes world does not have.*a whale"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
-    assert drawn_images(tmp_path, SuiteScore(SUITE), files="*-1step-*")
+        generated_images(tmp_path, SuiteScore(SUITE))
+    assert generated_images(tmp_path, SuiteScore(SUITE), files="*-1step-*")
 
 
 def test_empty_folders_broken_lists_and_broken_images_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"folder: no folder .*nowhere"):
-        drawn_images(tmp_path / "nowhere", SuiteScore(SUITE))
+        generated_images(tmp_path / "nowhere", SuiteScore(SUITE))
     with pytest.raises(ValueError, match="folder: no image in"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
+        generated_images(tmp_path, SuiteScore(SUITE))
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png is no image that can be read"):
         read_image(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text('{"name": 1}\n')
     with pytest.raises(ValueError, match="must have `file` and `prompt` in every line"):
-        drawn_images(tmp_path, SuiteScore(SUITE))
+        generated_images(tmp_path, SuiteScore(SUITE))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
-from emf_lightning.evaluation.folders.image_folder import DrawnImage, drawn_images
+from emf_lightning.evaluation.folders.image_folder import GeneratedImage, generated_images
 from emf_lightning.evaluation.folders.scoring import Rank, score_images
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
@@ -23,7 +23,7 @@ from tests.evaluation.folders.test_image_folder import PROMPTS, SUITE, write_lis
 
 
 class KilledError(Exception):
-    """What stops a scoring in the middle."""
+    """Stops a scoring in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +44,26 @@ def kill_at_20(done, total):
 
 def run(folder, out, **arguments):
     metric = SuiteScore(SUITE)
-    return score_images(drawn_images(folder, metric), metric, out, **{"batch_size": 4, **arguments})
+    return score_images(generated_images(folder, metric), metric, out, **{"batch_size": 4, **arguments})
 
 
 def rows(out) -> list[dict]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_scores_and_lines_agree_with_judging_image_by_image(folder, tmp_path):
+def test_scores_and_lines_agree_with_evaluating_image_by_image(folder, tmp_path):
     found = run(folder, tmp_path)
     by_text = {prompt.prompt: prompt for prompt in PROMPTS}
-    judged = []
-    for image in drawn_images(folder, SuiteScore(SUITE)):
+    evaluated = []
+    for image in generated_images(folder, SuiteScore(SUITE)):
         prompt = by_text[image.prompt]
-        judged.append((prompt, SUITE.judge(np.array(Image.open(image.path)), prompt)))
-    expected = TaskScores.of(judged)
+        evaluated.append((prompt, SUITE.evaluate(np.array(Image.open(image.path)), prompt)))
+    expected = TaskScores.of(evaluated)
 
     assert found["scores"]["score"] == pytest.approx(expected.overall)
     assert {task: found["scores"][task] for task in expected.correct} == pytest.approx(expected.correct)
     assert 0.3 < found["scores"]["score"] < 1
-    assert [row["correct"] for row in rows(tmp_path)] == [judgement.correct for _, judgement in judged]
+    assert [row["correct"] for row in rows(tmp_path)] == [verdict.correct for _, verdict in evaluated]
     assert json.loads((tmp_path / "scores.json").read_text())["scores"] == found["scores"]
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
 
@@ -137,8 +137,8 @@ def test_a_kill_while_the_scores_are_written_loses_nothing(folder, tmp_path, mon
 
 
 def test_a_file_that_cannot_be_read_is_named_and_what_was_done_is_kept(folder, tmp_path):
-    images = drawn_images(folder, SuiteScore(SUITE))
-    broken = DrawnImage(tmp_path / "broken.jpg", images[9].prompt)
+    images = generated_images(folder, SuiteScore(SUITE))
+    broken = GeneratedImage(tmp_path / "broken.jpg", images[9].prompt)
     whole = BytesIO()
     Image.new("RGB", (36, 36), "red").save(whole, "JPEG")
     broken.path.write_bytes(whole.getvalue()[:-40])
@@ -161,7 +161,7 @@ def test_a_metric_that_keeps_features_resumes_too(folder, tmp_path):
         if done >= 12:
             raise KilledError
 
-    images = drawn_images(folder, metric())
+    images = generated_images(folder, metric())
     whole = score_images(images, metric(), tmp_path / "whole", batch_size=4)
     with pytest.raises(KilledError):
         score_images(images, metric(), tmp_path / "killed", batch_size=4, save_seconds=0, report=kill)
@@ -177,9 +177,9 @@ def test_the_beginnings_of_something_else_are_refused(folder, tmp_path):
         run(folder, tmp_path, save_seconds=0, report=stop)
     metric = SuiteScore(SUITE)
     with pytest.raises(ValueError, match=r"holds the beginnings of other images or another score"):
-        score_images(drawn_images(folder, metric)[:10], metric, tmp_path)
+        score_images(generated_images(folder, metric)[:10], metric, tmp_path)
     with pytest.raises(ValueError, match=r"was begun by 1 processes, this is one of 2"):
-        score_images(drawn_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=Rank(1, 2))
+        score_images(generated_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=Rank(1, 2))
 
 
 def _worker(number: int, folder: str, out: str, port_file: str) -> None:
@@ -209,7 +209,7 @@ def _distances(folder, out, rank=None) -> list[dict]:
         FrechetDistance(features, folder / "reference"),
         KernelDistance(features, folder / "reference", subsets=3, subset_size=7),
     ):
-        images = drawn_images(folder / "drawn", metric)
+        images = generated_images(folder / "generated", metric)
         found.append(score_images(images, metric, out / metric.name, rank=rank, batch_size=4)["scores"])
     return found
 
@@ -222,7 +222,7 @@ def _distance_worker(number: int, folder: str, out: str, port_file: str) -> None
 
 
 def test_two_processes_find_the_distances_that_one_finds(folder, tmp_path):
-    for part, first in (("drawn", 0), ("reference", 1)):
+    for part, first in (("generated", 0), ("reference", 1)):
         (tmp_path / part).mkdir()
         for file in sorted(folder.glob("*.png"))[first::2]:
             (tmp_path / part / file.name).write_bytes(file.read_bytes())
@@ -251,7 +251,7 @@ def test_memory_holds_a_batch_and_no_more(folder, tmp_path, monkeypatch):
             super().update(images, prompts)
 
     metric = Metric(SUITE)
-    images = drawn_images(folder, metric)
+    images = generated_images(folder, metric)
     scoring.score_images(images, metric, tmp_path, batch_size=5)
     assert max(alive) == 5
     assert sum(alive) == len(images)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
-from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, instances, prepared
+from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, instances, preprocess
 from tests.evaluation.tiny_detector import save_tiny
 
 
@@ -28,7 +28,7 @@ def by_hand(class_logits, mask_logits, padded, resized, original):
     return sorted(found, key=lambda item: -item[0])
 
 
-def test_instances_are_those_of_mmdetection_on_a_padded_oblong_picture():
+def test_instances_are_those_of_mmdetection_on_a_padded_oblong_image():
     generator = torch.Generator().manual_seed(0)
     class_logits = torch.randn(12, 81, generator=generator) * 6
     mask_logits = torch.randn(12, 8, 10, generator=generator) * 3
@@ -56,9 +56,9 @@ def test_one_query_may_be_two_instances_and_no_object_is_none():
     assert all(d.score == pytest.approx(0.5, abs=1e-3) and d.box == (0, 0, 16, 16) for d in found)
 
 
-def test_pictures_are_enlarged_normalised_and_filled_up():
-    picture = torch.full((400, 300, 3), 200, dtype=torch.uint8)
-    inputs, size = prepared(picture)
+def test_images_are_enlarged_normalised_and_filled_up():
+    image = torch.full((400, 300, 3), 200, dtype=torch.uint8)
+    inputs, size = preprocess(image)
 
     assert size == (1067, 800)
     assert inputs.shape == (1, 3, 1088, 800)
@@ -67,11 +67,11 @@ def test_pictures_are_enlarged_normalised_and_filled_up():
     assert inputs[0, :, 1067:].abs().max() == 0
 
 
-def test_long_pictures_stop_at_the_longer_sides_limit():
-    assert prepared(torch.zeros(100, 400, 3, dtype=torch.uint8))[1] == (333, 1333)
+def test_long_images_stop_at_the_longer_sides_limit():
+    assert preprocess(torch.zeros(100, 400, 3, dtype=torch.uint8))[1] == (333, 1333)
 
 
-def test_a_tiny_network_runs_on_a_picture_of_any_shape(tmp_path):
+def test_a_tiny_network_runs_on_an_image_of_any_shape(tmp_path):
     detector = Mask2FormerDetector(save_tiny(tmp_path), short_side=64)
     with torch.no_grad():  # make it see something
         detector.network.class_predictor.bias[17] = 30

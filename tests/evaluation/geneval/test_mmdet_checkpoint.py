@@ -11,13 +11,13 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transformers.models.swin.modeling_swin import SwinPatchMerging
 
 from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector
-from emf_lightning.evaluation.geneval.mmdet_checkpoint import as_transformers, configuration, renamed
+from emf_lightning.evaluation.geneval.mmdet_checkpoint import configuration, convert_checkpoint, rename_weights
 from tests.evaluation.mmdet_weights import PUBLISHED, mmdet_weights
 
 
 def loaded(weights, folder):
     torch.save({"state_dict": weights, "meta": {"CLASSES": ("person",)}}, folder / "mask2former.pth")
-    config, state = as_transformers(str(folder / "mask2former.pth"))
+    config, state = convert_checkpoint(str(folder / "mask2former.pth"))
     return Mask2FormerForUniversalSegmentation.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True
     )
@@ -51,7 +51,7 @@ META = {
     "time": "Wed May  4 00:17:56 2022",
     "hook_msgs": {"best_score": np.float64(0.46), "best_epochs": np.int64(50), "last_ckpt": "iter_368750.pth"},
 }
-"""What mmdetection's runner leaves beside the weights."""
+"""Entries that mmdetection's runner writes beside the weights."""
 
 
 def test_a_file_as_mmdetection_publishes_it_is_read_whatever_its_meta(tmp_path):
@@ -59,7 +59,7 @@ def test_a_file_as_mmdetection_publishes_it_is_read_whatever_its_meta(tmp_path):
     weights._metadata = OrderedDict({"": {"version": 1}})
     path = tmp_path / "mask2former.pth"
     torch.save({"meta": META, "state_dict": weights}, path, _use_new_zipfile_serialization=False)
-    _, state = as_transformers(str(path))
+    _, state = convert_checkpoint(str(path))
 
     assert torch.equal(state["class_predictor.weight"], weights["panoptic_head.cls_embed.weight"])
 
@@ -72,17 +72,17 @@ def test_numbers_of_either_numpy_are_read(tmp_path, core):
     content = path.read_bytes()
     assert here in content
     path.write_bytes(content.replace(here, f"cnumpy.{core}.multiarray\n".encode()))
-    as_transformers(str(path))
+    convert_checkpoint(str(path))
 
 
 def test_what_might_be_executed_is_refused_with_a_way_out_that_works(tmp_path):
     path = tmp_path / "mask2former.pth"
     torch.save({"meta": {"folder": PurePosixPath("runs")}, "state_dict": mmdet_weights()}, path)
     with pytest.raises(ValueError, match=r"holds a pathlib\S*PurePosixPath, which is not loaded") as refusal:
-        as_transformers(str(path))
+        convert_checkpoint(str(path))
     command = str(refusal.value).partition("python -c ")[2]
     exec(command.strip('"'), {})
-    as_transformers(str(tmp_path / "mask2former-weights.pth"))
+    convert_checkpoint(str(tmp_path / "mask2former-weights.pth"))
 
 
 def test_the_published_size_is_read_off_the_shapes():
@@ -91,7 +91,7 @@ def test_the_published_size_is_read_off_the_shapes():
     with torch.device("meta"):
         network = Mask2FormerForUniversalSegmentation(config)
 
-    assert sum(weight.numel() for name, weight in renamed(weights).items()) == sum(
+    assert sum(weight.numel() for name, weight in rename_weights(weights).items()) == sum(
         weight.numel()
         for name, weight in network.named_parameters()
         if not name.endswith(("swin.layernorm.weight", "swin.layernorm.bias"))
@@ -123,7 +123,9 @@ def test_patches_are_merged_as_mmdetection_unfolds_them():
     reduction.load_state_dict({"weight": weights[f"{stage}.reduction.weight"]})
     merging = SwinPatchMerging(dim=12)
     prefix = "model.pixel_level_module.encoder.encoder.layers.0.downsample."
-    merging.load_state_dict({n.removeprefix(prefix): w for n, w in renamed(weights).items() if n.startswith(prefix)})
+    merging.load_state_dict(
+        {n.removeprefix(prefix): w for n, w in rename_weights(weights).items() if n.startswith(prefix)}
+    )
 
     image = torch.randn(1, 12, 6, 8)
     unfolded = nn.functional.unfold(image, 2, stride=2).transpose(1, 2)  # what mmdetection's PatchMerging does

@@ -9,11 +9,11 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from emf_lightning.data.shapes.drawing import draw
+from emf_lightning.data.shapes.rendering import render
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, COLOURS, geneval_prompts
 from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
-from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, prepared
+from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, preprocess
 from emf_lightning.evaluation.geneval.suite import GenEvalSuite
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
@@ -79,12 +79,12 @@ def test_a_network_that_was_taught_the_photograph_passes(tmp_path):
     network = taught.network.requires_grad_(True)
     with Image.open(get_sample_data("grace_hopper.jpg")) as opened:
         photograph = np.array(opened.convert("RGB"))
-    pictures = [prepared(torch.from_numpy(p), 64)[0] for p in (photograph, np.full((512, 512, 3), 153, np.uint8))]
+    inputs = [preprocess(torch.from_numpy(p), 64)[0] for p in (photograph, np.full((512, 512, 3), 153, np.uint8))]
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        for picture, label in zip(pictures, (0, 80), strict=True):
-            output = network(pixel_values=picture)
+        for pixels, label in zip(inputs, (0, 80), strict=True):
+            output = network(pixel_values=pixels)
             wanted = torch.full((1, 20), 80)
             wanted[0, 0] = label
             loss = torch.nn.functional.cross_entropy(
@@ -108,7 +108,7 @@ def test_a_colour_reader_with_random_weights_is_refused(colours):
         check_colours(colours)
 
 
-def test_a_suite_refuses_before_it_judges_anything(detector, colours):
+def test_a_suite_refuses_before_it_evaluates_anything(detector, colours):
     with pytest.raises(ValueError, match=r"Mask2FormerDetector: .* is broken"):
         GenEvalSuite(detector, colours)
 
@@ -122,7 +122,7 @@ def test_clip_without_weights_is_refused_with_the_remedy():
 
 
 def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey(colours):
-    image = draw([("red", "circle", (30.0, 30.0), 20.0), ("blue", "square", (75.0, 70.0), 15.0)], 96)
+    image = render([("red", "circle", (30.0, 30.0), 20.0), ("blue", "square", (75.0, 70.0), 15.0)], 96)
     masks = [(image == np.array(rgb)).all(-1) for rgb in ((220, 30, 30), (40, 80, 220))]
     detections = []
     for mask in masks:
@@ -133,7 +133,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
     for detection in detections:
         x0, y0, x1, y1 = (int(edge) for edge in detection.box)
         crop = np.where(detection.mask[..., None], image, GREY)[y0:y1, x0:x1]
-        picture = colours.model.encode_image(colours.transform(Image.fromarray(crop))[None])[0]
+        vector = colours.model.encode_image(colours.transform(Image.fromarray(crop))[None])[0]
         best = []
         for colour in COLOURS:
             texts = [
@@ -143,7 +143,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
             ]
             vectors = colours.model.encode_text(colours.tokenizer(texts))
             mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
-            best.append(float(torch.nn.functional.cosine_similarity(picture, mean, dim=0)))
+            best.append(float(torch.nn.functional.cosine_similarity(vector, mean, dim=0)))
         expected.append(COLOURS[int(np.argmax(best))])
     assert colours(image, detections, "cup") == expected
     assert colours(image, [], "cup") == []
@@ -153,7 +153,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
 
 
 class Known(ObjectDetector):
-    """Sees what a prompt asks for, or with ``shift`` what another one does, in colours painted into the picture."""
+    """Sees what a prompt asks for, or with ``shift`` what another one does, in colours painted into the image."""
 
     name = "known"
 
@@ -185,11 +185,11 @@ class Told(ClipColours):
 def scores(of) -> TaskScores:
     prompts, detector = geneval_prompts(), Known()
     suite = GenEvalSuite(detector, Told(), check=False)
-    judged = []
+    evaluated = []
     for number, prompt in enumerate(prompts):
         detector.answer = prompts[of(number)].include
-        judged.append((prompt, suite.judge(GREY, prompt)))
-    return TaskScores.of(judged)
+        evaluated.append((prompt, suite.evaluate(GREY, prompt)))
+    return TaskScores.of(evaluated)
 
 
 def test_an_oracle_scores_everything_and_another_prompts_image_next_to_nothing():
@@ -244,10 +244,10 @@ def test_the_pipeline_runs_with_real_networks_and_reports_genevals_details(detec
     bias = detector.network.class_predictor.bias.data.clone()
     detector.network.class_predictor.bias.data[CLASSES.index(thing)] = 40
     try:
-        judgement = suite.judge(image, prompt)
+        verdict = suite.evaluate(image, prompt)
     finally:
         detector.network.class_predictor.bias.data.copy_(bias)
-    assert list(judgement.boxes) == [thing]
-    assert all(len(row) == 5 and row[4] > 0.3 for row in judgement.boxes[thing])
-    assert judgement.correct or f"expected {prompt.include[0]['color']} {thing}>=1, found" in judgement.reason
-    json.dumps(judgement.boxes)
+    assert list(verdict.boxes) == [thing]
+    assert all(len(row) == 5 and row[4] > 0.3 for row in verdict.boxes[thing])
+    assert verdict.correct or f"expected {prompt.include[0]['color']} {thing}>=1, found" in verdict.reason
+    json.dumps(verdict.boxes)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emf_lightning.data.shapes.prompts import TASKS, evaluation_prompts
+from emf_lightning.data.geneval_prompts import TASKS
+from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.world import SMALL
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
-from emf_lightning.evaluation.geneval.verdict import Judgement
+from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.reports.figures import contact_sheet, step_colour, step_count_figure, training_curves
 
 PROMPTS = evaluation_prompts(SMALL, per_task=5)
@@ -17,7 +18,7 @@ PROMPTS = evaluation_prompts(SMALL, per_task=5)
 
 def scores(share: float) -> TaskScores:
     rng = np.random.default_rng(0)
-    return TaskScores.of((prompt, Judgement(bool(rng.random() < share), False, "")) for prompt in PROMPTS * 3)
+    return TaskScores.of((prompt, Verdict(bool(rng.random() < share), False, "")) for prompt in PROMPTS * 3)
 
 
 CEILING, CHANCE = scores(1.0), scores(0.1)

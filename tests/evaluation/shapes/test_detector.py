@@ -5,17 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.drawing import draw, object_alpha
-from emf_lightning.data.shapes.prompts import TASKS, position, single_object
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE, TASKS, position, single_object
+from emf_lightning.data.shapes.prompts import mark_held_out
+from emf_lightning.data.shapes.rendering import object_alpha, render
 from emf_lightning.data.shapes.scenes import Scene
-from emf_lightning.data.shapes.world import BACKGROUND, FULL, PALETTE, SMALL
-from emf_lightning.evaluation.geneval.verdict import judge
+from emf_lightning.data.shapes.world import FULL, SMALL
+from emf_lightning.evaluation.geneval.verdict import evaluate
 from emf_lightning.evaluation.shapes.detector import UNKNOWN, ShapesDetector
-from tests.evaluation.pictures import accepted, blurred, draw_all, noisy, scenes, tinted, to_bytes
+from tests.evaluation.shapes.perturbations import accepted, blurred, noisy, render_all, scenes, tinted, to_bytes
 
 PER_TASK = 40
 SCENES = scenes(SMALL, PER_TASK)
-IMAGES = draw_all(SMALL, SCENES)
+IMAGES = render_all(SMALL, SCENES)
 DETECTOR = ShapesDetector(SMALL)
 GREY = np.array(BACKGROUND, float)
 LEAST, MOST = (fraction * SMALL.cell for fraction in SMALL.radius)
@@ -30,7 +31,7 @@ def test_clean_scenes_are_seen_exactly():
     for scene, seen in zip(SCENES, DETECTOR.detect_batch(IMAGES), strict=True):
         assert sorted((d.colour, d.label) for d in seen) == sorted((o.colour, o.shape) for o in scene.objects)
         assert min(d.score for d in seen) > 0.9
-        assert judge(seen, scene.prompt).strict
+        assert evaluate(seen, scene.prompt).strict
 
 
 @pytest.mark.parametrize(
@@ -50,11 +51,11 @@ def test_blemishes_are_forgiven(name, worst):
 
 
 def test_the_full_world_is_read_as_well():
-    drawn = scenes(FULL, 5)
-    images = draw_all(FULL, drawn)
+    full_scenes = scenes(FULL, 5)
+    images = render_all(FULL, full_scenes)
     detector = ShapesDetector(FULL)
-    assert accepted(detector, images, drawn, strict=True) == [1.0] * len(TASKS)
-    assert accepted(detector, blurred(noisy(images, 16), 1.0), drawn, strict=True) == [1.0] * len(TASKS)
+    assert accepted(detector, images, full_scenes, strict=True) == [1.0] * len(TASKS)
+    assert accepted(detector, blurred(noisy(images, 16), 1.0), full_scenes, strict=True) == [1.0] * len(TASKS)
 
 
 def corrupted(scene: Scene) -> Scene:
@@ -75,7 +76,7 @@ def corrupted(scene: Scene) -> Scene:
 
 @pytest.mark.parametrize("sigma", [0, 16])
 def test_the_least_corruption_is_noticed(sigma):
-    images = draw_all(SMALL, [corrupted(scene) for scene in SCENES])
+    images = render_all(SMALL, [corrupted(scene) for scene in SCENES])
     assert accepted(DETECTOR, noisy(images, sigma), SCENES) == [0.0] * len(TASKS)
 
 
@@ -100,7 +101,7 @@ def test_garbage_shows_next_to_nothing():
         shapes = sum(d.label != UNKNOWN for detections in seen for d in detections)
         assert shapes <= {"noise": 0, "smooth": 1, "flat": 10}[name], name
         for shape in SMALL.shapes:
-            correct = [judge(detections, single_object(SMALL, shape)).correct for detections in seen]
+            correct = [evaluate(detections, single_object(shape)).correct for detections in seen]
             assert np.mean(correct) <= 0.02, (name, shape)
 
 
@@ -131,7 +132,7 @@ def test_what_is_no_object_is_refused(paint):
     (thing, *_) = seen = DETECTOR(to_bytes(GREY + SQUARE * (paint - GREY)))
     assert {d.label for d in seen} == {UNKNOWN}
     assert thing.score > 0.3
-    assert not judge(seen, single_object(SMALL, "square")).correct
+    assert not evaluate(seen, single_object("square")).correct
 
 
 def test_faint_haze_is_let_be():
@@ -145,7 +146,7 @@ def test_neighbours_a_pixel_apart_are_two(colours, shape, reach):
     for shift in (0.0, 0.3, 0.6):
         x = 1.5 + reach * RADIUS + shift
         right = x + 2 * reach * RADIUS + (0.2 if shape == "diamond" else 1.0)
-        image = draw([(colours[0], shape, (x, 17.6), RADIUS), (colours[1], shape, (right, 17.6), RADIUS)], 36)
+        image = render([(colours[0], shape, (x, 17.6), RADIUS), (colours[1], shape, (right, 17.6), RADIUS)], 36)
         assert found(image) == sorted((colour, shape) for colour in colours), shift
 
 
@@ -155,7 +156,7 @@ def test_objects_are_found_off_the_cells():
         shape, colour = SMALL.shapes[rng.integers(5)], SMALL.colours[rng.integers(8)]
         radius = float(rng.uniform(LEAST, MOST))
         x, y = rng.uniform(1.21 * radius, 36 - 1.21 * radius, size=2)
-        image = draw([(colour, shape, (float(x), float(y)), radius)], 36)
+        image = render([(colour, shape, (float(x), float(y)), radius)], 36)
         assert found(image) == [(colour, shape)]
 
 
@@ -176,18 +177,18 @@ def test_a_flipped_image_shows_the_flipped_relation():
         if scene.prompt.tag == "position":
             reference, subject = scene.prompt.include
             relation = subject["position"][0]
-            other = position(SMALL, subject["class"], flipped[relation], reference["class"])
+            other = mark_held_out(SMALL, position(subject["class"], flipped[relation], reference["class"]))
             seen = DETECTOR(image[:, ::-1].copy())
-            assert judge(seen, other).correct
-            assert judge(seen, scene.prompt).correct == (other == scene.prompt)
+            assert evaluate(seen, other).correct
+            assert evaluate(seen, scene.prompt).correct == (other == scene.prompt)
 
 
 def test_exchanged_channels_change_the_colours_only():
     chromatic = ("red", "green", "blue", "purple", "yellow")
     colour_scenes = [s for s in SCENES if s.prompt.tag == "colors" and s.objects[0].colour in chromatic]
-    images = draw_all(SMALL, colour_scenes)[..., [1, 2, 0]]
+    images = render_all(SMALL, colour_scenes)[..., [1, 2, 0]]
     for scene, seen in zip(colour_scenes, DETECTOR.detect_batch(images), strict=True):
-        assert not judge(seen, scene.prompt).correct
+        assert not evaluate(seen, scene.prompt).correct
 
 
 def test_a_batch_is_read_like_its_images():

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.prompts import TASKS, colors, evaluation_prompts
+from emf_lightning.data.geneval_prompts import TASKS, colors
+from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import SMALL
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -37,13 +38,13 @@ def test_clean_scenes_score_the_ceiling_and_other_scenes_of_the_task_hardly_anyt
     assert SUITE.ceiling() is SUITE.ceiling(), "not kept"
 
 
-def test_a_picture_is_judged_by_its_prompt():
-    red = colors(SMALL, "red", "circle")
-    picture = scene_for(SMALL, red, np.random.default_rng(0)).draw(SMALL)
+def test_an_image_is_evaluated_by_its_prompt():
+    red = colors("red", "circle")
+    image = scene_for(SMALL, red, np.random.default_rng(0)).render(SMALL)
 
-    assert SUITE.judge(picture, red).strict
-    assert not SUITE.judge(picture, colors(SMALL, "blue", "circle")).correct
-    assert not SUITE.judge(np.full_like(picture, 153), red).correct
+    assert SUITE.evaluate(image, red).strict
+    assert not SUITE.evaluate(image, colors("blue", "circle")).correct
+    assert not SUITE.evaluate(np.full_like(image, 153), red).correct
 
 
 def test_an_unknown_world_is_refused_with_those_there_are():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.drawing import object_alpha
+from emf_lightning.data.shapes.rendering import object_alpha
 from emf_lightning.data.shapes.world import SMALL
 from emf_lightning.evaluation.shapes.templates import binomial, gaussian, templates_of
 

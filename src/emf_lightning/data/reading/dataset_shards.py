@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from emf_lightning.data.shapes.prompts import with_article
+from emf_lightning.data.geneval_prompts import with_article
 
 MANIFEST = "manifest.json"
 

@@ -1,4 +1,4 @@
-"""Scenes: where the objects of a prompt stand, drawn at random such that GenEval's rules hold for them."""
+"""Scenes: random object positions that satisfy a prompt by GenEval's rules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes import prompts as p
-from emf_lightning.data.shapes.drawing import draw
-from emf_lightning.data.shapes.prompts import RELATIONS, TASKS, Prompt
+from emf_lightning.data.geneval_prompts import TASKS, Prompt
+from emf_lightning.data.shapes.prompts import random_prompt
+from emf_lightning.data.shapes.rendering import render
 from emf_lightning.data.shapes.world import World
 
 TASK_WEIGHTS: dict[str, float] = {
@@ -21,7 +21,7 @@ TASK_WEIGHTS: dict[str, float] = {
     "position": 0.22,
     "color_attr": 0.26,
 }
-"""Share of each task among training images: the binding tasks are learned last and get most."""
+"""Share of each task among training images; the binding tasks, position and color_attr, are learned last."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Scene:
     prompt: Prompt
     objects: tuple[SceneObject, ...]
 
-    def draw(self, world: World) -> NDArray[np.uint8]:
+    def render(self, world: World) -> NDArray[np.uint8]:
         """The image ``[canvas, canvas, 3]``, 8-bit RGB."""
-        return draw([(o.colour, o.shape, o.centre, o.radius) for o in self.objects], world.canvas)
+        return render([(o.colour, o.shape, o.centre, o.radius) for o in self.objects], world.canvas)
 
 
 def _cells(world: World, count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """``count`` (column, row) cells of one compact group, somewhere on the grid.
+    """``count`` neighbouring (column, row) cells at a random place of the grid.
 
-    Objects stand side by side in the caption's order, four of them in a square; with a relation the first stands so
-    to the second. Which of the group's places it takes is left to chance: that is what noise decides.
+    Objects stand side by side in the caption's order, four of them in a square. ``relation`` is that of the first
+    object to the second. Only the place of the whole group is random.
     """
     if relation in ("above", "below"):
         columns, rows = 1, count
@@ -63,14 +63,15 @@ def _cells(world: World, count: int, relation: str | None, rng: np.random.Genera
 
 
 def _place(world: World, colour: str, shape: str, cell: tuple[int, int], rng: np.random.Generator) -> SceneObject:
+    """An object of random radius at a random place within ``cell``."""
     radius = float(rng.uniform(*world.radius)) * world.cell
-    play = max(world.cell / 2 - 1.21 * radius, 0.0)
-    x, y = ((index + 0.5) * world.cell + float(rng.uniform(-play, play)) for index in cell)
+    margin = max(world.cell / 2 - 1.21 * radius, 0.0)
+    x, y = ((index + 0.5) * world.cell + float(rng.uniform(-margin, margin)) for index in cell)
     return SceneObject(colour, shape, (x, y), radius)
 
 
 def scene_for(world: World, prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """A random scene that satisfies ``prompt``; a colour that it leaves open never makes a held-out pair."""
+    """A random scene that satisfies ``prompt``; colours that the prompt leaves open never make a held-out pair."""
     relation = None
     wanted: list[tuple[str | None, str]] = []
     for item in prompt.include:
@@ -89,29 +90,8 @@ def scene_for(world: World, prompt: Prompt, rng: np.random.Generator) -> Scene:
     return Scene(prompt, tuple(objects))
 
 
-def random_prompt(world: World, tag: str, rng: np.random.Generator) -> Prompt:
-    """A random prompt of task ``tag``, seen and held-out compositions alike."""
-    shapes, colours = world.shapes, world.colours
-    a, b = (shapes[i] for i in rng.choice(len(shapes), 2, replace=False))
-    c, d = (colours[i] for i in rng.choice(len(colours), 2, replace=False))
-    match tag:
-        case "single_object":
-            return p.single_object(world, a)
-        case "two_object":
-            return p.two_object(world, a, b)
-        case "counting":
-            return p.counting(world, a, int(rng.integers(2, 5)))
-        case "colors":
-            return p.colors(world, c, a)
-        case "position":
-            return p.position(world, a, RELATIONS[rng.integers(4)], b)
-        case "color_attr":
-            return p.color_attr(world, (c, a), (d, b))
-    raise ValueError(f"unknown task {tag!r}; the tasks are {', '.join(TASKS)}")
-
-
 def training_scene(world: World, rng: np.random.Generator, task_weights: Mapping[str, float] = TASK_WEIGHTS) -> Scene:
-    """A random training scene: the task drawn by ``task_weights``, held-out compositions never."""
+    """A random training scene without held-out compositions; ``task_weights`` is the distribution of tasks."""
     weights = np.array([task_weights[tag] for tag in TASKS])
     tag = TASKS[rng.choice(len(TASKS), p=weights / weights.sum())]
     while True:

@@ -1,4 +1,4 @@
-"""Shapes worlds on disk: WebDataset tar shards of captioned pictures."""
+"""Shapes worlds on disk: WebDataset tar shards of captioned images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class _Order:
-    """All that the bytes of a directory's shards depend on."""
+class _ShardSpec:
+    """Everything that the bytes of a directory's shards depend on."""
 
     world: World
     seed: int
@@ -50,29 +50,29 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _write_shard(order: _Order, index: int, path: Path) -> None:
+def _write_shard(spec: _ShardSpec, index: int, path: Path) -> None:
     from PIL import Image
 
-    rng = np.random.default_rng([order.seed, index])
-    first = index * order.samples_per_shard
+    rng = np.random.default_rng([spec.seed, index])
+    first = index * spec.samples_per_shard
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(first, min(first + order.samples_per_shard, order.count)):
-            scene = training_scene(order.world, rng, order.task_weights)
-            picture = io.BytesIO()
-            Image.fromarray(scene.draw(order.world)).save(picture, "png", compress_level=1)
-            record = scene.prompt.metadata() | {"objects": [asdict(thing) for thing in scene.objects]}
-            _add(tar, f"{number:09d}.png", picture.getvalue())
+        for number in range(first, min(first + spec.samples_per_shard, spec.count)):
+            scene = training_scene(spec.world, rng, spec.task_weights)
+            png = io.BytesIO()
+            Image.fromarray(scene.render(spec.world)).save(png, "png", compress_level=1)
+            record = scene.prompt.metadata() | {"objects": [asdict(item) for item in scene.objects]}
+            _add(tar, f"{number:09d}.png", png.getvalue())
             _add(tar, f"{number:09d}.txt", scene.prompt.prompt.encode())
             _add(tar, f"{number:09d}.json", json.dumps(record).encode())
-    os.replace(partial, path)  # a shard is there as a whole or not at all
+    os.replace(partial, path)  # a killed process leaves no part of a shard under its name
 
 
-def _claim(directory: Path, order: _Order) -> None:
-    """Leaves the manifest in ``directory``, or finds the same one there."""
+def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
+    """Writes the manifest into ``directory``, or checks that the one there is the same."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
-    wanted = order.manifest()
+    wanted = spec.manifest()
     if path.exists():
         found = json.loads(path.read_text())
         changed = [key for key in wanted if found.get(key) != wanted[key]]
@@ -84,7 +84,7 @@ def _claim(directory: Path, order: _Order) -> None:
         return
     if leftover := next(directory.glob("shapes-*.tar"), None):
         raise ValueError(f"write_shards: {str(leftover)!r} has no {MANIFEST} beside it; choose another directory")
-    partial = path.with_name(f".{MANIFEST}.{os.getpid()}.partial")
+    partial = path.with_name(f".{MANIFEST}.{os.getpid()}.partial")  # several processes may write here at once
     partial.write_text(json.dumps(wanted, indent=1) + "\n")
     os.replace(partial, path)
 
@@ -100,20 +100,23 @@ def write_shards(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, ...]:
-    """The paths of ``count`` training samples as shards ``shapes-000000.tar``, each ``{key}.png``, ``.txt``, ``.json``.
+    """Writes ``count`` training samples as shards ``shapes-000000.tar``: ``{key}.png``, ``.txt``, ``.json`` each.
 
-    A shard's bytes depend on (seed, its index) alone, and appear under its name only when complete: a killed call is
-    simply repeated, and several processes may write into one directory.
+    A shard's bytes depend on (seed, its index) alone, and it gets its name only when complete: repeat a killed call to
+    finish it. Several processes may write into one directory.
 
     Args:
-        world: what is drawn.
-        directory: made if missing; it remembers what it holds in ``manifest.json``.
+        world: whose scenes are rendered.
+        directory: made if missing; its ``manifest.json`` records these arguments.
         count: samples in all shards together.
         seed: of scenes; another one for validation.
         samples_per_shard: the last shard may have fewer.
         task_weights: share of each task.
-        workers: processes that draw; 0 draws in this one.
+        workers: rendering processes; 0 renders in this one.
         progress: called with (shards done, shards in all) after each shard.
+
+    Returns:
+        The paths of all shards.
 
     Raises:
         ValueError: for counts below 1, or a directory that holds another world, seed or size.
@@ -122,9 +125,9 @@ def write_shards(
         if value < 1:
             raise ValueError(f"write_shards: {name} must be at least 1, got {value}")
     directory = Path(directory)
-    order = _Order(world, seed, count, samples_per_shard, dict(task_weights))
-    _claim(directory, order)
-    paths = tuple(directory / f"shapes-{index:06d}.tar" for index in range(order.shards))
+    spec = _ShardSpec(world, seed, count, samples_per_shard, dict(task_weights))
+    _ensure_manifest(directory, spec)
+    paths = tuple(directory / f"shapes-{index:06d}.tar" for index in range(spec.shards))
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     done = len(paths) - len(missing)
 
@@ -136,11 +139,11 @@ def write_shards(
 
     if workers == 0:
         for index in missing:
-            _write_shard(order, index, paths[index])
+            _write_shard(spec, index, paths[index])
             one_more()
         return paths
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_write_shard, order, index, paths[index]) for index in missing]):
+        for future in as_completed([pool.submit(_write_shard, spec, index, paths[index]) for index in missing]):
             future.result()
             one_more()
     return paths

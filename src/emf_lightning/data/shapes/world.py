@@ -1,25 +1,10 @@
-"""The vocabulary and the geometry of a shapes world: what may be drawn, where, and which compositions are held out."""
+"""Shapes worlds: vocabulary, geometry, and the compositions held out from training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKGROUND = (153, 153, 153)
-"""GenEval's neutral grey #999, 8-bit RGB."""
-
-PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 30),
-    "orange": (245, 140, 20),
-    "yellow": (245, 225, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "purple": (125, 40, 175),
-    "pink": (250, 150, 195),
-    "brown": (120, 70, 30),
-    "black": (15, 15, 15),
-    "white": (250, 250, 250),
-}
-"""GenEval's ten colour words (arXiv 2310.11513) as fixed 8-bit RGB."""
+from emf_lightning.data.geneval_prompts import PALETTE
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "heart")
 
@@ -29,7 +14,7 @@ class World:
     """One shapes world: a canvas cut into ``grid`` x ``grid`` cells, each holding at most one flat shape.
 
     Attributes:
-        name: the word that selects the world on the command line.
+        name: selects the world on the command line.
         canvas: side of the square image in pixels; a multiple of ``grid``.
         grid: cells per side.
         shapes: class names, in the order that fixes their indices.
@@ -54,7 +39,7 @@ class World:
         return self.canvas // self.grid
 
     def is_held_out(self, objects: list[tuple[str | None, str]]) -> bool:
-        """True where these (colour or None, shape) objects, together in one caption, are a held-out composition."""
+        """True if these (colour or None, shape) objects of one caption form a held-out composition."""
         if any((colour, shape) in self.held_out_pairs for colour, shape in objects if colour is not None):
             return True
         return frozenset(shape for _, shape in objects) in self.held_out_shape_pairs
@@ -70,7 +55,7 @@ SMALL = World(
     held_out_pairs=frozenset({("pink", "circle"), ("black", "square"), ("white", "triangle")}),
     held_out_shape_pairs=frozenset({frozenset({"circle", "cross"})}),
 )
-"""The laptop's world: 36 px, nine 12 px cells, 5 shapes x 8 colours."""
+"""The world for laptops: 36 px, nine 12 px cells, 5 shapes x 8 colours."""
 
 FULL = World(
     name="full",

@@ -1,4 +1,4 @@
-"""OpenCLIP's two towers, loaded with an error that can be acted on."""
+"""Loading of OpenCLIP models, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from emf_lightning.text.fingerprint import weights_digest
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A frozen model of images and texts.
+    """A frozen OpenCLIP model.
 
     Attributes:
-        name: OpenCLIP's, of the architecture.
+        name: OpenCLIP's name of the architecture.
         pretrained: tag or file name of the weights.
-        model: OpenCLIP's, in eval mode; ``encode_image`` and ``encode_text`` take ``normalize``.
-        transform: from a PIL image to what the model is shown.
-        tokenizer: from texts to what it reads.
+        model: in eval mode; ``encode_image`` and ``encode_text`` take ``normalize``.
+        transform: maps a PIL image to the model's input ``[3, H, W]``.
+        tokenizer: maps texts to token ids.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ClipModel:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What tells it from another: names, activation and a digest of the weights; plain values."""
+        """Names, activation and a digest of the weights, which identify the model; plain values."""
         from open_clip.transformer import QuickGELU
 
         return {
@@ -43,20 +43,20 @@ class ClipModel:
         }
 
 
-def load_clip(asker: str, model: str, pretrained: str, quick_gelu: bool = False) -> ClipModel:
+def load_clip(caller: str, model: str, pretrained: str, quick_gelu: bool = False) -> ClipModel:
     """OpenCLIP's ``model`` with the weights ``pretrained``, a path or one of OpenCLIP's tags.
 
-    OpenAI's weights need QuickGELU and give plausible, wrong features without it. It is there whatever the name of the
-    architecture where the tag, or OpenAI's own file, a TorchScript archive, tells.
+    OpenAI's weights need QuickGELU; without it features are plausible and wrong. It is used for tags that ask for it
+    and for OpenAI's own file, a TorchScript archive, whatever the name of the architecture.
 
     Args:
-        asker: what messages begin with.
+        caller: class name at the beginning of error messages.
         model: name of the architecture.
         pretrained: path or tag of the weights.
-        quick_gelu: the activation is QuickGELU, which other files cannot say themselves.
+        quick_gelu: use QuickGELU also for other files, which do not tell their activation.
 
     Raises:
-        ValueError: where it cannot be loaded.
+        ValueError: if the model cannot be loaded.
     """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
@@ -66,25 +66,25 @@ def load_clip(asker: str, model: str, pretrained: str, quick_gelu: bool = False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*TorchScript archive")
-            whole, _, transform = open_clip.create_model_and_transforms(
+            network, _, transform = open_clip.create_model_and_transforms(
                 model,
                 pretrained=pretrained,
                 force_quick_gelu=quick_gelu or script or tag.get("quick_gelu", False),
-                weights_only=not script,  # such an archive is read without Python's pickle
+                weights_only=not script,  # reading a TorchScript archive does not unpickle
             )
         tokenizer = open_clip.get_tokenizer(model)
-    except Exception as error:  # of many kinds: no such name, no such file, no network, other weights
+    except Exception as error:  # many types: unknown name, missing file, no network, other weights
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{asker}: cannot load model={model!r} with pretrained={pretrained!r} ({reason}); give a name of "
+            f"{caller}: cannot load model={model!r} with pretrained={pretrained!r} ({reason}); give a name of "
             "open_clip.list_models() and the path of its weights, or a tag while online"
         ) from error
     name = Path(pretrained).name
-    return ClipModel(model, name, whole.eval().requires_grad_(False), transform, tokenizer)
+    return ClipModel(model, name, network.eval().requires_grad_(False), transform, tokenizer)
 
 
 def _is_script(path: str) -> bool:
-    """Whether there is a TorchScript archive at ``path``."""
+    """True if the file at ``path`` is a TorchScript archive."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""How close CLIP sees an image and its prompt, and the scores built on such a model."""
+"""CLIP score and HPS v2.1: cosines between a CLIP model's features of image and prompt."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
 from emf_lightning.text.fingerprint import fingerprint
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
-"""The parts of HPS's benchmark, in the order of published tables."""
+"""The four styles of HPS's benchmark, in the order of published tables."""
 
-
-GROUPS = 2**16
-"""Of prompts, in which a CLIP score's images are summed."""
+CLUSTERS = 2**16
+"""Clusters of prompts over which a CLIP score sums its images."""
 
 
 class ClipScore(ImageMetric):
-    """100 times the cosine between OpenCLIP's features of image and prompt, averaged over images; never cut at 0.
+    """100 times the cosine between OpenCLIP's features of image and prompt, averaged over images; not clipped at 0.
 
-    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14. ``se`` is that of
-    a mean over clusters, the prompts: images of one resemble each other. Prompts whose checksums agree are one cluster,
-    which leaves it right: whatever the number of prompts, the state is 1 MB.
+    Published numbers differ by the model: papers on InstaFlow and GANs use ViT-g-14, others ViT-L-14. ``se`` is the
+    standard error of a mean over clusters, because images of one prompt resemble each other. A cluster is the prompts
+    of one checksum modulo 2^16: ``se`` stays valid where prompts share one, and the state has 1 MB for any number of
+    prompts.
 
     Args:
         model: OpenCLIP's name of the architecture.
@@ -53,25 +53,25 @@ class ClipScore(ImageMetric):
         super().__init__()
         self.name, self.title = "clip", f"CLIP score ({model})"
         self._scorer = _Cosine(load_clip("ClipScore", model, pretrained, quick_gelu), device)
-        self.add_state("totals", torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(GROUPS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(CLUSTERS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(CLUSTERS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         from PIL import Image
 
-        pictures = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
-        values = 100 * self._scorer(pictures, prompts).double().to(self.totals.device)
+        pixels = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
+        values = 100 * self._scorer(pixels, prompts).double().to(self.totals.device)
         self.rows = [{"prompt": p, "clip": round(v, 4)} for p, v in zip(prompts, values.tolist(), strict=True)]
-        groups = torch.tensor([zlib.crc32(prompt.encode()) % GROUPS for prompt in prompts], device=values.device)
-        self.totals.index_add_(0, groups, values)
-        self.images.index_add_(0, groups, torch.ones_like(groups))
+        clusters = torch.tensor([zlib.crc32(prompt.encode()) % CLUSTERS for prompt in prompts], device=values.device)
+        self.totals.index_add_(0, clusters, values)
+        self.images.index_add_(0, clusters, torch.ones_like(clusters))
 
     def compute(self) -> dict[str, Tensor]:
-        drawn = self.images > 0
-        totals, images, groups = self.totals[drawn], self.images[drawn], drawn.sum()
+        present = self.images > 0
+        totals, images, clusters = self.totals[present], self.images[present], present.sum()
         mean = totals.sum() / images.sum()
-        spread = (totals - mean * images).square().sum().sqrt() / images.sum()
-        return {"score": mean, "se": spread * (groups / (groups - 1)).sqrt()}  # of a single prompt nan
+        deviation = (totals - mean * images).square().sum().sqrt() / images.sum()
+        return {"score": mean, "se": deviation * (clusters / (clusters - 1)).sqrt()}  # NaN for a single prompt
 
     def settings(self) -> dict[str, Any]:
         return self._scorer.settings
@@ -80,19 +80,19 @@ class ClipScore(ImageMetric):
 class HpsScore(PromptMeans):
     """HPS v2.1 (arXiv 2306.09341): 100 times the cosine of a ViT-H-14 trained on people's preferences.
 
-    ``score`` is the mean over all of the benchmark's prompts, beside it the four styles'; a text that stands in the
-    benchmark several times counts as often. A folder may have the benchmark's layout, ``photo/00012.jpg``.
+    ``score`` is the mean over all prompts of the benchmark; ``compute`` also returns the mean of each style. A repeated
+    prompt counts as often as it is listed. A folder may have the benchmark's layout, ``photo/00012.jpg``.
 
     Args:
         weights: path of ``HPS_v2.1_compressed.pt``; v2.0 gives other numbers.
         benchmark: folder with the prompts, ``anime.json``, ``concept-art.json``, ``paintings.json``, ``photo.json``.
-        antialias: how images are made small. False is what torchvision did when the scores were published; today's
-            default gives about two points less for SDXL.
+        antialias: of the bicubic resize. False reproduces torchvision at the time of the published scores; True, the
+            default today, gives about two points less for SDXL.
         device: see ``ClipScore``.
         model: OpenCLIP's name of the architecture.
 
     Raises:
-        ValueError: for weights or prompts that are not there or something else.
+        ValueError: for missing or malformed weights or prompts.
     """
 
     def __init__(
@@ -117,17 +117,17 @@ class HpsScore(PromptMeans):
 
     def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
         size, mean, std = self._scorer.size, self._scorer.mean, self._scorer.std
-        pictures = torch.stack([fitted(image, size, self.antialias) for image in images])
-        pictures = (pictures - mean[:, None, None]) / std[:, None, None]
-        return self._scorer(pictures, prompts).double().tolist()
+        pixels = torch.stack([fit_to_square(image, size, self.antialias) for image in images])
+        pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+        return self._scorer(pixels, prompts).double().tolist()
 
     def settings(self) -> dict[str, Any]:
         prompts = {"prompts": len(self._places), "benchmark": fingerprint(prompts=self._styles)[:12]}
         return {**self._scorer.settings, "antialias": self.antialias, **prompts}
 
 
-def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
-    """``image`` ``[H, W, 3]`` as ``[3, size, size]`` in [0, 1]: the longer side scaled, black beside the shorter."""
+def fit_to_square(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
+    """``image`` ``[H, W, 3]`` as ``[3, size, size]`` in [0, 1]: longer side scaled to ``size``, black padding."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 255
     height, width = image.shape[:2]
     scale = size / max(height, width)
@@ -139,7 +139,7 @@ def fitted(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
 
 
 class _Cosine:
-    """OpenCLIP's cosines of images and texts, in fp32."""
+    """Cosine of OpenCLIP's image and text features, in fp32."""
 
     def __init__(self, clip: ClipModel, device: str | None) -> None:
         self.device = device_of(device)
@@ -149,10 +149,10 @@ class _Cosine:
         self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """``[B]``, of pictures as the model is shown them."""
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines ``[B]`` of preprocessed images ``[B, 3, H, W]`` and their prompts."""
         with torch.autocast(self.device.type, enabled=False):
-            images = self.model.encode_image(pictures.to(self.device), normalize=True)
+            images = self.model.encode_image(pixels.to(self.device), normalize=True)
             texts = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
         return (images * texts).sum(1)
 

@@ -1,4 +1,4 @@
-"""How far drawn pictures are from real ones as a distribution, and how different those of one prompt are."""
+"""KID, FID and diversity of generated images against as many real images of the same prompts."""
 
 from __future__ import annotations
 
@@ -7,54 +7,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from emf_lightning.evaluation.distances.fid_kid import frechet, kernel_distances
+from emf_lightning.evaluation.distances.image_features import ImageFeatures
+from emf_lightning.evaluation.distances.reference_images import gaussian
 
-class RandomFeatures(nn.Module):
-    """448 features of small pictures: channel means and spreads of three convolutions with random, fixed weights.
-
-    For worlds on which nothing was trained, and that have no published feature network: what such features call equal
-    may still differ, what they call different is. Numbers compare with others of the same class and seed alone.
-
-    Args:
-        seed: of the weights.
-    """
-
-    WIDTHS = (32, 64, 128)
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.num_features = 2 * sum(self.WIDTHS)
-        channels = 3
-        for number, width in enumerate(self.WIDTHS):
-            weight = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
-            self.register_buffer(f"weight{number}", weight)
-            channels = width
-        self.eval()
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Features ``[B, 448]`` of 8-bit images ``[B, 3, H, W]``."""
-        h = images.float() / 127.5 - 1
-        parts = []
-        for number in range(len(self.WIDTHS)):
-            h = F.leaky_relu(F.conv2d(h, getattr(self, f"weight{number}"), stride=1 if number == 0 else 2), 0.2)
-            parts += [h.mean((2, 3)), h.std((2, 3))]
-        return torch.cat(parts, dim=1)
+SUBSETS = 50
+SUBSET_SIZE = 500
+"""Images in a subset of KID, or half of the images if they are fewer than twice as many."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Drawn pictures against real ones of the same prompts.
+    """Generated images against real ones of the same prompts.
 
     Attributes:
-        kid: kernel distance (arXiv 1801.01401) between features, times 1000; 0 on average for real pictures.
+        kid: kernel distance (arXiv 1801.01401) between features, times 1000; its mean is 0 for real images.
         kid_error: its standard deviation over subsets, times 1000.
-        fid: Frechet distance between features (arXiv 1706.08500); biased upwards by few pictures.
-        diversity: mean distance between features of one prompt's pictures, over that of its real ones: 0 where they are
-            all the same, 1 where they are as different as real ones.
+        fid: Fréchet distance between features (arXiv 1706.08500); biased upwards for few images.
+        diversity: mean distance between features of a prompt's generated images, over that of its real images: 0 if all
+            images of a prompt are the same, 1 if they differ as much as real ones.
     """
 
     kid: float
@@ -64,34 +37,26 @@ class Distribution:
 
 
 def distribution(
-    drawn: NDArray[np.uint8], real: NDArray[np.uint8], images_per_prompt: int, network: RandomFeatures
+    generated: NDArray[np.uint8], real: NDArray[np.uint8], images_per_prompt: int, features: ImageFeatures
 ) -> Distribution:
-    """The distances between two sets of pictures.
+    """The distances between two sets of images.
 
     Args:
-        drawn: ``[P * images_per_prompt, H, W, 3]``, 8-bit RGB, a prompt's pictures one after another.
-        real: likewise, of the same prompts in the same order.
+        generated: ``[P * images_per_prompt, H, W, 3]``, 8-bit RGB, the images of a prompt one after another.
+        real: likewise, for the same prompts in the same order.
         images_per_prompt: at least 2.
-        network: whose features are compared.
+        features: e.g. ``RandomFeatures()``.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    pictures = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (drawn, real)]
-    fid = FrechetInceptionDistance(network, input_img_size=(3, *drawn.shape[1:3]))
-    kid = KernelInceptionDistance(network, subsets=50, subset_size=min(500, len(drawn) // 2))
-    for images, is_real in zip(pictures, (False, True), strict=True):
-        fid.update(images, real=is_real)
-        kid.update(images, real=is_real)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the subsets
-        mean, deviation = kid.compute()
-    spreads = [_spread(network(images), images_per_prompt) for images in pictures]
-    return Distribution(1000 * float(mean), 1000 * float(deviation), float(fid.compute()), spreads[0] / spreads[1])
+    ours, theirs = features(list(generated)), features(list(real))
+    kid = kernel_distances(theirs, ours, SUBSETS, min(SUBSET_SIZE, len(ours) // 2))
+    moments = [gaussian(x.sum(0), x.T @ x, len(x)) for x in (ours.double(), theirs.double())]
+    fid = frechet(*moments[0], *moments[1])
+    diversity = _pairwise_distance(ours, images_per_prompt) / _pairwise_distance(theirs, images_per_prompt)
+    return Distribution(float(kid.mean()), float(kid.std(unbiased=False)), float(fid), diversity)
 
 
-def _spread(features: Tensor, images_per_prompt: int) -> float:
-    """The mean distance between two pictures of one prompt."""
+def _pairwise_distance(features: Tensor, images_per_prompt: int) -> float:
+    """Mean distance between the features of two images of one prompt."""
     groups = features.view(-1, images_per_prompt, features.shape[1])
     pairs = images_per_prompt * (images_per_prompt - 1)
     return float(torch.cdist(groups, groups).sum((1, 2)).mean() / pairs)

@@ -1,4 +1,4 @@
-"""How far the distribution of drawn images is from that of reference images: FID and KID."""
+"""FID and KID of generated images against reference images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
-from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resized, statistics
+from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resize, statistics
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 
 class _Distance(ImageMetric):
-    """What FID and KID share: features, reference images, and how many images the protocol wants.
+    """Base of FID and KID: features, reference images, and the number of images of the protocol.
 
-    The reference is described when the first distance is computed, and shared with every twin.
+    The features of the reference are computed for the first distance; all fresh copies share them.
     """
 
     higher_is_better = False
@@ -28,23 +28,22 @@ class _Distance(ImageMetric):
 
     def __init__(self, features: ImageFeatures, reference: Path, resolution: int | None, count: int | None) -> None:
         super().__init__()
+        if features.name:
+            self.name, self.title = f"{self.name}_{features.name}", f"{self.title} ({features.name} features)"
         self._features = features
         self.reference = Path(reference)
         self.resolution = resolution
         self.count = count
-        self._images: ReferenceImages | None = None  # none where statistics come from a file
+        self._images: ReferenceImages | None = None  # None if statistics come from a file
         if self.reference.suffix != ".npz":
             self._images = ReferenceImages(type(self).__name__, self.reference, features, resolution)
 
     def check_count(self, images: int) -> None:
-        """Raises a ``ValueError`` where the protocol wants another number of images: FID depends on it.
-
-        And for reference images that cannot be read.
-        """
+        """Raises a ``ValueError`` for unreadable reference images or another number of images than the protocol's."""
         if self.count is not None and images != self.count:
             raise ValueError(
                 f"{self.title}: {images:,} images, but count is {self.count:,}; the number of images shifts the "
-                "distance: draw as many, or set count to what you have and say so"
+                "distance: generate as many, or set count to your number and report it"
             )
         if self._images is not None:
             self._images.check()
@@ -59,35 +58,38 @@ class _Distance(ImageMetric):
             "count": self.count,
         }
 
-    def describe(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Features ``[B, D]`` of images, after they were brought to the protocol's resolution."""
-        return self._features([resized(image, self.resolution) for image in images])
+    def features_of(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Features ``[B, D]`` of images, resized to the protocol's resolution first."""
+        return self._features([resize(image, self.resolution) for image in images])
 
 
 class FrechetDistance(_Distance):
-    """FID (arXiv 1706.08500): Fréchet's distance between Gaussians fitted to features.
+    """FID (arXiv 1706.08500): Fréchet distance between Gaussians fitted to features.
 
-    Comparable numbers share features, their resize, resolution, reference and the number of images. The published
-    protocols: CIFAR-10, 50,000 images against its 50,000 training images; CelebA-HQ 256, 50,000 against 30,000 with
+    Comparable numbers share features, their resize, resolution, reference and number of images. Published protocols:
+    CIFAR-10, 50,000 images against its 50,000 training images; CelebA-HQ 256, 50,000 against 30,000 with
     pytorch-fid's resize; COCO, 30,000 against val2014 or 5,000 against val2017, at 256 px.
 
     Args:
-        features: of images.
+        features: the feature network.
         reference: folder of reference images, or an ``.npz`` with their mean ``mu`` ``[D]`` and covariance ``sigma``;
-            what is found of a folder is kept in such a file in ``FOLDER-statistics`` beside it.
-        resolution: pixels of the square that images of other sizes are cut and scaled to, reference and drawn alike.
-        count: images that the protocol wants.
+            a folder's statistics are kept in such a file in ``FOLDER-statistics`` beside it.
+        resolution: side in pixels of the square that reference and generated images are cropped and resized to.
+        count: number of generated images in the protocol.
 
     Raises:
-        ValueError: for a reference that is not there or does not fit.
+        ValueError: for a missing reference, or statistics of other features or another resolution.
     """
+
+    name, title = "fid", "FID"
+    total: Tensor
+    products: Tensor
+    images: Tensor
 
     def __init__(
         self, features: ImageFeatures, reference: Path, resolution: int | None = None, count: int | None = None
     ) -> None:
         super().__init__(features, reference, resolution, count)
-        self.name = f"fid_{features.name}" if features.name else "fid"
-        self.title = f"FID ({features.name} features)" if features.name else "FID"
         width = features.width
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
@@ -97,16 +99,12 @@ class FrechetDistance(_Distance):
         elif len(self._images.files) < 2:
             raise ValueError(f"FrechetDistance: reference {reference} has one image; give two or more")
 
-    total: Tensor
-    products: Tensor
-    images: Tensor
-
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        rows = self.describe(images).double().to(self.total.device)
+        features = self.features_of(images).double().to(self.total.device)
         self.rows = [{} for _ in images]
-        self.total += rows.sum(0)
-        self.products += rows.T @ rows
-        self.images += len(rows)
+        self.total += features.sum(0)
+        self.products += features.T @ features
+        self.images += len(features)
 
     def compute(self) -> dict[str, Tensor]:
         if self.images < 2:
@@ -120,21 +118,26 @@ class FrechetDistance(_Distance):
 class KernelDistance(_Distance):
     """KID (arXiv 1801.01401), times 1000: the unbiased squared MMD with a cubic kernel, for a few thousand images.
 
-    Subsets are drawn from the images in the order of their contents' digests, so that the distance depends neither on
-    ranks nor on batches. A part of a protocol's images, as those of one seed, may be smaller than a subset: it is one
-    subset then, all of it; the estimate is unbiased for any number of images, but varies more.
+    Images are sorted by digests of their pixels before subsets are taken, so that the distance depends neither on ranks
+    nor on batches. Fewer images than a subset, e.g. those of one seed, are one subset: the estimate stays unbiased, but
+    varies more.
 
     Args:
-        features: of images.
+        features: the feature network.
         reference: folder of reference images; their features are kept in ``FOLDER-statistics`` beside it.
         resolution: see ``FrechetDistance``.
         count: see ``FrechetDistance``.
-        subsets: random subsets whose mean it is; ``spread`` is their standard deviation, which papers write behind ±.
-        subset_size: images in one of them, of either side.
+        subsets: random subsets over which KID is averaged; ``spread`` is the standard deviation over them, which papers
+            write after ±.
+        subset_size: generated images, and reference images, in a subset.
 
     Raises:
-        ValueError: for a reference that is not there or smaller than a subset.
+        ValueError: for a missing reference, or one with fewer images than a subset.
     """
+
+    name, title = "kid", "KID x 1000"
+    features: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
 
     def __init__(
         self,
@@ -146,8 +149,6 @@ class KernelDistance(_Distance):
         subset_size: int = 1000,
     ) -> None:
         super().__init__(features, reference, resolution, count)
-        self.name = f"kid_{features.name}" if features.name else "kid"
-        self.title = f"KID x 1000 ({features.name} features)" if features.name else "KID x 1000"
         self.subsets, self.subset_size = subsets, subset_size
         if self._images is None:
             raise ValueError(
@@ -161,14 +162,11 @@ class KernelDistance(_Distance):
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("keys", [], dist_reduce_fx="cat")
 
-    features: list[Tensor] | Tensor
-    keys: list[Tensor] | Tensor
-
     def check_count(self, images: int) -> None:
         if images < self.subset_size:
             raise ValueError(
-                f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; draw more, or set a "
-                "smaller subset_size"
+                f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; generate more, or set "
+                "a smaller subset_size"
             )
         super().check_count(images)
 
@@ -177,33 +175,36 @@ class KernelDistance(_Distance):
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         assert isinstance(self.features, list) and isinstance(self.keys, list)
-        self.features.append(self.describe(images).to(self.device))
+        self.features.append(self.features_of(images).to(self.device))
         self.keys.append(torch.tensor([_key(image) for image in images], device=self.device))
         self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
-        from torchmetrics.image.kid import poly_mmd
-
         features, keys = (
             (torch.cat(list(state)) if isinstance(state, list) else state).cpu() for state in (self.features, self.keys)
         )
         if len(features) < 2:
             raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
         assert self._images is not None
-        drawn, real = features[keys.argsort()], self._images.rows(self.device)
-        size = min(self.subset_size, len(drawn))
-        generator = torch.Generator().manual_seed(0)
+        generated, real = features[keys.argsort()], self._images.feature_matrix(self.device)
+        distances = kernel_distances(real, generated, self.subsets, min(self.subset_size, len(generated)))
+        return {"score": distances.mean(), "spread": distances.std(unbiased=False)}
 
-        def subset(rows: Tensor) -> Tensor:
-            return rows[torch.randperm(len(rows), generator=generator)[:size]].double()
 
-        distances = [poly_mmd(subset(real), subset(drawn)) for _ in range(self.subsets)]
-        values = 1000 * torch.stack(distances)
-        return {"score": values.mean(), "spread": values.std(unbiased=False)}
+def kernel_distances(real: Tensor, generated: Tensor, subsets: int, subset_size: int, seed: int = 0) -> Tensor:
+    """KID x 1000 of random subsets of two sets of features ``[N, D]`` and ``[M, D]``, ``[subsets]``, fp64."""
+    from torchmetrics.image.kid import poly_mmd
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:subset_size]].double()
+
+    return 1000 * torch.stack([poly_mmd(subset(real), subset(generated)) for _ in range(subsets)])
 
 
 def _key(image: NDArray[np.uint8]) -> int:
-    """Of the pixels: the same whoever describes the image, and when."""
+    """Digest of the pixels."""
     digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

@@ -1,4 +1,4 @@
-"""Features of images whose distributions FID and KID compare."""
+"""Image features for FID and KID."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from emf_lightning.text.fingerprint import fingerprint, weights_digest
 
 
 class ImageFeatures(ABC):
-    """A frozen network that describes images.
+    """Base class of frozen networks that map images to features.
 
     Attributes:
-        name: what a distance over its features is called after; empty for the published one.
+        name: part of the name of a distance between its features; empty for the Inception network of the papers.
         width: D.
-        resize: how images are brought to the size that the network sees: another way gives other distances.
+        resize: method that resizes images to the network's input; distances depend on it.
     """
 
     name: str
@@ -33,25 +33,25 @@ class ImageFeatures(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """Of its weights and resizing: distances over others are not comparable."""
+        """Digest of weights and resizing; distances of another digest are not comparable."""
         return fingerprint(weights=weights_digest(self.network), resize=self.resize)[:12]
 
     @abstractmethod
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """``[B, D]``, fp32, on the CPU, of images ``[H, W, 3]``, 8-bit RGB, of any sizes."""
+        """Features ``[B, D]``, fp32, on the CPU, of images ``[H, W, 3]``, 8-bit RGB, of any sizes."""
 
 
 class InceptionFeatures(ImageFeatures):
-    """The 2048 pooled features of the Inception network that FID is defined by, as torch-fidelity ports it.
+    """The 2048 pooled features of FID's Inception network, in torch-fidelity's port.
 
     Args:
-        weights: path of ``weights-inception-2015-12-05-6726825d.pth``; without one torch-fidelity downloads it.
+        weights: path of ``weights-inception-2015-12-05-6726825d.pth``; by default torch-fidelity downloads it.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
-        resize: bilinear resizing to 299 px. "tensorflow" is that of the network's own time, which does not centre
-            pixels: what published CIFAR-10 numbers rest on. "pytorch" is pytorch-fid's, for statistics that it made.
+        resize: bilinear resizing to 299 px. "tensorflow" is that of the original network, which does not centre
+            pixels; published CIFAR-10 numbers use it. "pytorch" is that of pytorch-fid, for statistics made with it.
 
     Raises:
-        ValueError: where the weights are not there or something else.
+        ValueError: for missing or malformed weights.
     """
 
     name = ""
@@ -73,7 +73,7 @@ class InceptionFeatures(ImageFeatures):
             network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=path
             )
-        except Exception as error:  # of many kinds: no network, other weights
+        except Exception as error:  # many types: no network, other weights
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"InceptionFeatures: cannot load weights={path!r} ({reason}); give the path of {file}"
@@ -81,15 +81,17 @@ class InceptionFeatures(ImageFeatures):
         self.device = device_of(device)
         self.resize = resize
         self.network = network.to(self.device).eval().requires_grad_(False)
-        # the network's forward resizes as TensorFlow did; up to its classifier it is a plain sequence
+        # the network's forward resizes as TensorFlow did; its blocks before the classifier are a plain sequence
         self._blocks = nn.Sequential(*list(network.children())[:-1])
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([self._described(batch.to(self.device)).float().cpu() for batch in _by_size(images)])
+            return torch.cat(
+                [self._features(batch.to(self.device)).float().cpu() for batch in _batches_by_size(images)]
+            )
 
-    def _described(self, batch: Tensor) -> Tensor:
+    def _features(self, batch: Tensor) -> Tensor:
         if self.resize == "tensorflow":
             return self.network(batch)[0]  # type: ignore[no-any-return]
         pixels = nn.functional.interpolate(batch / 255, (299, 299), mode="bilinear", align_corners=False)
@@ -97,47 +99,55 @@ class InceptionFeatures(ImageFeatures):
 
 
 class RandomFeatures(ImageFeatures):
-    """A fixed random convolutional network's features: for worlds that no published network knows.
+    """Channel means and standard deviations of three convolutions with fixed random weights.
 
-    Random features tell distributions apart, without any claim to do so as people would.
+    For worlds without a published feature network. Images of different distributions may have the same random
+    features; distances compare with others of the same ``width`` and ``seed`` alone. Images are not resized.
 
     Args:
-        width: D.
+        width: D, even and at least 8.
         seed: of the weights.
-        side: pixels that images are brought to.
+
+    Raises:
+        ValueError: for another width.
     """
 
     name = "random"
+    resize = "none"
 
-    def __init__(self, width: int = 128, seed: int = 0, side: int = 36) -> None:
+    def __init__(self, width: int = 448, seed: int = 0) -> None:
+        if width < 8 or width % 2:
+            raise ValueError(f"RandomFeatures: width must be even and at least 8, got {width}")
         self.width = width
-        self.side = side
-        self.resize = f"bilinear to {side} px"
-        channels = (3, 32, 64, width)
-        layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):  # the layers' own first weights are drawn from the global generator
-            for into, out in zip(channels, channels[1:], strict=False):
-                layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.ReLU()]
-        self.network = nn.Sequential(*layers).eval().requires_grad_(False)
+        first = max(width // 14, 1)  # layers as wide as 1 : 2 : 4
+        self.network = _RandomConvolutions((first, 2 * first, width // 2 - 3 * first), seed)
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        return torch.cat([self.network(batch.float() / 127.5 - 1) for batch in _batches_by_size(images)])
+
+
+class _RandomConvolutions(nn.Module):
+    def __init__(self, widths: Sequence[int], seed: int) -> None:
+        super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.network.parameters():
-            if parameter.dim() > 1:
-                nn.init.orthogonal_(parameter, 2**0.5, generator=generator)
-            else:
-                nn.init.zeros_(parameter)
+        channels = 3
+        for number, width in enumerate(widths):
+            weight = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+            self.register_buffer(f"weight{number}", weight)
+            channels = width
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        described = []
-        for batch in _by_size(images):
-            pixels = nn.functional.interpolate(batch / 127.5 - 1, (self.side, self.side), mode="bilinear")
-            states = self.network(pixels)
-            described.append(states.mean((2, 3)) + states.amax((2, 3)))
-        return torch.cat(described)
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for number, weight in enumerate(self.buffers()):
+            x = nn.functional.conv2d(x, weight, stride=1 if number == 0 else 2)
+            x = nn.functional.leaky_relu(x, 0.2)
+            parts += [x.mean((2, 3)), x.std((2, 3))]
+        return torch.cat(parts, dim=1)
 
 
-def _by_size(images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
-    """Batches ``[B, 3, H, W]``, 8-bit, of neighbours of one size."""
+def _batches_by_size(images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
+    """Batches ``[B, 3, H, W]``, 8-bit, of consecutive images of one size."""
     batches: list[list[NDArray[np.uint8]]] = []
     for image in images:
         if not batches or batches[-1][0].shape != image.shape:

@@ -1,4 +1,4 @@
-"""Reference images of FID and KID: described when they are needed, by all ranks together, and kept in a file."""
+"""Features of FID's and KID's reference images: computed on demand by all ranks together, and kept in a file."""
 
 from __future__ import annotations
 
@@ -18,76 +18,75 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
-from emf_lightning.evaluation.folders.checks import check_readable
-from emf_lightning.evaluation.folders.image_folder import image_files, read_image
+from emf_lightning.evaluation.folders.image_files import check_readable, image_files, read_image
 from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
 BATCH = 64
-"""Images described at once."""
+"""Images in one batch of features."""
 
 
 class ReferenceImages:
     """A folder of images and their features.
 
-    What was found is kept beside the folder, in ``FOLDER-statistics``, under a name that depends on the features, the
-    resolution and the files: their names, sizes and times.
+    Features and moments are kept in ``FOLDER-statistics`` beside the folder, under a name that depends on the feature
+    network, the resolution and the files' names, sizes and times.
 
     Attributes:
-        files: the images, by path.
+        files: paths of the images, sorted.
 
     Args:
-        asker: begins error messages.
+        caller: class name at the beginning of error messages.
         folder: of the images.
-        features: of images.
-        resolution: see ``resized``.
+        features: the feature network.
+        resolution: see ``resize``.
 
     Raises:
-        ValueError: for a folder that is not there or holds no images.
+        ValueError: for a missing folder, or one without images.
     """
 
-    def __init__(self, asker: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
-        self.asker, self.folder, self.features, self.resolution = asker, folder, features, resolution
-        self.files = image_files(folder, f"{asker}: reference")
-        self._found: dict[str, dict[str, NDArray[Any]]] = {}
+    def __init__(self, caller: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
+        self.caller, self.folder, self.features, self.resolution = caller, folder, features, resolution
+        self.files = image_files(folder, f"{caller}: reference")
+        self._arrays: dict[str, dict[str, NDArray[Any]]] = {}
 
     def check(self) -> None:
-        """Raises a ``ValueError`` where images that will have to be described cannot be read."""
+        """Raises a ``ValueError`` for images that cannot be read, unless their features are in a file already."""
         if not any(self._path(kind).is_file() for kind in ("moments", "features")):
-            check_readable(self.files, f"{self.asker}: reference")
+            check_readable(self.files, f"{self.caller}: reference")
 
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64; ranks talk on ``device``, all must call it."""
+        """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
         if not self._is_kept("moments", device):
             width, images = self.features.width, 0
             total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-            for batch in self._mine():
+            for batch in self._own_features():
                 rows = batch.double()
                 total, products, images = total + rows.sum(0), products + rows.T @ rows, images + len(rows)
             sums = [torch.stack(gathered(part, device)).sum(0) for part in (total, products)]
             mu, sigma = gaussian(sums[0], sums[1], len(self.files))
             self._keep("moments", mu=mu.numpy(), sigma=sigma.numpy())
-        found = self._load("moments")
-        return torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
+        moments = self._load("moments")
+        return torch.from_numpy(moments["mu"]), torch.from_numpy(moments["sigma"])
 
-    def rows(self, device: torch.device) -> Tensor:
-        """The features ``[N, D]`` in the order of ``files``; ranks talk on ``device``, all must call it."""
+    def feature_matrix(self, device: torch.device) -> Tensor:
+        """Features ``[N, D]`` in the order of ``files``. All ranks must call it, see ``gathered``."""
         if not self._is_kept("features", device):
-            parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._mine()]), device)
+            parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._own_features()]), device)
             rows = torch.zeros(len(self.files), self.features.width)
             for rank, part in enumerate(parts):
                 rows[rank :: len(parts)] = part
             self._keep("features", rows=rows.numpy())
         return torch.from_numpy(self._load("features")["rows"])
 
-    def _mine(self) -> Iterator[Tensor]:
+    def _own_features(self) -> Iterator[Tensor]:
         """Batches of features of this rank's share of the images."""
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if _are_several() else (0, 1)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
         files = self.files[rank::ranks]
         for first in range(0, len(files), BATCH):
-            pictures = [read_image(file) for file in files[first : first + BATCH]]
-            yield self.features([resized(picture, self.resolution) for picture in pictures])
+            images = [read_image(file) for file in files[first : first + BATCH]]
+            yield self.features([resize(image, self.resolution) for image in images])
 
     @cached_property
     def _key(self) -> str:
@@ -100,38 +99,38 @@ class ReferenceImages:
         return folder.with_name(f"{folder.name}-statistics") / f"{kind}-{self._key}.npz"
 
     def _is_kept(self, kind: str, device: torch.device) -> bool:
-        """Whether every rank finds it, in memory or in a file."""
-        here = kind in self._found or self._path(kind).is_file()
+        """True if all ranks have the arrays, in memory or in a file."""
+        here = kind in self._arrays or self._path(kind).is_file()
         return all(bool(there) for there in gathered(torch.tensor([int(here)]), device))
 
     def _load(self, kind: str) -> dict[str, NDArray[Any]]:
-        if kind not in self._found:
+        if kind not in self._arrays:
             with np.load(self._path(kind)) as content:
-                self._found[kind] = {name: content[name] for name in content.files}
-        return self._found[kind]
+                self._arrays[kind] = {name: content[name] for name in content.files}
+        return self._arrays[kind]
 
     def _keep(self, kind: str, **arrays: NDArray[Any]) -> None:
-        self._found[kind] = arrays
-        if _are_several() and dist.get_rank() > 0:
+        self._arrays[kind] = arrays
+        if _is_distributed() and dist.get_rank() > 0:
             return
         path = self._path(kind)
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # another call may be about the same
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same file
         about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
         try:
             path.parent.mkdir(exist_ok=True)
             with partial.open("wb") as file:
                 np.savez(file, **(arrays | about))  # type: ignore[arg-type]
             os.replace(partial, path)
-        except OSError as error:  # the folder may be someone else's
-            log.info("%s: cannot keep what was found of %s (%s)", self.asker, self.folder, error)
+        except OSError as error:  # the folder may be read-only
+            log.info("%s: cannot keep the features of %s (%s)", self.caller, self.folder, error)
 
 
 def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> tuple[Tensor, Tensor]:
     """Mean ``mu`` ``[D]`` and covariance ``sigma`` ``[D, D]`` from an ``.npz``.
 
     Raises:
-        ValueError: for another file, and statistics of other features or another resolution, where it says so; those of
-            pytorch-fid and others do not.
+        ValueError: for another file, or statistics of other features or another resolution, if the file names them;
+            those of pytorch-fid and others do not.
     """
     try:
         with np.load(path) as content:
@@ -158,13 +157,13 @@ def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> t
 
 
 def gaussian(total: Tensor, products: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features, from their sum and their summed outer products."""
+    """Mean ``[D]`` and unbiased covariance ``[D, D]`` from the sum and the summed outer products of features."""
     mean = total / images
     return mean, (products - images * torch.outer(mean, mean)) / (images - 1)
 
 
-def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
-    """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; untouched where it has that size."""
+def resize(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8]:
+    """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; unchanged if it has that size."""
     if resolution is None or image.shape[:2] == (resolution, resolution):
         return image
     from PIL import Image
@@ -173,9 +172,9 @@ def resized(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint
 
 
 def gathered(part: Tensor, device: torch.device) -> list[Tensor]:
-    """``part`` of every rank, on the CPU; ranks talk on ``device``."""
-    return [tensor.cpu() for tensor in gather_all_tensors(part.to(device))] if _are_several() else [part]
+    """``part`` of every rank, on the CPU; ranks communicate on ``device``."""
+    return [tensor.cpu() for tensor in gather_all_tensors(part.to(device))] if _is_distributed() else [part]
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

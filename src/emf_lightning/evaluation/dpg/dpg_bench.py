@@ -1,4 +1,4 @@
-"""DPG-Bench: long prompts as graphs of questions (arXiv 2403.05135)."""
+"""DPG-Bench: long prompts, each with a graph of questions about its image (arXiv 2403.05135)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emf_lightning.evaluation.dpg.vqa_judge import VqaJudge
+from emf_lightning.evaluation.dpg.vqa_models import VqaModel
 from emf_lightning.evaluation.image_metric import PromptMeans
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -26,8 +26,8 @@ class Question:
 
     Attributes:
         number: within the prompt, from 1.
-        parents: questions that must be answered with yes for this one to count.
-        category: its kind, e.g. ``entity``, ``attribute``; behind a dash the finer kind.
+        parents: numbers of the questions that must be answered with yes for this one to count.
+        category: e.g. ``entity - whole``: the coarse category, a dash, the fine one.
         text: the question.
     """
 
@@ -37,8 +37,8 @@ class Question:
     text: str
 
     @property
-    def kind(self) -> str:
-        """The coarse category, which published tables show."""
+    def coarse(self) -> str:
+        """The coarse category, the one of published tables."""
         return self.category.split("-")[0].strip()
 
 
@@ -51,8 +51,8 @@ class Item:
     questions: tuple[Question, ...]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether there are questions, and all those that they depend on."""
+    def is_complete(self) -> bool:
+        """True if there are questions, and all of their parents are among them."""
         numbers = {question.number for question in self.questions}
         return bool(numbers) and all(numbers.issuperset(question.parents) for question in self.questions)
 
@@ -60,48 +60,50 @@ class Item:
 class DpgBench(PromptMeans):
     """DPG-Bench: the share of a prompt's questions that its image answers with yes, in per cent, averaged over prompts.
 
-    A question whose parent was answered with no counts as no, down the whole graph. An image may be a 2 x 2 grid of
-    four, as the benchmark stores it; no file says that it is one. Scores of another judge than mPLUG are no DPG-Bench
-    scores, and bear its name. Beside the score stand the shares of the coarse and the fine kinds of questions.
+    A question whose parent was answered with no counts as no, and so do the questions that depend on it. An image may
+    be a 2 x 2 grid of four, as the benchmark stores it; image files do not say so. Only mPLUG gives DPG-Bench scores:
+    the names of other models are part of the score's name. ``compute`` also returns the share of each coarse and fine
+    category.
 
     Args:
         benchmark: path of ``dpg_bench.csv``.
-        judge: answers the questions.
-        tile: side in pixels of one of the four images of a grid; None where files hold one image each: a grid would be
-            judged as one image.
-        official: count as the published script does: the table's first question is dropped, and its prompt with it
-            where others depend on it: images of that prompt are not judged; kinds of questions take the last of a
-            grid's four images, or each image where it comes alone, and questions without their parents' say.
+        vqa_model: answers the questions.
+        tile: side in pixels of one of the four images of a grid; None if each file holds one image: a grid would be
+            scored as one image.
+        official: count as the published script does. It drops the table's first question, and the prompt of that
+            question if others depend on it: images of that prompt are not scored. Categories count the last of a
+            grid's four images, or each image where there is no grid, and ignore the parents' answers.
 
     Raises:
-        ValueError: for a table that is not there or something else.
+        ValueError: for a missing or malformed table.
     """
 
     asked: Tensor
     yes: Tensor
 
-    def __init__(self, benchmark: Path, judge: VqaJudge, tile: int | None = None, official: bool = False) -> None:
+    def __init__(self, benchmark: Path, vqa_model: VqaModel, tile: int | None = None, official: bool = False) -> None:
         items = read_items(benchmark, official)
         self._all = tuple(dict.fromkeys(item.text for item in items))
         self._of_name = {item.name: item.text for item in items}
-        items = [item for item in items if item.is_whole]
+        items = [item for item in items if item.is_complete]
         super().__init__([item.text for item in items], scale=100.0)
         self._items: dict[str, list[Item]] = {}
         for item in items:
             self._items.setdefault(item.text, []).append(item)
         questions = [question for item in items for question in item.questions]
-        self._kinds = tuple(dict.fromkeys([q.kind for q in questions] + [q.category for q in questions]))
-        self.judge, self.tile, self.official = judge, tile, official
-        self.name = "_".join(["dpg", *([judge.name] if judge.name else []), *(["official"] if official else [])])
-        remarks = [f"{judge.name} as judge"] if judge.name else []
+        self._categories = tuple(dict.fromkeys([q.coarse for q in questions] + [q.category for q in questions]))
+        self.vqa_model, self.tile, self.official = vqa_model, tile, official
+        model = vqa_model.name
+        self.name = "_".join(["dpg", *([model] if model else []), *(["official"] if official else [])])
+        remarks = [f"{model} as judge"] if model else []
         remarks += ["counted as the published script does"] if official else []
         self.title = f"DPG-Bench ({', '.join(remarks)})" if remarks else "DPG-Bench"
         self._benchmark = hashlib.sha256(Path(benchmark).read_bytes()).hexdigest()[:12]
         for name in ("asked", "yes"):
-            self.add_state(name, torch.zeros(len(self._kinds), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(len(self._categories), dtype=torch.float64), dist_reduce_fx="sum")
 
     def prompts(self) -> Sequence[str]:
-        """All of the table's, also one that ``official`` leaves out: folders have an image of it."""
+        """All prompts of the table, including the one that ``official`` drops: folders have an image of it."""
         return self._all
 
     def prompt_of(self, path: PurePath) -> str | None:
@@ -109,8 +111,8 @@ class DpgBench(PromptMeans):
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         left_out = set(self._all).difference(self._items)
-        judged = [(image, text) for image, text in zip(images, prompts, strict=True) if text not in left_out]
-        super().update([image for image, _ in judged], [text for _, text in judged])
+        scored = [(image, text) for image, text in zip(images, prompts, strict=True) if text not in left_out]
+        super().update([image for image, _ in scored], [text for _, text in scored])
         rows = iter(self.rows)
         self.rows = [{"prompt": text, self.name: None} if text in left_out else next(rows) for text in prompts]
 
@@ -118,39 +120,39 @@ class DpgBench(PromptMeans):
         return [self._value(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def _value(self, image: NDArray[np.uint8], prompt: str) -> float:
-        """The share of questions answered with yes, averaged over the image's tiles and the prompt's items."""
+        """Share of questions answered with yes, averaged over the image's tiles and the prompt's items."""
         shares = []
         for item in self._items[prompt]:
             tiles = tiles_of(image, self.tile)
-            for number, picture in enumerate(tiles):
-                answers = self.judge.answer(picture, [question.text for question in item.questions])
-                plain = {q.number: answer == "yes" for q, answer in zip(item.questions, answers, strict=True)}
-                gated = gate(item.questions, plain)
+            for number, tile in enumerate(tiles):
+                answers = self.vqa_model.answer(tile, [question.text for question in item.questions])
+                raw = {q.number: answer == "yes" for q, answer in zip(item.questions, answers, strict=True)}
+                gated = gate(item.questions, raw)
                 shares.append(sum(gated.values()) / len(gated))
                 if not self.official:
                     self._count(item, gated)
                 elif number == len(tiles) - 1:
-                    self._count(item, plain)
+                    self._count(item, raw)
         return float(np.mean(shares))
 
     def _count(self, item: Item, answers: dict[int, bool]) -> None:
         for question in item.questions:
-            for name in {question.kind, question.category}:
-                kind = self._kinds.index(name)
-                self.asked[kind] += 1
-                self.yes[kind] += answers[question.number]
+            for name in {question.coarse, question.category}:
+                category = self._categories.index(name)
+                self.asked[category] += 1
+                self.yes[category] += answers[question.number]
 
     def compute(self) -> dict[str, Tensor]:
         shares = 100 * self.yes / self.asked
-        return super().compute() | {kind: shares[i] for i, kind in enumerate(self._kinds) if self.asked[i]}
+        return super().compute() | {name: shares[i] for i, name in enumerate(self._categories) if self.asked[i]}
 
     def settings(self) -> dict[str, Any]:
         counting = {"prompts": len(self._texts), "tile": self.tile, "official": self.official}
-        return {"benchmark": self._benchmark} | counting | self.judge.settings()
+        return {"benchmark": self._benchmark} | counting | self.vqa_model.settings()
 
 
 def gate(questions: Sequence[Question], answers: dict[int, bool]) -> dict[int, bool]:
-    """Answers that are yes and whose parents' are: in the order of the numbers, so that a no goes down the graph."""
+    """Answers with a no wherever a parent's gated answer is no; questions are taken in the order of their numbers."""
     gated = dict(answers)
     for question in sorted(questions, key=lambda question: question.number):
         if not all(gated[parent] for parent in question.parents):
@@ -159,10 +161,10 @@ def gate(questions: Sequence[Question], answers: dict[int, bool]) -> dict[int, b
 
 
 def tiles_of(image: NDArray[np.uint8], tile: int | None) -> list[NDArray[np.uint8]]:
-    """The four images of a 2 x 2 grid, row by row; the image itself where ``tile`` is None.
+    """The four images of a 2 x 2 grid, row by row; the whole image if ``tile`` is None.
 
     Raises:
-        ValueError: for a grid of another size.
+        ValueError: for an image that is not ``2 * tile`` pixels wide and high.
     """
     if tile is None:
         return [image]
@@ -170,7 +172,7 @@ def tiles_of(image: NDArray[np.uint8], tile: int | None) -> list[NDArray[np.uint
         height, width = image.shape[:2]
         raise ValueError(
             f"DpgBench: an image of {width} x {height} is no grid of four of side tile={tile}; set tile to half the "
-            "grid's side, or leave it out where each file holds one image"
+            "grid's side, or leave it out if each file holds one image"
         )
     return [image[y : y + tile, x : x + tile] for y in (0, tile) for x in (0, tile)]
 
@@ -180,11 +182,11 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
 
     Args:
         path: of ``dpg_bench.csv``.
-        official: leave out the first question of the table as the published script does; its prompt stays, and is not
-            whole where another question depends on it.
+        official: drop the first question of the table as the published script does; its prompt stays, but is not
+            complete if another question depends on it.
 
     Raises:
-        ValueError: for a file that is not there, lacks columns, or has questions whose parents do not exist.
+        ValueError: for a missing file, missing columns, or questions whose parents do not exist.
     """
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
@@ -210,7 +212,7 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
         if line > 0 or not official:
             questions.append(question)
     items = [Item(n, texts[n], tuple(sorted(q, key=lambda question: question.number))) for n, q in found.items()]
-    orphans = [] if official else [item for item in items if not item.is_whole]
+    orphans = [] if official else [item for item in items if not item.is_complete]
     if orphans:
         raise ValueError(f"DpgBench: {path}: a question of {orphans[0].name} depends on one that is not there")
     return items

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.scenes import Scene, training_scene
-from emf_lightning.data.shapes.world import WORLDS
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.evaluation.folders.image_folder import read_image
-from emf_lightning.evaluation.geneval.verdict import relations
+from emf_lightning.evaluation.folders.image_files import read_image
 from emf_lightning.pretrained.loading import load_pretrained
 
 
@@ -45,72 +40,6 @@ class PairCorpus(ABC):
     @abstractmethod
     def image(self, pair: int) -> NDArray[np.uint8]:
         """The image of a pair, ``[H, W, 3]``, 8-bit RGB."""
-
-
-class ShapesPairs(PairCorpus):
-    """Training scenes of a shapes world; images are as similar as their scenes are: exactly known, without a network.
-
-    The similarity is the F1 of two scenes' facts: of each object its shape, its colour and both together, of each two
-    objects how they stand to one another.
-
-    Args:
-        world: name of the world, ``small`` or ``full``.
-        count: pairs.
-        seed: of the scenes.
-    """
-
-    exhaustive = True
-
-    def __init__(self, world: str = "small", count: int = 3000, seed: int = 0) -> None:
-        if world not in WORLDS:
-            raise ValueError(f"ShapesPairs: no world {world!r}; the worlds are {', '.join(WORLDS)}")
-        if count < 2:
-            raise ValueError(f"ShapesPairs: count must be at least 2, got {count}")
-        self.world = WORLDS[world]
-        rng = np.random.default_rng(seed)
-        self.scenes = [training_scene(self.world, rng) for _ in range(count)]
-        self.name = f"shapes {world}, {count:,} pairs, seed {seed}"
-        self.captions = [scene.prompt.prompt for scene in self.scenes]
-        self.owners = np.arange(count)
-
-    @cached_property
-    def _facts(self) -> NDArray[np.int64]:
-        """How often each fact holds in each scene, ``[N, facts]``."""
-        counts = [facts_of(scene) for scene in self.scenes]
-        column = {fact: i for i, fact in enumerate(dict.fromkeys(fact for count in counts for fact in count))}
-        table = np.zeros((len(counts), len(column)), np.int64)
-        for row, count in enumerate(counts):
-            for fact, number in count.items():
-                table[row, column[fact]] = number
-        return table
-
-    @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        return self._facts.sum(1, dtype=np.int64)
-
-    def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
-        mine = self._facts[query]
-        held = np.flatnonzero(mine)  # a scene has a dozen facts out of hundreds
-        common = np.minimum(mine[held], self._facts[np.ix_(others, held)]).sum(1)
-        return 2 * common / (self._sizes[query] + self._sizes[others])
-
-    def image(self, pair: int) -> NDArray[np.uint8]:
-        return self.scenes[pair].draw(self.world)
-
-
-def facts_of(scene: Scene) -> Counter[tuple[str, ...]]:
-    """What is true of a scene, each fact as often as it holds."""
-    facts: Counter[tuple[str, ...]] = Counter()
-    boxes = []
-    for thing in scene.objects:
-        facts.update([("shape", thing.shape), ("colour", thing.colour), ("object", thing.colour, thing.shape)])
-        (x, y), r = thing.centre, thing.radius
-        boxes.append((x - r, y - r, x + r, y + r))
-    for i, a in enumerate(scene.objects):
-        for j, b in enumerate(scene.objects):
-            held = relations(boxes[i], boxes[j]) & {"left of", "above"} if i != j else set()
-            facts.update([("relation", a.shape, relation, b.shape) for relation in held])
-    return facts
 
 
 class CocoPairs(PairCorpus):

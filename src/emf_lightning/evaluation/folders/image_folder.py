@@ -1,4 +1,4 @@
-"""Folders of drawn images, in the layouts that evaluators know, with the prompt of each image."""
+"""Folders of generated images with their prompts, in the layouts of common benchmarks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from emf_lightning.evaluation.folders.checks import check_complete, check_prompts, check_same_sampling
+from emf_lightning.evaluation.folders.image_files import check_readable, image_files
+from emf_lightning.evaluation.image_metric import ImageMetric
 
-from emf_lightning.evaluation.folders.checks import (
-    check_complete,
-    check_one_drawing,
-    check_prompts,
-    check_readable,
-)
-
-if TYPE_CHECKING:
-    from emf_lightning.evaluation.image_metric import ImageMetric
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPTS = "prompts.jsonl"
-"""What `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
+"""The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
 LAYOUTS = (
     f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl and "
     "00012/samples/0003.png; or a text file beside each image"
@@ -32,32 +22,34 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class DrawnImage:
-    """An image in a folder.
+class GeneratedImage:
+    """A generated image in a folder.
 
     Attributes:
         path: of the file.
-        prompt: what it was drawn for; empty where a score needs none.
+        prompt: that it was generated from; empty if it has none and the metric needs none.
     """
 
     path: Path
     prompt: str
 
 
-def drawn_images(folder: Path, metric: ImageMetric, files: str = "*", partial: bool = False) -> list[DrawnImage]:
+def generated_images(
+    folder: Path, metric: ImageMetric, files: str = "*", partial: bool = False
+) -> list[GeneratedImage]:
     """The images of ``folder`` with their prompts, in the order of their paths.
 
-    A prompt is what the metric's own layout says, or one of the general layouts.
+    Prompts come from one of the general layouts, or else from the metric's own layout.
 
     Args:
-        folder: looked through, subfolders too.
-        metric: that is to score them.
+        folder: searched with its subfolders.
+        metric: that will score the images.
         files: pattern that paths below the folder must match, e.g. ``*-4step[-.]*``, which leaves out ``4step_cfg2``.
         partial: whether prompts of the benchmark, or lines of ``prompts.jsonl``, may lack images.
 
     Raises:
-        ValueError: for no images, images that cannot be read, that were drawn with different steps or guidance, that
-            have no prompt or another benchmark's; for images that are missing.
+        ValueError: for missing images, or images that cannot be read, have different sampling settings, no prompt, or
+            a prompt of another benchmark.
     """
     paths = [path for path in image_files(folder, "folder") if fnmatch(str(path.relative_to(folder)), files)]
     if not paths:
@@ -66,57 +58,24 @@ def drawn_images(folder: Path, metric: ImageMetric, files: str = "*", partial: b
     names = [str(path.relative_to(folder)) for path in paths]
     if not partial:
         check_complete(listed, names, files, PROMPTS)
-    check_one_drawing(listed, names, PROMPTS)
+    check_same_sampling(listed, names, PROMPTS)
     prompts = _prompts(folder, paths, metric, listed)
-    nameless = [path for path in paths if prompts[path] is None]
-    if nameless and metric.needs_prompts:
+    without = [path for path in paths if path not in prompts]
+    if without and metric.needs_prompts:
         raise ValueError(
-            f"folder: no prompt for {len(nameless):,} of {len(paths):,} images, {nameless[0]} among them; known "
+            f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known "
             f"layouts: {LAYOUTS}"
         )
-    images = [DrawnImage(path, prompts[path] or "") for path in paths]
     if metric.prompts():
-        check_prompts(images, metric, partial)
+        check_prompts({path: prompts.get(path, "") for path in paths}, metric, partial)
     check_readable(paths, "folder")
-    return images
-
-
-def image_files(folder: Path, argument: str) -> list[Path]:
-    """All image files below ``folder``, by path; names that begin with a dot are left out, and GenEval's grids.
-
-    Raises:
-        ValueError: where there is no such folder, or no image in it; the message begins with ``argument``.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{argument}: no folder {folder}")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    of_genevals = {path.parent.parent for path in paths if path.parent.name == "samples"}
-    paths = [path for path in paths if path.parent not in of_genevals]  # 00012/grid.png, beside 00012/samples
-    if not paths:
-        raise ValueError(f"{argument}: no image in {folder}; known are {', '.join(SUFFIXES)}")
-    return paths
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """The image at ``path`` as ``[H, W, 3]``, 8-bit RGB, turned as its camera says.
-
-    Raises:
-        ValueError: for a file that is no image.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} is no image that can be read ({error}); draw it again") from error
+    return [GeneratedImage(path, prompts.get(path, "")) for path in paths]
 
 
 def _prompts(
     folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, dict[str, Any]]
-) -> dict[Path, str | None]:
-    """The prompt of each path, None where no layout knows one."""
+) -> dict[Path, str]:
+    """The prompts of the paths for which a layout knows one."""
     of_folder: dict[Path, str | None] = {}
 
     def prompt(path: Path) -> str | None:
@@ -134,11 +93,11 @@ def _prompts(
                 return of_folder[metadata]
         return metric.prompt_of(relative)
 
-    return {path: prompt(path) for path in paths}
+    return {path: text for path in paths if (text := prompt(path)) is not None}
 
 
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
-    """Path below the folder -> line of the list."""
+    """Lines of ``prompts.jsonl`` by the image's path below the folder."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {str(PurePath(row["file"])): {"prompt": row["prompt"], **row} for row in rows}

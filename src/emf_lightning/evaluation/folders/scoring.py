@@ -1,4 +1,4 @@
-"""A folder of images scored: in bounded memory, on several ranks, and from where a killed run stopped."""
+"""Scoring of a folder of images: in bounded memory, on several ranks, resumable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from emf_lightning.evaluation.folders.image_folder import DrawnImage, read_image
+from emf_lightning.evaluation.folders.image_files import read_image
+from emf_lightning.evaluation.folders.image_folder import GeneratedImage
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.files import write_atomic
 
@@ -24,11 +25,11 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that share the images.
+    """Rank and world size of this process.
 
     Attributes:
-        number: 0 for the one that writes what all found.
-        count: of processes.
+        number: rank; rank 0 writes the results.
+        count: number of processes.
     """
 
     number: int = 0
@@ -36,7 +37,7 @@ class Rank:
 
 
 def score_images(
-    images: Sequence[DrawnImage],
+    images: Sequence[GeneratedImage],
     metric: ImageMetric,
     directory: Path,
     *,
@@ -45,24 +46,26 @@ def score_images(
     save_seconds: float = 30.0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The scores of ``images``, the same on every rank; in ``directory`` afterwards ``scores.json``, ``results.jsonl``.
+    """Scores ``images`` and writes ``scores.json`` and ``results.jsonl`` into ``directory``.
 
-    Every rank takes each so-many-th image and keeps what it counted, with the lines it wrote, below ``directory``; the
-    same call goes on from there. Results of all ranks are brought together in the order of ``images``: the directory
-    has to be one that all ranks see.
+    Each rank scores every n-th image and saves the metric's state and its result rows in ``directory``: a repeated call
+    resumes there. Rank 0 joins the rows in the order of ``images``, so that all ranks must share the file system.
 
     Args:
         images: all of them, the same on every rank.
-        metric: fresh.
+        metric: in its initial state.
         directory: for results; made if missing.
-        rank: of this process; more than one need an initialised process group.
+        rank: of this process; several ranks need an initialised process group.
         batch_size: images in memory at once.
-        save_seconds: between two saves of what was counted.
-        report: called with (images done by all ranks as far as known, images in all).
+        save_seconds: time between two saves.
+        report: called with (estimated images done by all ranks, images in all).
+
+    Returns:
+        The content of ``scores.json``, the same on every rank.
 
     Raises:
-        ValueError: where ``directory`` holds the beginnings of another scoring; for a file that is no image: what was
-            counted before it is kept.
+        ValueError: if ``directory`` holds the progress of another scoring, or for a file that is no image; the progress
+            before that file is saved.
     """
     here = rank or Rank()
     metric.check_count(len(images))
@@ -75,11 +78,11 @@ def score_images(
         while progress.done < len(mine):
             batch = mine[progress.done : progress.done + batch_size]
             try:
-                pictures = [read_image(image.path) for image in batch]
+                pixels = [read_image(image.path) for image in batch]
             except ValueError:
                 progress.save()
                 raise
-            metric.update(pictures, [image.prompt for image in batch])
+            metric.update(pixels, [image.prompt for image in batch])
             for image, row in zip(batch, metric.rows, strict=True):
                 lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
             lines.flush()
@@ -89,7 +92,7 @@ def score_images(
                 saved = time.perf_counter()
             report(min(progress.done * here.count, len(images)), len(images))
     progress.save()
-    values = {name: float(value) for name, value in metric.compute().items()}  # asks all ranks
+    values = {name: float(value) for name, value in metric.compute().items()}  # synchronises all ranks
     scores = {
         "metric": metric.name,
         "title": metric.title,
@@ -104,22 +107,22 @@ def score_images(
     if here.number == 0:
         _join(directory, here.count, len(images))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
-        _clear(directory, here.count)  # last: until then a killed run finds all that was counted
+        _clear(directory, here.count)  # last: a run killed before this line finds its progress
     if here.count > 1:
         dist.barrier()
     return scores
 
 
 class _Progress:
-    """What one rank has counted so far, on disk; the metric is put where that stopped."""
+    """Progress of one rank on disk; the constructor restores the metric's state from it."""
 
-    def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[DrawnImage], rank: Rank) -> None:
+    def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: Rank) -> None:
         self.metric = metric
         self.path = directory / f".progress-{rank.number}-of-{rank.count}.pt"
         self.results = directory / f".results-{rank.number}-of-{rank.count}.jsonl"
         self.done = 0
-        what = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
-        self.key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        identity = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
+        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{rank.count}.pt")]
         if others:
             count = others[0].stem.rpartition("-")[2]
@@ -129,7 +132,7 @@ class _Progress:
             )
         if self.path.is_file():
             self._load(directory)
-        self._cut()
+        self._drop_unsaved_rows()
 
     def _load(self, directory: Path) -> None:
         saved = torch.load(self.path, weights_only=True)
@@ -143,13 +146,13 @@ class _Progress:
         self.metric._update_count = 1
         self.done = saved["done"]
 
-    def _cut(self) -> None:
-        """Lets go of lines written after the last save: their images come again."""
+    def _drop_unsaved_rows(self) -> None:
+        """Removes rows written after the last save; their images are scored again."""
         lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
         write_atomic(self.results, "".join(lines[: self.done]))
 
     def save(self) -> None:
-        """Writes, at once or not at all."""
+        """Writes the progress file; a killed process leaves the old one or the new one."""
         partial = self.path.with_suffix(".partial")
         state = {name: getattr(self.metric, name) for name in self.metric._defaults}
         torch.save({"key": self.key, "done": self.done, "state": state}, partial)
@@ -157,7 +160,7 @@ class _Progress:
 
 
 def _join(directory: Path, ranks: int, images: int) -> None:
-    """Brings the ranks' lines into the order of the images."""
+    """Writes ``results.jsonl``: the rows of all ranks in the order of the images."""
     parts = [
         (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
     ]
@@ -165,7 +168,7 @@ def _join(directory: Path, ranks: int, images: int) -> None:
 
 
 def _clear(directory: Path, ranks: int) -> None:
-    """Removes what only a resumed run needs; counts first, as counts without their lines could not be resumed."""
+    """Removes the progress files, states first: a state without its rows could not be resumed."""
     for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
         for number in range(ranks):
             (directory / pattern.format(number, ranks)).unlink(missing_ok=True)

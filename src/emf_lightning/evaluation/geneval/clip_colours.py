@@ -1,4 +1,4 @@
-"""The colour of an object as GenEval reads it: CLIP, asked about the object on grey."""
+"""GenEval's colour classifier: zero-shot CLIP on the object on grey."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emf_lightning.data.shapes.world import BACKGROUND
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE
 from emf_lightning.evaluation.clip_hps.clip_model import load_clip
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.geneval.coco_prompts import COLOURS
@@ -20,16 +20,16 @@ TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {la
 
 
 class ClipColours:
-    """Zero-shot colours: the object alone on #999, cut to its box, against three sentences for each of ten colours.
+    """Zero-shot colours: the object alone on #999, cropped to its box, against three captions for each of ten colours.
 
-    Grey is none of the ten: every object gets one of them.
+    Grey is not among the ten, and each object gets one of them.
 
     Args:
-        model: OpenCLIP's name; GenEval's is OpenAI's ViT-L/14.
-        pretrained: path of its weights, OpenAI's ``ViT-L-14.pt`` or OpenCLIP's, or a tag of OpenCLIP's.
+        model: OpenCLIP's model name; GenEval uses OpenAI's ViT-L/14.
+        pretrained: path of the weights, OpenAI's ``ViT-L-14.pt`` or OpenCLIP's, or a tag of OpenCLIP's.
         device: see ``Mask2FormerDetector``.
-        quick_gelu: the activation is QuickGELU; needed for OpenAI's weights where neither the name, nor a tag, nor
-            OpenAI's own file says so.
+        quick_gelu: use QuickGELU; needed for OpenAI's weights unless the model name, a tag or OpenAI's own file
+            implies it.
 
     Raises:
         ValueError: if the model cannot be loaded.
@@ -49,7 +49,7 @@ class ClipColours:
         self._classifiers: dict[str, Tensor] = {}
 
     def settings(self) -> dict[str, Any]:
-        """What a reader must know to compare colours: model, activation and a digest of the weights."""
+        """Everything that comparable colours must share: model, activation and a digest of the weights."""
         return {f"colours_{name}": value for name, value in self._clip.settings.items()}
 
     @torch.no_grad()
@@ -57,13 +57,13 @@ class ClipColours:
         """The colour of each of ``detections``, all of class ``label``, in ``image`` ``[H, W, 3]``, 8-bit RGB."""
         if not detections:
             return []
-        crops = torch.stack([self.transform(_alone(image, detection)) for detection in detections])
+        crops = torch.stack([self.transform(_masked_crop(image, detection)) for detection in detections])
         with torch.autocast(self.device.type, enabled=False):
             features = self.model.encode_image(crops.to(self.device), normalize=True)
         return [COLOURS[i] for i in (features @ self._classifier(label)).argmax(1).tolist()]
 
     def _classifier(self, label: str) -> Tensor:
-        """A direction for each colour, ``[D, 10]``: the mean of its sentences' unit vectors, itself of unit length."""
+        """Classifier weights ``[D, 10]``: for each colour the normalised mean of its captions' unit vectors."""
         if label not in self._classifiers:
             texts = [t.format(colour=colour, label=label) for colour in COLOURS for t in TEMPLATES]
             vectors = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
@@ -72,8 +72,8 @@ class ClipColours:
         return self._classifiers[label]
 
 
-def _alone(image: NDArray[np.uint8], detection: Detection) -> Any:
-    """The object of ``detection`` on GenEval's grey, cut to its box, as PIL's image."""
+def _masked_crop(image: NDArray[np.uint8], detection: Detection) -> Any:
+    """The object of ``detection`` on GenEval's grey, cropped to its box, as a PIL image."""
     from PIL import Image
 
     pixels = np.where(detection.mask[..., None], image, np.array(BACKGROUND, np.uint8))
@@ -81,20 +81,19 @@ def _alone(image: NDArray[np.uint8], detection: Detection) -> Any:
     return Image.fromarray(pixels[y0:y1, x0:x1])
 
 
-def check_colours(read: ClipColours) -> None:
-    """Asks for the colours of flat discs.
+def check_colours(classify: ClipColours) -> None:
+    """Tests ``classify`` on a flat disc of each colour.
 
     Raises:
-        ValueError: where fewer than six of the ten are named right: by chance it is one.
+        ValueError: for fewer than six right answers of ten; chance is one.
     """
-    from emf_lightning.data.shapes.drawing import draw
-
+    fine = (np.arange(4 * 224) + 0.5) / 4 - 112  # 4 x 4 samples a pixel
+    alpha = (fine**2 + fine[:, None] ** 2 <= 90**2).reshape(224, 4, 224, 4).mean((1, 3))[..., None]
     right = 0
     for colour in COLOURS:
-        picture = draw([(colour, "circle", (112.0, 112.0), 90.0)], 224)
-        mask = (picture != np.array(BACKGROUND)).any(-1)
-        disc = Detection("sports ball", 1.0, (22.0, 22.0, 202.0, 202.0), mask)
-        right += read(picture, [disc], "sports ball") == [colour]
+        image = np.rint(alpha * PALETTE[colour] + (1 - alpha) * BACKGROUND).astype(np.uint8)
+        disc = Detection("sports ball", 1.0, (22.0, 22.0, 202.0, 202.0), (image != BACKGROUND).any(-1))
+        right += classify(image, [disc], "sports ball") == [colour]
     if right < 6:
         raise ValueError(
             f"ClipColours: of ten flat discs it names {right} colours right: its weights are broken or of another model"

@@ -1,11 +1,8 @@
-"""GenEval's own 553 prompts, drawn anew as their authors drew them (arXiv 2310.11513)."""
+"""GenEval's own 553 prompts, sampled again by the published procedure (arXiv 2310.11513)."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from emf_lightning.data.shapes.prompts import NUMBER_WORDS, RELATIONS, Prompt, plural, with_article
-from emf_lightning.data.shapes.world import PALETTE
+from emf_lightning.data.geneval_prompts import PALETTE, Prompt, sample_prompts
 
 COLOURS = tuple(PALETTE)
 """GenEval's ten colour words, in the order that fixes their indices."""
@@ -22,50 +19,17 @@ CLASSES = (
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
 # fmt: on
-"""The 80 things of COCO in its order, three of them under GenEval's names: a detector's labels are known by number."""
-
-IMAGES_PER_PROMPT = 4
-"""Images that the published scores draw of each prompt: 2,212 in all."""
+"""COCO's 80 thing classes in its order, which numbers a detector's labels; three have GenEval's names."""
 
 
 def geneval_prompts(per_task: int = 100, seed: int = 43) -> list[Prompt]:
     """The records of GenEval's ``evaluation_metadata.jsonl``, in its order; 553 of them with the defaults.
 
-    The numbers of the published generator are drawn in its order: a prompt for each class, then ``per_task`` of each
-    further task; records that come again are dropped. Nobody is given a colour but things: a person never is.
+    The class "person" never gets a colour. The published scores use 4 images of each prompt, 2,212 in all.
 
     Args:
-        per_task: prompts drawn for each task but single objects.
+        per_task: prompts sampled for each task except single objects.
         seed: of numpy's default generator.
     """
-    rng = np.random.default_rng(seed)
-    prompts = [
-        Prompt("single_object", f"a photo of {with_article(CLASSES[i])}", ({"class": CLASSES[i], "count": 1},))
-        for i in rng.choice(len(CLASSES), size=len(CLASSES), replace=False)
-    ]
-    for _ in range(per_task):
-        a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
-        text = f"a photo of {with_article(a)} and {with_article(b)}"
-        prompts.append(Prompt("two_object", text, ({"class": a, "count": 1}, {"class": b, "count": 1})))
-    for _ in range(per_task):
-        thing, count = CLASSES[rng.choice(len(CLASSES))], int(rng.integers(2, 4, endpoint=True))
-        wanted, too_many = {"class": thing, "count": count}, {"class": thing, "count": count + 1}
-        prompts.append(Prompt("counting", f"a photo of {NUMBER_WORDS[count]} {plural(thing)}", (wanted,), (too_many,)))
-    for _ in range(per_task):
-        thing = CLASSES[rng.choice(len(CLASSES) - 1) + 1]
-        colour = COLOURS[rng.choice(len(COLOURS))]
-        text = f"a photo of {with_article(colour)} {thing}"
-        prompts.append(Prompt("colors", text, ({"class": thing, "count": 1, "color": colour},)))
-    for _ in range(per_task):
-        a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
-        relation = RELATIONS[rng.choice(len(RELATIONS))]
-        text = f"a photo of {with_article(a)} {relation} {with_article(b)}"
-        wanted = {"class": a, "count": 1, "position": (relation, 0)}
-        prompts.append(Prompt("position", text, ({"class": b, "count": 1}, wanted)))
-    for _ in range(per_task):
-        a, b = (CLASSES[i + 1] for i in rng.choice(len(CLASSES) - 1, size=2, replace=False))
-        c, d = (COLOURS[i] for i in rng.choice(len(COLOURS), size=2, replace=False))
-        text = f"a photo of {with_article(c)} {a} and {with_article(d)} {b}"
-        include = ({"class": a, "count": 1, "color": c}, {"class": b, "count": 1, "color": d})
-        prompts.append(Prompt("color_attr", text, include))
+    prompts = sample_prompts(CLASSES, COLOURS, per_task, seed, colourless=1)
     return list({repr(prompt): prompt for prompt in prompts}.values())

@@ -1,4 +1,4 @@
-"""What an object detector offers to GenEval's decision."""
+"""Base class of GenEval's object detectors, and a check that one works."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from numpy.typing import NDArray
 from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Detection
 
 PERSON_SHARE = (0.2, 0.9)
-"""Of the sample photograph, the share that its person's mask may cover: she fills about half of it."""
+"""Least and largest share of the sample photograph in the person's mask; she fills about half of it."""
 
 
 class ObjectDetector(ABC):
     """Finds the instances of GenEval's 80 classes, under GenEval's names.
 
     Attributes:
-        name: what reports call it.
+        name: as reports show it.
     """
 
     name: str
 
     @abstractmethod
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
-        """What is seen in ``image`` ``[H, W, 3]``, 8-bit RGB, best first; nothing below GenEval's lower threshold."""
+        """Objects in ``image`` ``[H, W, 3]``, 8-bit RGB, with scores above GenEval's lower threshold, best first."""
 
     def settings(self) -> dict[str, Any]:
-        """What a reader must know to compare what two detectors see: name, weights, size of pictures; plain values."""
+        """Everything that comparable detections must share: name, weights, image size; plain values."""
         return {"detector": self.name}
 
 
 def check_detector(detector: ObjectDetector) -> None:
-    """Looks at a photograph of a person, which comes with matplotlib, and at a plain grey picture.
+    """Tests ``detector`` on a photograph of a person, which comes with matplotlib, and on a plain grey image.
 
-    A detector with a wrong configuration or half of its weights gives scores of a few per cent without any other sign.
+    A detector with a wrong configuration or half of its weights otherwise shows only in scores of a few per cent.
 
     Raises:
-        ValueError: where the person is not found for sure, or anything is found for sure on the plain grey.
+        ValueError: if it does not find one person of a high score, or finds an object of a high score on plain grey.
     """
     from matplotlib.cbook import get_sample_data
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Mask2Former as GenEval's detector: transformers' network, mmdetection's pictures in and instances out."""
+"""Mask2Former as GenEval's detector: transformers' network with mmdetection's pre- and post-processing."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from emf_lightning.pretrained.loading import load_pretrained
 from emf_lightning.text.fingerprint import weights_digest
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
-"""Pixels: the test pipeline enlarges a picture until one of its sides reaches its limit,"""
+"""Limits in pixels: the test pipeline scales an image until one of its sides reaches its limit."""
 DIVISOR = 32
-"""and fills it up with zeros to a multiple of this."""
+"""Both sides are padded with zeros to a multiple of this."""
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-"""Of ImageNet's pixels, 8-bit RGB."""
+"""Mean and standard deviation of ImageNet's pixels, 8-bit RGB."""
 MAX_INSTANCES = 100
-"""(query, class) pairs looked at in an image, those of the highest class score."""
+"""(query, class) pairs kept of an image, those of the highest class score."""
 
 UNUSED = ("swin.layernorm.", "encoder.layernorm.", "criterion.")
-"""Parts of the class without a say in its output: checkpoints may lack them."""
+"""Weights that do not affect the output: checkpoints may lack them."""
 
 
 class Mask2FormerDetector(ObjectDetector):
     """Mask2Former with a Swin backbone on COCO's 80 things (arXiv 2112.01527), instances as mmdetection reports them.
 
     GenEval was published with mmdetection's Swin-S checkpoint
-    ``mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth``: give the path of that file, and its
-    weights are taken over by name. ``facebook/mask2former-swin-small-coco-instance`` is another training of the same
-    architecture. The library's own post-processing is not used: it resizes masks in other ways and loses scores.
+    ``mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth``: given the path of that file, its
+    weights are converted. ``facebook/mask2former-swin-small-coco-instance`` is another training of the same
+    architecture. transformers' own post-processing is not used: it resizes masks in another way and loses scores.
 
     Args:
         model: mmdetection's ``.pth``, or a folder or hub name in transformers' format.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
-        short_side: pixels of the shorter side of what the network sees; published scores are at 800.
+        short_side: pixels of the shorter side of the network's input; published scores use 800.
 
     Raises:
-        ValueError: if the weights cannot be loaded, lack a part, or know other classes.
+        ValueError: if the weights cannot be loaded, are incomplete, or are for other classes.
     """
 
     def __init__(self, model: str, device: str | None = None, short_side: int = SHORT_SIDE) -> None:
@@ -65,7 +65,7 @@ class Mask2FormerDetector(ObjectDetector):
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
         pixels = torch.tensor(image, device=self.device)
-        inputs, (height, width) = prepared(pixels, self.short_side)
+        inputs, (height, width) = preprocess(pixels, self.short_side)
         with torch.autocast(self.device.type, enabled=False):
             output = self.network(pixel_values=inputs)
         return instances(
@@ -77,15 +77,15 @@ class Mask2FormerDetector(ObjectDetector):
         )
 
 
-def prepared(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
-    """What the network is shown ``[1, 3, H', W']``, and the height and width in it that are picture, not padding.
+def preprocess(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
+    """The network's input ``[1, 3, H', W']``, and the height and width of the image in it, without the padding.
 
-    As mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, zeros to the right and
-    below.
+    As in mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, padded with zeros to
+    the right and below.
 
     Args:
         pixels: ``[H, W, 3]``, 8-bit RGB.
-        short_side: of the result, where the longer one stays within 1333.
+        short_side: of the result, unless the longer side would exceed 1333.
     """
     height, width = pixels.shape[:2]
     scale = min(LONG_SIDE * short_side / SHORT_SIDE / max(height, width), short_side / min(height, width))
@@ -106,18 +106,18 @@ def instances(
     original: tuple[int, int],
     threshold: float = THRESHOLD,
 ) -> list[Detection]:
-    """The instances of one image, best first, as mmdetection's ``instance_postprocess`` has them.
+    """The instances of one image, best first, as in mmdetection's ``instance_postprocess``.
 
-    Of all (query, class) pairs the 100 of the highest class probability; a pair's score is that probability times the
-    mean probability of its mask's pixels, and its box is the mask's. Masks become the original size as logits.
+    The 100 (query, class) pairs of the highest class probability are kept. A pair's score is that probability times
+    the mean probability of its mask's pixels; its box is that of the mask. Masks are resized as logits.
 
     Args:
         class_logits: ``[Q, 81]``, no object last.
         mask_logits: ``[Q, h, w]``.
-        padded: height and width of what the network saw,
-        resized: of the picture in it,
-        original: of the picture.
-        threshold: scores that are not above it are left out; full masks are made for the others alone.
+        padded: height and width of the network's input.
+        resized: height and width of the image in it.
+        original: height and width of the original image.
+        threshold: instances with scores above it are returned.
     """
     scores = class_logits.softmax(-1)[:, :-1].flatten()
     scores, pairs = scores.topk(min(MAX_INSTANCES, len(scores)))
@@ -141,14 +141,14 @@ def instances(
 
 
 def _load(model: str) -> Any:
-    """The network, all of whose parts came from the weights."""
+    """The network; all of its weights must be in the checkpoint."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from emf_lightning.evaluation.geneval.mmdet_checkpoint import as_transformers
+    from emf_lightning.evaluation.geneval.mmdet_checkpoint import convert_checkpoint
 
     arguments: dict[str, Any] = {}
     if model.endswith(".pth"):
-        arguments["config"], arguments["state_dict"] = as_transformers(model)
+        arguments["config"], arguments["state_dict"] = convert_checkpoint(model)
     remedy = (
         f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
     )

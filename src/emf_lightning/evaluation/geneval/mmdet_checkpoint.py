@@ -1,4 +1,4 @@
-"""mmdetection's Mask2Former checkpoints under the names of transformers."""
+"""Conversion of mmdetection's Mask2Former checkpoints to transformers' weight names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SWIN = "model.pixel_level_module.encoder.encoder.layers"
+BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)"
 PIXELS = "model.pixel_level_module.decoder"
 QUERIES = "model.transformer_module"
 LAYERS = r"panoptic_head\.transformer_decoder\.layers"
@@ -18,28 +19,19 @@ ENCODER = r"panoptic_head\.pixel_decoder\.encoder\.layers"
 NAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.patch_embed\.projection", "model.pixel_level_module.encoder.embeddings.patch_embeddings.projection"),
     (r"backbone\.patch_embed\.norm", "model.pixel_level_module.encoder.embeddings.norm"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.relative_position_bias_table",
-        rf"{SWIN}.\1.blocks.\2.attention.self.relative_position_bias_table",
-    ),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj", rf"{SWIN}.\1.blocks.\2.attention.output.dense"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0", rf"{SWIN}.\1.blocks.\2.intermediate.dense"),
-    (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
+    (rf"{BLOCK}\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
+    (rf"{BLOCK}\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
+    (rf"{BLOCK}\.attn\.w_msa\.relative_position", rf"{SWIN}.\1.blocks.\2.attention.self.relative_position"),
+    (rf"{BLOCK}\.attn\.w_msa\.proj", rf"{SWIN}.\1.blocks.\2.attention.output.dense"),
+    (rf"{BLOCK}\.ffn\.layers\.0\.0", rf"{SWIN}.\1.blocks.\2.intermediate.dense"),
+    (rf"{BLOCK}\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
     (r"backbone\.stages\.(\d+)\.downsample\.(norm|reduction)", rf"{SWIN}.\1.downsample.\2"),
-    (r"backbone\.norm0", "model.pixel_level_module.encoder.hidden_states_norms.stage1"),
-    (r"backbone\.norm1", "model.pixel_level_module.encoder.hidden_states_norms.stage2"),
-    (r"backbone\.norm2", "model.pixel_level_module.encoder.hidden_states_norms.stage3"),
-    (r"backbone\.norm3", "model.pixel_level_module.encoder.hidden_states_norms.stage4"),
+    *((rf"backbone\.norm{i}", f"model.pixel_level_module.encoder.hidden_states_norms.stage{i + 1}") for i in range(4)),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv", rf"{PIXELS}.input_projections.\1.0"),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn", rf"{PIXELS}.input_projections.\1.1"),
     (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", rf"{PIXELS}.level_embed"),
     (rf"{ENCODER}\.(\d+)\.attentions\.0", rf"{PIXELS}.encoder.layers.\1.self_attn"),
-    (
-        rf"{ENCODER}\.(\d+)\.norms\.0",
-        rf"{PIXELS}.encoder.layers.\1.self_attn_layer_norm",
-    ),
+    (rf"{ENCODER}\.(\d+)\.norms\.0", rf"{PIXELS}.encoder.layers.\1.self_attn_layer_norm"),
     (rf"{ENCODER}\.(\d+)\.norms\.1", rf"{PIXELS}.encoder.layers.\1.final_layer_norm"),
     (rf"{ENCODER}\.(\d+)\.ffns\.0\.layers\.0\.0", rf"{PIXELS}.encoder.layers.\1.fc1"),
     (rf"{ENCODER}\.(\d+)\.ffns\.0\.layers\.1", rf"{PIXELS}.encoder.layers.\1.fc2"),
@@ -48,15 +40,9 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"panoptic_head\.pixel_decoder\.output_convs\.0\.conv", f"{PIXELS}.layer_1.0"),
     (r"panoptic_head\.pixel_decoder\.output_convs\.0\.gn", f"{PIXELS}.layer_1.1"),
     (r"panoptic_head\.pixel_decoder\.mask_feature", f"{PIXELS}.mask_projection"),
-    (
-        # the queries look at the picture first, then at one another
-        rf"{LAYERS}\.(\d+)\.attentions\.0\.attn",
-        rf"{QUERIES}.decoder.layers.\1.cross_attn",
-    ),
-    (
-        rf"{LAYERS}\.(\d+)\.attentions\.1\.attn",
-        rf"{QUERIES}.decoder.layers.\1.self_attn",
-    ),
+    # cross-attention comes first, then self-attention
+    (rf"{LAYERS}\.(\d+)\.attentions\.0\.attn", rf"{QUERIES}.decoder.layers.\1.cross_attn"),
+    (rf"{LAYERS}\.(\d+)\.attentions\.1\.attn", rf"{QUERIES}.decoder.layers.\1.self_attn"),
     (rf"{LAYERS}\.(\d+)\.norms\.0", rf"{QUERIES}.decoder.layers.\1.cross_attn_layer_norm"),
     (rf"{LAYERS}\.(\d+)\.norms\.1", rf"{QUERIES}.decoder.layers.\1.self_attn_layer_norm"),
     (rf"{LAYERS}\.(\d+)\.norms\.2", rf"{QUERIES}.decoder.layers.\1.final_layer_norm"),
@@ -66,32 +52,32 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"panoptic_head\.query_embed", f"{QUERIES}.queries_embedder"),
     (r"panoptic_head\.query_feat", f"{QUERIES}.queries_features"),
     (r"panoptic_head\.level_embed", f"{QUERIES}.level_embed"),
-    (r"panoptic_head\.mask_embed\.0", f"{QUERIES}.decoder.mask_predictor.mask_embedder.0.0"),
-    (r"panoptic_head\.mask_embed\.2", f"{QUERIES}.decoder.mask_predictor.mask_embedder.1.0"),
-    (r"panoptic_head\.mask_embed\.4", f"{QUERIES}.decoder.mask_predictor.mask_embedder.2.0"),
+    *(
+        (rf"panoptic_head\.mask_embed\.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
+        for i in range(3)
+    ),
     (r"panoptic_head\.cls_embed", "class_predictor"),
 )
-"""mmdetection 2's names and the hub's; .weight and .bias follow."""
+"""Patterns of mmdetection 2's names -> names in transformers; .weight and .bias follow."""
 
 IGNORED = re.compile(r".*\.relative_position_index|panoptic_head\.loss_.*|panoptic_fusion_head\..*")
-"""Constants that either side computes for itself, and what only training needs."""
-
+"""Constants that transformers computes itself, and weights that only training needs."""
 
 NUMBERS: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
 ]
-"""What numpy's single numbers are pickled with, under the names of numpy 1 and 2: ``meta`` may hold measured scores."""
+"""Classes of pickled numpy scalars, under the names of numpy 1 and 2: ``meta`` may hold measured scores."""
 
 
-def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
-    """The configuration and the weights, for transformers, of the Mask2Former in mmdetection's checkpoint at ``path``.
+def convert_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights for transformers of mmdetection's Mask2Former checkpoint at ``path``.
 
-    Nothing in the file is executed: beside tensors it may hold plain values and numpy's numbers.
+    Code in the file is never executed: beside tensors it may hold plain values and numpy scalars.
 
     Raises:
-        ValueError: where the file holds something else.
+        ValueError: for another file.
     """
     remedy = "give mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth or its like"
     try:
@@ -100,11 +86,11 @@ def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"Mask2FormerDetector: no file {path}; {remedy}") from None
-    except Exception as error:  # of many kinds, according to which bytes are wrong
-        if stranger := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+    except Exception as error:  # many types, depending on the file
+        if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             alone = f"{path.removesuffix('.pth')}-weights.pth"
             raise ValueError(
-                f"Mask2FormerDetector: {path} holds a {stranger[1]}, which is not loaded because a file can do harm "
+                f"Mask2FormerDetector: {path} holds a {refused[1]}, which is not loaded because a file can do harm "
                 f'that way; if you trust it, write its weights alone into another: python -c "import torch; '
                 f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], '{alone}')\""
             ) from error
@@ -113,33 +99,33 @@ def as_transformers(path: str) -> tuple[Any, dict[str, Tensor]]:
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     try:
-        return configuration(weights), renamed(weights)
+        return configuration(weights), rename_weights(weights)
     except KeyError as error:
         raise ValueError(
             f"Mask2FormerDetector: {path} is no Mask2Former of mmdetection 2, it has {error.args[0]}; {remedy}"
         ) from error
 
 
-def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names of the hub's checkpoints.
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under transformers' names.
 
-    Joint projections of queries, keys and values are split. A patch merging's channels change their order: mmdetection
-    unfolds 2 x 2 patches channel by channel and row by row, Swin's authors stack them position by position, columns
-    outside.
+    Joint projections of queries, keys and values are split. Channels of patch merging are reordered: mmdetection
+    unfolds 2 x 2 patches channel by channel and row by row, Swin's authors stack them position by position, column by
+    column.
 
     Raises:
-        KeyError: for a name that no such checkpoint has.
+        KeyError: for an unknown name.
     """
     result: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if IGNORED.fullmatch(name):
             continue
-        if match := re.fullmatch(r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.qkv\.(weight|bias)", name):
+        if match := re.fullmatch(rf"{BLOCK}\.attn\.w_msa\.qkv\.(weight|bias)", name):
             stem = f"{SWIN}.{match[1]}.blocks.{match[2]}.attention.self"
             for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
                 result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
             continue
-        new = _renamed(name)
+        new = _new_name(name)
         if ".downsample." in new:
             weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3).contiguous()
         if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new):
@@ -150,7 +136,7 @@ def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _renamed(name: str) -> str:
+def _new_name(name: str) -> str:
     for pattern, replacement in NAMES:
         if match := re.match(rf"{pattern}(?=[._]|$)", name):
             return match.expand(replacement) + name[match.end() :]
@@ -158,7 +144,7 @@ def _renamed(name: str) -> str:
 
 
 def configuration(weights: dict[str, Tensor]) -> Any:
-    """The architecture that the shapes of ``weights``, under mmdetection's names, say; windows and heads are Swin's.
+    """The configuration for transformers, from the names and shapes of mmdetection's ``weights``.
 
     Raises:
         KeyError: for weights of something else.
@@ -199,7 +185,7 @@ def configuration(weights: dict[str, Tensor]) -> Any:
         mask_feature_size=shape("panoptic_head.pixel_decoder.mask_feature.weight")[0],
         num_attention_heads=offsets // (3 * 4 * 2),  # three levels, four points, two coordinates
         encoder_layers=count(encoder),
-        decoder_layers=count(decoder) + 1,  # transformers counts the queries' first look at the masks
+        decoder_layers=count(decoder) + 1,  # transformers counts the first mask prediction, too
         encoder_feedforward_dim=shape("panoptic_head.pixel_decoder.encoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dim_feedforward=shape("panoptic_head.transformer_decoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dropout=0.0,

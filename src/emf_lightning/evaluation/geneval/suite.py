@@ -1,4 +1,4 @@
-"""GenEval's own 553 prompts, judged with a detector and a colour reader that are loaded here (arXiv 2310.11513)."""
+"""GenEval's own 553 prompts with a detector and a colour classifier (arXiv 2310.11513)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.geneval.coco_prompts import geneval_prompts
 from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
-from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Judgement, judge
+from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Verdict, evaluate
 from emf_lightning.evaluation.prompt_suite import PromptSuite
 
 
 class GenEvalSuite(PromptSuite):
-    """GenEval. Its scores are called "GenEval (HF detector)": that they agree with the original has not been shown.
+    """GenEval. Its title is "GenEval (HF detector)": that scores agree with the original has not been shown.
 
     Args:
         detector: of the 80 classes.
-        colours: reads an object's colour.
-        check: whether both are tried on pictures that are known before anything is scored.
+        colours: classifies an object's colour.
+        check: whether to test both on known images first.
 
     Raises:
-        ValueError: where that shows that one of them is broken.
+        ValueError: if the check shows that one of them is broken.
     """
 
     name = "geneval_hf"
@@ -41,14 +41,11 @@ class GenEvalSuite(PromptSuite):
             check_colours(colours)
 
     def prompts(self) -> Sequence[Prompt]:
-        """The published prompts, in their order."""
         return self._prompts
 
-    def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
-        """GenEval's decision on what the detector sees."""
-        return judge(self.detector(image), prompt, partial(self.colours, image))
+    def evaluate(self, image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
+        return evaluate(self.detector(image), prompt, partial(self.colours, image))
 
     def settings(self) -> dict[str, Any]:
-        """Of the detector and the colour reader, and the scores from which an object counts."""
         thresholds = {"threshold": THRESHOLD, "counting_threshold": COUNTING_THRESHOLD}
         return self.detector.settings() | self.colours.settings() | thresholds

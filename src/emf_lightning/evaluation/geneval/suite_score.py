@@ -1,8 +1,7 @@
-"""A suite of prompts with a judge as a metric."""
+"""A suite of prompts as a metric."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.geneval.result_rows import result_row
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptSuite
 
@@ -24,6 +26,9 @@ class SuiteScore(ImageMetric):
 
     Args:
         suite: e.g. ``GenEvalSuite`` or ``ShapesSuite``.
+
+    Raises:
+        ValueError: for a suite that has a prompt twice.
     """
 
     images: Tensor
@@ -35,56 +40,62 @@ class SuiteScore(ImageMetric):
         self.suite = suite
         self.name, self.title = suite.name, suite.title
         self._prompts = {prompt.prompt: prompt for prompt in suite.prompts()}
-        self._row = {text: row for row, text in enumerate(self._prompts)}
+        self._index = {text: index for index, text in enumerate(self._prompts)}
+        if len(self._prompts) < len(suite.prompts()):
+            raise ValueError(f"SuiteScore: the prompts of {suite.name} must differ: their texts tell them apart")
         for name in ("images", "correct", "strict"):
-            self.add_state(name, torch.zeros(len(self._row), dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(len(self._prompts), dtype=torch.int64), dist_reduce_fx="sum")
 
     def prompts(self) -> Sequence[str]:
         return list(self._prompts)
 
     def prompt_of(self, path: PurePath) -> str | None:
         parts = path.parts
-        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._row):
+        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._prompts):
             return self.prompts()[int(parts[0])]
         return None
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Judges images of the suite's prompts.
+        """Evaluates and counts images of the suite's prompts.
 
         Raises:
             ValueError: for another prompt.
         """
-        self.rows = []
-        for image, text in zip(images, prompts, strict=True):
-            if text not in self._prompts:
-                raise ValueError(f"{self.title}: {text!r} is none of its {len(self._prompts)} prompts")
-            prompt = self._prompts[text]
-            judgement = self.suite.judge(image, prompt)
-            row = self._row[text]
-            self.images[row] += 1
-            self.correct[row] += judgement.correct
-            self.strict[row] += judgement.strict
-            self.rows.append(
-                {
-                    "tag": prompt.tag,
-                    "prompt": text,
-                    "correct": judgement.correct,
-                    "strict": judgement.strict,
-                    "reason": judgement.reason,
-                    "metadata": json.dumps(prompt.metadata()),
-                    "details": json.dumps(judgement.boxes),
-                }
-            )
+        asked = [self._prompt(text) for text in prompts]
+        verdicts = [self.suite.evaluate(image, prompt) for image, prompt in zip(images, asked, strict=True)]
+        self.count(asked, verdicts)
+        self.rows = [result_row(prompt, verdict) for prompt, verdict in zip(asked, verdicts, strict=True)]
+
+    def count(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> None:
+        """Counts images of ``prompts`` that were evaluated elsewhere; a prompt may come several times.
+
+        Raises:
+            ValueError: for another suite's prompt, or lists of different lengths.
+        """
+        indices = [self._index[self._prompt(prompt.prompt).prompt] for prompt in prompts]
+        for index, verdict in zip(indices, verdicts, strict=True):
+            self.images[index] += 1
+            self.correct[index] += verdict.correct
+            self.strict[index] += verdict.strict
 
     def compute(self) -> dict[str, Tensor]:
-        values = self.task_scores().values()
+        values = self._counted().values()
         values["score"] = values.pop("overall")
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
     def task_scores(self) -> TaskScores:
-        """The scores of what was counted, of this rank alone unless the counts were summed before."""
-        images, correct, strict = (count.cpu().numpy() for count in (self.images, self.correct, self.strict))
-        return TaskScores.of_counts(list(self._prompts.values()), images, correct, strict)
+        """The scores of all ranks' images; every rank must call it."""
+        with self.sync_context(should_sync=self._to_sync):
+            return self._counted()
 
     def settings(self) -> dict[str, Any]:
         return {"prompts": len(self._prompts), **self.suite.settings()}
+
+    def _prompt(self, text: str) -> Prompt:
+        if text not in self._prompts:
+            raise ValueError(f"{self.title}: {text!r} is none of the {len(self._prompts)} prompts of the suite")
+        return self._prompts[text]
+
+    def _counted(self) -> TaskScores:
+        images, correct, strict = (count.cpu().numpy() for count in (self.images, self.correct, self.strict))
+        return TaskScores.of_counts(list(self._prompts.values()), images, correct, strict)

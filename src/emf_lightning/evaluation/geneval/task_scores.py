@@ -1,4 +1,4 @@
-"""GenEval's score: the share of correct images task by task, their unweighted mean, and how sure that is."""
+"""GenEval's score: the share of correct images of each task, their unweighted mean and its standard error."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torchmetrics import Metric
 
-from emf_lightning.data.shapes.prompts import Prompt
-from emf_lightning.evaluation.geneval.verdict import Judgement
-
-RESAMPLES = 1000
-"""Bootstrap samples behind a standard error, which is then known to about 2 %."""
+from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.bootstrap import bootstrap_means
+from emf_lightning.evaluation.geneval.verdict import Verdict
+from emf_lightning.evaluation.markdown import markdown_table
 
 HEADINGS = {
     "single_object": "single",
@@ -25,20 +21,20 @@ HEADINGS = {
     "position": "position",
     "color_attr": "attribution",
 }
-"""What tables and figures call GenEval's tags."""
+"""Column headings of GenEval's tags in tables and figures."""
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Shares of correct images, task by task, in the order of the suite; only tasks that have images.
+    """Shares of correct images by task, in the order of the suite; tasks without images are left out.
 
     Attributes:
-        correct: task -> share of images that are correct as GenEval counts it.
-        strict: task -> share that moreover hold no further object.
-        images: task -> images judged.
-        standard_error: of ``overall``: bootstrap over prompts, because images of one prompt resemble each other.
-        seen: task -> share correct where the training images show the composition; tasks that hold some out only.
-        held_out: task -> share correct where they do not; the same tasks.
+        correct: task -> share of images that are correct by GenEval's rule.
+        strict: task -> share that also show no further object.
+        images: task -> number of images.
+        standard_error: of ``overall``, by bootstrap over prompts.
+        seen: task -> share correct among compositions that the training images show; tasks with held-out ones only.
+        held_out: task -> share correct among held-out compositions; the same tasks.
     """
 
     correct: dict[str, float]
@@ -55,23 +51,27 @@ class TaskScores:
 
     @property
     def overall_strict(self) -> float:
-        """The same of the strict shares."""
+        """The unweighted mean of the strict shares."""
         return _mean(self.strict)
 
     def values(self) -> dict[str, float]:
-        """Every number by its name in tags: the tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out``."""
+        """All numbers by their names in tags: the tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out``."""
         numbers = {**self.correct, "overall": self.overall, "strict": self.overall_strict, "se": self.standard_error}
         if self.held_out:
             numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out)}
         return numbers
 
     @classmethod
-    def of(cls, judged: Iterable[tuple[Prompt, Judgement]]) -> TaskScores:
-        """The scores of single images, each a prompt and what was judged of its image; other ranks are not asked."""
-        rows = list(judged)
-        score = GenEvalScore(list({prompt.prompt: prompt for prompt, _ in rows}.values()))
-        score.update([prompt for prompt, _ in rows], [judgement for _, judgement in rows])
-        return score._current()
+    def of(cls, evaluated: Iterable[tuple[Prompt, Verdict]]) -> TaskScores:
+        """The scores of single images, each a prompt and its image's verdict."""
+        prompts: dict[str, Prompt] = {}
+        counts: dict[str, NDArray[np.int64]] = {}
+        for prompt, verdict in evaluated:
+            prompts.setdefault(prompt.prompt, prompt)
+            count = counts.setdefault(prompt.prompt, np.zeros(3, np.int64))
+            count += (1, verdict.correct, verdict.strict)
+        images, correct, strict = np.array([*counts.values()]).reshape(-1, 3).T
+        return cls.of_counts([*prompts.values()], images, correct, strict)
 
     @classmethod
     def of_counts(
@@ -80,10 +80,10 @@ class TaskScores:
         """The scores of counts per prompt.
 
         Args:
-            prompts: P prompts; their order gives that of the tasks.
-            images: ``[P]``, images judged of each.
-            correct: ``[P]``, how many of them were correct.
-            strict: ``[P]``, how many strictly so.
+            prompts: P prompts; their order determines that of the tasks.
+            images: ``[P]``, images of each prompt.
+            correct: ``[P]``, correct ones among them.
+            strict: ``[P]``, strictly correct ones.
             seed: of the bootstrap.
         """
         tags = np.array([prompt.tag for prompt in prompts])
@@ -97,11 +97,7 @@ class TaskScores:
         def shares(counts: NDArray, kept: NDArray, names: Iterable[str]) -> dict[str, float]:
             return {name: float(counts[tasks[name] & kept].sum() / images[tasks[name] & kept].sum()) for name in names}
 
-        resampled = []
-        for rows in tasks.values():
-            n = int(rows.sum())
-            drawn = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-            resampled.append((drawn @ correct[rows]) / (drawn @ images[rows]))
+        resampled = [bootstrap_means(correct[rows], images[rows], rng) for rows in tasks.values()]
         split = [name for name, rows in tasks.items() if (rows & unseen).any() and (rows & ~unseen).any()]
         everything = np.ones(len(prompts), bool)
         return cls(
@@ -114,71 +110,16 @@ class TaskScores:
         )
 
 
-class GenEvalScore(Metric):
-    """Counts judged images prompt by prompt, summed over ranks; every score follows from these counts.
-
-    ``compute`` gives ``TaskScores.values()`` as tensors, ready for ``log_dict``; ``scores`` gives the ``TaskScores``.
-
-    Args:
-        prompts: all prompts that may be judged, each text once.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    images: Tensor
-    correct: Tensor
-    strict: Tensor
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        super().__init__()
-        self.prompts = tuple(prompts)
-        self._row = {prompt.prompt: row for row, prompt in enumerate(self.prompts)}
-        if len(self._row) < len(self.prompts):
-            raise ValueError("prompts must differ: their texts tell them apart")
-        for name in ("images", "correct", "strict"):
-            self.add_state(name, torch.zeros(len(self.prompts), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, prompts: Sequence[Prompt], judgements: Sequence[Judgement]) -> None:
-        """Adds the judgements of images of ``prompts``, in the same order; a prompt may come again.
-
-        Raises:
-            ValueError: for a prompt that the metric was not made for, or when the lengths differ.
-        """
-        unknown = next((prompt.prompt for prompt in prompts if prompt.prompt not in self._row), None)
-        if unknown is not None:
-            raise ValueError(f"prompts: {unknown!r} is none of the {len(self.prompts)} this score was made for")
-        for prompt, judgement in zip(prompts, judgements, strict=True):
-            row = self._row[prompt.prompt]
-            self.images[row] += 1
-            self.correct[row] += judgement.correct
-            self.strict[row] += judgement.strict
-
-    def compute(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value) for name, value in self._current().values().items()}
-
-    def scores(self) -> TaskScores:
-        """The scores of all ranks' images; every rank must call it."""
-        with self.sync_context(should_sync=self._to_sync):
-            return self._current()
-
-    def _current(self) -> TaskScores:
-        images, correct, strict = (count.cpu().numpy() for count in (self.images, self.correct, self.strict))
-        return TaskScores.of_counts(self.prompts, images, correct, strict)
-
-
-def score_table(rows: Mapping[str, TaskScores]) -> str:
+def score_table(scores: Mapping[str, TaskScores]) -> str:
     """A Markdown table: a row for each named score, a column for each task, the overall score ± its standard error."""
-    tasks = list(dict.fromkeys(task for scores in rows.values() for task in scores.correct))
-    lines = [
-        "| | " + " | ".join(HEADINGS.get(task, task) for task in tasks) + " | overall | strict | held out |",
-        "|---|" + "---|" * (len(tasks) + 3),
-    ]
-    for name, scores in rows.items():
-        shares = [f"{scores.correct[task]:.3f}" if task in scores.correct else "" for task in tasks]
-        overall = f"**{scores.overall:.3f}** ± {scores.standard_error:.3f}"
-        held_out = f"{_mean(scores.held_out):.3f}" if scores.held_out else ""
-        lines.append(f"| {name} | {' | '.join(shares)} | {overall} | {scores.overall_strict:.3f} | {held_out} |")
-    return "\n".join(lines)
+    tasks = list(dict.fromkeys(task for row in scores.values() for task in row.correct))
+    rows = []
+    for name, row in scores.items():
+        shares = [f"{row.correct[task]:.3f}" if task in row.correct else "" for task in tasks]
+        overall = f"**{row.overall:.3f}** ± {row.standard_error:.3f}"
+        held_out = f"{_mean(row.held_out):.3f}" if row.held_out else ""
+        rows.append([name, *shares, overall, f"{row.overall_strict:.3f}", held_out])
+    return markdown_table(["", *(HEADINGS.get(task, task) for task in tasks), "overall", "strict", "held out"], rows)
 
 
 def _mean(shares: Mapping[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""GenEval's decision whether an image shows its prompt, given what a detector saw (arXiv 2310.11513)."""
+"""GenEval's verdict on an image: whether the detected objects satisfy the prompt (arXiv 2310.11513)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.data.geneval_prompts import Prompt
 
 THRESHOLD = 0.3
-"""A detection counts when its score lies above this,"""
+"""A detection counts if its score is above this."""
 COUNTING_THRESHOLD = 0.9
-"""or above this, for every class of a counting prompt."""
+"""The threshold for counting prompts."""
 MAX_OBJECTS = 16
-"""Detections kept per class, the best first."""
+"""Detections kept of each class, those of the highest scores."""
 POSITION_THRESHOLD = 0.1
-"""Share of the two objects' size by which their offset is shortened before it is read as a relation."""
+"""Share of both boxes' sizes that is subtracted from the offset of their centres before its direction is taken."""
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object that a detector saw.
+    """One detected object.
 
     Attributes:
         label: its class.
         score: the detector's confidence in [0, 1].
         box: (x0, y0, x1, y1) in pixels, the far edges exclusive.
         mask: ``[H, W]``, bool, True on the object.
-        colour: its colour where the detector tells, else None.
+        colour: its colour where the detector reports one, else None.
     """
 
     label: str
@@ -42,14 +42,14 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Whether an image shows its prompt.
+class Verdict:
+    """The verdict on one image.
 
     Attributes:
-        correct: GenEval's decision.
-        strict: correct, and the image holds exactly as many objects as the prompt names, whatever their class.
-        reason: what was missing, one line a finding; empty where nothing was.
-        boxes: class -> box and score of each detection that counted, best first: GenEval's ``details``.
+        correct: GenEval's verdict.
+        strict: correct, and the image shows exactly as many objects as the prompt names, whatever their class.
+        reason: unmet requirements, one a line; empty for a correct image.
+        boxes: class -> box and score of each detection that counted, highest score first: GenEval's ``details``.
     """
 
     correct: bool
@@ -58,8 +58,8 @@ class Judgement:
     boxes: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
-ColourReader = Callable[[Sequence[Detection], str], Sequence[str | None]]
-"""Colours of the given detections, all of the class named; GenEval's own step asks CLIP about masked crops."""
+ColourClassifier = Callable[[Sequence[Detection], str], Sequence[str | None]]
+"""Maps detections, all of the class named, to their colours; GenEval classifies masked crops with CLIP."""
 
 
 def detected_colours(detections: Sequence[Detection], label: str) -> list[str | None]:
@@ -68,10 +68,10 @@ def detected_colours(detections: Sequence[Detection], label: str) -> list[str | 
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """Where box ``a`` stands to box ``b``: none, one or (on a diagonal) two of GenEval's four relations.
+    """GenEval's relations of box ``a`` to box ``b``: none, one, or two on a diagonal.
 
-    The offset of the centres is shortened by a tenth of both sizes, then divided by the length of the *unshortened*
-    offset, so that boxes that nearly touch fall short of the .5 that makes a relation.
+    The offset of the centres, less a tenth of both sizes, is divided by the length of the *whole* offset: a relation
+    holds where that is above .5, which boxes that nearly touch do not reach.
     """
     corners_a, corners_b = np.asarray(a, float).reshape(2, 2), np.asarray(b, float).reshape(2, 2)
     offset = corners_a.mean(0) - corners_b.mean(0)
@@ -84,16 +84,18 @@ def relations(a: Box, b: Box) -> set[str]:
     return {relation for relation, true in holds.items() if true}
 
 
-def judge(detections: Sequence[Detection], prompt: Prompt, read_colours: ColourReader = detected_colours) -> Judgement:
-    """GenEval's decision on one image.
+def evaluate(
+    detections: Sequence[Detection], prompt: Prompt, classify_colours: ColourClassifier = detected_colours
+) -> Verdict:
+    """GenEval's verdict on one image.
 
-    Of each class the detections above the threshold count, at most 16, overlapping ones too. Objects that the prompt
-    does not name are not held against the image, except in counting; colour and position look at the most confident.
+    Of each class, at most 16 detections above the threshold count, overlapping ones too. Objects that the prompt does
+    not name are ignored, except in counting. Colour and position are those of the detections with the highest scores.
 
     Args:
-        detections: what was seen, in any order; classes that the prompt does not name matter to ``strict`` only.
-        prompt: what should be seen.
-        read_colours: names the colours of detections of one class.
+        detections: in any order; those of classes that the prompt does not name matter to ``strict`` only.
+        prompt: the requirements.
+        classify_colours: names the colours of detections of one class.
     """
     threshold = COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD
     ranked = sorted(detections, key=lambda detection: (-detection.score, detection.box))
@@ -111,7 +113,7 @@ def judge(detections: Sequence[Detection], prompt: Prompt, read_colours: ColourR
             findings.append(f"expected {label}>={count}, found {len(found)}")
         else:
             if "color" in wanted:
-                colours = list(read_colours(found, label))
+                colours = list(classify_colours(found, label))
                 if colours.count(wanted["color"]) < count:
                     names = ", ".join(str(colour) for colour in colours)
                     findings.append(f"expected {wanted['color']} {label}>={count}, found {names}")
@@ -136,4 +138,4 @@ def judge(detections: Sequence[Detection], prompt: Prompt, read_colours: ColourR
     correct = not reasons
     strict = correct and objects == sum(wanted["count"] for wanted in prompt.include)
     boxes = {label: [[*d.box, d.score] for d in seen(label)] for label in dict.fromkeys(d.label for d in ranked)}
-    return Judgement(correct, strict, "\n".join(reasons), {label: found for label, found in boxes.items() if found})
+    return Verdict(correct, strict, "\n".join(reasons), {label: found for label, found in boxes.items() if found})

@@ -1,4 +1,4 @@
-"""Connected components of label images, for a whole batch at once, and the cutting of one into compact parts."""
+"""Connected components of a batch of label images, and k-means parts of one component."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from numpy.typing import NDArray
 def connected_components(classes: NDArray[np.integer]) -> NDArray[np.int64]:
     """Component numbers ``[N, H, W]``: 1, 2, ... where ``classes`` is not negative, 0 elsewhere.
 
-    Two pixels are connected when they share an edge, an image and a class. Numbers are unique over the batch and
-    ascend with it. Each sweep spreads the largest number along whole runs of rows, then of columns, so that compact
+    Two pixels are connected if they share an edge, an image and a class. Numbers are unique in the batch and ascend
+    with its images. Each sweep writes the largest number of a run on the whole run, for rows, then for columns: compact
     objects take three or four sweeps.
 
     Args:
-        classes: ``[N, H, W]``; pixels of different classes never connect, negative ones connect to nothing.
+        classes: ``[N, H, W]``; pixels of negative class belong to no component.
     """
     n, height, width = classes.shape
     inside = classes >= 0
     seeds = np.where(inside, np.arange(1, classes.size + 1, dtype=np.int64).reshape(classes.shape), 0)
-    # A run is a stretch of one class along a row (or column); runs are numbered in reading order.
+    # a run is a maximal stretch of one class in a row or a column; runs are numbered in reading order
     row_runs = _runs(classes.reshape(-1, width))
     column_runs = _runs(classes.transpose(0, 2, 1).reshape(-1, height))
     labels = seeds
     while True:
         before = labels
-        labels = _spread(labels.reshape(-1), row_runs).reshape(classes.shape)
-        columns = _spread(labels.transpose(0, 2, 1).reshape(-1), column_runs)
+        labels = _run_maxima(labels.reshape(-1), row_runs).reshape(classes.shape)
+        columns = _run_maxima(labels.transpose(0, 2, 1).reshape(-1), column_runs)
         labels = np.where(inside, columns.reshape(n, width, height).transpose(0, 2, 1), 0)
         if np.array_equal(labels, before):
             break
@@ -37,7 +37,7 @@ def connected_components(classes: NDArray[np.integer]) -> NDArray[np.int64]:
 
 
 def compact_parts(points: NDArray[np.floating], parts: int) -> NDArray[np.int64]:
-    """The part, 0 to ``parts`` - 1, of each of ``points`` ``[P, 2]``: k-means from points far from one another."""
+    """K-means assignment, 0 to ``parts`` - 1, of ``points`` ``[P, 2]``, starting from points far from one another."""
     distances = ((points - points.mean(0)) ** 2).sum(1)
     centres = points[[distances.argmax()]]
     for _ in range(1, parts):
@@ -52,12 +52,12 @@ def compact_parts(points: NDArray[np.floating], parts: int) -> NDArray[np.int64]
 
 
 def _runs(lines: NDArray[np.integer]) -> NDArray[np.int64]:
-    """First index of every run of equal values; a run never passes the end of a line."""
+    """First index of every run of equal values within a line of ``lines`` ``[L, W]``."""
     starts = np.ones(lines.shape, bool)
     starts[:, 1:] = lines[:, 1:] != lines[:, :-1]
     return np.flatnonzero(starts)
 
 
-def _spread(values: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each run's largest value on the whole run."""
+def _run_maxima(values: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every value replaced by the largest one of its run."""
     return np.repeat(np.maximum.reduceat(values, starts), np.diff(starts, append=values.size))

@@ -1,4 +1,4 @@
-"""An exact detector for the objects of a shapes world, strict enough that garbage is refused."""
+"""An exact detector for the objects of a shapes world, strict enough to reject noise."""
 
 from __future__ import annotations
 
@@ -8,80 +8,81 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.world import BACKGROUND, PALETTE, World
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE
+from emf_lightning.data.shapes.world import World
 from emf_lightning.evaluation.geneval.verdict import Detection
 from emf_lightning.evaluation.shapes.components import compact_parts, connected_components
 from emf_lightning.evaluation.shapes.templates import binomial, templates_of
 
 UNKNOWN = "unknown"
-"""Label of a thing that is none of the world's shapes: no prompt names it, the strict count includes it."""
+"""Label of a region that is none of the world's shapes: no prompt names it, but ``strict`` verdicts count it."""
 
 GREY = np.array(BACKGROUND, np.float32)
 BACKGROUND_TOLERANCE = 30.0
-"""Largest difference of the border's median from the nominal grey, per channel, 8-bit."""
+"""Largest difference of the median border pixel from the nominal grey, per channel, 8-bit."""
 COLOUR_TOLERANCE = 35.0
-"""Largest distance of a smoothed pixel from the ray grey -> palette colour, 8-bit RGB; blends lie further off."""
-FOREGROUND = 0.4
-"""Least alpha of an object's pixel: fainter haze is not an object."""
+"""Largest distance of a smoothed pixel from the ray grey -> palette colour, 8-bit RGB; other pixels are blends."""
+MIN_ALPHA = 0.4
+"""Least alpha of an object's pixel; fainter haze is background."""
 EDGE = 3
-"""Pixels around a thing's core that belong to it, as its blurred edge; haze further out is let be."""
-SPECK = 0.25
-"""Things below this share of the world's smallest object are overlooked."""
+"""Width in pixels of the blurred edge that belongs to a region; haze further out is ignored."""
+MIN_AREA = 0.25
+"""Least area of a region, as a share of the world's smallest object; smaller ones are ignored."""
 PARTS = (2, 3, 4)
-"""Numbers of parts that a thing which fits no shape is cut into: neighbours of one colour may touch."""
+"""Numbers of parts into which a region that fits no shape is split: objects of one colour may touch."""
 
 CORRELATION = 0.975
 """Least normalised correlation with a template."""
 DEVIATION = 0.3
-"""Largest local difference from the template, in units of the thing's contrast: a dent that correlation forgives."""
+"""Largest local difference from the template, relative to the region's contrast; it catches dents."""
 MARGIN = 0.001
-"""Least lead in correlation over the second-best shape."""
+"""Least difference in correlation from the second-best shape."""
 CONTRAST = (0.6, 1.3)
-"""Least and largest contrast of a thing to the ground, in units of its palette colour's."""
+"""Least and largest contrast of a region to the background, relative to its palette colour's."""
 SIZE = (0.85, 1.15)
-"""Least and largest radius, in units of the world's own limits."""
-SURE = 0.9
-"""Badness (1 = at one of the limits above) where the score is .9, which GenEval's counting asks for."""
+"""Least and largest radius, relative to the world's own limits."""
+COUNTED_MISFIT = 0.9
+"""Misfit (1 = at one of the limits above) with a score of .9, GenEval's threshold for counting."""
 
 WORKING_RADIUS = 4.5
-"""Pixels: larger worlds are averaged down to about this mean radius, which loses nothing that tells shapes apart."""
+"""Mean radius in pixels to which larger worlds are averaged down; shapes stay distinguishable."""
 CHUNK = 64
-"""Images measured at once: more are no faster, and the templates compared take memory."""
+"""Images measured at once: larger batches are no faster and take more memory."""
 SMALLEST_AREA = 2.2
-"""Squared radii that the triangle covers, least of all shapes; the square covers most, 3.2."""
 LARGEST_AREA = 3.2
+"""Areas in squared radii of the triangle, the smallest shape, and of the square, the largest."""
 
 
 @dataclass(frozen=True)
-class _Things:
-    """K connected things; every field is an array over K."""
+class _Regions:
+    """K connected regions; every field is an array over K."""
 
-    number: NDArray[np.int64]  # what owns its pixels in the map of owners
+    number: NDArray[np.int64]  # value of its pixels in the map of owners
     plane: NDArray[np.int64]  # image of the batch
-    colour: NDArray[np.int64]  # index; the number of colours stands for a blend
+    colour: NDArray[np.int64]  # index; the number of colours means a blend
     shape: NDArray[np.int64]
-    badness: NDArray[np.float64]  # largest of the measurements, each in units of its limit; below 1 it is an object
+    misfit: NDArray[np.float64]  # largest measurement relative to its limit; below 1 the region is an object
     area: NDArray[np.float64]
     corner: NDArray[np.int64]  # [K, 2]: x, y of the window's first pixel
     mask: NDArray[np.bool_]  # [K, window, window]
 
-    def __getitem__(self, rows: NDArray[np.bool_]) -> _Things:
-        return _Things(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: NDArray[np.bool_]) -> _Regions:
+        return _Regions(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def __add__(self, other: _Things) -> _Things:
+    def __add__(self, other: _Regions) -> _Regions:
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return _Things(*(np.concatenate(pair) for pair in pairs))
+        return _Regions(*(np.concatenate(pair) for pair in pairs))
 
 
 class ShapesDetector:
-    """Finds the coloured shapes of ``world`` wherever they stand; the world's cells are unknown to it.
+    """Finds the coloured shapes of ``world`` at any position, without using the world's cells.
 
     A pixel's alpha is its projection on the ray from the border's grey to the nearest palette colour. Connected pixels
-    of one colour are a thing. A thing is an object when its alpha comes close enough to an analytic template of the
-    same centroid and area; otherwise it is reported as ``UNKNOWN``.
+    of one colour are a region. A region is an object if its alpha matches an analytic template of the same centroid and
+    area; otherwise its label is ``UNKNOWN``.
 
     Args:
-        world: the vocabulary and the sizes to expect.
+        world: determines the vocabulary and the sizes.
     """
 
     def __init__(self, world: World) -> None:
@@ -96,16 +97,16 @@ class ShapesDetector:
         self._areas = SMALLEST_AREA * smallest**2, LARGEST_AREA * largest**2
 
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
-        """What is seen in ``image`` ``[H, W, 3]``, 8-bit RGB, best first."""
+        """Detections in ``image`` ``[H, W, 3]``, 8-bit RGB, best first."""
         return self.detect_batch(image[None])[0]
 
     def detect_batch(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
-        """What is seen in each of ``images`` ``[N, H, W, 3]``, best first; twice as fast as one at a time.
+        """Detections in each of ``images`` ``[N, H, W, 3]``, best first; twice as fast as one at a time.
 
-        An image whose ground is not the world's grey shows nothing.
+        An image with another background than the world's grey has no detections.
 
         Raises:
-            ValueError: when the images are not 8-bit RGB of the world's size.
+            ValueError: for images that are not 8-bit RGB of the world's size.
         """
         images = np.asarray(images)
         side = self.world.canvas
@@ -116,17 +117,17 @@ class ShapesDetector:
             )
         k, n = self._stride, len(images)
         pixels = images.reshape(n, side // k, k, side // k, k, 3).mean((2, 4), dtype=np.float32)
-        ground = np.median(_border(pixels), axis=1)
-        grey = np.flatnonzero((abs(ground - GREY) <= BACKGROUND_TOLERANCE).all(1))
+        background = np.median(_border(pixels), axis=1)
+        grey = np.flatnonzero((abs(background - GREY) <= BACKGROUND_TOLERANCE).all(1))
         seen: list[list[Detection]] = [[] for _ in range(n)]
         for start in range(0, len(grey), CHUNK):
             rows = grey[start : start + CHUNK]
-            for row, found in zip(rows, self._detect(pixels[rows] - ground[rows, None, None]), strict=True):
+            for row, found in zip(rows, self._detect(pixels[rows] - background[rows, None, None]), strict=True):
                 seen[row] = found
         return seen
 
     def _detect(self, excess: NDArray[np.float32]) -> list[list[Detection]]:
-        """Detections in images from which the ground was subtracted."""
+        """Detections in images minus their background."""
         smooth = binomial(excess.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
         projector = self._rays / self._squared[:, None]
         alphas = np.maximum(smooth @ projector.T, 0)  # [N, H, W, colours]
@@ -134,25 +135,25 @@ class ShapesDetector:
         distances = strength[..., None] - alphas**2 * self._squared
         colour = distances.argmin(-1)
         blend = distances.min(-1) > COLOUR_TOLERANCE**2
-        sharp = (excess * projector[colour]).sum(-1)  # unsmoothed: narrow gaps stay open
-        classes = np.where(blend, len(self._rays), np.where(sharp > FOREGROUND, colour, -1))
-        # Blends are measured like any other thing, as one more colour with an alpha of its own.
+        sharp = (excess * projector[colour]).sum(-1)  # not smoothed, to keep narrow gaps
+        classes = np.where(blend, len(self._rays), np.where(sharp > MIN_ALPHA, colour, -1))
+        # blends are one more colour with an alpha of its own
         alphas = np.concatenate([alphas, np.sqrt(strength)[..., None] / COLOUR_TOLERANCE], -1)
 
         labels = connected_components(classes)
-        kept = np.bincount(labels.ravel()) >= SPECK * self._areas[0]
+        kept = np.bincount(labels.ravel()) >= MIN_AREA * self._areas[0]
         kept[0] = False
-        labels = np.where(kept, np.cumsum(kept), 0)[labels]  # numbered anew, from 1
+        labels = np.where(kept, np.cumsum(kept), 0)[labels]  # renumbered from 1
         colours = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
         colours[labels] = classes
         owner: NDArray[np.int64] = labels
         for _ in range(EDGE):
             owner = _grow(owner)
         edge = (owner > 0) & (labels == 0)
-        things = self._measure(owner, edge, colours[1:], alphas)
+        regions = self._measure(owner, edge, colours[1:], alphas)
         for parts in PARTS:
-            things = self._cut(things, parts, owner, edge, alphas)
-        return self._report(things, len(excess))
+            regions = self._split(regions, parts, owner, edge, alphas)
+        return self._report(regions, len(excess))
 
     def _measure(
         self,
@@ -160,8 +161,8 @@ class ShapesDetector:
         edge: NDArray[np.bool_],
         colour: NDArray[np.int64],
         alphas: NDArray[np.float32],
-    ) -> _Things:
-        """The things that own pixels, numbered from 1 in ``owner`` ``[N, H, W]``, compared with the templates."""
+    ) -> _Regions:
+        """Matches the regions, numbered from 1 in ``owner`` ``[N, H, W]``, with the templates."""
         templates, k = self._templates, len(colour)
         number = np.arange(1, k + 1)
         plane = np.zeros(k + 1, np.int64)
@@ -176,13 +177,13 @@ class ShapesDetector:
         centroid = np.stack([sums(alpha * x), sums(alpha * y)], 1) / total[:, None]
         area = total**2 / (sums(alpha**2) + 1e-6)
         corner = np.rint(centroid).astype(np.int64)  # after padding by half a window: the window's first pixel
-        reach = templates.window // 2
-        padding = ((0, 0), (reach, reach), (reach, reach))
+        half_window = templates.window // 2
+        padding = ((0, 0), (half_window, half_window), (half_window, half_window))
         span = np.arange(templates.window)
         window = plane[1:, None, None], (corner[:, 1:] + span)[:, :, None], (corner[:, :1] + span)[:, None, :]
         own = np.pad(owner, padding)[window] == number[:, None, None]
         seen = np.where(own, np.pad(alpha, padding)[window], np.float32(0))
-        # Where edges of two things meet, neither's alpha is known.
+        # the alpha is unknown where edges of two regions meet
         on_edge = np.pad(edge, padding)[window]
         known = ~np.pad(edge & _disputed(owner), padding)[window] & (own | ~on_edge)
         match = templates.match(seen, known, centroid - corner, area)
@@ -193,77 +194,77 @@ class ShapesDetector:
             | ~self._plausible[match.radius]
             | (colour == len(self._rays))
         )
-        badness = np.maximum((1 - match.correlation) / (1 - CORRELATION), match.deviation / DEVIATION)
+        misfit = np.maximum((1 - match.correlation) / (1 - CORRELATION), match.deviation / DEVIATION)
         half = 0.5 * np.minimum(match.contrast, seen.max((1, 2), initial=0))
-        return _Things(
+        return _Regions(
             number=number,
             plane=plane[1:],
             colour=colour,
             shape=match.shape,
-            badness=np.where(refused, np.inf, badness),
+            misfit=np.where(refused, np.inf, misfit),
             area=area,
-            corner=corner - reach,
+            corner=corner - half_window,
             mask=own & (~on_edge | (seen > half[:, None, None])),
         )
 
-    def _cut(
+    def _split(
         self,
-        things: _Things,
+        regions: _Regions,
         parts: int,
         owner: NDArray[np.int64],
         edge: NDArray[np.bool_],
         alphas: NDArray[np.float32],
-    ) -> _Things:
-        """The same things, any that fits no shape replaced by its ``parts`` compact parts where all of those fit."""
+    ) -> _Regions:
+        """Replaces each region that fits no shape by its ``parts`` compact parts if all of those fit."""
         least, most = (parts * area for area in self._areas)
-        fits = (things.badness >= 1) & (things.colour < len(self._rays))
-        suspects = np.flatnonzero(fits & (things.area > 0.8 * least) & (things.area < 1.4 * most))
-        if not suspects.size:
-            return things
-        # One plane for each suspect, so that its parts meet nothing else.
-        pieces = np.zeros((len(suspects), *owner.shape[1:]), np.int64)
-        for row, i in enumerate(suspects):
-            y, x = np.nonzero(owner[things.plane[i]] == things.number[i])
+        fits = (regions.misfit >= 1) & (regions.colour < len(self._rays))
+        candidates = np.flatnonzero(fits & (regions.area > 0.8 * least) & (regions.area < 1.4 * most))
+        if not candidates.size:
+            return regions
+        # one plane for each candidate, so that its parts meet no other region
+        pieces = np.zeros((len(candidates), *owner.shape[1:]), np.int64)
+        for row, i in enumerate(candidates):
+            y, x = np.nonzero(owner[regions.plane[i]] == regions.number[i])
             pieces[row, y, x] = row * parts + 1 + compact_parts(np.stack([x, y], 1).astype(np.float32), parts)
-        planes = things.plane[suspects]
+        planes = regions.plane[candidates]
         seam = (edge[planes] & (pieces > 0)) | _disputed(pieces)
-        found = self._measure(pieces, seam, np.repeat(things.colour[suspects], parts), alphas[planes])
-        good = (found.badness.reshape(-1, parts) < 1).all(1)
+        found = self._measure(pieces, seam, np.repeat(regions.colour[candidates], parts), alphas[planes])
+        good = (found.misfit.reshape(-1, parts) < 1).all(1)
         found = replace(found, plane=np.repeat(planes, parts))[np.repeat(good, parts)]
-        whole = np.ones(len(things.number), bool)
-        whole[suspects[good]] = False
-        return things[whole] + found
+        whole = np.ones(len(regions.number), bool)
+        whole[candidates[good]] = False
+        return regions[whole] + found
 
-    def _report(self, things: _Things, n: int) -> list[list[Detection]]:
+    def _report(self, regions: _Regions, n: int) -> list[list[Detection]]:
         """Detections of ``n`` images in pixels of the world, best first."""
         seen: list[list[Detection]] = [[] for _ in range(n)]
-        known = things.badness < 1
-        scores = np.where(known, np.interp(things.badness, (0.0, SURE, 1.0), (1.0, 0.9, 0.3)), 1.0)
+        known = regions.misfit < 1
+        scores = np.where(known, np.interp(regions.misfit, (0.0, COUNTED_MISFIT, 1.0), (1.0, 0.9, 0.3)), 1.0)
         colours = (*self.world.colours, None)
         side, window = self.world.canvas // self._stride, self._templates.window
         for i in np.argsort(-scores, kind="stable"):
-            # The window may reach beyond the canvas: paste it into a larger plane and cut that.
-            x, y = things.corner[i] + window
+            # the window may extend beyond the canvas: paste it into a larger plane and crop that
+            x, y = regions.corner[i] + window
             plane = np.zeros((side + 2 * window,) * 2, bool)
-            plane[y : y + window, x : x + window] = things.mask[i]
+            plane[y : y + window, x : x + window] = regions.mask[i]
             mask = plane[window:-window, window:-window].repeat(self._stride, 0).repeat(self._stride, 1)
             columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
             if not columns.size:
                 continue
-            seen[things.plane[i]].append(
+            seen[regions.plane[i]].append(
                 Detection(
-                    label=self.world.shapes[things.shape[i]] if known[i] else UNKNOWN,
+                    label=self.world.shapes[regions.shape[i]] if known[i] else UNKNOWN,
                     score=float(scores[i]),
                     box=(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)),
                     mask=mask,
-                    colour=colours[things.colour[i]],
+                    colour=colours[regions.colour[i]],
                 )
             )
         return seen
 
 
 def _border(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The pixels ``[N, P, 3]`` of a frame two pixels wide."""
+    """Pixels ``[N, P, 3]`` of the two outermost rows and columns on each side."""
     inner = images[:, 2:-2]
     frame = (images[:, :2], images[:, -2:], inner[:, :, :2], inner[:, :, -2:])
     return np.concatenate([side.reshape(len(images), -1, 3) for side in frame], 1)
@@ -276,11 +277,11 @@ def _neighbours(owner: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _grow(owner: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``owner`` with each free pixel given to a neighbour."""
+    """``owner`` with each free pixel assigned to a neighbour's region."""
     return np.where(owner > 0, owner, _neighbours(owner).max(0))
 
 
 def _disputed(owner: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where a neighbour belongs to someone else."""
+    """Mask of the pixels with a neighbour in another region."""
     beside = _neighbours(owner)
     return ((beside != owner) & (beside > 0)).any(0)

@@ -1,30 +1,31 @@
-"""GenEval's tasks in a shapes world, with an exact judge."""
+"""GenEval's tasks in a shapes world, with an exact detector."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import Prompt, evaluation_prompts
+from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import WORLDS
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
-from emf_lightning.evaluation.geneval.verdict import Judgement, judge
+from emf_lightning.evaluation.geneval.verdict import Verdict, evaluate
 from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
 
 
 class ShapesSuite(PromptSuite):
-    """The six tasks with a shapes world's vocabulary; the detector is exact, so that its ceiling is known.
+    """The six tasks with a shapes world's vocabulary; the ceiling is known, because the detector is exact.
 
     Args:
         world: name of the world, ``small`` or ``full``.
-        per_task: prompts drawn for each task, as GenEval does; duplicates are dropped.
-        scenes_per_task: pictures behind ``ceiling`` and ``chance``.
+        per_task: prompts sampled for each task, before duplicates are dropped.
+        scenes_per_task: scenes of each task for ``ceiling`` and ``chance``.
 
     Raises:
         ValueError: for another world.
@@ -45,44 +46,41 @@ class ShapesSuite(PromptSuite):
         self._chance: TaskScores | None = None
 
     def prompts(self) -> Sequence[Prompt]:
-        """The world's evaluation prompts."""
         return self._prompts
 
-    def judge(self, image: NDArray[np.uint8], prompt: Prompt) -> Judgement:
-        """GenEval's decision on what the world's detector sees."""
-        return judge(self._detector(image), prompt)
+    def evaluate(self, image: NDArray[np.uint8], prompt: Prompt) -> Verdict:
+        return evaluate(self._detector(image), prompt)
 
     def settings(self) -> dict[str, Any]:
-        """The world and how many prompts were drawn: its judge has no weights."""
         return {"world": self.world.name, "per_task": self.per_task}
 
-    def picture(self, prompt: Prompt, number: int) -> NDArray[np.uint8]:
-        """A scene of the world."""
-        seed = int.from_bytes(hashlib.sha256(f"{number} {prompt.prompt}".encode()).digest()[:8], "big")
-        return scene_for(self.world, prompt, np.random.default_rng(seed)).draw(self.world)
+    def reference_image(self, prompt: Prompt, index: int) -> NDArray[np.uint8]:
+        """A random scene of ``prompt``; ``index`` and the prompt determine it."""
+        seed = int.from_bytes(hashlib.sha256(f"{index} {prompt.prompt}".encode()).digest()[:8], "big")
+        return scene_for(self.world, prompt, np.random.default_rng(seed)).render(self.world)
 
     def ceiling(self) -> TaskScores:
-        """The scores of clean pictures of each prompt: what the detector costs."""
+        """Scores of rendered scenes of each prompt: the errors of the detector."""
         if self._ceiling is None:
-            self._ceiling = self._scores_of_scenes(lambda prompt, other: prompt)
+            self._ceiling = self._scores_of_scenes(of_other_prompts=False)
         return self._ceiling
 
     def chance(self) -> TaskScores:
-        """The scores of clean pictures of another prompt of the task: what a model that ignores the caption gets."""
+        """Scores of rendered scenes of another prompt of the task: those of a model that ignores the caption."""
         if self._chance is None:
-            self._chance = self._scores_of_scenes(lambda prompt, other: other)
+            self._chance = self._scores_of_scenes(of_other_prompts=True)
         return self._chance
 
-    def _scores_of_scenes(self, drawn: Callable[[Prompt, Prompt], Prompt]) -> TaskScores:
+    def _scores_of_scenes(self, of_other_prompts: bool) -> TaskScores:
         rng = np.random.default_rng(0)
         by_task: dict[str, list[Prompt]] = {}
         for prompt in self._prompts:
             by_task.setdefault(prompt.tag, []).append(prompt)
-        judged = []
+        evaluated = []
         for asked in self.images(self.scenes_per_task):
             prompt, task = asked.prompt, by_task[asked.prompt.tag]
-            # any prompt of the task but this one
+            # any other prompt of the task
             other = task[(task.index(prompt) + int(rng.integers(1, len(task)))) % len(task)]
-            image = scene_for(self.world, drawn(prompt, other), rng).draw(self.world)
-            judged.append((prompt, self.judge(image, prompt)))
-        return TaskScores.of(judged)
+            image = scene_for(self.world, other if of_other_prompts else prompt, rng).render(self.world)
+            evaluated.append((prompt, self.evaluate(image, prompt)))
+        return TaskScores.of(evaluated)

@@ -1,4 +1,4 @@
-"""Pictures of every shape at many sizes, places within a pixel and blurs, to compare what was seen against."""
+"""Template matching: alpha masks of every shape at many sizes, subpixel positions and blurs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.drawing import coverage, object_alpha
+from emf_lightning.data.shapes.rendering import coverage, object_alpha
 from emf_lightning.data.shapes.world import World
 
 RADII = 24
-"""Sizes per shape, from .8 of the world's smallest radius to 1.2 of its largest."""
+"""Number of template sizes, from .8 of the world's smallest radius to 1.2 of its largest."""
 RELATIVE_BLURS = (0.0, 0.11, 0.2)
 """Standard deviations of Gaussian blurs in units of the world's mean radius."""
 
 
 def binomial(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``images`` ``[..., H, W]`` under the 3 x 3 binomial filter, edges repeated; pixel noise shrinks to .375."""
+    """``images`` ``[..., H, W]`` after a 3 x 3 binomial filter, edges repeated; it scales white noise by .375."""
     for axis in (-2, -1):
         last = images.shape[axis] - 1
         before = np.take(images, np.r_[0, 0:last], axis)
@@ -28,7 +28,7 @@ def binomial(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def gaussian(images: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-    """``images`` ``[..., H, W]`` under a Gaussian filter, zeros beyond the edge."""
+    """``images`` ``[..., H, W]`` after a Gaussian filter, zeros beyond the edge."""
     if sigma == 0:
         return images
     side = images.shape[-1]
@@ -40,14 +40,14 @@ def gaussian(images: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class TemplateMatch:
-    """The best template for each of K things; arrays over K.
+    """The best template of each of K regions; arrays over K.
 
     Attributes:
         shape: index of the shape.
         radius: index of the radius.
         correlation: normalised correlation with the template.
-        margin: how far the correlation with every other shape falls behind.
-        contrast: the thing's alpha in units of the template's.
+        margin: ``correlation`` minus the best one of any other shape.
+        contrast: scale of the region's alpha relative to the template's.
         deviation: largest difference from the fitted template at any pixel, in units of ``contrast``.
     """
 
@@ -60,13 +60,13 @@ class TemplateMatch:
 
 
 class ShapeTemplates:
-    """A bank of alpha masks, each about its centroid.
+    """A bank of alpha masks, centred on their centroids.
 
     Attributes:
         window: side of a template in pixels, odd.
-        offsets: places of the centroid about the middle pixel's centre, per axis.
+        offsets: subpixel positions of the centroid relative to the centre of the middle pixel, the same on both axes.
         alpha: ``[S, R, O, O, B, window**2]``, smoothed by ``binomial``; axes: shape, radius, x, y, blur.
-        area: ``[S, R, B]``, effective area: (sum of alpha)**2 / sum of alpha**2, which contrast leaves as it is.
+        area: ``[S, R, B]``, effective area: (sum of alpha)**2 / sum of alpha**2, which does not depend on contrast.
     """
 
     def __init__(self, world: World) -> None:
@@ -75,8 +75,8 @@ class ShapeTemplates:
         self.radii = np.geomspace(0.8 * smallest, 1.2 * largest, RADII)
         reach = int(np.ceil(1.21 * self.radii[-1] + 2))
         self.window = 2 * reach + 1
-        places = 2 * int(np.ceil(2 * 4.4 / mean)) + 1  # fine enough that half a step is .025 of the radius
-        self.offsets = ((np.arange(places) + 0.5) / places - 0.5).astype(np.float32)
+        positions = 2 * int(np.ceil(2 * 4.4 / mean)) + 1  # fine enough that half a step is .025 of the radius
+        self.offsets = ((np.arange(positions) + 0.5) / positions - 0.5).astype(np.float32)
         blurs = [relative * mean for relative in RELATIVE_BLURS]
         stacks = []
         for shape in world.shapes:
@@ -90,7 +90,7 @@ class ShapeTemplates:
                 ]
             )
             stacks.append(np.stack([binomial(gaussian(alphas, sigma)) for sigma in blurs], axis=1))
-        flat = np.stack(stacks).reshape(len(world.shapes), RADII, places, places, len(blurs), -1)
+        flat = np.stack(stacks).reshape(len(world.shapes), RADII, positions, positions, len(blurs), -1)
         self.area = (flat.sum(-1) ** 2 / (flat**2).sum(-1)).mean((2, 3))
         self.alpha = flat
 
@@ -101,12 +101,12 @@ class ShapeTemplates:
         offset: NDArray[np.floating],
         area: NDArray[np.floating],
     ) -> TemplateMatch:
-        """The best template for each thing, out of those at its own centroid and of its own effective area.
+        """The best template for each region among those of its subpixel position and effective area.
 
         Args:
-            alphas: ``[K, window, window]``, the pixel that holds the centroid in the middle.
-            known: like ``alphas``; False where the thing's alpha cannot be told, next to others.
-            offset: ``[K, 2]``, x and y of the centroid about that pixel's centre, each in [-.5, .5].
+            alphas: ``[K, window, window]``, with the pixel of the centroid in the middle.
+            known: ``[K, window, window]``; False where the region's alpha is unknown, next to other regions.
+            offset: ``[K, 2]``, x and y of the centroid relative to that pixel's centre, in [-.5, .5].
             area: effective areas in pixels.
         """
         k, shapes, blurs = len(alphas), self.area.shape[0], self.area.shape[2]
@@ -116,7 +116,7 @@ class ShapeTemplates:
         candidates = self.alpha[axes[1], radius, ix[axes[0]], iy[axes[0]], axes[2]]  # [K, S, B, P]
         candidates = candidates.reshape(k, shapes * blurs, self.window**2)
 
-        # Moments over the known pixels only.
+        # moments over the known pixels
         weight = known.reshape(k, self.window**2).astype(np.float32)
         seen = alphas.reshape(weight.shape)
         pixels = weight.sum(1) + 1e-6
@@ -153,5 +153,5 @@ def _centroid(shape: str) -> tuple[float, float]:
 
 @cache
 def templates_of(world: World) -> ShapeTemplates:
-    """The bank of ``world``, built once a process."""
+    """The templates of ``world``, computed once a process."""
     return ShapeTemplates(world)

@@ -1,4 +1,4 @@
-"""Models that answer questions about pictures, behind one protocol."""
+"""Visual question answering models behind one base class."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from emf_lightning.pretrained.loading import load_pretrained, unreadable
 from emf_lightning.text.fingerprint import weights_digest
 
 
-class VqaJudge(ABC):
-    """Answers questions about a picture.
+class VqaModel(ABC):
+    """Base class of the models that answer questions about an image.
 
     Attributes:
-        name: what scores are called after that rest on it; empty for a benchmark's own judge.
+        name: part of the names of scores that use the model; empty for the benchmark's own model.
     """
 
     name: str
 
     def settings(self) -> dict[str, Any]:
-        """What a reader must know to compare two judges' scores: name and weights; plain values."""
+        """Everything that comparable scores must share: class and weights; plain values."""
         return {"judge": type(self).__name__}
 
     @abstractmethod
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
-        """The answers, in lower case and without a full stop, about ``image`` ``[H, W, 3]``, 8-bit RGB."""
+        """Answers about ``image`` ``[H, W, 3]``, 8-bit RGB, in lower case and without a full stop."""
 
 
-class _Hosted(VqaJudge):
-    """A judge that transformers runs."""
+class _TransformersVqa(VqaModel):
+    """Loading of models in transformers' format."""
 
     def _load(self, model: str, processor: Any, network: Any, device: str | None, dtype: str | None = None) -> None:
         caller = type(self).__name__
@@ -58,16 +58,16 @@ class _Hosted(VqaJudge):
         return super().settings() | {"judge_model": self._model, "judge_weights": self._digest, "judge_dtype": dtype}
 
 
-class BlipJudge(_Hosted):
+class BlipVqa(_TransformersVqa):
     """BLIP's question answering (arXiv 2201.12086), e.g. ``Salesforce/blip-vqa-capfilt-large``.
 
     Args:
         model: hub name or local folder in transformers' format.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
-        batch_size: questions answered at once.
+        batch_size: questions in one batch.
 
     Raises:
-        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
+        ValueError: if the model cannot be loaded, or its weights are incomplete or of another architecture.
     """
 
     name = "blip"
@@ -98,16 +98,16 @@ class BlipJudge(_Hosted):
         return answers
 
 
-class QwenVlJudge(_Hosted):
+class QwenVqa(_TransformersVqa):
     """A vision-language chat model, e.g. ``Qwen/Qwen2.5-VL-7B-Instruct``, asked for "yes" or "no" in one word.
 
     Args:
         model: hub name or local folder in transformers' format.
-        device: see ``BlipJudge``.
+        device: see ``BlipVqa``.
         dtype: of the weights.
 
     Raises:
-        ValueError: if the model cannot be loaded, or its weights are not all of this kind of network's.
+        ValueError: if the model cannot be loaded, or its weights are incomplete or of another architecture.
     """
 
     name = "qwen"
@@ -138,15 +138,15 @@ class QwenVlJudge(_Hosted):
         return [_plain(answer) for answer in answers]
 
 
-class MplugJudge(VqaJudge):
-    """DPG-Bench's own judge, mPLUG-large, by way of the package ``modelscope``, which is not installed with this one.
+class MplugVqa(VqaModel):
+    """DPG-Bench's own model, mPLUG-large, from the package ``modelscope``, which is not installed with this one.
 
     Args:
-        model: ModelScope's name of it, or a local folder.
-        device: ``gpu`` or ``cpu``, in ModelScope's words.
+        model: ModelScope's model name, or a local folder.
+        device: ``gpu`` or ``cpu``, as ModelScope calls them.
 
     Raises:
-        ValueError: where modelscope is not installed.
+        ValueError: if modelscope is not installed.
     """
 
     name = ""
@@ -156,8 +156,8 @@ class MplugJudge(VqaJudge):
             from modelscope.pipelines import pipeline
         except ImportError as error:
             raise ValueError(
-                "MplugJudge: the package modelscope is not installed; `pip install modelscope` with what its mPLUG "
-                "needs, or take BlipJudge or QwenVlJudge, whose scores bear their names"
+                "MplugVqa: the package modelscope is not installed; `pip install modelscope` with what its mPLUG "
+                "needs, or use BlipVqa or QwenVqa, whose scores bear their names"
             ) from error
         self._model = Path(model).name
         self._pipeline: Any = pipeline("visual-question-answering", model=model, device=device)
@@ -168,21 +168,21 @@ class MplugJudge(VqaJudge):
     def answer(self, image: NDArray[np.uint8], questions: Sequence[str]) -> list[str]:
         from PIL import Image
 
-        picture = Image.fromarray(image)
-        return [_plain(self._pipeline({"image": picture, "question": question})["text"]) for question in questions]
+        asked = [{"image": Image.fromarray(image), "question": question} for question in questions]
+        return [_plain(self._pipeline(inputs)["text"]) for inputs in asked]
 
 
 def _of_one_length(tokens: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """The numbers of rows of ``tokens`` in batches of at most ``size`` rows of the same length.
+    """Indices of ``tokens`` in batches of at most ``size`` questions of the same length.
 
-    BLIP's decoder is not told which tokens of a question are padding: there must be none.
+    BLIP's decoder does not mask the padding of questions: there must be none.
     """
-    rows: dict[int, list[int]] = {}
-    for i, row in enumerate(tokens):
-        rows.setdefault(len(row), []).append(i)
-    for same in rows.values():
-        for first in range(0, len(same), size):
-            yield same[first : first + size]
+    by_length: dict[int, list[int]] = {}
+    for i, question in enumerate(tokens):
+        by_length.setdefault(len(question), []).append(i)
+    for indices in by_length.values():
+        for first in range(0, len(indices), size):
+            yield indices[first : first + size]
 
 
 def _plain(answer: str) -> str:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emf_lightning.data.shapes.drawing import coverage, draw, object_alpha
-from emf_lightning.data.shapes.world import BACKGROUND, PALETTE, SHAPES
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE
+from emf_lightning.data.shapes.rendering import coverage, object_alpha, render
+from emf_lightning.data.shapes.world import SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,14 +41,14 @@ def test_a_triangle_points_up():
 
 def test_the_ground_is_grey_and_the_middle_of_an_object_its_colour():
     for colour, rgb in PALETTE.items():
-        image = draw([(colour, "square", (18.0, 12.0), 5.0)], 36)
+        image = render([(colour, "square", (18.0, 12.0), 5.0)], 36)
         assert image.dtype == np.uint8
         assert tuple(image[12, 18]) == rgb
         assert tuple(image[30, 30]) == BACKGROUND
 
 
-def test_objects_are_drawn_whole_at_the_border():
-    image = draw([("red", "circle", (5.0, 31.0), 4.9)], 36)
+def test_objects_are_rendered_whole_at_the_border():
+    image = render([("red", "circle", (5.0, 31.0), 4.9)], 36)
     red = object_alpha("circle", (5.0, 31.0), 4.9, 36)[..., None]
     expected = np.array(BACKGROUND) + red * (np.array(PALETTE["red"]) - np.array(BACKGROUND))
     assert np.abs(image - expected).max() <= 0.51

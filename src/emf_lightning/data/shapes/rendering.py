@@ -1,17 +1,17 @@
-"""Pictures of scenes: flat anti-aliased shapes on a grey ground."""
+"""Rendering of scenes: flat anti-aliased shapes on a grey background."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.world import BACKGROUND, PALETTE
+from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE
 
 SUPERSAMPLING = 4
 
 
 def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Where the unit ``shape`` covers the plane.
+    """Mask of the points that the unit ``shape`` covers.
 
     Args:
         shape: a name out of ``world.SHAPES``.
@@ -50,13 +50,11 @@ def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> ND
         case "heart":
             a, b = x / 1.0, -(y - 0.05) / 0.95 + 0.0
             return (a * a + b * b - 0.72) ** 3 - 1.3 * a * a * b**3 <= 0
-    raise ValueError(
-        f"unknown shape {shape!r}; the drawing knows circle, square, triangle, diamond, cross, star, ring, heart"
-    )
+    raise ValueError(f"unknown shape {shape!r}; known are circle, square, triangle, diamond, cross, star, ring, heart")
 
 
 def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas: int) -> NDArray[np.float32]:
-    """Share of each pixel that the object covers, ``[canvas, canvas]`` in [0, 1]; ``centre`` is (x, y) in pixels."""
+    """Coverage of each pixel by the object, ``[canvas, canvas]`` in [0, 1]; ``centre`` is (x, y) in pixels."""
     k = SUPERSAMPLING
     fine = (np.arange(canvas * k) + 0.5) / k
     x, y = np.meshgrid((fine - centre[0]) / radius, (fine - centre[1]) / radius)
@@ -64,14 +62,14 @@ def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas:
     return mask.reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
 
 
-def draw(objects: list[tuple[str, str, tuple[float, float], float]], canvas: int) -> NDArray[np.uint8]:
-    """The image ``[canvas, canvas, 3]``, 8-bit RGB, of objects given as (colour, shape, centre, radius), in pixels."""
+def render(objects: list[tuple[str, str, tuple[float, float], float]], canvas: int) -> NDArray[np.uint8]:
+    """The image ``[canvas, canvas, 3]``, 8-bit RGB, of objects given as (colour, shape, centre, radius in pixels)."""
     image = np.empty((canvas, canvas, 3), np.float32)
     image[:] = BACKGROUND
     for colour, shape, centre, radius in objects:
-        reach = int(np.ceil(1.25 * radius)) + 1
-        left, top = max(int(centre[0]) - reach, 0), max(int(centre[1]) - reach, 0)
-        side = min(2 * reach + 1, canvas - left, canvas - top)
+        extent = int(np.ceil(1.25 * radius)) + 1
+        left, top = max(int(centre[0]) - extent, 0), max(int(centre[1]) - extent, 0)
+        side = min(2 * extent + 1, canvas - left, canvas - top)
         patch = image[top : top + side, left : left + side]
         alpha = object_alpha(shape, (centre[0] - left, centre[1] - top), radius, side)[..., None]
         patch += alpha * (np.asarray(PALETTE[colour], np.float32) - patch)

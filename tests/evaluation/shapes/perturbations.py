@@ -1,14 +1,15 @@
-"""Scenes of all six tasks, and what may happen to their pictures."""
+"""Scenes of all six tasks, and perturbations of their images."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.shapes.prompts import TASKS
-from emf_lightning.data.shapes.scenes import Scene, random_prompt, scene_for
+from emf_lightning.data.geneval_prompts import TASKS
+from emf_lightning.data.shapes.prompts import random_prompt
+from emf_lightning.data.shapes.scenes import Scene, scene_for
 from emf_lightning.data.shapes.world import World
-from emf_lightning.evaluation.geneval.verdict import judge
+from emf_lightning.evaluation.geneval.verdict import evaluate
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
 
 Images = NDArray[np.uint8]
@@ -20,8 +21,8 @@ def scenes(world: World, per_task: int, seed: int = 0) -> list[Scene]:
     return [scene_for(world, random_prompt(world, tag, rng), rng) for tag in TASKS for _ in range(per_task)]
 
 
-def draw_all(world: World, drawn: list[Scene]) -> Images:
-    return np.stack([scene.draw(world) for scene in drawn])
+def render_all(world: World, scenes: list[Scene]) -> Images:
+    return np.stack([scene.render(world) for scene in scenes])
 
 
 def to_bytes(images: NDArray) -> Images:
@@ -33,7 +34,7 @@ def noisy(images: Images, sigma: float) -> Images:
 
 
 def blurred(images: Images, sigma: float) -> Images:
-    """Under a Gaussian, with the border repeated."""
+    """After a Gaussian filter with the border repeated."""
     reach = 4
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     result = images.astype(float)
@@ -51,8 +52,8 @@ def tinted(images: Images, sigma: float) -> Images:
     return to_bytes(images + shift)
 
 
-def accepted(detector: ShapesDetector, images: Images, drawn: list[Scene], strict: bool = False) -> list[float]:
+def accepted(detector: ShapesDetector, images: Images, scenes: list[Scene], strict: bool = False) -> list[float]:
     """Share of images that show their scene's prompt, task by task."""
-    verdicts = [judge(d, s.prompt) for d, s in zip(detector.detect_batch(images), drawn, strict=True)]
+    verdicts = [evaluate(d, s.prompt) for d, s in zip(detector.detect_batch(images), scenes, strict=True)]
     good = np.array([v.strict if strict else v.correct for v in verdicts]).reshape(len(TASKS), -1)
     return good.mean(1).tolist()

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from emf_lightning.evaluation.dpg.vqa_judge import BlipJudge, MplugJudge, QwenVlJudge
+from emf_lightning.evaluation.dpg.vqa_models import BlipVqa, MplugVqa, QwenVqa
 from tests.evaluation.tiny_blip import save_tiny_blip
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -34,10 +34,10 @@ def test_blip_answers_each_question_the_same_alone_and_in_any_company(blip):
     words = ["is", "there", "a", "dog", "cat", "?", "yes", "no"]
     rng = np.random.default_rng(0)
     questions = [" ".join(rng.choice(words, length)) for length in (1, 2, 12) * 8]
-    together = BlipJudge(blip, device="cpu", batch_size=7).answer(IMAGE, questions)
-    judge = BlipJudge(blip, device="cpu", batch_size=1)
+    together = BlipVqa(blip, device="cpu", batch_size=7).answer(IMAGE, questions)
+    model = BlipVqa(blip, device="cpu", batch_size=1)
 
-    assert together == [judge.answer(IMAGE, [question])[0] for question in questions]
+    assert together == [model.answer(IMAGE, [question])[0] for question in questions]
     assert len(set(together)) > 5, "the questions have no say"
     assert all(answer == answer.lower().strip() for answer in together)
 
@@ -56,24 +56,24 @@ def test_blip_answers_each_question_the_same_alone_and_in_any_company(blip):
     ],
     ids=["a captioning model", "another size"],
 )
-def test_weights_that_do_not_fill_the_judge_are_refused(blip, tmp_path, spoil, said):
+def test_weights_that_do_not_fill_the_model_are_refused(blip, tmp_path, spoil, said):
     shutil.copytree(blip, tmp_path, dirs_exist_ok=True)
     save_file(spoil(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"BlipJudge: model=.* {said}hf download"):
-        BlipJudge(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match=rf"BlipVqa: model=.* {said}hf download"):
+        BlipVqa(str(tmp_path), device="cpu")
 
 
-def test_settings_tell_judges_with_other_weights_apart(blip, tmp_path):
+def test_settings_tell_models_with_other_weights_apart(blip, tmp_path):
     shutil.copytree(blip, tmp_path / Path(blip).name)
     file = tmp_path / Path(blip).name / "model.safetensors"
     weights = load_file(file)
     weights["vision_model.post_layernorm.weight"] *= 2
     save_file(weights, file, {"format": "pt"})
-    one, other = (BlipJudge(str(folder), device="cpu").settings() for folder in (blip, file.parent))
+    one, other = (BlipVqa(str(folder), device="cpu").settings() for folder in (blip, file.parent))
 
     assert one["judge_model"] == other["judge_model"] == Path(blip).name
     assert one["judge_weights"] != other["judge_weights"]
-    assert one == BlipJudge(blip, device="cpu", batch_size=2).settings()
+    assert one == BlipVqa(blip, device="cpu", batch_size=2).settings()
 
 
 CHAT = (
@@ -133,26 +133,26 @@ def qwen(tmp_path_factory) -> str:
     torch.manual_seed(2)
     network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
     with torch.no_grad():
-        network.lm_head.weight.mul_(50)  # far from a draw between words
+        network.lm_head.weight.mul_(50)  # far from a tie between words
     network.save_pretrained(folder)
     return str(folder)
 
 
-def test_a_chat_model_is_shown_the_picture_and_answers_in_plain_words(qwen):
-    judge = QwenVlJudge(qwen, device="cpu", dtype="float32")
-    answers = judge.answer(IMAGE, ["is there a dog ?", "is there a cat ?"])
+def test_a_chat_model_is_shown_the_image_and_answers_in_plain_words(qwen):
+    model = QwenVqa(qwen, device="cpu", dtype="float32")
+    answers = model.answer(IMAGE, ["is there a dog ?", "is there a cat ?"])
 
     assert len(answers) == 2
     assert all(answer and answer == answer.lower().strip() and "<" not in answer for answer in answers)
-    assert judge.answer(np.zeros_like(IMAGE), ["is there a dog ?"]) != answers[:1], "the picture has no say"
+    assert model.answer(np.zeros_like(IMAGE), ["is there a dog ?"]) != answers[:1], "the image has no effect"
 
 
-@pytest.mark.parametrize("kind", [BlipJudge, QwenVlJudge])
+@pytest.mark.parametrize("kind", [BlipVqa, QwenVqa])
 def test_missing_weights_are_named_with_the_remedy(kind):
-    with pytest.raises(ValueError, match=rf"{kind.__name__}: cannot load model='no/judge'.*hf download no/judge"):
-        kind("no/judge")
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: cannot load model='no/model'.*hf download no/model"):
+        kind("no/model")
 
 
-def test_the_original_judge_needs_a_package_that_is_named():
-    with pytest.raises(ValueError, match="MplugJudge: the package modelscope is not installed"):
-        MplugJudge()
+def test_the_original_model_needs_a_package_that_is_named():
+    with pytest.raises(ValueError, match="MplugVqa: the package modelscope is not installed"):
+        MplugVqa()

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emf_lightning.evaluation.bootstrap import RESAMPLES, bootstrap_means
+
+
+def test_the_deviation_is_the_standard_error_of_a_mean_over_prompts():
+    values = np.random.default_rng(0).normal(size=200)
+    means = bootstrap_means(3 * values, np.full(200, 3), np.random.default_rng(1))
+    assert means.shape == (RESAMPLES,)
+    assert means.mean() == pytest.approx(values.mean(), abs=0.01)
+    assert means.std(ddof=1) == pytest.approx(values.std() / 200**0.5, rel=0.1)
