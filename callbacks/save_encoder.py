@@ -1,4 +1,4 @@
-"""The trained text encoder as a folder in transformers' format, for the next experiment to read captions with."""
+"""Export of the trained text encoder in transformers' format, for the next experiment to start from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from emf_lightning.callbacks.undisturbed import averaged_weights
+from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 
 class SaveEncoder(Callback):
-    """Writes the encoder that ``EncoderTuning`` trained, averaged where there are averages, at the end of ``fit``.
+    """Writes the encoder that ``EncoderTuning`` trained at the end of ``fit``, with averaged weights if there are any.
 
-    A later experiment names it in ``data.text``: ``model: <run directory>/encoder``.
+    A later experiment reads it as ``data.text``: ``model: <run directory>/encoder``.
 
     Args:
-        folder: below the run directory.
+        folder: folder below the run directory.
     """
 
     def __init__(self, folder: str = "encoder") -> None:

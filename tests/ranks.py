@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -26,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, SelfCheck, TrainingLog, WeightEMA
-from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.flow.guidance import TargetGuidance

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import yaml
-
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 

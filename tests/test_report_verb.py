@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.reports.report import Report

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from emf_lightning.callbacks.fixed_noise_sampling import draw_images, settings_of
 from PIL import Image
 
 from emf_lightning.callbacks import SampleWriter
-from emf_lightning.callbacks.fixed_noise_sampling import draw_images, settings_of
 from tests.callbacks import tiny
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a cross above a diamond"]

@@ -12,21 +12,21 @@ Layout = dict[str, dict[str, list[Any]]]
 
 
 @runtime_checkable
-class Charted(Protocol):
-    """A callback with charts of its own."""
+class HasCustomScalars(Protocol):
+    """A callback that adds charts to TensorBoard's custom scalars."""
 
-    def charts(self) -> Layout:
-        """What TensorBoard is to show under custom scalars."""
+    def custom_scalars(self) -> Layout:
+        """The callback's charts."""
 
 
-def plot_charts(trainer: Trainer) -> None:
-    """Writes the charts of all callbacks together: TensorBoard keeps one layout a run, so each writes all of it."""
+def write_custom_scalars(trainer: Trainer) -> None:
+    """Writes the charts of all callbacks at once: TensorBoard keeps the last layout of a run."""
     if not trainer.is_global_zero:
         return
     layout: Layout = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Charted):
-            layout |= callback.charts()
+        if isinstance(callback, HasCustomScalars):
+            layout |= callback.custom_scalars()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(layout)

@@ -1,0 +1,69 @@
+"""Judged images as lines that GenEval's own summary script reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emf_lightning.data.shapes.prompts import Prompt
+from emf_lightning.evaluation.geneval.verdict import Judgement
+from emf_lightning.evaluation.prompt_suite import PromptImage
+from emf_lightning.files import write_atomic
+
+
+@dataclass(frozen=True)
+class JudgedImage:
+    """A generated image and its judgement.
+
+    Attributes:
+        requested: the prompt and the number of the image.
+        judgement: whether the image shows the prompt.
+        image: 8-bit RGB ``[H, W, 3]``; None unless it is kept for the contact sheet.
+    """
+
+    requested: PromptImage
+    judgement: Judgement
+    image: NDArray[np.uint8] | None = None
+
+
+def write_results(
+    path: Path, judged: Sequence[JudgedImage], sampling: dict[str, float], prompts: Sequence[Prompt]
+) -> None:
+    """Writes a line for each image: the fields of GenEval's ``results.jsonl``, and whether it is strictly correct.
+
+    Args:
+        path: the file, which is replaced.
+        judged: images in the order of the lines; they get GenEval's names, ``00012/samples/0003.png``.
+        sampling: checkpoint step, network steps, NFE and guidance scale, repeated in every line.
+        prompts: all prompts of the suite, whose order numbers them; ``judged`` may hold some of them only.
+    """
+    numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}
+    rows = []
+    for image in judged:
+        prompt, judgement = image.requested.prompt, image.judgement
+        rows.append(
+            {
+                "filename": f"{numbers[prompt.prompt]:05d}/samples/{image.requested.index:04d}.png",
+                "tag": prompt.tag,
+                "prompt": prompt.prompt,
+                "correct": judgement.correct,
+                "strict": judgement.strict,
+                "reason": judgement.reason,
+                "metadata": json.dumps(prompt.metadata()),
+                "details": json.dumps(judgement.boxes),
+                "sampling": json.dumps(sampling),
+            }
+        )
+    write_json_lines(path, rows)
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSON object a line, atomically; creates the folder of ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
