@@ -201,8 +201,8 @@ def _compare_with_float64(module: FlowMapModule, point: _Point, trained: Tensor,
     if not apart <= FLOAT64_TOLERANCE:
         raise _FaultError(
             f"du/dt by forward mode is {apart:.1e} of itself away from finite differences, in float64: a tangent is "
-            "lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), .data or numpy on values "
-            "that depend on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for "
+            "lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), .data or numpy on what "
+            "depends on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for "
             "t - r taken outside the network's call"
         )
     error = _error(trained, exact)

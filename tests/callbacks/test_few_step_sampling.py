@@ -101,16 +101,16 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
     distances = {}
     for name, answer in (("oracle", lambda prompt: prompt), ("blank", lambda prompt: None)):
         model = Oracle(SUITE, answer)
-        callback = sampling(steps=[1], at_start=False, final_images_per_task=6, also=[fid])
+        callback = sampling(steps=[1], at_start=False, final_images_per_task=6, extra_metrics=[fid])
         tiny.trainer(tmp_path / name, callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
         (record,) = scores(tmp_path / name)
-        distances[name] = record["also"]["fid_random"]
+        distances[name] = record["extra_metrics"]["fid_random"]
         curve = tiny.events(tmp_path / name).Scalars("eval/shapes/fid_random/1step")
         assert curve[-1].value == pytest.approx(distances[name], rel=1e-5)
     assert distances["oracle"] < 0.2 * distances["blank"]
 
 
-# -- training is undisturbed ------------------------------------------------------------------------------------------
+# -- training is the same ---------------------------------------------------------------------------------------------
 
 
 class Recorder(MeanFlow):
@@ -218,7 +218,7 @@ def test_accumulated_gradients_do_not_make_it_run_twice(shards, tmp_path):
 
 
 def test_further_guidance_scales_are_drawn_at_the_end_with_labels_of_their_own(shards, tmp_path):
-    fit(shards, tmp_path / "run", sampling(steps=[1], guidance=[1.0, 2.0]), max_steps=1)
+    fit(shards, tmp_path / "run", sampling(steps=[1], guidance_scale=[1.0, 2.0]), max_steps=1)
 
     found = [(record["stage"], record["label"], record["nfe"]) for record in scores(tmp_path / "run")]
     assert found == [("fit", "1step", 1), ("final", "1step", 1), ("final", "1step_cfg2", 2)]
@@ -291,7 +291,7 @@ def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_
 
 
 def test_runs_with_other_step_counts_have_the_same_charts(run, shards, tmp_path):
-    fit(shards, tmp_path / "run", sampling(steps=[4], guidance=[1.0, 2.0]), max_steps=1)
+    fit(shards, tmp_path / "run", sampling(steps=[4], guidance_scale=[1.0, 2.0]), max_steps=1)
 
     first, second = (tiny.events(where).Tensors("custom_scalars__config__")[0] for where in (run, tmp_path / "run"))
     assert first.tensor_proto == second.tensor_proto

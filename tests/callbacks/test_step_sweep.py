@@ -111,9 +111,11 @@ def reference(tmp_path_factory):
 
 def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shards, reference, tmp_path):
     fid = FrechetDistance(RandomFeatures(width=8), reference)
-    report = evaluated(tmp_path / "run", shards, sweep(also=[fid], steps=[1], guidance=[1.0, 2.0], images_per_prompt=1))
+    report = evaluated(
+        tmp_path / "run", shards, sweep(extra_metrics=[fid], steps=[1], guidance_scale=[1.0, 2.0], images_per_prompt=1)
+    )
 
-    assert [(row.metric, row.guidance, row.nfe) for row in report.rows] == [
+    assert [(row.metric, row.guidance_scale, row.nfe) for row in report.rows] == [
         ("shapes", 1.0, 1),
         ("fid_random", 1.0, 1),
         ("shapes", 2.0, 2),
@@ -135,7 +137,9 @@ def questions(folder, count: int = 3) -> DpgBench:
 
 def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, reference, tmp_path):
     fid = FrechetDistance(RandomFeatures(width=8), reference)
-    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    callback = sweep(
+        benchmarks=[SuiteScore(SUITE), questions(tmp_path)], extra_metrics=[fid], steps=[1], images_per_prompt=1
+    )
     report = evaluated(tmp_path / "run", shards, callback)
 
     assert [(rows[0].metric, rows[0].benchmark, len(rows)) for rows in report.groups()] == [
@@ -155,7 +159,9 @@ def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is
             raise AssertionError("drew an image")
 
     fid = FrechetDistance(RandomFeatures(width=8), reference, count=len(SUITE.prompts()))  # and not three
-    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    callback = sweep(
+        benchmarks=[SuiteScore(SUITE), questions(tmp_path)], extra_metrics=[fid], steps=[1], images_per_prompt=1
+    )
     with pytest.raises(ValueError, match="3 images, but count is"):
         evaluated(tmp_path / "run", shards, callback, Idle(SUITE, lambda prompt: prompt))
 
@@ -278,5 +284,5 @@ def test_senseless_settings_are_refused(arguments, said):
 def test_a_metric_without_prompts_is_no_benchmark(tmp_path):
     for number in range(2):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `also`"):
+    with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `extra_metrics`"):
         sweep(benchmarks=[FrechetDistance(RandomFeatures(width=8), tmp_path)])
