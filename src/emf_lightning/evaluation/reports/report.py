@@ -119,7 +119,7 @@ class Report:
         return list(groups.values())
 
     def markdown(self) -> str:
-        """All tables: tasks as in the paper's Table 3, other metrics, then DPG-Bench and HPS as in its Tables 4 and 6."""
+        """All tables: tasks as in the paper's Table 3, other metrics, DPG-Bench and HPS as in its Tables 4 and 6."""
         parts = ["# Scores\n"]
         parts += [f"- {name}: {value}" for name, value in self.about.items()]
         parts.append("")
