@@ -18,8 +18,8 @@ from emf_lightning.flow.derivative.derivative import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.base import FlowMapModule
 
-BY_LENGTH = ("mse", "derivative", "cosine", "nan_rows")
-"""Tags ``train/<name>_by_length/<from>-<to>``."""
+BY_LENGTH = ("mse", "derivative", "cosine")
+"""Quantities with a chart: tags ``train/<name>_by_length/<from>-<to>``."""
 
 
 class DerivativeMonitor(Callback):
@@ -56,8 +56,7 @@ class DerivativeMonitor(Callback):
 
     def custom_scalars(self) -> Layout:
         """A chart for each quantity, a curve for each bin."""
-        names = [name for name in BY_LENGTH if name != "nan_rows"]
-        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in names}
+        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in BY_LENGTH}
         return {"by the interval's length t - r": charts}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+log = logging.getLogger(__name__)
 
 SHOWN = {
     "train/images_per_second": "img/s",
@@ -54,7 +57,7 @@ class ExperimentProgressBar(TQDMProgressBar):
     # -- called by other callbacks ------------------------------------------------------------------------------------
 
     def show_sampling(self, title: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` images of an evaluation are judged."""
+        """Shows that ``done`` of ``total`` images of an evaluation are done."""
         if not self.is_enabled:
             self._write_line_at_interval(f"{title}: {done}/{total} images", last=False)
             return
@@ -67,18 +70,19 @@ class ExperimentProgressBar(TQDMProgressBar):
             self._sampling.close()
             self._sampling = None
 
-    def show_scores(self, scores: Mapping[str, float], line: str) -> None:
-        """Adds ``scores`` (step count -> overall) to the bar, and writes ``line``."""
+    def show_scores(self, scores: Mapping[str, float]) -> None:
+        """Adds ``scores`` (step count -> overall) to the bar."""
         self._scores = f"scores {'/'.join(scores)} " + " ".join(_short(score) for score in scores.values())
-        self._write(line)
-
-    def show_line(self, line: str) -> None:
-        """Writes ``line``."""
-        self._write(line)
 
     def show_at_end(self, text: str) -> None:
         """Writes ``text`` at the end of the run, above the last line."""
         self._closing.append(text)
+
+    def write_line(self, text: str) -> None:
+        """Writes ``text`` on lines of its own."""
+        if self._enabled and self.refresh_rate > 0:
+            Tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -125,22 +129,17 @@ class ExperimentProgressBar(TQDMProgressBar):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         for text in self._closing:
-            self._write(text)
+            self.write_line(text)
         self._closing.clear()
         if outputs := _outputs(trainer, run):
-            self._write(outputs)
+            self.write_line(outputs)
 
     # -- lines --------------------------------------------------------------------------------------------------------
-
-    def _write(self, text: str) -> None:
-        if self._enabled and self.refresh_rate > 0:
-            Tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
 
     def _write_line_at_interval(self, line: str, *, last: bool) -> None:
         if last or time.perf_counter() - self._last_line >= self.seconds_between_lines:
             self._last_line = time.perf_counter()
-            self._write(line)
+            self.write_line(line)
 
     def _batch_line(self, stage: str, arguments: tuple[Any, ...], total: float) -> None:
         if not self.is_enabled:
@@ -159,6 +158,25 @@ class ExperimentProgressBar(TQDMProgressBar):
         logged = trainer.callback_metrics
         shown = [f"{name} {float(logged[tag]):.3g}" for tag, name in SHOWN.items() if tag in logged]
         return ", ".join([*shown, *filter(None, [self._scores])])
+
+
+def progress_bar(trainer: Trainer) -> ExperimentProgressBar | None:
+    """The trainer's progress bar, if it is one of this class."""
+    bar = trainer.progress_bar_callback
+    return bar if isinstance(bar, ExperimentProgressBar) else None
+
+
+def show_progress(trainer: Trainer, title: str, done: int, total: int) -> None:
+    """Shows that ``done`` of ``total`` images are sampled, if there is a bar."""
+    if bar := progress_bar(trainer):
+        bar.show_sampling(title, done, total)
+
+
+def show_line(trainer: Trainer, text: str, *, at_end: bool = False) -> None:
+    """Writes ``text`` above the progress bar, or at the end of the run; to the log where there is no bar."""
+    bar = progress_bar(trainer)
+    write = log.info if bar is None else bar.show_at_end if at_end else bar.write_line
+    write(text)
 
 
 def _planned(trainer: Trainer) -> int | None:

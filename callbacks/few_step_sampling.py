@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -17,10 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
+from emf_lightning.callbacks.experiment_progress_bar import progress_bar, show_line, show_progress
 from emf_lightning.callbacks.scores.custom_scalars import Layout, write_custom_scalars
 from emf_lightning.callbacks.scores.results_file import write_results
-from emf_lightning.callbacks.scores.score_board import ContactSheet, ReferenceScores, ScoreBoard, score_charts
+from emf_lightning.callbacks.scores.score_board import ReferenceScores, ScoreBoard, score_charts
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.callbacks.step_sweep import StepSweep
@@ -29,14 +28,12 @@ from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.modules.base import FlowMapModule
 
-log = logging.getLogger(__name__)
-
 SCORES = "scores.jsonl"
 """File of a run's score history, in ``<run directory>/<suite>/``."""
 
 
 class FewStepSampling(Callback):
-    """Samples a suite's prompts at several step counts, judges the images, and logs the scores as curves.
+    """Samples a suite's prompts at several step counts, evaluates the images, and logs the scores as curves.
 
     It runs before the first step, every ``every_n_steps`` optimiser steps, at the end of ``fit``, in ``emf validate``
     and, without a ``StepSweep``, in ``emf test``. Image i of a prompt starts from the same noise at every step count,
@@ -45,7 +42,7 @@ class FewStepSampling(Callback):
     ``<run directory>/<suite>/``.
 
     Args:
-        suite: prompts and their judge.
+        suite: prompts and their evaluation.
         steps: network steps from noise to data, each a curve.
         every_n_steps: optimiser steps between two evaluations.
         images_per_task: images of each task and step count during training.
@@ -79,13 +76,9 @@ class FewStepSampling(Callback):
         reference_name: str = "parent",
         extra_metrics: list[ImageMetric] | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("images_per_task", images_per_task),
-            ("final_images_per_task", final_images_per_task),
-            ("batch_size", batch_size),
-            ("shown_per_task", shown_per_task),
-        ):
+        counts = {"every_n_steps": every_n_steps, "images_per_task": images_per_task, "batch_size": batch_size}
+        counts |= {"final_images_per_task": final_images_per_task, "shown_per_task": shown_per_task}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"FewStepSampling: {name} must be at least 1, got {value}")
         self.suite = suite
@@ -175,7 +168,7 @@ class FewStepSampling(Callback):
             shown_per_task=self.shown_per_task,
             batch_size=self.batch_size,
             seed=self.seed,
-            on_progress=lambda done, total: self._show_progress(trainer, done, total),
+            on_progress=partial(show_progress, trainer, f"{name} images"),
             extra_metrics=self.extra_metrics,
         )
         records = [self._record(evaluation, module, stage, step) for evaluation in evaluations]
@@ -191,16 +184,9 @@ class FewStepSampling(Callback):
     def _record(self, evaluation: SuiteEvaluation, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
         config = evaluation.config
         scale = module.guidance if config.guidance_scale is None else config.guidance_scale
-        return ScoreRecord(
-            suite=self.suite.name,
-            stage=stage,
-            step=step,
-            sampling=replace(config, guidance_scale=scale),
-            nfe=module.nfe(config.steps, config.guidance_scale),
-            seconds=round(evaluation.seconds, 3),
-            scores=evaluation.scores,
-            extra_metrics=evaluation.extra_metrics,
-        )
+        sampling, seconds = replace(config, guidance_scale=scale), round(evaluation.seconds, 3)
+        nfe, scores = module.nfe(config.steps, config.guidance_scale), evaluation.scores
+        return ScoreRecord(self.suite.name, stage, step, sampling, nfe, seconds, scores, evaluation.extra_metrics)
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -232,41 +218,19 @@ class FewStepSampling(Callback):
             config = record.sampling
             path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{config.tag}.jsonl"
             sampling = {"step": record.step, "nfe": record.nfe, **asdict(config)}
-            write_results(path, evaluation.judged, sampling, self.suite.prompts())
+            write_results(path, evaluation.images, sampling, self.suite.prompts())
         self.history.write(board.directory / SCORES)
         board.add_scalars(records)
         if self.figures:
-            board.add_images(records, _contact_sheet(evaluations))
+            board.add_images(records, evaluations)
             if last.stage in ("fit", "final") and len(self.history.curve(last.sampling)) > 1:
                 board.add_training_curves(self.history, records)
         scores = {record.sampling.short_title: record.scores.overall for record in records}
         shares, images = " / ".join(f"{score:.3f}" for score in scores.values()), sum(last.scores.images.values())
         counts = "/".join(scores)
         line = f"step {last.step}: {counts} network steps score {shares} ({images} images each, {seconds:.0f} s)"
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_scores(scores, line)
-        else:
-            log.info(line)
-        if last.stage == "fit":
-            return
-        table = f"{self.suite.name}, step {last.step}\n{board.table(records)}"
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_at_end(table)
-        else:
-            log.info(table)
-
-    def _show_progress(self, trainer: Trainer, done: int, total: int) -> None:
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_sampling(f"{self.suite.name} images", done, total)
-
-
-def _contact_sheet(evaluations: Sequence[SuiteEvaluation]) -> ContactSheet:
-    """The images that were kept, a column for each sampling config."""
-    columns = [(e.config.title, [image for image in e.judged if image.image is not None]) for e in evaluations]
-    return ContactSheet(
-        prompts=[image.requested.prompt.prompt for image in columns[0][1]],
-        images={title: np.stack([i.image for i in kept if i.image is not None]) for title, kept in columns},
-        correct={title: [i.judgement.correct for i in kept] for title, kept in columns},
-    )
+        if bar := progress_bar(trainer):
+            bar.show_scores(scores)
+        show_line(trainer, line)
+        if last.stage != "fit":
+            show_line(trainer, f"{self.suite.name}, step {last.step}\n{board.table(records)}", at_end=True)

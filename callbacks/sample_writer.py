@@ -78,17 +78,9 @@ class SampleWriter(Callback):
                     for number, caption, image in zip(numbers, captions, generated.images, strict=True):
                         name = f"{number:05d}-{config.tag}{suffix}.png"
                         Image.fromarray(image).save(self._directory / name)
-                        self._rows.append(
-                            {
-                                "index": number,
-                                "prompt": caption,
-                                "file": name,
-                                "image": index,
-                                "steps": config.steps,
-                                "nfe": pl_module.nfe(config.steps, config.guidance_scale),
-                                "guidance": scale,
-                            }
-                        )
+                        row = {"index": number, "prompt": caption, "file": name, "image": index, "steps": config.steps}
+                        nfe = pl_module.nfe(config.steps, config.guidance_scale)
+                        self._rows.append({**row, "nfe": nfe, "guidance": scale})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = all_gather_list(trainer, self._rows)

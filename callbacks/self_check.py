@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
+from emf_lightning.callbacks.experiment_progress_bar import show_line
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.data.batch import CaptionImageBatch
@@ -26,8 +25,6 @@ from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
-
-log = logging.getLogger(__name__)
 
 R, T = 0.3, 0.7
 """Interval of the checked derivative; bf16 cannot represent these times."""
@@ -103,11 +100,7 @@ class SelfCheck(Callback):
             parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
             self._figures.append(_compare_gradients(trainer, parameters))
         if self._figures and trainer.is_global_zero:
-            bar = trainer.progress_bar_callback
-            if isinstance(bar, ExperimentProgressBar):
-                bar.show_line(self.message)
-            else:
-                log.info(self.message)
+            show_line(trainer, self.message)
 
 
 class _FaultError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from numpy.typing import NDArray
 
-from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
+from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
@@ -31,8 +29,6 @@ from emf_lightning.evaluation.reports.report_figures import steps_figure
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,11 +89,8 @@ class StepSweep(Callback):
         names = [benchmark.name for benchmark in benchmarks]
         if len(set(names)) < len(names):
             raise ValueError(f"StepSweep: benchmarks of one name ({', '.join(names)}); test them one after the other")
-        for name, value in (
-            ("images_per_prompt", images_per_prompt),
-            ("batch_size", batch_size),
-            ("seeds", len(seeds)),
-        ):
+        counts = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "seeds": len(seeds)}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"StepSweep: {name} must be at least 1, got {value}")
         self.benchmarks = benchmarks
@@ -149,7 +142,10 @@ class StepSweep(Callback):
                         about = self._about(trainer) | ({"so far": f"{done} of {total} ways"} if done < total else {})
                         Report(tuple(rows), about, levels).write(directory)
         if trainer.is_global_zero:
-            self._publish(trainer, directory, Report(tuple(rows), self._about(trainer), levels))
+            report = Report(tuple(rows), self._about(trainer), levels)
+            steps_figure(report).savefig(directory / "report.png")
+            text = f"{report.markdown()}\nreport.md, report.json and report.png: {directory}"
+            show_line(trainer, text, at_end=True)
 
     @contextmanager
     def _weights(self, module: FlowMapModule, which: str) -> Iterator[None]:
@@ -190,10 +186,13 @@ class StepSweep(Callback):
                 (generated,) = generate_images(module, data, captions, indices, [config], seed)
                 if not batch:
                     continue
-                self._update(result, seed_metrics, list(generated.images), captions, indices, seed)
-                result.seconds += generated.seconds
+                began = time.perf_counter()
+                for metric in seed_metrics:
+                    metric.update(list(generated.images), captions)
+                result.seconds += generated.seconds + time.perf_counter() - began
+                result.rows += self._result_rows(seed_metrics[0], captions, indices, seed)
                 done += len(batch) * trainer.world_size
-                _show_progress(trainer, benchmark.title, min(done, total), total)
+                show_progress(trainer, f"{benchmark.title} images", min(done, total), total)
             result.images += len(requested)
             for i, metric in enumerate(seed_metrics):
                 result.metrics[i].absorb(metric)
@@ -201,23 +200,14 @@ class StepSweep(Callback):
                     result.seed_scores[i].append(float(metric.compute()["score"]))  # a collective of all ranks
         return result
 
-    def _update(
-        self,
-        result: _BenchmarkResult,
-        metrics: Sequence[ImageMetric],
-        images: Sequence[NDArray[np.uint8]],
-        prompts: Sequence[str],
-        indices: Sequence[int],
-        seed: int,
-    ) -> None:
-        began = time.perf_counter()
-        for metric in metrics:
-            metric.update(images, prompts)
-        result.seconds += time.perf_counter() - began
-        names, before = metrics[0].prompts(), self.seeds.index(seed) * self.images_per_prompt
-        for row, prompt, index in zip(metrics[0].rows, prompts, indices, strict=True):
+    def _result_rows(
+        self, benchmark: ImageMetric, prompts: Sequence[str], indices: Sequence[int], seed: int
+    ) -> Iterator[dict[str, Any]]:
+        """A row for each image of the benchmark's last update, with GenEval's file names."""
+        names, before = benchmark.prompts(), self.seeds.index(seed) * self.images_per_prompt
+        for row, prompt, index in zip(benchmark.rows, prompts, indices, strict=True):
             file = f"{names.index(prompt):05d}/samples/{before + index:04d}.png"
-            result.rows.append({"filename": file, **row, "seed": seed})
+            yield {"filename": file, **row, "seed": seed}
 
     def _row(self, result: _BenchmarkResult, index: int, module: FlowMapModule, run: str, weights: str) -> ReportRow:
         metric, config, seeds = result.metrics[index], result.config, result.seed_scores[index]
@@ -247,15 +237,6 @@ class StepSweep(Callback):
             "libraries": ", ".join(f"{name} {number}" for name, number in libraries.items()),
         }
 
-    def _publish(self, trainer: Trainer, directory: Path, report: Report) -> None:
-        steps_figure(report).savefig(directory / "report.png")
-        text = report.markdown() + f"\nreport.md, report.json and report.png: {directory}"
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_at_end(text)
-        else:
-            log.info(text)
-
 
 def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, float]]]:
     """Ceiling and chance of the suites that know them: benchmark -> ``ceiling`` or ``chance`` -> scores."""
@@ -267,9 +248,3 @@ def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, 
                 level: scores.values() | {"score": scores.overall} for level, scores in known.items() if scores
             }
     return levels
-
-
-def _show_progress(trainer: Trainer, title: str, done: int, total: int) -> None:
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, ExperimentProgressBar):
-        bar.show_sampling(f"{title} images", done, total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,21 +11,13 @@ Layout = dict[str, dict[str, list[Any]]]
 """Category -> chart -> ``["Multiline", [tag, ...]]``; tags are regular expressions."""
 
 
-@runtime_checkable
-class HasCustomScalars(Protocol):
-    """A callback that adds charts to TensorBoard's custom scalars."""
-
-    def custom_scalars(self) -> Layout:
-        """The callback's charts."""
-
-
 def write_custom_scalars(trainer: Trainer) -> None:
-    """Writes the charts of all callbacks at once: TensorBoard keeps the last layout of a run."""
+    """Writes the charts of all callbacks' ``custom_scalars`` at once: TensorBoard keeps the last layout of a run."""
     if not trainer.is_global_zero:
         return
     layout: Layout = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, HasCustomScalars):
+        if hasattr(callback, "custom_scalars"):
             layout |= callback.custom_scalars()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

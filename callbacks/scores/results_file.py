@@ -1,4 +1,4 @@
-"""Judged images as lines that GenEval's own summary script reads."""
+"""Evaluated images as lines that GenEval's own summary script reads."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from emf_lightning.files import write_atomic
 
 
 @dataclass(frozen=True)
-class JudgedImage:
-    """A generated image and its judgement.
+class EvaluatedImage:
+    """A generated image and its verdict.
 
     Attributes:
         requested: the prompt and the number of the image.
-        judgement: whether the image shows the prompt.
+        verdict: whether the image shows the prompt.
         image: 8-bit RGB ``[H, W, 3]``; None unless it is kept for the contact sheet.
     """
 
     requested: PromptImage
-    judgement: Judgement
+    verdict: Judgement
     image: NDArray[np.uint8] | None = None
 
 
 def write_results(
-    path: Path, judged: Sequence[JudgedImage], sampling: dict[str, float], prompts: Sequence[Prompt]
+    path: Path, evaluated: Sequence[EvaluatedImage], sampling: dict[str, float], prompts: Sequence[Prompt]
 ) -> None:
     """Writes a line for each image: the fields of GenEval's ``results.jsonl``, and whether it is strictly correct.
 
     Args:
         path: the file, which is replaced.
-        judged: images in the order of the lines; they get GenEval's names, ``00012/samples/0003.png``.
+        evaluated: images in the order of the lines; they get GenEval's names, ``00012/samples/0003.png``.
         sampling: checkpoint step, network steps, NFE and guidance scale, repeated in every line.
-        prompts: all prompts of the suite, whose order numbers them; ``judged`` may hold some of them only.
+        prompts: all prompts of the suite, whose order numbers them; ``evaluated`` may hold some of them only.
     """
     numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}
     rows = []
-    for image in judged:
-        prompt, judgement = image.requested.prompt, image.judgement
+    for image in evaluated:
+        prompt, verdict = image.requested.prompt, image.verdict
         rows.append(
             {
                 "filename": f"{numbers[prompt.prompt]:05d}/samples/{image.requested.index:04d}.png",
                 "tag": prompt.tag,
                 "prompt": prompt.prompt,
-                "correct": judgement.correct,
-                "strict": judgement.strict,
-                "reason": judgement.reason,
+                "correct": verdict.correct,
+                "strict": verdict.strict,
+                "reason": verdict.reason,
                 "metadata": json.dumps(prompt.metadata()),
-                "details": json.dumps(judgement.boxes),
+                "details": json.dumps(verdict.boxes),
                 "sampling": json.dumps(sampling),
             }
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation
 from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
 from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.evaluation.reports.figures import contact_sheet, step_count_figure, training_curves
@@ -42,21 +42,6 @@ class ReferenceScores:
     chance: TaskScores | None = None
     reference: tuple[ScoreRecord, ...] = ()
     reference_name: str = "parent"
-
-
-@dataclass(frozen=True)
-class ContactSheet:
-    """Images of the same prompts with several sampling configs.
-
-    Attributes:
-        prompts: R captions.
-        images: heading -> ``[R, H, W, 3]``, 8-bit RGB.
-        correct: heading -> R booleans.
-    """
-
-    prompts: list[str]
-    images: dict[str, NDArray[np.uint8]]
-    correct: dict[str, list[bool]]
 
 
 class ScoreBoard:
@@ -90,10 +75,14 @@ class ScoreBoard:
                     for step in {record.step for record in records}:
                         writer.add_scalar(f"eval/{self.suite}/{name}/{level}", value, step)
 
-    def add_images(self, records: Sequence[ScoreRecord], sheet: ContactSheet) -> None:
+    def add_images(self, records: Sequence[ScoreRecord], evaluations: Sequence[SuiteEvaluation]) -> None:
         """Writes the contact sheet, and the score against the number of steps, as images and PNG files."""
         step = records[-1].step
-        self._add_figure("contact_sheet", contact_sheet(sheet.prompts, sheet.images, sheet.correct), step)
+        shown = {e.config.title: [image for image in e.images if image.image is not None] for e in evaluations}
+        prompts = [image.requested.prompt.prompt for image in next(iter(shown.values()))]
+        images = {title: np.stack([i.image for i in column if i.image is not None]) for title, column in shown.items()}
+        correct = {title: [image.verdict.correct for image in column] for title, column in shown.items()}
+        self._add_figure("contact_sheet", contact_sheet(prompts, images, correct), step)
         references = self.references
         series = {"this run": _by_steps(records)}
         if references.reference:

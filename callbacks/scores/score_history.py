@@ -23,7 +23,7 @@ class ScoreRecord:
         step: optimiser steps taken.
         sampling: step count and guidance scale.
         nfe: network evaluations per image.
-        seconds: time that sampling and judging took.
+        seconds: time that sampling and evaluation took.
         scores: scores task by task.
         extra_metrics: name -> score of further metrics of the same images.
     """
@@ -48,18 +48,8 @@ class ScoreRecord:
 
     def to_row(self) -> dict[str, Any]:
         """Plain values for files and checkpoints; ``overall`` and ``label`` are for other programs, never read back."""
-        return {
-            "overall": self.scores.overall,
-            "suite": self.suite,
-            "stage": self.stage,
-            "step": self.step,
-            "label": self.sampling.tag,
-            **asdict(self.sampling),
-            "nfe": self.nfe,
-            "seconds": self.seconds,
-            "scores": asdict(self.scores),
-            "extra_metrics": self.extra_metrics,
-        }
+        row = asdict(self)
+        return {"overall": self.scores.overall, "label": self.sampling.tag, **row.pop("sampling"), **row}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> ScoreRecord:

@@ -1,4 +1,4 @@
-"""Images of a suite with several sampling configs, judged and gathered from all ranks."""
+"""Images of a suite with several sampling configs, evaluated and gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
-from emf_lightning.callbacks.scores.results_file import JudgedImage
+from emf_lightning.callbacks.scores.results_file import EvaluatedImage
 from emf_lightning.evaluation.geneval.task_scores import GenEvalScore, TaskScores
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptImage, PromptSuite
@@ -27,14 +27,14 @@ class SuiteEvaluation:
     Attributes:
         config: step count and guidance scale.
         scores: scores of the images of all ranks.
-        judged: these images, in the order of the suite.
-        seconds: time that this rank sampled and judged.
+        images: these images, in the order of the suite.
+        seconds: time that this rank sampled and evaluated.
         extra_metrics: name -> score of further metrics of the same images.
     """
 
     config: SamplingConfig
     scores: TaskScores
-    judged: list[JudgedImage]
+    images: list[EvaluatedImage]
     seconds: float
     extra_metrics: dict[str, float]
 
@@ -57,7 +57,7 @@ def evaluate_suite(
     Args:
         trainer: its ranks share the images.
         module: samples with averaged weights; its state is restored afterwards.
-        suite: gives the prompts and judges the images.
+        suite: gives the prompts and evaluates the images.
         configs: step counts and guidance scales, which all start from the same noise.
         images_per_task: images for each config.
         shown_per_task: images of each task that are kept for the contact sheet.
@@ -74,7 +74,7 @@ def evaluate_suite(
     device = trainer.strategy.root_device
     suite_scores = [GenEvalScore(suite.prompts()).to(device) for _ in configs]
     metrics = [[metric.twin().to(device) for metric in extra_metrics] for _ in configs]
-    judged: list[list[JudgedImage]] = [[] for _ in configs]
+    evaluated: list[list[EvaluatedImage]] = [[] for _ in configs]
     seconds = [0.0] * len(configs)
     done, total = 0, len(requested) * len(configs)
     with sampling_context(trainer, module):
@@ -87,13 +87,13 @@ def evaluate_suite(
                 if not batch:
                     continue
                 began = time.perf_counter()
-                judgements = [suite.judge(*pair) for pair in zip(generated.images, prompts, strict=True)]
-                suite_scores[k].update(prompts, judgements)
+                verdicts = [suite.judge(*pair) for pair in zip(generated.images, prompts, strict=True)]
+                suite_scores[k].update(prompts, verdicts)
                 for metric in metrics[k]:
                     metric.update(list(generated.images), captions)
-                judged[k] += [
-                    JudgedImage(request, judgement, image if number in kept else None)
-                    for (number, request), judgement, image in zip(batch, judgements, generated.images, strict=True)
+                evaluated[k] += [
+                    EvaluatedImage(request, verdict, image if number in kept else None)
+                    for (number, request), verdict, image in zip(batch, verdicts, generated.images, strict=True)
                 ]
                 seconds[k] += generated.seconds + time.perf_counter() - began
                 done += len(batch) * trainer.world_size
@@ -102,7 +102,7 @@ def evaluate_suite(
         SuiteEvaluation(
             config,
             suite_scores[k].scores(),
-            all_gather_list(trainer, judged[k]),
+            all_gather_list(trainer, evaluated[k]),
             seconds[k],
             {metric.name: float(metric.compute()["score"]) for metric in metrics[k]},  # a collective of all ranks
         )

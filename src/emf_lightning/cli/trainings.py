@@ -39,13 +39,8 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         threads = max((os.cpu_count() or 1) // jobs, 1)  # more threads than cores slow each other down
         place = f"in {folder / LOG}"
         with (folder / LOG).open("a") as log:
-            status = subprocess.run(
-                command,
-                check=False,
-                stdout=log,
-                stderr=log,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            ).returncode
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+            status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
     if status:
         said = f"what it said is {place}; the same call resumes it"
         raise ValueError(f"the training in {folder} ended with status {status}; {said}")

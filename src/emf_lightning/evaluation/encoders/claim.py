@@ -19,7 +19,7 @@ import numpy as np
 
 from emf_lightning.evaluation.encoders.estimate import Estimate
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.figures import STYLE, step_colour
+from emf_lightning.evaluation.reports.figures import paper_style, step_colour
 from emf_lightning.evaluation.sampling_config import step_name
 from emf_lightning.files import to_json, write_atomic
 
@@ -154,11 +154,10 @@ class Claim:
 
     def figure(self) -> Figure:
         """Scores of both objectives, and share kept, against discriminability, with standard errors."""
-        import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(8.4, 2.9), layout="constrained")
             parents, models, kept = figure.subplots(1, 3)
             models.sharey(parents)

@@ -1,8 +1,6 @@
-"""Discriminability of a text encoder: similarity of the images whose captions have similar features.
+"""Discriminability of a text encoder: similarity of images whose captions have near features (arXiv 2604.18168, 3).
 
-The protocol is that of EMF's section 3 (arXiv 2604.18168): captions retrieve captions by mean-pooled token features,
-and the retrieved images are compared with the query's. Mean-pooled features of language models share a large common
-direction, so the raw number needs the centred and whitened ones, shuffled features and chance beside it.
+Mean-pooled features of language models share a large common direction: read the raw score beside the others.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.encoders.estimate import Estimate
-from emf_lightning.evaluation.encoders.features import Features, UnitFeatures, feature_variants, normalise
+from emf_lightning.evaluation.encoders.features import Array, Features, feature_variants, normalise
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 
 QUANTUM = 1e-9
@@ -103,7 +101,7 @@ def check_retrieval(corpus: PairCorpus, k: int) -> None:
         )
 
 
-def _nearest(features: UnitFeatures, asked: Ids, ids: Ids, k: int, order: Ids) -> Ids:
+def _nearest(features: Array, asked: Ids, ids: Ids, k: int, order: Ids) -> Ids:
     """The ``k`` pairs of the largest cosine to each of ``asked``, ``[Q, k]``; ties go by ``order`` ``[N]``.
 
     Pairs that share an image or caption id, ``ids`` ``[2, N]``, with the query are left out.
@@ -125,6 +123,6 @@ def _image_and_caption_ids(corpus: PairCorpus) -> Ids:
     return np.stack([corpus.owners, [numbers[caption] for caption in corpus.captions]])
 
 
-def _similarities(corpus: PairCorpus, asked: Ids, found: Ids) -> NDArray[np.float64]:
+def _similarities(corpus: PairCorpus, asked: Ids, found: Ids) -> Array:
     """The mean similarity of each query's retrieved images to its own, ``[Q]``."""
     return np.array([corpus.similarity(q, pairs).mean() for q, pairs in zip(asked, found, strict=True)])

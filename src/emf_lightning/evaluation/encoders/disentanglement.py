@@ -1,7 +1,6 @@
-"""Disentanglement of a text encoder: cosine of a prompt's feature before and after a part of the prompt is removed.
+"""Disentanglement of a text encoder: cosine of a prompt's features before and after a removal (arXiv 2604.18168, 3).
 
-The protocol is that of EMF's section 3 (arXiv 2604.18168). Mean-pooled features of language models share a large common
-direction, so the raw number needs that of unrelated prompts beside it: a constant encoder has a disentanglement of 1.
+A constant encoder has a raw disentanglement of 1: read the raw score beside that of unrelated prompts.
 """
 
 from __future__ import annotations
@@ -14,17 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.encoders.estimate import RESAMPLES, Estimate
-from emf_lightning.evaluation.encoders.features import (
-    Features,
-    Progress,
-    UnitFeatures,
-    feature_variants,
-    pooled_features,
-    truncations,
-)
+from emf_lightning.evaluation.encoders.features import Array, Progress, feature_variants, pooled_features, truncations
 from emf_lightning.text.base import TextEncoder
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ def disentanglement(
     truncated_before = truncations(encoder)
     total, done = len(usable) * (1 + len(seeds)), 0
 
-    def encode(texts: Sequence[str]) -> Features:
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
         nonlocal done
         start = done
         features = pooled_features(encoder, texts, batch_size, lambda n, _: on_progress(start + n, total))
@@ -118,12 +108,12 @@ def remove_units(prompt: str, unit: str, fraction: float, rng: np.random.Generat
     return " ".join(units[i] for i in kept)
 
 
-def _relative_change(features: Features, others: Features) -> Array:
+def _relative_change(features: NDArray[np.float32], others: NDArray[np.float32]) -> Array:
     """|others - features| / |features| of each of P features ``[P, D]``, ``[P]``."""
     return np.linalg.norm(others - features, axis=1) / np.maximum(np.linalg.norm(features, axis=1), 1e-12)
 
 
-def _contrast(cosines: Array, features: UnitFeatures, seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
+def _contrast(cosines: Array, features: Array, seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
     """The mean of ``cosines`` ``[P]``, that of every two different ``features`` ``[P, D]``, and their contrast.
 
     The bootstrap resamples prompts, for all three numbers at once; a prompt that is drawn twice makes no pair with

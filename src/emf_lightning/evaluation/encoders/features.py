@@ -15,7 +15,7 @@ SHRINKAGE = 0.05
 """Share of the mean variance that whitening adds to every direction: directions of low variance hold noise."""
 
 Features = NDArray[np.float32]
-UnitFeatures = NDArray[np.float64]
+Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
 """Called with (texts done, texts in all)."""
 
@@ -43,7 +43,7 @@ def truncations(encoder: TextEncoder) -> float:
     return float(getattr(encoder, "truncated", np.nan))
 
 
-def feature_variants(features: Features, fitted_on: Features) -> Iterator[tuple[str, UnitFeatures]]:
+def feature_variants(features: Features, fitted_on: Features) -> Iterator[tuple[str, Array]]:
     """The features ``[N, D]`` in each of ``VARIANTS``, normalised, with mean and covariance of ``fitted_on``.
 
     One after the other, in float64: features of language models differ in their last digits.
@@ -59,7 +59,7 @@ def feature_variants(features: Features, fitted_on: Features) -> Iterator[tuple[
     yield VARIANTS[2], normalise(centred @ (vectors / np.sqrt(np.maximum(values, 0) + floor)))
 
 
-def normalise(features: NDArray[np.float64]) -> UnitFeatures:
+def normalise(features: Array) -> Array:
     """``features`` ``[N, D]`` scaled to unit length; zero features stay zero."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)

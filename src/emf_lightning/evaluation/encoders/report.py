@@ -16,7 +16,7 @@ from emf_lightning.evaluation.encoders.estimate import Estimate
 from emf_lightning.evaluation.encoders.features import VARIANTS
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.figures import STYLE
+from emf_lightning.evaluation.reports.figures import paper_style
 from emf_lightning.evaluation.reports.report_figures import MARKERS
 from emf_lightning.files import to_json, write_atomic
 
@@ -101,10 +101,9 @@ class EncoderStudy:
 
     def figure(self) -> Figure:
         """Encoders by both scores: raw, as in the paper, and centred, with the contrast in place of the cosine."""
-        import matplotlib
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = figure.subplots(1, 2)
             for axes, name, title in zip(
@@ -127,13 +126,12 @@ class EncoderStudy:
 
     def retrieved(self, corpus: PairCorpus) -> Figure:
         """The images that each encoder retrieves: a row for each query, its own image first."""
-        import matplotlib
         from matplotlib.figure import Figure
 
         queries = list(self.encoders[0].discriminability.retrieved)
         k = max(len(found) for found in self.encoders[0].discriminability.retrieved.values())
         columns = 1 + k * len(self.encoders)
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(1.6 + 0.7 * columns, 0.85 * len(queries) + 0.3), layout="constrained")
             grid = figure.subplots(len(queries), columns, squeeze=False)
             for row, query in zip(grid, queries, strict=True):

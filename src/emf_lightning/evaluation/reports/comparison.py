@@ -69,9 +69,10 @@ def comparison(groups: Mapping[str, Sequence[Run]]) -> str:
     """A Markdown page: for each group of runs, by its title, tables of scores and cost, and of distances."""
     lines = ["# Methods side by side", "", *ABOUT]
     for title, runs in groups.items():
-        lines += ["", f"## {title}", "", _markdown(methods_table(runs))]
-        if any(run.distances() for run in runs):
-            lines += ["", _markdown(distances_table(runs))]
+        tables = [methods_table(runs), distances_table(runs)]
+        lines += ["", f"## {title}"]
+        for head, *rows in tables if any(run.distances() for run in runs) else tables[:1]:
+            lines += ["", markdown_table(head, rows)]
     return "\n".join([*lines, ""])
 
 
@@ -144,10 +145,6 @@ def _score(runs: Sequence[Run], title: str) -> str:
 
 def _distances(of_seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{_mean([found[name] for found in of_seeds]):.2f}" for name in ("kid", "fid", "diversity")]
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    return markdown_table(table[0], table[1:])
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -67,7 +67,7 @@ def contact_sheet(
     marks = correct or {}
     cell, gap, label, head = 0.62, 0.035, 1.45, 0.32  # inches
     side = cell - 2 * gap
-    with _style():
+    with paper_style():
         width, height = label + cell * len(columns), head + cell * len(prompts)
         figure = Figure(figsize=(width, height))
         for column, (heading, images) in enumerate(columns.items()):
@@ -114,7 +114,7 @@ def step_count_figure(
         {"color": "#c8443c", "marker": "v", "linestyle": ":"},
     ]
     steps = sorted({count for scores in series.values() for count in scores})
-    with _style():
+    with paper_style():
         figure, panels = _panels([task for scores in series.values() for s in scores.values() for task in s.correct])
         for name, axes in panels.items():
             _plot_levels(axes, name, ceiling, chance)
@@ -148,7 +148,7 @@ def training_curves(
         reference: steps -> scores of another model, plotted as dashed level lines in the colour of the step count.
         reference_name: name of that model in the legend.
     """
-    with _style():
+    with paper_style():
         figure, panels = _panels([name for lines in curves.values() for name in lines if name in HEADINGS])
         for name, axes in panels.items():
             _plot_levels(axes, name, ceiling, chance)
@@ -177,7 +177,7 @@ def training_curves(
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def paper_style() -> Iterator[None]:
     """Context of matplotlib's settings for one figure; the caller's settings do not change."""
     import matplotlib
 
@@ -214,17 +214,9 @@ def _plot_levels(axes: Axes, name: str, ceiling: TaskScores | None, chance: Task
             continue
         axes.axhline(values[name], color="#999999", linewidth=0.8, linestyle=":", zorder=1)
         if name == "overall":
-            axes.annotate(
-                label,
-                (1, values[name]),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 1.5),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                fontsize=6.5,
-                color="#777777",
-            )
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 1.5), "textcoords": "offset points"}
+            text = {"ha": "right", "va": "bottom", "fontsize": 6.5, "color": "#777777"}
+            axes.annotate(label, (1, values[name]), **place, **text)
 
 
 def _legend(axes: Axes) -> None:

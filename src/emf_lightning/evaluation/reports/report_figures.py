@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, STYLE, step_colour
+from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, paper_style, step_colour
 from emf_lightning.evaluation.reports.published import PUBLISHED
 from emf_lightning.evaluation.reports.report import FAMILIES, Report, ReportRow
 from emf_lightning.evaluation.sampling_config import step_name
@@ -26,11 +26,10 @@ def steps_figure(report: Report) -> Figure:
     A run has a colour, each of its guidance scales a marker; weights without averaging are dashed. The paper's EMF and
     its parent are grey, in panels of the same tasks; the legend says where another detector judged them.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     groups = report.groups()
-    with matplotlib.rc_context(STYLE):
+    with paper_style():
         figure = Figure(figsize=(3.3 * max(len(groups), 1), 3.2), layout="constrained")
         panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
         runs = list(dict.fromkeys(row.run for row in report.rows))
@@ -83,11 +82,10 @@ def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]
         curves: run -> network steps -> (optimiser step, score) points in order.
         title: title of the score.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     styles = ("-", "--", "-.", ":")
-    with matplotlib.rc_context(STYLE):
+    with paper_style():
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.subplots()
         for number, (run, lines) in enumerate(curves.items()):
