@@ -138,8 +138,8 @@ class RunSummary(Callback):
                 data = datamodule_of(trainer)
                 for generated in generate_images(module, data, captions, indices[batch], self.configs, self.seed):
                     batches[generated.config].append(generated.images)
-        for config, images in batches.items():
-            found = asdict(distribution(np.concatenate(images), real, n, network))
+        for config, parts in batches.items():
+            found = asdict(distribution(np.concatenate(parts), real, n, network))
             nfe = module.nfe(config.steps, config.guidance_scale)
             distances[config.tag] = {**found, "nfe": nfe, **asdict(config)}
         return distances

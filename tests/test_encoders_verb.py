@@ -67,26 +67,26 @@ def test_features_are_kept_for_the_next_study(config, tmp_path, capsys):
 class Sampled(WordEncoder):
     """Features that depend on more than the fingerprint, as those of tokens that an encoder samples."""
 
-    def __init__(self, drawing: int) -> None:
+    def __init__(self, variant_number: int) -> None:
         super().__init__(width=16, length=10)
-        self.drawing = drawing
+        self.variant_number = variant_number
 
     @property
     def variant(self) -> str:
-        return f"drawing {self.drawing}"
+        return f"variant {self.variant_number}"
 
     def encode(self, captions):
         text = super().encode(captions)
-        torch.manual_seed(self.drawing)
+        torch.manual_seed(self.variant_number)
         return TextFeatures(text.context + torch.randn(self.width), text.mask)
 
 
 def test_features_of_another_variant_are_not_taken_for_its_own(tmp_path):
     out, corpus = tmp_path / "out", ShapesPairs(count=20)
     assert Sampled(0).fingerprint == Sampled(1).fingerprint
-    for drawing in (0, 1, 0):
-        kept, _ = _cached_features(out, Sampled(drawing), corpus, 64, lambda done, total: None)
-        np.testing.assert_array_equal(kept, pooled_features(Sampled(drawing), corpus.captions))
+    for number in (0, 1, 0):
+        kept, _ = _cached_features(out, Sampled(number), corpus, 64, lambda done, total: None)
+        np.testing.assert_array_equal(kept, pooled_features(Sampled(number), corpus.captions))
     assert len(list((out / "features").iterdir())) == 2
 
 

@@ -26,7 +26,7 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 
 
-def test_every_prompt_has_a_picture_at_every_step_count_named_by_its_line(data, tmp_path):
+def test_every_prompt_has_a_images_at_every_step_count_named_by_its_line(data, tmp_path):
     writer = SampleWriter(steps=[1, 2], images_per_prompt=2)
     tiny.trainer(tmp_path / "run", writer).predict(tiny.meanflow(), datamodule=data, return_predictions=False)
 
@@ -38,7 +38,7 @@ def test_every_prompt_has_a_picture_at_every_step_count_named_by_its_line(data, 
     assert all(row["nfe"] == row["steps"] for row in rows(folder))
 
 
-def test_pictures_are_those_of_the_fixed_noise(data, tmp_path):
+def test_images_are_those_of_the_fixed_noise(data, tmp_path):
     model = tiny.meanflow()
     tiny.trainer(tmp_path / "run", SampleWriter(steps=[2], seed=3)).predict(
         model, datamodule=data, return_predictions=False

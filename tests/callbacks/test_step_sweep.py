@@ -79,12 +79,12 @@ def test_rows_agree_with_an_independent_count_of_the_lines(shards, tmp_path):
 
 
 def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_path):
-    drawn: dict[str, list[torch.Tensor]] = {}
+    sampled: dict[str, list[torch.Tensor]] = {}
 
     class Recorder(type(tiny.meanflow())):
         def sample(self, *arguments, **options):
             key = next(self.net.parameters()).detach().double().sum().item()
-            drawn.setdefault(key, [])
+            sampled.setdefault(key, [])
             return super().sample(*arguments, **options)
 
     model = Recorder(tiny.network())
@@ -94,14 +94,14 @@ def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_
     expected = [saved[key][name].double().sum().item() for key in ("state_dict", "current_model_state")]
 
     assert [(row.weights, row.step) for row in report.rows] == [("averaged", 2), ("trained", 2)]
-    assert list(drawn) == pytest.approx(expected)
+    assert list(sampled) == pytest.approx(expected)
     assert expected[0] != expected[1]
     assert next(model.net.parameters()).detach().double().sum().item() == pytest.approx(expected[0]), "not put back"
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A folder with a picture of each prompt."""
+    """A folder with an image of each prompt."""
     folder = tmp_path_factory.mktemp("reference")
     for number, prompt in enumerate(SUITE.prompts()):
         scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
@@ -156,7 +156,7 @@ def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, 
 def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_drawn(shards, reference, tmp_path):
     class Idle(Oracle):
         def sample(self, *arguments, **options):
-            raise AssertionError("drew an image")
+            raise AssertionError("sampled an image")
 
     fid = FrechetDistance(RandomFeatures(width=8), reference, count=len(SUITE.prompts()))  # and not three
     callback = sweep(
@@ -182,7 +182,7 @@ def test_a_sweep_that_breaks_off_leaves_what_it_has_found(shards, tmp_path):
     assert not (tmp_path / "run/results/shapes-2step.jsonl").exists()
 
 
-def test_a_drawer_of_other_prompts_scores_chance_which_the_report_says_beside_the_ceiling(shards, tmp_path):
+def test_a_model_of_other_prompts_scores_chance_which_the_report_says_beside_the_ceiling(shards, tmp_path):
     suite, rng = ShapesSuite(per_task=20, scenes_per_task=40), np.random.default_rng(1)
     by_task: dict[str, list] = {}
     for prompt in suite.prompts():
@@ -226,9 +226,9 @@ def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
     assert "## DPG-Bench (scripted as judge): categories" in text
 
 
-def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
+def test_seeds_sample_anew_and_their_spread_is_reported(shards, tmp_path):
     class Corrupt(Oracle):
-        """Draws nothing from three noises in ten."""
+        """Generates a blank from three noises in ten."""
 
         def sample(self, text, null, noise, steps, guidance=None):
             images = super().sample(text, null, noise, steps, guidance)
@@ -252,7 +252,7 @@ def test_two_ranks_find_what_one_finds(shards, tmp_path):
     ]
     assert reports[0].rows[0].scores == reports[1].rows[0].scores
     lines = [rows_of(tmp_path / name / "results/shapes-1step.jsonl") for name in ("one", "two")]
-    # where in the picture the oracle draws is chance, whether it shows the prompt is not
+    # the oracle places objects at random; whether an image shows its prompt is fixed
     one, two = ([(row["filename"], row["prompt"], row["correct"]) for row in rows] for rows in lines)
     assert one == two
 

@@ -67,10 +67,10 @@ def test_a_share_is_of_the_parents_or_of_the_models_own_many_steps():
     assert weakened.kept(1, relative_to="own") == pytest.approx(0.5)
 
 
-def test_a_parent_that_draws_nothing_keeps_nothing_known():
+def test_a_parent_that_generates_nothing_keeps_nothing_known():
     dead = Claim((run("noise=0", 0, {1: 0.5, 2: 0.5, 4: 0.5}), run("noise=1", 0, {1: 0, 2: 0, 4: 0}, parent=0.0)))
     assert all(math.isnan(slope.mean) for slope in dead.slopes())
-    assert dead.slopes()[0].verdict == "undecided: no seed has its whole scale yet, with parents that draw anything"
+    assert dead.slopes()[0].verdict == "undecided: no seed has its whole scale yet, with parents that score above 0"
     assert "not known" in dead.markdown()
 
 

@@ -19,9 +19,9 @@ REAL = {"kid": 0.01, "kid_error": 0.1, "fid": 0.05, "diversity": 1.0, "nfe": 0}
 def run(folder: Path, scores: dict[str, float], seconds: float = 600.0, kid: float = 2.0) -> Path:
     """A run directory as ``emf fit`` with ``RunSummary`` leaves it."""
     (folder / "shapes").mkdir(parents=True)
-    drawn = {label: REAL | {"kid": kid, "diversity": 0.8, "nfe": int(label[0])} for label in scores}
+    sampled = {label: REAL | {"kid": kid, "diversity": 0.8, "nfe": int(label[0])} for label in scores}
     summary = {"seconds": seconds, "steps": 300, "step_seconds": seconds / 300, "memory_gb": 1.5}
-    (folder / "summary.json").write_text(json.dumps(summary | {"distribution": {"real": REAL} | drawn}))
+    (folder / "summary.json").write_text(json.dumps(summary | {"distribution": {"real": REAL} | sampled}))
     lines = [
         {"label": label, "stage": stage, "step": step, "overall": score * share, "scores": {"standard_error": 0.02}}
         for label, score in scores.items()
@@ -51,7 +51,7 @@ def test_several_seeds_have_the_error_of_their_mean(tmp_path):
     assert distances_table(runs)[1][3] == "1.00"
 
 
-def test_a_method_that_was_not_drawn_in_some_way_leaves_its_cell_empty(tmp_path):
+def test_a_method_that_was_not_sampled_in_some_way_leaves_its_cell_empty(tmp_path):
     runs = [Run.read(name, run(tmp_path / name, {label: 0.5})) for name, label in (("a", "1step"), ("b", "4step_cfg2"))]
     head, first, second = methods_table(runs)
     assert head[1:3] == ["1 step", "4 steps, cfg2"]

@@ -172,8 +172,8 @@ def test_figures_have_a_line_for_each_run_and_weights():
     rows = [row(steps=n, run=run, weights=w) for n in (1, 4) for run in "ab" for w in ("averaged", "trained")]
     figure = steps_figure(Report(tuple(rows)))
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    judge = "(published, its own detector)"
-    assert labels == {f"EMF {judge}", f"BLIP3o-NEXT 3B {judge}", "a", "a, not averaged", "b", "b, not averaged"}
+    note = "(published, its own detector)"
+    assert labels == {f"EMF {note}", f"BLIP3o-NEXT 3B {note}", "a", "a, not averaged", "b", "b, not averaged"}
 
     curves = {"a": {1: [(0, 0.1), (10, 0.5)], 4: [(0, 0.8), (10, 0.9)]}, "b": {1: [(0, 0.0), (10, 0.2)]}}
     axes = training_figure(curves, "shapes").axes[0]

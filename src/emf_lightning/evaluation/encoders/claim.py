@@ -206,7 +206,7 @@ class Claim:
 def _verdict(mean: float, margin: float) -> str:
     """Result in words of a slope, at 95 %."""
     if math.isnan(mean):
-        return "undecided: no seed has its whole scale yet, with parents that draw anything"
+        return "undecided: no seed has its whole scale yet, with parents that score above 0"
     if math.isnan(margin):
         return "undecided, for it takes two seeds or more"
     if abs(mean) <= max(margin, 1e-6):  # rounding, not a slope

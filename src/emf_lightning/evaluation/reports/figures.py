@@ -214,9 +214,9 @@ def _plot_levels(axes: Axes, name: str, ceiling: TaskScores | None, chance: Task
             continue
         axes.axhline(values[name], color="#999999", linewidth=0.8, linestyle=":", zorder=1)
         if name == "overall":
-            place = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 1.5), "textcoords": "offset points"}
-            text = {"ha": "right", "va": "bottom", "fontsize": 6.5, "color": "#777777"}
-            axes.annotate(label, (1, values[name]), **place, **text)
+            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            offset: dict[str, Any] = {"xytext": (-2, 1.5), "textcoords": "offset points"}
+            axes.annotate(label, (1, values[name]), fontsize=6.5, color="#777777", **place, **offset)
 
 
 def _legend(axes: Axes) -> None:
