@@ -72,7 +72,8 @@ class ExperimentProgressBar(TQDMProgressBar):
 
     def show_scores(self, scores: Mapping[str, float]) -> None:
         """Adds ``scores`` (step count -> overall) to the bar."""
-        self._scores = f"scores {'/'.join(scores)} " + " ".join(_short(score) for score in scores.values())
+        numbers = " ".join(f"{score:.2f}".removeprefix("0") for score in scores.values())  # .42 rather than 0.42
+        self._scores = f"scores {'/'.join(scores)} {numbers}"
 
     def show_at_end(self, text: str) -> None:
         """Writes ``text`` at the end of the run, above the last line."""
@@ -182,11 +183,6 @@ def show_line(trainer: Trainer, text: str, *, at_end: bool = False) -> None:
 def _planned(trainer: Trainer) -> int | None:
     planned = trainer.estimated_stepping_batches
     return int(planned) if planned not in (-1, float("inf")) else None
-
-
-def _short(score: float) -> str:
-    """.42 rather than 0.42."""
-    return f"{score:.2f}".removeprefix("0")
 
 
 def _outputs(trainer: Trainer, run: Path) -> str:

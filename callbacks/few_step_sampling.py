@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,8 @@ class FewStepSampling(Callback):
         self.seconds += time.perf_counter() - began
 
     def _record(self, evaluation: SuiteEvaluation, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
-        config = evaluation.config
-        scale = module.guidance if config.guidance_scale is None else config.guidance_scale
-        sampling, seconds = replace(config, guidance_scale=scale), round(evaluation.seconds, 3)
-        nfe, scores = module.nfe(config.steps, config.guidance_scale), evaluation.scores
+        sampling, seconds = evaluation.config.resolve(module.guidance), round(evaluation.seconds, 3)
+        nfe, scores = module.nfe(sampling.steps, sampling.guidance_scale), evaluation.scores
         return ScoreRecord(self.suite.name, stage, step, sampling, nfe, seconds, scores, evaluation.extra_metrics)
 
     # -- output -------------------------------------------------------------------------------------------------------

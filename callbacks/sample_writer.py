@@ -73,14 +73,13 @@ class SampleWriter(Callback):
             for index in range(self.images_per_prompt):
                 data, indices = datamodule_of(trainer), [index] * len(captions)
                 for generated in generate_images(pl_module, data, captions, indices, self.configs, self.seed):
-                    config, suffix = generated.config, f"-{index}" if index else ""
-                    scale = pl_module.guidance if config.guidance_scale is None else config.guidance_scale
+                    config, suffix = generated.config.resolve(pl_module.guidance), f"-{index}" if index else ""
                     for number, caption, image in zip(numbers, captions, generated.images, strict=True):
                         name = f"{number:05d}-{config.tag}{suffix}.png"
                         Image.fromarray(image).save(self._directory / name)
                         row = {"index": number, "prompt": caption, "file": name, "image": index, "steps": config.steps}
                         nfe = pl_module.nfe(config.steps, config.guidance_scale)
-                        self._rows.append({**row, "nfe": nfe, "guidance": scale})
+                        self._rows.append({**row, "nfe": nfe, "guidance": config.guidance_scale})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = all_gather_list(trainer, self._rows)

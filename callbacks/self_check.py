@@ -23,7 +23,6 @@ from emf_lightning.flow.derivative.float64 import KeepFloat64, central_differenc
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
-from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
 
 R, T = 0.3, 0.7
@@ -145,7 +144,8 @@ def _check(
         r, t = point.times(R, T)
         trained = derivative(module.velocity(point.text), point.z, r, t, point.v, 1)[1]
         name = f"{type(derivative).__name__}, {trainer.precision}"
-        check = _compare_with_float64 if _copyable(module.net, largest) else _compare_with_fp32
+        small = not is_sharded(module.net) and sum(p.numel() for p in module.net.parameters()) <= largest
+        check = _compare_with_float64 if small else _compare_with_fp32
         figures.insert(0, check(module, point, trained, name, tolerance))
     return figures
 
@@ -234,10 +234,6 @@ def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
         exact = ForwardMode().along(u, point.z, r, t, point.v)
         quotients = (central_difference(u, point.z, r, t, point.v, h) for h in FLOAT64_STEPS)
         return exact, min(_error(exact, quotient) for quotient in quotients)
-
-
-def _copyable(net: FlowMapNetwork, largest: int) -> bool:
-    return not is_sharded(net) and sum(p.numel() for p in net.parameters()) <= largest
 
 
 def _error(value: Tensor, reference: Tensor) -> float:

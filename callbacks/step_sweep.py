@@ -230,12 +230,9 @@ class StepSweep(Callback):
         )
 
     def _about(self, trainer: Trainer) -> dict[str, Any]:
-        libraries = {name: version(name) for name in ("torch", "lightning", "diffusers", "transformers")}
-        return {
-            "checkpoint": str(trainer.ckpt_path or "none"),
-            "optimiser steps": self._step,
-            "libraries": ", ".join(f"{name} {number}" for name, number in libraries.items()),
-        }
+        names = ("torch", "lightning", "diffusers", "transformers")
+        libraries = ", ".join(f"{name} {version(name)}" for name in names)
+        return {"checkpoint": str(trainer.ckpt_path or "none"), "optimiser steps": self._step, "libraries": libraries}
 
 
 def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, float]]]:

@@ -47,19 +47,11 @@ def write_results(
     rows = []
     for image in evaluated:
         prompt, verdict = image.requested.prompt, image.verdict
-        rows.append(
-            {
-                "filename": f"{numbers[prompt.prompt]:05d}/samples/{image.requested.index:04d}.png",
-                "tag": prompt.tag,
-                "prompt": prompt.prompt,
-                "correct": verdict.correct,
-                "strict": verdict.strict,
-                "reason": verdict.reason,
-                "metadata": json.dumps(prompt.metadata()),
-                "details": json.dumps(verdict.boxes),
-                "sampling": json.dumps(sampling),
-            }
-        )
+        name = f"{numbers[prompt.prompt]:05d}/samples/{image.requested.index:04d}.png"
+        found = {"correct": verdict.correct, "strict": verdict.strict, "reason": verdict.reason}
+        details = {"metadata": prompt.metadata(), "details": verdict.boxes, "sampling": sampling}
+        encoded = {key: json.dumps(value) for key, value in details.items()}  # strings, as GenEval's script reads them
+        rows.append({"filename": name, "tag": prompt.tag, "prompt": prompt.prompt, **found, **encoded})
     write_json_lines(path, rows)
 
 

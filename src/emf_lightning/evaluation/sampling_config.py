@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -40,6 +40,10 @@ class SamplingConfig:
     def curve(self) -> tuple[int, float | None]:
         """Key of the curve in one run: the main scale keeps its curve when a resumed run gives it another value."""
         return self.steps, None if self.is_main else self.guidance_scale
+
+    def resolve(self, default: float) -> SamplingConfig:
+        """This config with the scale ``default``, the module's own, in place of None."""
+        return self if self.guidance_scale is not None else replace(self, guidance_scale=default)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> SamplingConfig:

@@ -47,9 +47,7 @@ class Run:
             summary = json.loads((folder / "summary.json").read_text())
             lines = (folder / "shapes" / "scores.jsonl").read_text().splitlines()
         except OSError as error:
-            raise ValueError(
-                f"compare: {folder} holds no complete run ({error}); delete it, and compare again"
-            ) from error
+            raise ValueError(f"compare: {folder} holds no complete run ({error}); delete it and repeat") from error
         scores: dict[str, tuple[float, float]] = {}
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in map(json.loads, lines):
