@@ -57,7 +57,7 @@ class ExperimentProgressBar(TQDMProgressBar):
     # -- called by other callbacks ------------------------------------------------------------------------------------
 
     def show_sampling(self, title: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` images of an evaluation are done."""
+        """Shows the progress of an evaluation: ``done`` of ``total`` images."""
         if not self.is_enabled:
             self._write_line_at_interval(f"{title}: {done}/{total} images", last=False)
             return
@@ -128,7 +128,7 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._batch_line("predict", args, self.total_predict_batches_current_dataloader)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
         for text in self._closing:
             self.write_line(text)
         self._closing.clear()

@@ -132,10 +132,10 @@ class FewStepSampling(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step  # stands still while gradients are accumulated
+        step = trainer.global_step  # constant while gradients accumulate
         crossed = step // self.every_n_steps > self._last_step // self.every_n_steps
         self._last_step = step
-        if crossed and step != self._planned:  # there the final evaluation follows at once
+        if crossed and step != self._planned:  # on_train_end evaluates the last step
             self._evaluate(trainer, pl_module, "fit")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,7 +191,7 @@ class FewStepSampling(Callback):
     def _open(self, trainer: Trainer) -> None:
         """Joins the scores of a resumed run with those in the run directory, and logs those that are missing there."""
         name = self.suite.name
-        directory = Path(trainer.log_dir or trainer.default_root_dir) / name  # asks all ranks
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / name  # a collective of all ranks
         references = ReferenceScores(self.suite.ceiling(), self.suite.chance(), self.reference, self.reference_name)
         here = ScoreHistory.read_if_there(directory / SCORES)
         fitting = trainer.state.fn == TrainerFn.FITTING

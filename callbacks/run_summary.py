@@ -88,7 +88,7 @@ class RunSummary(Callback):
         assert isinstance(pl_module, FlowMapModule)
         now, step = self._training_seconds(trainer), trainer.global_step
         warm_seconds, warm_step = self._warm
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
         if not trainer.is_global_zero:
             return
         summary: dict[str, Any] = {

@@ -53,7 +53,7 @@ class SampleWriter(Callback):
         if is_sharded(pl_module):  # ranks with different numbers of prompts would wait for each other's weights
             raise ValueError("SampleWriter: sample with an unsharded network: --trainer.strategy auto, or ddp")
         self._rows.clear()
-        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # asks all ranks
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(

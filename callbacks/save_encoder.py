@@ -27,7 +27,7 @@ class SaveEncoder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, EncoderTuning):
             raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
-        run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 encoder = pl_module.encoder

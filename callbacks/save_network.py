@@ -28,7 +28,7 @@ class SaveNetwork(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             net = pl_module.whole_network()
         if net is None:  # rank 0 has it

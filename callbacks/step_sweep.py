@@ -112,13 +112,13 @@ class StepSweep(Callback):
             self._trained_weights = None if is_sharded(pl_module) else checkpoint.get("current_model_state")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for benchmark in self.benchmarks:  # all of them before the first image
+        for benchmark in self.benchmarks:  # before the first image is sampled
             for metric in (benchmark, *self.extra_metrics):
                 metric.check_count(len(self._requested(trainer, benchmark)) * len(self.seeds))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
         name = self.run or str(directory)
         levels = _levels(self.benchmarks) if trainer.is_global_zero else {}
         variants = ["averaged" if self._averaged else "trained"]

@@ -88,7 +88,7 @@ class Training:
             "seed_everything": self.seed,
             "trainer": {
                 "max_steps": self.steps,
-                # no divisor of the steps: a run killed after a checkpoint at its last step would never be scored
+                # scores and checkpoints: a run killed after a checkpoint at its last step would lose its last scores
                 "val_check_interval": self.steps if short else self.steps // 8 + 1,
                 "limit_val_batches": 0,  # validation losses of different methods do not compare
                 "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
