@@ -168,6 +168,14 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
         Report.read(tmp_path / "report.json")
 
 
+def test_a_report_of_an_earlier_version_is_read(tmp_path):
+    report = Report((row(guidance_scale=2.0),))
+    report.write(tmp_path)
+    file = tmp_path / "report.json"
+    file.write_text(file.read_text().replace('"guidance_scale"', '"guidance"'))
+    assert Report.read(file).rows == report.rows
+
+
 def test_figures_have_a_line_for_each_run_and_weights():
     rows = [row(steps=n, run=run, weights=w) for n in (1, 4) for run in "ab" for w in ("averaged", "trained")]
     figure = steps_figure(Report(tuple(rows)))
