@@ -44,11 +44,11 @@ def write_results(
         prompts: all prompts of the suite, whose order numbers them; ``evaluated`` may hold some of them only.
     """
     numbers = {prompt.prompt: number for number, prompt in enumerate(prompts)}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for image in evaluated:
         prompt, verdict = image.requested.prompt, image.verdict
         name = f"{numbers[prompt.prompt]:05d}/samples/{image.requested.index:04d}.png"
-        found = {"correct": verdict.correct, "strict": verdict.strict, "reason": verdict.reason}
+        found: dict[str, Any] = {"correct": verdict.correct, "strict": verdict.strict, "reason": verdict.reason}
         details = {"metadata": prompt.metadata(), "details": verdict.boxes, "sampling": sampling}
         encoded = {key: json.dumps(value) for key, value in details.items()}  # strings, as GenEval's script reads them
         rows.append({"filename": name, "tag": prompt.tag, "prompt": prompt.prompt, **found, **encoded})
