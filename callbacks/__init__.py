@@ -1,4 +1,4 @@
-"""What is watched: the source of ``emf_lightning.callbacks``; see the table in README.md."""
+"""Lightning callbacks: sampling, scores, checks and logs. README.md lists their files, tags and costs."""
 
 from emf_lightning.callbacks.derivative_monitor import DerivativeMonitor
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
@@ -11,7 +11,7 @@ from emf_lightning.callbacks.self_check import SelfCheck
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.callbacks.weight_ema import WeightEMA
-from emf_lightning.evaluation.geneval import mask2former, suite  # noqa: F401  YAML may name what is imported
+from emf_lightning.evaluation.geneval import mask2former, suite  # noqa: F401  YAML may name their classes
 
 __all__ = [
     "DerivativeMonitor",

@@ -1,4 +1,4 @@
-"""Where along the intervals' lengths a few-step model learns, and what its derivative costs."""
+"""Error and du/dt by the interval's length t - r, and the derivative's share of the training time."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from emf_lightning.callbacks.charts import Layout, multiline, plot_charts
+from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline, write_custom_scalars
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.flow_map import FlowMapModule
 
-BY_LENGTH = ("mse", "derivative", "cosine", "nan_rows")
-"""Tags ``train/<name>_by_length/<from>-<to>``."""
+BY_LENGTH = ("mse", "derivative", "cosine")
+"""Quantities with a chart: tags ``train/<name>_by_length/<from>-<to>``."""
 
 
 class DerivativeMonitor(Callback):
     """Logs error, du/dt and the cosine of u and v by the interval's length t - r, and du/dt's share of the time.
 
-    Rows are summed on the device, over all batches and ranks since the last logging step; only there a number is asked
-    for. The weighted loss says little (with adaptive weighting it is about 1 whatever is learned): read the error by
-    length instead. One-step sampling uses lengths near 1 alone.
+    Sums run on the device, over all batches and ranks since the last logging step; only a logging step waits for the
+    device. The weighted loss says little (with adaptive weighting it stays about 1): read the error by length instead.
+    One-step sampling uses lengths near 1 alone.
 
     Args:
-        edges: of the bins of t - r, rising from 0 to 1.
-        time_every_n_steps: batches between two whose time is taken: on CUDA by events, without waiting. The share is
-            of the time between the batch's start and end, loading and sampling left out where this callback stands
-            before those that sample.
+        edges: edges of the bins of t - r, rising from 0 to 1.
+        time_every_n_steps: every n-th batch is timed: on CUDA by events, without waiting for the device. The share is
+            that of the time between the batch's start and end. List this callback before those that sample, so that
+            the time leaves out sampling.
     """
 
     def __init__(self, edges: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), time_every_n_steps: int = 10) -> None:
@@ -44,65 +44,68 @@ class DerivativeMonitor(Callback):
         self.edges = tuple(edges)
         self.time_every_n_steps = time_every_n_steps
         self._sums: Tensor | None = None
-        self._inner: Tensor | None = None
-        self._watch: _Watch | None = None
-        self._watches: list[_Watch] = []
+        self._inner_edges: Tensor | None = None
+        self._timer: _BatchTimer | None = None
+        self._timers: list[_BatchTimer] = []
         self._step = 0
 
     @property
     def labels(self) -> list[str]:
-        """Names of the bins, the last part of the tags."""
+        """Names of the bins: the last part of the tags."""
         return [f"{low:g}-{high:g}" for low, high in zip(self.edges[:-1], self.edges[1:], strict=True)]
 
-    def charts(self) -> Layout:
+    def custom_scalars(self) -> Layout:
         """A chart for each quantity, a curve for each bin."""
-        names = [name for name in BY_LENGTH if name != "nan_rows"]
-        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in names}
+        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in BY_LENGTH}
         return {"by the interval's length t - r": charts}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums = self._inner = self._watch = None
+        self._sums = self._inner_edges = self._timer = None
         self._step = trainer.global_step
-        self._watches.clear()
-        plot_charts(trainer)
+        self._timers.clear()
+        write_custom_scalars(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         derivative = _derivative(pl_module)
         if derivative is not None and batch_idx % self.time_every_n_steps == 0:
-            self._watch = _Watch(pl_module.device)
-            derivative.timer = self._watch
+            self._timer = _BatchTimer(pl_module.device)
+            derivative.timer = self._timer
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         derivative = _derivative(pl_module)
-        if self._watch is not None and derivative is not None:
+        if self._timer is not None and derivative is not None:
             derivative.timer = nullcontext()
-            self._watch.stop()
-            self._watches.append(self._watch)
-            self._watch = None
+            self._timer.stop()
+            self._timers.append(self._timer)
+            self._timer = None
         if not isinstance(pl_module, FlowMapModule) or pl_module.last_terms is None:
             return
-        sums = self._sums_of(pl_module.last_terms)
+        sums = self._bin_sums(pl_module.last_terms)
         self._sums = sums if self._sums is None else self._sums + sums
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if stepped and interval and trainer.global_step % interval == 0:
             self._publish(trainer, pl_module)
 
-    def _sums_of(self, terms: FlowMapTerms) -> Tensor:
-        """``[6, bins + 1]``: rows, finite ones, errors, squared du/dt, those taken, cosines; last the r = t rows."""
+    def _bin_sums(self, terms: FlowMapTerms) -> Tensor:
+        """Sums over a batch by bin, ``[6, bins + 1]``; the last bin holds the samples with r = t.
+
+        The six sums are: samples, finite samples, squared errors, squared norms of du/dt, samples whose du/dt is
+        finite, cosines of u and v.
+        """
         times, bins = terms.times, len(self.edges) - 1
-        if self._inner is None:  # made once: filling a tensor on the device from here waits for it
-            self._inner = torch.tensor(self.edges[1:-1], device=times.t.device)
-        bin_of = torch.bucketize(times.t - times.r, self._inner)
+        if self._inner_edges is None:  # kept: copying a tensor to the device waits for it
+            self._inner_edges = torch.tensor(self.edges[1:-1], device=times.t.device)
+        bin_of = torch.bucketize(times.t - times.r, self._inner_edges)
         bin_of[times.n_interval :] = bins
         member = (bin_of[:, None] == torch.arange(bins + 1, device=bin_of.device)).float()
         squares = member.new_zeros(len(bin_of))
         squares[: len(terms.derivative_norm)] = terms.derivative_norm.square()
         taken = torch.zeros_like(terms.finite)
         taken[: len(terms.derivative_norm)] = terms.derivative_norm.isfinite()
-        rows = [
+        quantities = [
             torch.ones_like(squares),
             terms.finite.float(),
             torch.where(terms.finite, terms.squared_error, 0),
@@ -110,7 +113,7 @@ class DerivativeMonitor(Callback):
             taken.float(),
             torch.where(terms.finite, terms.cosine, 0),
         ]
-        return torch.stack([row.float() for row in rows]) @ member
+        return torch.stack([quantity.float() for quantity in quantities]) @ member
 
     def _publish(self, trainer: Trainer, module: FlowMapModule) -> None:
         assert self._sums is not None
@@ -119,27 +122,27 @@ class DerivativeMonitor(Callback):
         assert isinstance(sums, Tensor)
         labels = [f"_by_length/{label}" for label in self.labels] + ["_r_equals_t"]
         values: dict[str, float] = {}
-        for label, (rows, finite, error, squares, taken, cosine) in zip(labels, sums.T.tolist(), strict=True):
-            if label.startswith("_by") and rows:
-                values[f"nan_rows{label}"] = rows - finite
-            if label.startswith("_by") and finite:  # the module itself logs the r = t rows' error
+        for label, (samples, finite, error, squares, taken, cosine) in zip(labels, sums.T.tolist(), strict=True):
+            if label.startswith("_by") and samples:
+                values[f"nan_rows{label}"] = samples - finite
+            if label.startswith("_by") and finite:  # the module itself logs the error at r = t
                 values[f"mse{label}"] = error / finite
             if taken:
                 values[f"derivative{label}"] = (squares / taken) ** 0.5
             if finite:
                 values[f"cosine{label}"] = cosine / finite
-        shares = [watch.share for watch in self._watches if watch.done and watch.inside]
-        self._watches = [watch for watch in self._watches if not watch.done]
+        shares = [timer.share for timer in self._timers if timer.done and timer.inside]
+        self._timers = [timer for timer in self._timers if not timer.done]
         if shares:
             values["derivative_share"] = sum(shares) / len(shares)
         module.log_dict({f"train/{name}": value for name, value in values.items()})
 
 
-class _Watch:
-    """The time of one batch and, as a context, of the derivative in it, on a device that need not be waited for.
+class _BatchTimer:
+    """Time of one batch and, as a context, of the derivative in it, without waiting for the device.
 
     Attributes:
-        inside: start and end of each pass of the derivative; none where it is fused with u's own.
+        inside: start and end of each pass of the derivative; empty where it is fused with the pass of u.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -159,12 +162,12 @@ class _Watch:
 
     @property
     def done(self) -> bool:
-        """Whether the device has come to the end of the batch."""
+        """Whether the device has finished the batch."""
         return not self._cuda or bool(self._ended.query())
 
     @property
     def share(self) -> float:
-        """The derivative's part of the batch's time."""
+        """Share of the batch's time that the derivative took."""
         inside = sum(self._between(a, b) for a, b in self.inside)
         return inside / max(self._between(self._began, self._ended), 1e-9)
 

@@ -1,7 +1,8 @@
-"""Progress in the numbers that a person wants, in a terminal and in a log file alike."""
+"""Progress of a run: bars in a terminal, lines in a log file."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+log = logging.getLogger(__name__)
+
 SHOWN = {
     "train/images_per_second": "img/s",
     "train/mse_r_equals_t": "mse r=t",
@@ -20,20 +23,20 @@ SHOWN = {
     "train/velocity_gap": "|u-v|^2",
     "train/online_flow_mse": "critic mse",
     "train/consistency": "consistency",
-    "train/discriminator_accuracy": "judge",
+    "train/discriminator_accuracy": "discriminator",
 }
-"""Logged tag -> what it is called in the bar, where it is logged at all."""
+"""Logged tag -> name in the bar; tags that a run does not log are left out."""
 
 
 class ExperimentProgressBar(TQDMProgressBar):
-    """Optimiser steps done and planned, images/s, the two raw errors, the last scores; at the end, where everything is.
+    """Shows optimiser steps, images/s, the two raw errors and the last scores; at the end, the paths of all outputs.
 
-    A terminal gets Lightning's tqdm bars, anything else (a file, a pipe, a CI log) a line now and then.
+    A terminal gets Lightning's tqdm bars, a file, a pipe or a CI log gets a line every ``seconds_between_lines``.
 
     Args:
         refresh_rate: batches between two updates of a bar; 0 shows nothing.
-        seconds_between_lines: how often a line appears where there is no terminal.
-        leave: keeps a finished bar on the screen.
+        seconds_between_lines: seconds between two lines without a terminal.
+        leave: whether a finished bar stays on the screen.
     """
 
     def __init__(self, refresh_rate: int = 5, seconds_between_lines: float = 20.0, leave: bool = False) -> None:
@@ -48,37 +51,39 @@ class ExperimentProgressBar(TQDMProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether there are bars; without a terminal there are lines instead."""
+        """Whether bars are shown; without a terminal there are lines instead."""
         return super().is_enabled and self._terminal
 
-    # -- what other callbacks tell ------------------------------------------------------------------------------------
+    # -- called by other callbacks ------------------------------------------------------------------------------------
 
-    def show_sampling(self, what: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` images of an evaluation are judged."""
+    def show_sampling(self, title: str, done: int, total: int) -> None:
+        """Shows the progress of an evaluation: ``done`` of ``total`` images."""
         if not self.is_enabled:
-            self._line_now_and_then(f"{what}: {done}/{total} images", last=False)
+            self._write_line_at_interval(f"{title}: {done}/{total} images", last=False)
             return
         if self._sampling is None:
             self._sampling = Tqdm(total=total, position=1, leave=False, file=sys.stdout, dynamic_ncols=True, unit="img")
-        self._sampling.set_description(what, refresh=False)
+        self._sampling.set_description(title, refresh=False)
         self._sampling.n = done
         self._sampling.refresh()
         if done >= total:
             self._sampling.close()
             self._sampling = None
 
-    def show_scores(self, scores: Mapping[str, float], sentence: str) -> None:
-        """Keeps ``scores`` (step count -> overall) in sight and writes ``sentence`` on a line of its own."""
-        self._scores = f"scores {'/'.join(scores)} " + " ".join(_short(score) for score in scores.values())
-        self._write(sentence)
-
-    def show_sentence(self, sentence: str) -> None:
-        """Writes ``sentence`` on a line of its own."""
-        self._write(sentence)
+    def show_scores(self, scores: Mapping[str, float]) -> None:
+        """Adds ``scores`` (step count -> overall) to the bar."""
+        numbers = " ".join(f"{score:.2f}".removeprefix("0") for score in scores.values())  # .42 rather than 0.42
+        self._scores = f"scores {'/'.join(scores)} {numbers}"
 
     def show_at_end(self, text: str) -> None:
-        """Keeps ``text`` for the end of the run, where it stands above the last line."""
+        """Writes ``text`` at the end of the run, above the last line."""
         self._closing.append(text)
+
+    def write_line(self, text: str) -> None:
+        """Writes ``text`` on lines of its own."""
+        if self._enabled and self.refresh_rate > 0:
+            Tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -88,7 +93,7 @@ class ExperimentProgressBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # type: ignore[override]
         bar = self.train_progress_bar
-        if bar.total is None:  # one bar for the whole run, in optimiser steps, whatever an epoch is
+        if bar.total is None:  # one bar for all epochs, in optimiser steps
             bar.initial = bar.n = trainer.global_step
             bar.total = _planned(trainer)
             bar.set_description("train")
@@ -101,10 +106,10 @@ class ExperimentProgressBar(TQDMProgressBar):
             self.train_progress_bar.n = step
             self.train_progress_bar.set_postfix_str(self._numbers(trainer))
         elif not self.is_enabled:
-            self._line_now_and_then(self._training_line(trainer, step, planned), last=step == planned)
+            self._write_line_at_interval(self._training_line(trainer, step, planned), last=step == planned)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the bar goes on."""
+        """Keeps the bar, which counts the steps of all epochs."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_progress_bar.close()
@@ -123,29 +128,24 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._batch_line("predict", args, self.total_predict_batches_current_dataloader)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
         for text in self._closing:
-            self._write(text)
+            self.write_line(text)
         self._closing.clear()
-        if places := _places(trainer, run):
-            self._write(places)
+        if outputs := _outputs(trainer, run):
+            self.write_line(outputs)
 
     # -- lines --------------------------------------------------------------------------------------------------------
 
-    def _write(self, text: str) -> None:
-        if self._enabled and self.refresh_rate > 0:
-            Tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def _line_now_and_then(self, line: str, *, last: bool) -> None:
+    def _write_line_at_interval(self, line: str, *, last: bool) -> None:
         if last or time.perf_counter() - self._last_line >= self.seconds_between_lines:
             self._last_line = time.perf_counter()
-            self._write(line)
+            self.write_line(line)
 
-    def _batch_line(self, what: str, arguments: tuple[Any, ...], total: float) -> None:
+    def _batch_line(self, stage: str, arguments: tuple[Any, ...], total: float) -> None:
         if not self.is_enabled:
             done = arguments[4] + 1
-            self._line_now_and_then(f"{what}: {done}/{total} batches", last=done == total)
+            self._write_line_at_interval(f"{stage}: {done}/{total} batches", last=done == total)
 
     def _training_line(self, trainer: Trainer, step: int, planned: int | None) -> str:
         began, first = self._began
@@ -161,18 +161,32 @@ class ExperimentProgressBar(TQDMProgressBar):
         return ", ".join([*shown, *filter(None, [self._scores])])
 
 
+def progress_bar(trainer: Trainer) -> ExperimentProgressBar | None:
+    """The trainer's progress bar, if it is one of this class."""
+    bar = trainer.progress_bar_callback
+    return bar if isinstance(bar, ExperimentProgressBar) else None
+
+
+def show_progress(trainer: Trainer, title: str, done: int, total: int) -> None:
+    """Shows that ``done`` of ``total`` images are sampled, if there is a bar."""
+    if bar := progress_bar(trainer):
+        bar.show_sampling(title, done, total)
+
+
+def show_line(trainer: Trainer, text: str, *, at_end: bool = False) -> None:
+    """Writes ``text`` above the progress bar, or at the end of the run; to the log where there is no bar."""
+    bar = progress_bar(trainer)
+    write = log.info if bar is None else bar.show_at_end if at_end else bar.write_line
+    write(text)
+
+
 def _planned(trainer: Trainer) -> int | None:
     planned = trainer.estimated_stepping_batches
     return int(planned) if planned not in (-1, float("inf")) else None
 
 
-def _short(score: float) -> str:
-    """.42 rather than 0.42."""
-    return f"{score:.2f}".removeprefix("0")
-
-
-def _places(trainer: Trainer, run: Path) -> str:
-    """Where the run's curves, images and checkpoint are, as far as there are any."""
+def _outputs(trainer: Trainer, run: Path) -> str:
+    """Paths of the run's curves, images and checkpoint, where they exist."""
     parts = []
     if any(run.glob("events.out.tfevents.*")):
         parts.append(f"curves: tensorboard --logdir {run}")

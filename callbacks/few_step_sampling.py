@@ -1,14 +1,14 @@
-"""The step-count curves: the same prompts and noise at 1, 2 and 4 steps, judged while training goes on."""
+"""Step-count curves: images of the same prompts and noise at 1, 2 and 4 steps, scored during training."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -16,49 +16,47 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from emf_lightning.callbacks.charts import Layout, plot_charts
-from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
-from emf_lightning.callbacks.fixed_noise_sampling import settings_of
-from emf_lightning.callbacks.results_file import write_results
-from emf_lightning.callbacks.score_board import Levels, ScoreBoard, Sheet, score_charts
-from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.experiment_progress_bar import progress_bar, show_line, show_progress
+from emf_lightning.callbacks.scores.custom_scalars import Layout, write_custom_scalars
+from emf_lightning.callbacks.scores.results_file import write_results
+from emf_lightning.callbacks.scores.score_board import ReferenceScores, ScoreBoard, score_charts
+from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.callbacks.step_sweep import StepSweep
-from emf_lightning.callbacks.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.prompt_suite import PromptSuite
+from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.modules.flow_map import FlowMapModule
 
-log = logging.getLogger(__name__)
-
 SCORES = "scores.jsonl"
-"""The history of a run, below its directory and the suite's name."""
+"""File of a run's score history, in ``<run directory>/<suite>/``."""
 
 
 class FewStepSampling(Callback):
-    """Draws a suite's prompts at several step counts, judges the images, and keeps the curves.
+    """Samples a suite's prompts at several step counts, evaluates the images, and logs the scores as curves.
 
-    Runs before the first step, every ``every_n_steps`` optimiser steps, at the end of ``fit``, in ``emf validate`` and,
-    where no ``StepSweep`` does it more thoroughly, in ``emf test``. Image i of a prompt starts from the same noise at
-    every step count, checkpoint, rank and batch size; training goes on exactly as if nothing had been drawn. Put it
-    behind the weight averaging in the list of callbacks, so that it sees the averages of the step just taken. All files
-    are in ``<run directory>/<suite>/``.
+    It runs before the first step, every ``every_n_steps`` optimiser steps, at the end of ``fit``, in ``emf validate``
+    and, without a ``StepSweep``, in ``emf test``. Image i of a prompt starts from the same noise at every step count,
+    checkpoint, rank and batch size. Training is the same with and without this callback. List it after the weight
+    averaging, so that it samples with the averages of the step just taken. All files are in
+    ``<run directory>/<suite>/``.
 
     Args:
-        suite: the prompts and their judge.
+        suite: prompts and their evaluation.
         steps: network steps from noise to data, each a curve.
         every_n_steps: optimiser steps between two evaluations.
-        images_per_task: judged for each step count while training.
+        images_per_task: images of each task and step count during training.
         final_images_per_task: the same at the end of ``fit``, in ``validate`` and in ``test``.
-        batch_size: images drawn at once, on each rank.
-        guidance: scale of classifier-free guidance, or several: the first one's curves bear the plain tags, the others
-            are drawn in the final evaluations only. By default the module's own.
-        seed: of the noise.
+        batch_size: images sampled at once, on each rank.
+        guidance_scale: scale of classifier-free guidance, or several: the first is the main one, whose tags leave out
+            the scale; the others are sampled in the final evaluations only. By default the module's own.
+        seed: seed of the noise.
         at_start: whether to evaluate before the first optimiser step.
-        shown_per_task: prompts of each task in the grid of images.
-        figures: whether to draw the grid and the figures, which takes some seconds each time.
+        shown_per_task: prompts of each task in the contact sheet.
+        figures: whether to plot the contact sheet and the figures, which takes some seconds each time.
         reference: ``scores.jsonl`` of another run, e.g. the parent's, to show beside this one's scores.
-        reference_name: what to call it.
-        also: metrics that are shown the same images, e.g. ``ClipScore``, ``KernelDistance``; each a curve of its own.
+        reference_name: name of that run in figures and tables.
+        extra_metrics: further metrics of the same images, e.g. ``ClipScore``, ``KernelDistance``; each gets a curve.
     """
 
     def __init__(
@@ -69,27 +67,23 @@ class FewStepSampling(Callback):
         images_per_task: int = 20,
         final_images_per_task: int = 100,
         batch_size: int = 128,
-        guidance: list[float] | float | None = None,
+        guidance_scale: list[float] | float | None = None,
         seed: int = 0,
         at_start: bool = True,
         shown_per_task: int = 2,
         figures: bool = True,
         reference: Path | None = None,
         reference_name: str = "parent",
-        also: list[ImageMetric] | None = None,
+        extra_metrics: list[ImageMetric] | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("images_per_task", images_per_task),
-            ("final_images_per_task", final_images_per_task),
-            ("batch_size", batch_size),
-            ("shown_per_task", shown_per_task),
-        ):
+        counts = {"every_n_steps": every_n_steps, "images_per_task": images_per_task, "batch_size": batch_size}
+        counts |= {"final_images_per_task": final_images_per_task, "shown_per_task": shown_per_task}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"FewStepSampling: {name} must be at least 1, got {value}")
         self.suite = suite
-        self.also = also or []
-        self.settings = settings_of(steps, guidance)
+        self.extra_metrics = extra_metrics or []
+        self.configs = sampling_configs(steps, guidance_scale)
         self.every_n_steps = every_n_steps
         self.images_per_task = images_per_task
         self.final_images_per_task = final_images_per_task
@@ -104,29 +98,29 @@ class FewStepSampling(Callback):
             self.reference = tuple(ScoreHistory.read(reference, "FewStepSampling: reference").latest())
         self.history = ScoreHistory()
         self.seconds = 0.0
-        """Time spent in here, for those who measure how fast training is."""
+        """Time spent in this callback, which ``TrainingLog`` subtracts from the training time."""
         self._last_step = 0
         self._loaded_step = 0
 
     @property
     def state_key(self) -> str:
-        """A state for each suite: a run may watch several."""
+        """One state for each suite: a run may have several of these callbacks."""
         return self._generate_state_key(suite=self.suite.name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"records": self.history.state()}
+        return {"records": self.history.to_rows()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = ScoreHistory.of(state_dict["records"])
+        self.history = ScoreHistory.from_rows(state_dict["records"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded_step = checkpoint["global_step"]
 
-    def charts(self) -> Layout:
-        """Score by training step, a curve for each step count, for TensorBoard's custom scalars."""
+    def custom_scalars(self) -> Layout:
+        """Charts of the score by training step, a curve for each step count."""
         return score_charts(self.suite)
 
-    # -- when ---------------------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer)
@@ -138,10 +132,10 @@ class FewStepSampling(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step  # stands still while gradients are accumulated
+        step = trainer.global_step  # constant while gradients accumulate
         crossed = step // self.every_n_steps > self._last_step // self.every_n_steps
         self._last_step = step
-        if crossed and step != self._planned:  # there the final evaluation follows at once
+        if crossed and step != self._planned:  # on_train_end evaluates the last step
             self._evaluate(trainer, pl_module, "fit")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,61 +151,51 @@ class FewStepSampling(Callback):
             self._open(trainer)
             self._evaluate(trainer, pl_module, "test")
 
-    # -- what ---------------------------------------------------------------------------------------------------------
+    # -- evaluate -----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         assert isinstance(module, FlowMapModule)
         began, name, final = time.perf_counter(), self.suite.name, stage != "fit"
         step = max(trainer.global_step, self._loaded_step)  # outside fit, Lightning counts no steps
-        settings = [s for s in self.settings if final or s.guidance == self.settings[0].guidance]
-        wanted = self.final_images_per_task if final else self.images_per_task
+        configs = [config for config in self.configs if final or config.is_main]
+        count = self.final_images_per_task if final else self.images_per_task
         evaluations = evaluate_suite(
             trainer,
             module,
             self.suite,
-            settings,
-            images_per_task=1 if trainer.fast_dev_run else wanted,  # type: ignore[attr-defined]
+            configs,
+            images_per_task=1 if trainer.fast_dev_run else count,  # type: ignore[attr-defined]
             shown_per_task=self.shown_per_task,
             batch_size=self.batch_size,
             seed=self.seed,
-            report=lambda done, total: self._report(trainer, done, total),
-            also=self.also,
+            on_progress=partial(show_progress, trainer, f"{name} images"),
+            extra_metrics=self.extra_metrics,
         )
         records = [self._record(evaluation, module, stage, step) for evaluation in evaluations]
         self.history.add(records)
-        for record in records:  # for ModelCheckpoint(monitor=...) and its like
-            numbers = record.scores.values() | record.also
-            values = {f"eval/{name}/{key}/{record.label}": value for key, value in numbers.items()}
-            trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in values.items()})
+        for record in records:  # ModelCheckpoint(monitor=...) reads them
+            tag = record.sampling.tag
+            values = {f"eval/{name}/{key}/{tag}": value for key, value in record.values().items()}
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         if trainer.is_global_zero:
             self._publish(trainer, evaluations, records, time.perf_counter() - began)
         self.seconds += time.perf_counter() - began
 
     def _record(self, evaluation: SuiteEvaluation, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
-        setting = evaluation.setting
-        return ScoreRecord(
-            suite=self.suite.name,
-            stage=stage,
-            step=step,
-            label=setting.label,
-            steps=setting.steps,
-            guidance=module.guidance_scale if setting.guidance is None else setting.guidance,
-            nfe=module.nfe(setting.steps, setting.guidance),
-            seconds=round(evaluation.seconds, 3),
-            scores=evaluation.scores,
-            also=evaluation.also,
-        )
+        sampling, seconds = evaluation.config.resolve(module.guidance_scale), round(evaluation.seconds, 3)
+        nfe, scores = module.nfe(sampling.steps, sampling.guidance_scale), evaluation.scores
+        return ScoreRecord(self.suite.name, stage, step, sampling, nfe, seconds, scores, evaluation.extra_metrics)
 
-    # -- where --------------------------------------------------------------------------------------------------------
+    # -- output -------------------------------------------------------------------------------------------------------
 
     def _open(self, trainer: Trainer) -> None:
-        """Finds the curves of the run that this one carries on, and plots those that are not here yet."""
+        """Joins the scores of a resumed run with those in the run directory, and logs those that are missing there."""
         name = self.suite.name
-        directory = Path(trainer.log_dir or trainer.default_root_dir) / name  # asks all ranks
-        levels = Levels(self.suite.ceiling(), self.suite.chance(), self.reference, self.reference_name)
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / name  # a collective of all ranks
+        references = ReferenceScores(self.suite.ceiling(), self.suite.chance(), self.reference, self.reference_name)
         here = ScoreHistory.read_if_there(directory / SCORES)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        # what this run directory knows of the time after a resumed checkpoint is about to be done again
+        # evaluations after the step of a resumed checkpoint are about to be repeated
         known = [record for record in here.records if not fitting or record.step <= trainer.global_step]
         keys = {record.key for record in known}
         elsewhere = [record for record in self.history.records if record.key not in keys]
@@ -219,53 +203,32 @@ class FewStepSampling(Callback):
         writers = []
         if trainer.is_global_zero:
             writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self._board = ScoreBoard(directory, name, levels, writers)
-        plot_charts(trainer)
+        self._board = ScoreBoard(directory, name, references, writers)
+        write_custom_scalars(trainer)
         if fitting:
-            self._board.plot(elsewhere)
+            self._board.add_scalars(elsewhere)
 
     def _publish(
         self, trainer: Trainer, evaluations: Sequence[SuiteEvaluation], records: Sequence[ScoreRecord], seconds: float
     ) -> None:
         board, last = self._board, records[-1]
         for evaluation, record in zip(evaluations, records, strict=True):
-            path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{record.label}.jsonl"
-            drawing = {"step": record.step, "steps": record.steps, "nfe": record.nfe, "guidance": record.guidance}
-            write_results(path, evaluation.judged, drawing, self.suite.prompts())
+            config = record.sampling
+            path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{config.tag}.jsonl"
+            sampling = {"step": record.step, "nfe": record.nfe, **asdict(config)}
+            write_results(path, evaluation.images, sampling, self.suite.prompts())
         self.history.write(board.directory / SCORES)
-        board.plot(records)
+        board.add_scalars(records)
         if self.figures:
-            board.show(records, _sheet(evaluations))
-            if last.stage in ("fit", "final") and len(self.history.curve(last.label)) > 1:
-                board.show_curves(self.history, records)
-        scores = {record.label.replace("step", ""): record.scores.overall for record in records}
+            board.add_images(records, evaluations)
+            if last.stage in ("fit", "final") and len(self.history.curve(last.sampling)) > 1:
+                board.add_training_curves(self.history, records)
+        scores = {record.sampling.short_title: record.scores.overall for record in records}
         shares, images = " / ".join(f"{score:.3f}" for score in scores.values()), sum(last.scores.images.values())
         counts = "/".join(scores)
-        sentence = f"step {last.step}: {counts} network steps score {shares} ({images} images each, {seconds:.0f} s)"
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_scores(scores, sentence)
-        else:
-            log.info(sentence)
-        if last.stage == "fit":
-            return
-        table = f"{self.suite.name}, step {last.step}\n{board.table(records)}"
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_at_end(table)
-        else:
-            log.info(table)
-
-    def _report(self, trainer: Trainer, done: int, total: int) -> None:
-        bar = trainer.progress_bar_callback
-        if isinstance(bar, ExperimentProgressBar):
-            bar.show_sampling(f"{self.suite.name} images", done, total)
-
-
-def _sheet(evaluations: Sequence[SuiteEvaluation]) -> Sheet:
-    """The images that were kept, a column for each way of drawing."""
-    columns = [(e.setting.heading, [image for image in e.judged if image.image is not None]) for e in evaluations]
-    return Sheet(
-        prompts=[image.asked.prompt.prompt for image in columns[0][1]],
-        images={heading: np.stack([i.image for i in kept if i.image is not None]) for heading, kept in columns},
-        correct={heading: [i.judgement.correct for i in kept] for heading, kept in columns},
-    )
+        line = f"step {last.step}: {counts} network steps score {shares} ({images} images each, {seconds:.0f} s)"
+        if bar := progress_bar(trainer):
+            bar.show_scores(scores)
+        show_line(trainer, line)
+        if last.stage != "fit":
+            show_line(trainer, f"{self.suite.name}, step {last.step}\n{board.table(records)}", at_end=True)

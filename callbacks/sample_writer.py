@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,41 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from emf_lightning.callbacks.fixed_noise_sampling import datamodule_of, draw_images, settings_of
-from emf_lightning.callbacks.gathering import gathered
-from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.callbacks.sampling.all_gather import all_gather_list
+from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
+from emf_lightning.callbacks.sampling.sampling_context import sampling_context
+from emf_lightning.callbacks.scores.results_file import write_json_lines
+from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
 
 class SampleWriter(Callback):
-    """Draws each prompt at each step count: ``00012-4step.png``, and ``prompts.jsonl`` that says what is what.
+    """Writes an image of each prompt at each step count, ``00012-4step.png``, and lists them in ``prompts.jsonl``.
 
-    The noise is that of ``FewStepSampling`` with the same seed. Lightning's ``BasePredictionWriter`` wants the images
-    from ``predict_step``; here they come step count by step count, and what is drawn is this callback's choice.
+    The noise is that of ``FewStepSampling`` with the same seed. Lightning's ``BasePredictionWriter`` takes the images
+    from ``predict_step``; here this callback samples them, one step count after the other.
 
     Args:
         steps: network steps from noise to data.
-        guidance: scale of classifier-free guidance, or several; by default the module's own.
-        images_per_prompt: each from its own noise; from the second on the name has the number, ``00012-4step-1.png``.
-        seed: of the noise.
-        folder: below the run directory, or an absolute path.
+        guidance_scale: scale of classifier-free guidance, or several; by default the module's own.
+        images_per_prompt: images of each prompt; names of the second and further ones end in their number,
+            ``00012-4step-1.png``.
+        seed: seed of the noise.
+        folder: folder below the run directory, or an absolute path.
     """
 
     def __init__(
         self,
         steps: Sequence[int] = (1, 2, 4),
-        guidance: list[float] | float | None = None,
+        guidance_scale: list[float] | float | None = None,
         images_per_prompt: int = 1,
         seed: int = 0,
         folder: Path = Path("samples"),
     ) -> None:
         if images_per_prompt < 1:
             raise ValueError(f"SampleWriter: images_per_prompt must be at least 1, got {images_per_prompt}")
-        self.settings = settings_of(steps, guidance)
+        self.configs = sampling_configs(steps, guidance_scale)
         self.images_per_prompt = images_per_prompt
         self.seed = seed
         self.folder = folder
@@ -49,9 +51,9 @@ class SampleWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_sharded(pl_module):  # ranks with different numbers of prompts would wait for each other's weights
-            raise ValueError("SampleWriter: draw with an unsharded network: --trainer.strategy auto, or ddp")
+            raise ValueError("SampleWriter: sample with an unsharded network: --trainer.strategy auto, or ddp")
         self._rows.clear()
-        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # asks all ranks
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(
@@ -67,27 +69,20 @@ class SampleWriter(Callback):
 
         assert isinstance(pl_module, FlowMapModule)
         numbers, captions = [int(number) for number in batch[0]], list(batch[1])
-        with undisturbed(trainer, pl_module):
+        with sampling_context(trainer, pl_module):
             for index in range(self.images_per_prompt):
                 data, indices = datamodule_of(trainer), [index] * len(captions)
-                for drawn in draw_images(pl_module, data, captions, indices, self.settings, self.seed):
-                    setting, suffix = drawn.setting, f"-{index}" if index else ""
-                    for number, caption, image in zip(numbers, captions, drawn.images, strict=True):
-                        name = f"{number:05d}-{setting.label}{suffix}.png"
+                for generated in generate_images(pl_module, data, captions, indices, self.configs, self.seed):
+                    config, suffix = generated.config.resolve(pl_module.guidance_scale), f"-{index}" if index else ""
+                    for number, caption, image in zip(numbers, captions, generated.images, strict=True):
+                        name = f"{number:05d}-{config.tag}{suffix}.png"
                         Image.fromarray(image).save(self._directory / name)
-                        self._rows.append(
-                            {
-                                "index": number,
-                                "prompt": caption,
-                                "file": name,
-                                "image": index,
-                                "steps": setting.steps,
-                                "nfe": pl_module.nfe(setting.steps, setting.guidance),
-                                "guidance": pl_module.guidance_scale if setting.guidance is None else setting.guidance,
-                            }
-                        )
+                        row = {"index": number, "prompt": caption, "file": name, "image": index, "steps": config.steps}
+                        nfe = pl_module.nfe(config.steps, config.guidance_scale)
+                        self._rows.append({**row, "nfe": nfe, "guidance": config.guidance_scale})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = sorted(gathered(trainer, self._rows), key=lambda row: (row["index"], row["image"], row["steps"]))
+        rows = all_gather_list(trainer, self._rows)
+        rows.sort(key=lambda row: (row["index"], row["image"], row["steps"]))
         if trainer.is_global_zero:
-            (self._directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_json_lines(self._directory / "prompts.jsonl", rows)

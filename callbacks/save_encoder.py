@@ -1,4 +1,4 @@
-"""The trained text encoder as a folder in transformers' format, for the next experiment to read captions with."""
+"""Export of the trained text encoder in transformers' format, for the next experiment to start from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from emf_lightning.callbacks.undisturbed import averaged_weights
+from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 
 class SaveEncoder(Callback):
-    """Writes the encoder that ``EncoderTuning`` trained, averaged where there are averages, at the end of ``fit``.
+    """Writes the encoder that ``EncoderTuning`` trained at the end of ``fit``, with averaged weights if there are any.
 
-    A later experiment names it in ``data.text``: ``model: <run directory>/encoder``.
+    A later experiment reads it as ``data.text``: ``model: <run directory>/encoder``.
 
     Args:
-        folder: below the run directory.
+        folder: folder below the run directory.
     """
 
     def __init__(self, folder: str = "encoder") -> None:
@@ -27,7 +27,7 @@ class SaveEncoder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, EncoderTuning):
             raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
-        run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 encoder = pl_module.encoder

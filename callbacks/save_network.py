@@ -1,4 +1,4 @@
-"""The trained network as a folder in diffusers' format, for the next experiment to start from."""
+"""Export of the trained network in diffusers' format, for the next experiment to start from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from emf_lightning.callbacks.undisturbed import averaged_weights
+from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.modules.flow_map import FlowMapModule
 
 
 class SaveNetwork(Callback):
-    """Writes the network, with averaged weights where there are any, at the end of ``fit``.
+    """Writes the network at the end of ``fit``, with averaged weights if there are any.
 
     A later experiment starts from it with ``pretrained: <run directory>/network``.
 
     Args:
-        folder: below the run directory.
-        time_scale: what the copy's time embedding is fitted anew for (``SanaFlowMap.refit_time``): a parent that was
-            trained at a large scale has a rough derivative in time, on which MeanFlow diverges. None leaves it.
+        folder: folder below the run directory.
+        time_scale: scale to which the copy's time embedding is refitted (``SanaFlowMap.refit_time``): the time
+            derivative of a parent trained at a large scale is rough, and MeanFlow diverges on it. None leaves it.
     """
 
     def __init__(self, folder: str = "network", time_scale: float | None = None) -> None:
@@ -28,7 +28,7 @@ class SaveNetwork(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        run = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             net = pl_module.full_network()
         if net is None:  # rank 0 has it

@@ -1,9 +1,8 @@
-"""A few seconds at the start of training that find what would otherwise go wrong in silence."""
+"""Checks at the start of training: the derivative, the network's time inputs, equal gradients on all ranks."""
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,49 +14,48 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
-from emf_lightning.callbacks.gathering import gathered
-from emf_lightning.callbacks.undisturbed import undisturbed
+from emf_lightning.callbacks.experiment_progress_bar import show_line
+from emf_lightning.callbacks.sampling.all_gather import all_gather_list
+from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.float64 import KeepFloat64, central_difference
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
-from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
 
-log = logging.getLogger(__name__)
-
 R, T = 0.3, 0.7
-"""The interval whose derivative is checked: no numbers of bf16."""
+"""Interval of the checked derivative; bf16 cannot represent these times."""
 
-NUDGE = 5e-4
-"""A step from t = .5 that bf16 rounds away at every time scale whose product with .5 it holds, 1 to 1000 among them."""
+TIME_STEP = 5e-4
+"""A step from t = .5 that bf16 rounds away at time scales from 1 to 1000."""
 
 FLOAT64_STEPS = (1e-6, 1e-5, 1e-4)
 FLOAT64_TOLERANCE = 1e-2
-"""Measured at 1e-6: 4e-6 and less. A network with fp32 parts that KeepFloat64 does not reach: 1e-3 at 1e-4."""
+"""Measured: at most 4e-6 at 1e-6; 1e-3 at 1e-4 for a network with fp32 parts that KeepFloat64 does not reach."""
 
 FP32_STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
-"""Measured in fp32: 4e-4 at 1e-3 with times as they are, 1e-3 at 1e-4 with times x 1000."""
+"""Measured in fp32: 4e-4 at 1e-3 with a time scale of 1, 1e-3 at 1e-4 with a time scale of 1000."""
 
 
 class SelfCheck(Callback):
-    """Checks the derivative, the network at r = t and the gradients' equality on all ranks, then says so in one line.
+    """Checks the derivative, the network at r = t and that all ranks have equal gradients; logs the result in one line.
 
-    On the first batch's first row, with the weights that are trained, it makes sure that the network sees small steps
-    in t and sees r at all; that du/dt of a float64 copy of the network by forward mode is that by finite differences;
-    that du/dt as training takes it (its kind, its precision) is near the former; and that at r = t an anchored network
-    is the flow it was made from. At the first optimiser step it compares the gradients of all ranks. The copy is gone
-    before training begins. A network that is too large to be copied, or is sharded, is held against its own finite
-    differences in fp32 instead, as far as its weights are fp32.
+    On the first batch's first sample, with the live weights, it checks that
 
-    Weights, gradients and random states stay as they are.
+    - u changes with small steps in t, and with r;
+    - du/dt by forward mode agrees with finite differences, on a float64 copy of the network;
+    - du/dt by the training's own derivative and precision agrees with that float64 value;
+    - an anchored network at r = t is the flow that it was made from.
+
+    At the first optimiser step it compares the gradients of all ranks. The copy is deleted before training begins. A
+    network that is sharded or has more than ``largest_copy`` parameters is compared with finite differences in fp32
+    instead, if its weights are fp32. Weights, gradients and random states do not change.
 
     Args:
-        tolerance: largest relative error of du/dt as training takes it. bf16 leaves 5e-3 to 4e-2, fp32 4e-7 to 1e-5.
-        largest_copy: parameters up to which the network is copied to float64, at 8 bytes each on its own device.
+        tolerance: largest relative error of the training's du/dt. bf16 leaves 5e-3 to 4e-2, fp32 4e-7 to 1e-5.
+        largest_copy: largest number of parameters that are copied to float64, at 8 bytes each on the network's device.
 
     Raises:
         ValueError: on the first batch or at the first optimiser step, where a check fails.
@@ -68,54 +66,49 @@ class SelfCheck(Callback):
             raise ValueError(f"SelfCheck: tolerance must be positive, got {tolerance}")
         self.tolerance = tolerance
         self.largest_copy = largest_copy
-        self._begun = self._done = False
+        self._started = self._finished = False
         self._figures: list[str] = []
 
     @property
-    def sentence(self) -> str:
-        """What was found, from the first optimiser step on."""
+    def message(self) -> str:
+        """The result of all checks, complete after the first optimiser step."""
         return "self-check: " + ", ".join(self._figures)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begun = self._done = False
+        self._started = self._finished = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._begun or not isinstance(pl_module, FlowMapModule):
+        if self._started or not isinstance(pl_module, FlowMapModule):
             return
-        self._begun = True
+        self._started = True
         fault = None
-        with undisturbed(trainer, pl_module, averaged=False):
+        with sampling_context(trainer, pl_module, averaged=False):
             try:
                 self._figures = _check(trainer, pl_module, batch, self.tolerance, self.largest_copy)
             except _FaultError as error:
                 fault = str(error)
-        for found in gathered(trainer, [fault]):  # on all ranks, or the others would wait for the one that stopped
+        for found in all_gather_list(trainer, [fault]):  # all ranks raise, else the others would wait
             if found is not None:
                 raise ValueError(f"SelfCheck: {found}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._done or not self._begun:
+        if self._finished or not self._started:
             return
-        self._done = True
+        self._finished = True
         if trainer.world_size > 1:
             parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
             self._figures.append(_compare_gradients(trainer, parameters))
         if self._figures and trainer.is_global_zero:
-            sentence = self.sentence
-            bar = trainer.progress_bar_callback
-            if isinstance(bar, ExperimentProgressBar):
-                bar.show_sentence(sentence)
-            else:
-                log.info(sentence)
+            show_line(trainer, self.message)
 
 
 class _FaultError(Exception):
-    """What a check found wrong, on one rank."""
+    """A failed check on one rank."""
 
 
 @dataclass(frozen=True)
 class _Point:
-    """One row: where the derivative is taken, and along what."""
+    """One sample: the state z, the velocity v and the text at which u is evaluated."""
 
     z: Tensor
     v: Tensor
@@ -137,21 +130,22 @@ def _point(batch: CaptionImageBatch) -> _Point:
 def _check(
     trainer: Trainer, module: FlowMapModule, batch: CaptionImageBatch, tolerance: float, largest: int
 ) -> list[str]:
-    """Figures for the line.
+    """Results of the checks, for the message.
 
     Raises:
-        _FaultError: for the first that is not as it must be; what depends on the rows' values comes last, so that ranks
-            that share a sharded network go through it together.
+        _FaultError: for the first failed check. Checks whose outcome depends on the samples come last, so that ranks
+            that share a sharded network call it equally often.
     """
     point = _point(batch)
     derivative = module.derivative
     figures = _flow_at_r_equals_t(module, point)
     if derivative is not None:
-        _sees_times(module, point)
+        _check_times(module, point)
         r, t = point.times(R, T)
         trained = derivative(module.average_velocity(point.text), point.z, r, t, point.v, 1)[1]
         name = f"{type(derivative).__name__}, {trainer.precision}"
-        check = _against_float64 if _copyable(module.net, largest) else _against_itself
+        small = not is_sharded(module.net) and sum(p.numel() for p in module.net.parameters()) <= largest
+        check = _compare_with_float64 if small else _compare_with_fp32
         figures.insert(0, check(module, point, trained, name, tolerance))
     return figures
 
@@ -161,9 +155,7 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
     r, t = point.times(T, T)
     value = u(point.z, r, t)
     if not value.isfinite().all():
-        raise _FaultError(
-            "u(z, t, t) is not finite before the first step: look at the weights that training starts from"
-        )
+        raise _FaultError("u(z, t, t) is not finite before the first step: check the weights that training starts from")
     from emf_lightning.networks.two_time.embedding import without_interval  # imports diffusers
 
     with without_interval(module.net) as anchored:
@@ -173,38 +165,38 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
     if apart > 1e-3:
         raise _FaultError(
             f"u(z, t, t) is {apart:.1e} away from the flow that the network was made from: its interval embedding must "
-            "add nothing at r = t; measure it from length 0, as networks.interval.AnchoredInterval does"
+            "add nothing at r = t; measure it from length 0, as AnchoredInterval in networks.two_time does"
         )
     return ["r = t exact" if apart == 0 else f"r = t within {apart:.0e} of its flow"]
 
 
-def _sees_times(module: FlowMapModule, point: _Point) -> None:
+def _check_times(module: FlowMapModule, point: _Point) -> None:
     u = module.average_velocity(point.text)
     r, t = point.times(0.25, 0.5)
     with torch.autocast(point.z.device.type, enabled=False):
-        value, later, longer = u(point.z, r, t), u(point.z, r, t + NUDGE), u(point.z, torch.zeros_like(r), t)
+        value, later, longer = u(point.z, r, t), u(point.z, r, t + TIME_STEP), u(point.z, torch.zeros_like(r), t)
     if torch.equal(value, later):
         raise _FaultError(
-            f"the network does not notice a step of {NUDGE} in t: somewhere times are rounded, to bf16 by the look of "
-            "it, and du/dt is then noise. Keep r and t in fp32 up to the sinusoids: no .to(dtype) on them inside the "
+            f"the network does not notice a step of {TIME_STEP} in t: its times are rounded, probably to "
+            "bf16, and du/dt is then noise. Keep r and t in fp32 up to the sinusoids: no .to(dtype) on them inside the "
             "network, and cast_forward_inputs=False in a sharding strategy's mixed-precision policy"
         )
     if torch.equal(value, longer):
         raise _FaultError(
             "u(z, r, t) does not change with r: the network ignores the interval. Its time embedding must take t - r "
-            "(networks.interval); where the interval's embedding starts at zero on purpose, leave SelfCheck out of "
+            "(networks.two_time); where the interval's embedding starts at zero on purpose, leave SelfCheck out of "
             "trainer.callbacks"
         )
 
 
-def _against_float64(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
+def _compare_with_float64(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
     exact, apart = _in_float64(module, point)
     if not apart <= FLOAT64_TOLERANCE:
         raise _FaultError(
             f"du/dt by forward mode is {apart:.1e} of itself away from finite differences, in float64: a tangent is "
             "lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), .data or numpy on what "
-            "depends on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for t - r "
-            "taken outside the network's call"
+            "depends on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for "
+            "t - r taken outside the network's call"
         )
     error = _error(trained, exact)
     if error > tolerance:
@@ -212,8 +204,8 @@ def _against_float64(module: FlowMapModule, point: _Point, trained: Tensor, name
     return f"du/dt {error:.0e} of float64 ({name}; forward mode {apart:.0e} of differences)"
 
 
-def _against_itself(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
-    """For a network that is not copied: finite differences of the network as it is, in fp32."""
+def _compare_with_fp32(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
+    """Compares the training's du/dt with finite differences in fp32, for a network that is not copied."""
     if any(p.dtype != torch.float32 for p in module.net.parameters()):
         return "du/dt not checked (neither a float64 copy nor fp32 weights)"
     r, t = point.times(R, T)
@@ -234,7 +226,7 @@ def _too_far(name: str, error: float, tolerance: float, reference: str) -> str:
 
 
 def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
-    """du/dt by forward mode in float64, and how far it is from finite differences at the best of several steps."""
+    """du/dt by forward mode in float64, and its error against finite differences at the best of several step sizes."""
     net, point = copy.deepcopy(module.net).double(), point.double()
     r, t = point.times(R, T)
     u = module.average_velocity(point.text, net)
@@ -242,10 +234,6 @@ def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
         exact = ForwardMode().jvp(u, point.z, r, t, point.v)
         quotients = (central_difference(u, point.z, r, t, point.v, h) for h in FLOAT64_STEPS)
         return exact, min(_error(exact, quotient) for quotient in quotients)
-
-
-def _copyable(net: FlowMapNetwork, largest: int) -> bool:
-    return not is_sharded(net) and sum(p.numel() for p in net.parameters()) <= largest
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
@@ -256,10 +244,10 @@ def _error(value: Tensor, reference: Tensor) -> float:
 
 
 def _compare_gradients(trainer: Trainer, parameters: Sequence[tuple[str, nn.Parameter]]) -> str:
-    """The figure for the line.
+    """Result of the comparison, for the message.
 
     Raises:
-        ValueError: where a rank has other gradients than rank 0, or a part of the ranks shards for itself.
+        ValueError: where a rank has other gradients than rank 0, or the network is sharded over some of the ranks only.
     """
     meshes = [p.device_mesh.size() for _, p in parameters if isinstance(p, DTensor)]
     if any(size < trainer.world_size for size in meshes):
@@ -271,7 +259,7 @@ def _compare_gradients(trainer: Trainer, parameters: Sequence[tuple[str, nn.Para
     if meshes:
         return "gradients not compared (sharded: each rank has its own part)"
     sums = torch.stack([_checksum(p) for _, p in parameters]).tolist()
-    everyone = gathered(trainer, [sums])
+    everyone = all_gather_list(trainer, [sums])
     for rank, theirs in enumerate(everyone):
         apart = [name for (name, _), a, b in zip(parameters, everyone[0], theirs, strict=True) if not _alike(a, b)]
         if apart:
@@ -293,6 +281,6 @@ def _checksum(parameter: nn.Parameter) -> Tensor:
 
 
 def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two (sum, norm) are equal up to rounding; not finite is alike, for then nothing can be said."""
+    """Whether two pairs (sum, norm) are equal up to rounding; values that are not finite count as equal."""
     scale = max(abs(a[1]), abs(b[1]))
     return all(x == y or not abs(x - y) > 1e-5 * scale for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""What training costs and what it leaves out, beside what the module itself logs."""
+"""Cost of training: speed, gradient norm, skipped samples and cache hits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from emf_lightning.data.datamodule import CaptionImageData
 
 
 class TrainingLog(Callback):
-    """Logs images/s, seconds a step, the gradient's norm before clipping, skipped samples and cache hits.
+    """Logs images/s, seconds a step, the gradient norm before clipping, skipped samples and cache hits.
 
-    Lightning's ``ThroughputMonitor`` counts validation and sampling as training time, says nothing before its window is
-    full, and waits for the GPU after every batch; hence the clock of this class. The learning rate is logged by
-    Lightning's ``LearningRateMonitor``.
+    Lightning's ``ThroughputMonitor`` counts validation and sampling as training time, logs nothing before its window
+    is full, and waits for the GPU after every batch; this class measures time on its own. Lightning's
+    ``LearningRateMonitor`` logs the learning rate.
 
     Args:
-        window: optimiser steps over which the speed is averaged.
+        window: number of optimiser steps that the speed is averaged over.
     """
 
     def __init__(self, window: int = 50) -> None:
         if window < 1:
             raise ValueError(f"TrainingLog: window must be at least 1, got {window}")
-        # one entry more than intervals: (seconds of training, images of all ranks, optimiser steps)
+        # an entry at each end of the window's steps: (seconds of training, images of all ranks, optimiser steps)
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
         self._images = 0
         self._paused = 0.0
@@ -68,7 +68,7 @@ class TrainingLog(Callback):
         pl_module.log_dict(self._counts(trainer))
 
     def _counts(self, trainer: Trainer) -> dict[str, float]:
-        """What this rank left out and looked up so far."""
+        """Skipped samples, cache hits and cache misses of this rank so far."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, CaptionImageData):
             return {}
@@ -79,7 +79,7 @@ class TrainingLog(Callback):
         return {tag: float(count) for tag, count in counts.items()}
 
     def seconds(self, trainer: Trainer) -> float:
-        """Seconds of training alone, from no particular moment on."""
+        """Seconds of training alone, without validation and sampling; only differences mean something."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         sampling: float = sum(callback.seconds for callback in callbacks if isinstance(callback, FewStepSampling))
         return time.perf_counter() - self._paused - sampling

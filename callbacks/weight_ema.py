@@ -1,4 +1,4 @@
-"""Averages of the weights, where the weights are: on the device that trains, sharded where they are sharded."""
+"""Exponential moving average of the weights on the training device, also of sharded weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from emf_lightning.modules.sharding import LIVE, gathered, is_sharded, scattered
 
 
 class WeightEMA(EMAWeightAveraging):
-    """Lightning's exponential moving average of the weights, kept where the module trains unless ``device`` is given.
+    """Lightning's exponential moving average of the weights, on the training device unless ``device`` is given.
 
-    Lightning (2.6) makes the copy in ``setup``, when the module has not been moved yet: on a GPU, every step would send
-    all weights to the CPU. And it copies the whole module, which one sharded by FSDP2 does not allow; here each rank
-    then averages its own shards, without communication.
+    Lightning (2.6) copies the module in ``setup``, before it is moved to the device: on a GPU, every step would then
+    send all weights to the CPU. Lightning also copies the whole module, and one sharded by FSDP2 cannot be copied; here
+    each rank averages its own shards, without communication.
     """
 
     averages_shards = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            pl_module.configure_model()  # the averages are of what is trained: of the shards, where there are any
+            pl_module.configure_model()  # shards the module, where it is sharded, before its weights are copied
             super().setup(trainer, _Weights(pl_module), stage)
             if self._average_model is not None and self._device is None:
                 self._average_model.to(trainer.strategy.root_device)
@@ -35,15 +35,15 @@ class WeightEMA(EMAWeightAveraging):
         if self._average_model is None or not is_sharded(pl_module):
             return
         if any(isinstance(value, DTensor) for value in checkpoint["current_model_state"].values()):
-            # a sharded checkpoint: of its shards, the strategy writes those in here and the optimiser's
+            # a sharded checkpoint: the strategy writes the shards in "state_dict" and the optimiser's, no others
             live = checkpoint.pop("current_model_state")
             checkpoint["state_dict"] |= {LIVE + name: value for name, value in live.items()}
-        else:  # one file: the strategy has gathered the live weights
+        else:  # a checkpoint in one file: the strategy has gathered the live weights
             checkpoint["state_dict"] = gathered(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None and is_sharded(pl_module):
-            # the strategy has filled the module from "state_dict", the averages, and kept that for itself
+            # the strategy has loaded "state_dict", the averages, into the module and removed it from the checkpoint
             averages = checkpoint["state_dict"] = pl_module.state_dict()
             if "current_model_state" in checkpoint:
                 checkpoint["current_model_state"] = scattered(checkpoint["current_model_state"], like=averages)
@@ -53,7 +53,7 @@ class WeightEMA(EMAWeightAveraging):
 
 
 def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The live weights of the sharded checkpoint that ``trainer`` resumes from."""
+    """Live weights of the sharded checkpoint that ``trainer`` resumes from."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {LIVE + name: torch.empty_like(tensor) for name, tensor in like.items()}
@@ -62,16 +62,16 @@ def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Weights(LightningModule):
-    """A module's parameters and buffers under their names, and nothing else: all that averaging needs to copy."""
+    """A module's parameters and buffers under their names, without its other attributes, for averaging to copy."""
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
-        self._where = module.device
+        self._training_device = module.device
         _mirror(module, self)
 
     @property
     def device(self) -> torch.device:
-        return self._where
+        return self._training_device
 
 
 def _mirror(source: nn.Module, target: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, SelfCheck, TrainingLog, WeightEMA
-from emf_lightning.callbacks.undisturbed import averaged_weights, undisturbed
+from emf_lightning.callbacks.sampling.sampling_context import averaged_weights, sampling_context
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.flow.guidance import TargetGuidance
@@ -130,7 +130,7 @@ class Found(Callback):
             return
         self.values["weights"] = whole(module.net.named_parameters())
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
-        with undisturbed(trainer, module):  # rank 0's first rows come first in the joined batch, too
+        with sampling_context(trainer, module):  # rank 0's first rows come first in the joined batch, too
             self.values["drawn"] = module.sample(batch.text, batch.null, noise, 2)[: ROWS // 2]
         with averaged_weights(trainer, module) as there:
             if there:
@@ -335,7 +335,7 @@ def together(rank: int, out: Path) -> None:
     )
     check = SelfCheck()
     stream(out, "watched", WeightEMA(decay=0.5), check, watch, **sharded(2))
-    (out / f"check-{rank}.txt").write_text(check.sentence)
+    (out / f"check-{rank}.txt").write_text(check.message)
     stream(out, "unkilled", WeightEMA(decay=0.5), **replicated())
 
 

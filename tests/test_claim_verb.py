@@ -7,9 +7,10 @@ import json
 import pytest
 import yaml
 
-from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.sampling_config import SamplingConfig
 
 COUNTS = (1, 2, 4, 30)
 
@@ -23,7 +24,7 @@ def finished(folder, noise: float, scores: dict[int, float]) -> None:
     records = []
     for steps, score in scores.items():
         tasks = TaskScores({"colors": score}, {"colors": score}, {"colors": 9}, 0.1, {}, {})
-        records.append(ScoreRecord("shapes", "final", 10, f"{steps}step", steps, 1.0, steps, 2.0, tasks))
+        records.append(ScoreRecord("shapes", "final", 10, SamplingConfig(steps, 1.0), steps, 2.0, tasks))
     ScoreHistory(records).write(folder / "shapes/scores.jsonl")
 
 

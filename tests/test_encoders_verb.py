@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from emf_lightning.cli import main
-from emf_lightning.cli.encoders import _kept_features
-from emf_lightning.evaluation.encoders.study import pooled_features
+from emf_lightning.cli.encoders import _cached_features
+from emf_lightning.evaluation.encoders.features import pooled_features
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextFeatures
 from emf_lightning.text.words import WordEncoder
@@ -64,29 +64,29 @@ def test_features_are_kept_for_the_next_study(config, tmp_path, capsys):
     assert first["encoders"] == second["encoders"]
 
 
-class Drawn(WordEncoder):
-    """Features that depend on more than the fingerprint, as those of tokens that an encoder draws."""
+class Sampled(WordEncoder):
+    """Features that depend on more than the fingerprint, as those of tokens that an encoder samples."""
 
-    def __init__(self, drawing: int) -> None:
+    def __init__(self, variant_number: int) -> None:
         super().__init__(width=16, length=10)
-        self.drawing = drawing
+        self.variant_number = variant_number
 
     @property
     def variant(self) -> str:
-        return f"drawing {self.drawing}"
+        return f"variant {self.variant_number}"
 
     def encode(self, captions):
         text = super().encode(captions)
-        torch.manual_seed(self.drawing)
+        torch.manual_seed(self.variant_number)
         return TextFeatures(text.context + torch.randn(self.width), text.mask)
 
 
 def test_features_of_another_variant_are_not_taken_for_its_own(tmp_path):
     out, corpus = tmp_path / "out", ShapesPairs(count=20)
-    assert Drawn(0).fingerprint == Drawn(1).fingerprint
-    for drawing in (0, 1, 0):
-        kept, _ = _kept_features(out, Drawn(drawing), corpus, 64, lambda done, total: None)
-        np.testing.assert_array_equal(kept, pooled_features(Drawn(drawing), corpus.captions))
+    assert Sampled(0).fingerprint == Sampled(1).fingerprint
+    for number in (0, 1, 0):
+        kept, _ = _cached_features(out, Sampled(number), corpus, 64, lambda done, total: None)
+        np.testing.assert_array_equal(kept, pooled_features(Sampled(number), corpus.captions))
     assert len(list((out / "features").iterdir())) == 2
 
 
@@ -104,7 +104,7 @@ def test_captions_that_were_cut_are_counted_with_the_features_that_are_kept(tmp_
     out, corpus = tmp_path / "out", ShapesPairs(count=60)
     lengths = [len(caption.split()) for caption in dict.fromkeys(corpus.captions)]
     for _ in range(2):
-        _, cut = _kept_features(out, WordEncoder(length=6), corpus, 64, lambda done, total: None)
+        _, cut = _cached_features(out, WordEncoder(length=6), corpus, 64, lambda done, total: None)
         assert cut == pytest.approx(np.mean([length > 6 for length in lengths]))
         assert 0 < cut < 1
 

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from emf_lightning.callbacks.score_history import ScoreHistory, ScoreRecord
+from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.reports.report import Report
+from emf_lightning.evaluation.sampling_config import SamplingConfig
 from tests.evaluation.reports.test_report import row
 
 
@@ -20,9 +21,7 @@ def trained(folder, overall: float, suite: str = "shapes"):
             suite,
             "fit",
             step,
-            "1step",
-            1,
-            1.0,
+            SamplingConfig(1, 1.0),
             1,
             2.0,
             TaskScores({"colors": s}, {"colors": s}, {"colors": 9}, 0.1, {}, {}),

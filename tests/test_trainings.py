@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from emf_lightning.cli.trainings import LOG, fit, side_by_side
+from emf_lightning.cli.trainings import LOG, fit, run_in_parallel
 
 
 def test_as_many_tasks_as_allowed_run_at_a_time():
@@ -23,7 +23,7 @@ def test_as_many_tasks_as_allowed_run_at_a_time():
             running -= 1
         return most
 
-    assert len(list(side_by_side([task] * 6, 2))) == 6
+    assert len(list(run_in_parallel([task] * 6, 2))) == 6
     assert most == 2
 
 
@@ -35,14 +35,14 @@ def test_tasks_that_fail_keep_no_other_from_its_time(capsys):
 
     found = []
     with pytest.raises(ValueError, match="number 1 failed; 1 more failed, see above"):
-        found.extend(side_by_side([lambda n=n: task(n) for n in range(6)], 1))
+        found.extend(run_in_parallel([lambda n=n: task(n) for n in range(6)], 1))
     assert sorted(found) == [0, 2, 4, 5]
     assert "number 3 failed" in capsys.readouterr().err
 
 
 def test_none_at_a_time_is_refused():
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
-        list(side_by_side([], 0))
+        list(run_in_parallel([], 0))
 
 
 def test_a_training_that_fails_says_where_its_words_are(tmp_path):

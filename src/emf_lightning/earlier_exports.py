@@ -21,9 +21,9 @@ _ARGUMENTS: dict[tuple[str, str], Callable[[Any], Spec]] = {
 }
 """(Class, argument that is no more) -> the arguments in its place."""
 
-_FLOW_MAP = {"class_path": "emf_lightning.flow.sampling.FlowMapSampler"}
-_EULER = {"class_path": "emf_lightning.flow.sampling.EulerSampler"}
-_CLASSIFIER_FREE = {"class_path": "emf_lightning.flow.guidance.ClassifierFreeGuidance"}
+_FLOW_MAP: Spec = {"class_path": "emf_lightning.flow.sampling.FlowMapSampler"}
+_EULER: Spec = {"class_path": "emf_lightning.flow.sampling.EulerSampler"}
+_CLASSIFIER_FREE: Spec = {"class_path": "emf_lightning.flow.guidance.ClassifierFreeGuidance"}
 
 
 def migrate_part(spec: Any) -> Any:
@@ -45,7 +45,9 @@ def migrate_part(spec: Any) -> Any:
 def sampling_of_model(model: Spec) -> tuple[Spec, Spec, float]:
     """Specs of the sampler and of the guidance, and the guidance scale, of a LightningModule of an earlier version."""
     name, arguments = model["class_path"].rpartition(".")[2], model.get("init_args") or {}
-    sampler, guidance, scale = _EULER, _CLASSIFIER_FREE, 1.0
+    sampler: Spec = _EULER
+    guidance: Spec = _CLASSIFIER_FREE
+    scale = 1.0
     if name in ("MeanFlow", "ImprovedMeanFlow"):
         sampler = _FLOW_MAP
     elif name == "FGM":

@@ -1,4 +1,4 @@
-"""Models that draw by program: through the same callback, their scores are known beforehand."""
+"""Models that render images by program, so that their scores are known beforehand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.callbacks import tiny
 
 
 class Oracle(FlowMapModule):
-    """Knows each caption by its features, and draws a picture of what ``answer`` makes of the prompt, None a blank."""
+    """Knows each caption by its features, and renders the prompt that ``answer`` returns; a blank image for None."""
 
     def __init__(self, suite: ShapesSuite, answer: Callable[[Prompt], Prompt | None]) -> None:
         super().__init__(tiny.network())
@@ -32,10 +32,10 @@ class Oracle(FlowMapModule):
         self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance_scale: float | None = None
     ) -> Tensor:
         rows = torch.cdist(text.context.flatten(1), self.known).argmin(1)
-        images = [self._picture(self.answers[row]) for row in rows.tolist()]
+        images = [self._render(self.answers[row]) for row in rows.tolist()]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
-    def _picture(self, prompt: Prompt | None) -> np.ndarray:
+    def _render(self, prompt: Prompt | None) -> np.ndarray:
         if prompt is None:
             return np.full((self.world.canvas, self.world.canvas, 3), 153, np.uint8)
         return scene_for(self.world, prompt, self.rng).render(self.world)

@@ -64,7 +64,7 @@ def another_of_its_task(prompt: Prompt) -> Prompt:
 # -- the score of known models ----------------------------------------------------------------------------------------
 
 
-def test_a_model_that_draws_its_prompt_scores_the_ceiling(shards, tmp_path):
+def test_a_model_that_generates_its_prompt_scores_the_ceiling(shards, tmp_path):
     records = overall(Oracle(SUITE, lambda prompt: prompt), tiny.data(shards), tmp_path, final_images_per_task=6)
 
     assert records.keys() == {1, 4}
@@ -72,13 +72,13 @@ def test_a_model_that_draws_its_prompt_scores_the_ceiling(shards, tmp_path):
     assert all(record["scores"]["images"] == dict.fromkeys(TASKS, 6) for record in records.values())
 
 
-def test_a_model_that_draws_another_prompt_scores_chance(shards, tmp_path):
+def test_a_model_that_generates_another_prompt_scores_chance(shards, tmp_path):
     records = overall(Oracle(SUITE, another_of_its_task), tiny.data(shards), tmp_path, final_images_per_task=6)
 
     assert all(abs(record["overall"] - SUITE.chance().overall) < 0.05 for record in records.values())
 
 
-def test_a_model_that_draws_every_second_prompt_scores_one_half(shards, tmp_path):
+def test_a_model_that_generates_every_second_prompt_scores_one_half(shards, tmp_path):
     odd = SUITE.prompts()[1::2]
     model = Oracle(SUITE, lambda prompt: prompt if prompt in odd else None)
     # as many images a task as it has prompts, so that the share is known exactly
@@ -101,16 +101,16 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
     distances = {}
     for name, answer in (("oracle", lambda prompt: prompt), ("blank", lambda prompt: None)):
         model = Oracle(SUITE, answer)
-        callback = sampling(steps=[1], at_start=False, final_images_per_task=6, also=[fid])
+        callback = sampling(steps=[1], at_start=False, final_images_per_task=6, extra_metrics=[fid])
         tiny.trainer(tmp_path / name, callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
         (record,) = scores(tmp_path / name)
-        distances[name] = record["also"]["fid_random"]
+        distances[name] = record["extra_metrics"]["fid_random"]
         curve = tiny.events(tmp_path / name).Scalars("eval/shapes/fid_random/1step")
         assert curve[-1].value == pytest.approx(distances[name], rel=1e-5)
     assert distances["oracle"] < 0.2 * distances["blank"]
 
 
-# -- training is undisturbed ------------------------------------------------------------------------------------------
+# -- training is the same ---------------------------------------------------------------------------------------------
 
 
 class Recorder(FlowMapModule):
@@ -156,7 +156,7 @@ def test_losses_and_weights_are_the_same_with_and_without_the_callback(shards, t
         assert torch.equal(weight, watched.state_dict()[name]), name
 
 
-def test_images_are_drawn_with_the_averaged_weights(shards, tmp_path):
+def test_images_are_sampled_with_the_averaged_weights(shards, tmp_path):
     average = EMAWeightAveraging(decay=0.5)
     model = fit(shards, tmp_path / "run", average, sampling(every_n_steps=2, at_start=False, steps=[1]), max_steps=3)
     plain = fit(shards, tmp_path / "plain", sampling(every_n_steps=2, at_start=False, steps=[1]), max_steps=3)
@@ -217,8 +217,8 @@ def test_accumulated_gradients_do_not_make_it_run_twice(shards, tmp_path):
     ]
 
 
-def test_further_guidance_scales_are_drawn_at_the_end_with_labels_of_their_own(shards, tmp_path):
-    fit(shards, tmp_path / "run", sampling(steps=[1], guidance=[1.0, 2.0]), max_steps=1)
+def test_further_guidance_scales_are_sampled_at_the_end_with_labels_of_their_own(shards, tmp_path):
+    fit(shards, tmp_path / "run", sampling(steps=[1], guidance_scale=[1.0, 2.0]), max_steps=1)
 
     found = [(record["stage"], record["label"], record["nfe"]) for record in scores(tmp_path / "run")]
     assert found == [("fit", "1step", 1), ("final", "1step", 1), ("final", "1step_cfg2", 2)]
@@ -243,7 +243,7 @@ def test_two_ranks_share_the_images_and_find_what_one_finds(shards, tmp_path):
     together = validate(tmp_path / "together", shards, devices=2, strategy="ddp_fork")
 
     assert len(alone) == 42
-    # where in the picture the oracle draws is chance, whether it shows the prompt is not
+    # the oracle places objects at random; whether an image shows its prompt is fixed
     found = [[row | {"details": None} for row in rows] for rows in (alone, together)]
     assert found[0] == found[1]
     first, second = (scores(tmp_path / run)[0] for run in ("alone", "together"))
@@ -291,7 +291,7 @@ def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_
 
 
 def test_runs_with_other_step_counts_have_the_same_charts(run, shards, tmp_path):
-    fit(shards, tmp_path / "run", sampling(steps=[4], guidance=[1.0, 2.0]), max_steps=1)
+    fit(shards, tmp_path / "run", sampling(steps=[4], guidance_scale=[1.0, 2.0]), max_steps=1)
 
     first, second = (tiny.events(where).Tensors("custom_scalars__config__")[0] for where in (run, tmp_path / "run"))
     assert first.tensor_proto == second.tensor_proto
@@ -301,11 +301,11 @@ def test_figures_are_in_tensorboard_and_on_disk(run):
     found = tiny.events(run)
     for name, steps in (("contact_sheet", [2, 4]), ("step_counts", [2, 4]), ("training_curves", [4])):
         assert [image.step for image in found.Images(f"eval/shapes/{name}")] == steps
-        picture = np.asarray(Image.open(run / "shapes" / f"{name}.png"))
-        assert picture.std() > 1, f"{name} is empty"
+        image = np.asarray(Image.open(run / "shapes" / f"{name}.png"))
+        assert image.std() > 1, f"{name} is empty"
 
 
-def test_every_judged_image_has_a_line_that_genevals_summary_reads(run):
+def test_every_evaluated_image_has_a_line_that_genevals_summary_reads(run):
     files = sorted((run / "shapes" / "results").iterdir())
     assert [file.name for file in files] == [
         f"{stage}-{step:07d}-{label}.jsonl"

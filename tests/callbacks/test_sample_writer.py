@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from emf_lightning.callbacks import SampleWriter
-from emf_lightning.callbacks.fixed_noise_sampling import draw_images, settings_of
+from emf_lightning.callbacks.sampling.image_generation import generate_images
+from emf_lightning.evaluation.sampling_config import sampling_configs
 from tests.callbacks import tiny
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a cross above a diamond"]
@@ -25,7 +26,7 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 
 
-def test_every_prompt_has_a_picture_at_every_step_count_named_by_its_line(data, tmp_path):
+def test_every_prompt_has_a_images_at_every_step_count_named_by_its_line(data, tmp_path):
     writer = SampleWriter(steps=[1, 2], images_per_prompt=2)
     tiny.trainer(tmp_path / "run", writer).predict(tiny.meanflow(), datamodule=data, return_predictions=False)
 
@@ -37,7 +38,7 @@ def test_every_prompt_has_a_picture_at_every_step_count_named_by_its_line(data, 
     assert all(row["nfe"] == row["steps"] for row in rows(folder))
 
 
-def test_pictures_are_those_of_the_fixed_noise(data, tmp_path):
+def test_images_are_those_of_the_fixed_noise(data, tmp_path):
     model = tiny.meanflow()
     tiny.trainer(tmp_path / "run", SampleWriter(steps=[2], seed=3)).predict(
         model, datamodule=data, return_predictions=False
@@ -46,13 +47,13 @@ def test_pictures_are_those_of_the_fixed_noise(data, tmp_path):
     data.batch_size = 1
     model.eval()
     with torch.no_grad():
-        (drawn,) = draw_images(model, data, [PROMPTS[1]], [0], settings_of([2], None), seed=3)
+        (generated,) = generate_images(model, data, [PROMPTS[1]], [0], sampling_configs([2], None), seed=3)
     written = np.asarray(Image.open(tmp_path / "run" / "samples" / "00001-2step.png"))
-    assert abs(written.astype(int) - drawn.images[0]).max() <= 1
+    assert abs(written.astype(int) - generated.images[0]).max() <= 1
 
 
 def test_guidance_scales_beyond_the_first_are_in_the_names(data, tmp_path):
-    writer = SampleWriter(steps=[1], guidance=[1.0, 3.0], folder=tmp_path / "elsewhere")
+    writer = SampleWriter(steps=[1], guidance_scale=[1.0, 3.0], folder=tmp_path / "elsewhere")
     tiny.trainer(tmp_path / "run", writer).predict(tiny.meanflow(), datamodule=data, return_predictions=False)
 
     assert {(row["file"][6:], row["nfe"]) for row in rows(tmp_path / "elsewhere")} == {

@@ -79,13 +79,13 @@ def test_rows_agree_with_an_independent_count_of_the_lines(shards, tmp_path):
 
 
 def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_path):
-    drawn: dict[str, list[torch.Tensor]] = {}
+    sampled: dict[str, list[torch.Tensor]] = {}
 
     class Recorder(type(tiny.meanflow())):
-        def sample(self, *arguments, **options):
+        def sample_latents(self, *arguments, **options):
             key = next(self.net.parameters()).detach().double().sum().item()
-            drawn.setdefault(key, [])
-            return super().sample(*arguments, **options)
+            sampled.setdefault(key, [])
+            return super().sample_latents(*arguments, **options)
 
     model = Recorder(tiny.network())
     report = evaluated(tmp_path / "run", shards, sweep(steps=[1]), model, checkpoint)
@@ -94,14 +94,14 @@ def test_trained_weights_are_scored_beside_the_averages(shards, checkpoint, tmp_
     expected = [saved[key][name].double().sum().item() for key in ("state_dict", "current_model_state")]
 
     assert [(row.weights, row.step) for row in report.rows] == [("averaged", 2), ("trained", 2)]
-    assert list(drawn) == pytest.approx(expected)
+    assert list(sampled) == pytest.approx(expected)
     assert expected[0] != expected[1]
     assert next(model.net.parameters()).detach().double().sum().item() == pytest.approx(expected[0]), "not put back"
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A folder with a picture of each prompt."""
+    """A folder with an image of each prompt."""
     folder = tmp_path_factory.mktemp("reference")
     for number, prompt in enumerate(SUITE.prompts()):
         scene = scene_for(SUITE.world, prompt, np.random.default_rng(number))
@@ -111,9 +111,11 @@ def reference(tmp_path_factory):
 
 def test_guidance_scales_cost_twice_and_further_metrics_see_the_same_images(shards, reference, tmp_path):
     fid = FrechetDistance(RandomFeatures(width=8), reference)
-    report = evaluated(tmp_path / "run", shards, sweep(also=[fid], steps=[1], guidance=[1.0, 2.0], images_per_prompt=1))
+    report = evaluated(
+        tmp_path / "run", shards, sweep(extra_metrics=[fid], steps=[1], guidance_scale=[1.0, 2.0], images_per_prompt=1)
+    )
 
-    assert [(row.metric, row.guidance, row.nfe) for row in report.rows] == [
+    assert [(row.metric, row.guidance_scale, row.nfe) for row in report.rows] == [
         ("shapes", 1.0, 1),
         ("fid_random", 1.0, 1),
         ("shapes", 2.0, 2),
@@ -135,7 +137,9 @@ def questions(folder, count: int = 3) -> DpgBench:
 
 def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, reference, tmp_path):
     fid = FrechetDistance(RandomFeatures(width=8), reference)
-    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    callback = sweep(
+        benchmarks=[SuiteScore(SUITE), questions(tmp_path)], extra_metrics=[fid], steps=[1], images_per_prompt=1
+    )
     report = evaluated(tmp_path / "run", shards, callback)
 
     assert [(rows[0].metric, rows[0].benchmark, len(rows)) for rows in report.groups()] == [
@@ -152,10 +156,12 @@ def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, 
 def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_drawn(shards, reference, tmp_path):
     class Idle(Oracle):
         def sample_latents(self, *arguments, **options):
-            raise AssertionError("drew an image")
+            raise AssertionError("sampled an image")
 
     fid = FrechetDistance(RandomFeatures(width=8), reference, count=len(SUITE.prompts()))  # and not three
-    callback = sweep(benchmarks=[SuiteScore(SUITE), questions(tmp_path)], also=[fid], steps=[1], images_per_prompt=1)
+    callback = sweep(
+        benchmarks=[SuiteScore(SUITE), questions(tmp_path)], extra_metrics=[fid], steps=[1], images_per_prompt=1
+    )
     with pytest.raises(ValueError, match="3 images, but count is"):
         evaluated(tmp_path / "run", shards, callback, Idle(SUITE, lambda prompt: prompt))
 
@@ -176,16 +182,16 @@ def test_a_sweep_that_breaks_off_leaves_what_it_has_found(shards, tmp_path):
     assert not (tmp_path / "run/results/shapes-2step.jsonl").exists()
 
 
-def test_a_drawer_of_other_prompts_scores_chance_which_the_report_says_beside_the_ceiling(shards, tmp_path):
+def test_a_model_of_other_prompts_scores_chance_which_the_report_says_beside_the_ceiling(shards, tmp_path):
     suite, rng = ShapesSuite(per_task=20, scenes_per_task=40), np.random.default_rng(1)
     by_task: dict[str, list] = {}
     for prompt in suite.prompts():
         by_task.setdefault(prompt.tag, []).append(prompt)
 
     class Deaf(Oracle):
-        def sample(self, *arguments, **options):
+        def sample_latents(self, *arguments, **options):
             self.answers = [other(prompt) for prompt in suite.prompts()]  # anew for each batch
-            return super().sample(*arguments, **options)
+            return super().sample_latents(*arguments, **options)
 
     def other(prompt):
         others = [known for known in by_task[prompt.tag] if known != prompt]
@@ -220,9 +226,9 @@ def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):
     assert "## DPG-Bench (scripted as judge): categories" in text
 
 
-def test_seeds_draw_anew_and_their_spread_is_reported(shards, tmp_path):
+def test_seeds_sample_anew_and_their_spread_is_reported(shards, tmp_path):
     class Corrupt(Oracle):
-        """Draws nothing from three noises in ten."""
+        """Generates a blank from three noises in ten."""
 
         def sample_latents(self, text, null, noise, steps, guidance_scale=None):
             images = super().sample_latents(text, null, noise, steps, guidance_scale)
@@ -246,7 +252,7 @@ def test_two_ranks_find_what_one_finds(shards, tmp_path):
     ]
     assert reports[0].rows[0].scores == reports[1].rows[0].scores
     lines = [rows_of(tmp_path / name / "results/shapes-1step.jsonl") for name in ("one", "two")]
-    # where in the picture the oracle draws is chance, whether it shows the prompt is not
+    # the oracle places objects at random; whether an image shows its prompt is fixed
     one, two = ([(row["filename"], row["prompt"], row["correct"]) for row in rows] for rows in lines)
     assert one == two
 
@@ -278,5 +284,5 @@ def test_senseless_settings_are_refused(arguments, said):
 def test_a_metric_without_prompts_is_no_benchmark(tmp_path):
     for number in range(2):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `also`"):
+    with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `extra_metrics`"):
         sweep(benchmarks=[FrechetDistance(RandomFeatures(width=8), tmp_path)])

@@ -79,7 +79,7 @@ def test_skipped_samples_and_the_cache_are_counted(tmp_path):
     folder = tiny.shards(tmp_path / "shards")
     shard = folder / "shapes-000000.tar"
     content = bytearray(shard.read_bytes())
-    content[512:520] = b"no image"  # the first picture's first bytes
+    content[512:520] = b"no image"  # the first bytes of the first image
     shard.write_bytes(bytes(content))
     data = tiny.data(folder, cache=FeatureCache(tmp_path / "cache", max_gb=0.001))
     trainer = tiny.trainer(tmp_path / "run", TrainingLog(), max_steps=6)

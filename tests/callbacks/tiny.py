@@ -30,7 +30,7 @@ SIZE = SanaArchitecture(
 
 
 def shards(folder: Path) -> Path:
-    """A folder with 64 training pictures."""
+    """A folder with 64 training images."""
     write_shards(SMALL, folder, 64, samples_per_shard=32)
     return folder
 

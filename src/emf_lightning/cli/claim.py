@@ -1,4 +1,4 @@
-"""`emf claim`: the same network trained on encoders of graded quality, and whether few steps suffer more."""
+"""`emf claim`: trains one network on encoders of graded quality, and tests whether few-step scores fall more."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
-from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.experiment_files import lineage, without_base
-from emf_lightning.cli.trainings import fit, side_by_side
-from emf_lightning.evaluation.encoders.claim import FEW, MANY, Claim, ClaimRun
+from emf_lightning.cli.trainings import fit, run_in_parallel
+from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim, ClaimRun
+from emf_lightning.evaluation.encoders.discriminability import discriminability
+from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.encoders.features import pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
-from emf_lightning.evaluation.encoders.study import Estimate, discriminability, pooled_features
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
-from emf_lightning.text import degraded, words  # noqa: F401  what the experiments name
+from emf_lightning.files import write_atomic
+from emf_lightning.text import degraded, words  # noqa: F401  classes that the experiments name
 from emf_lightning.text.base import TextEncoder
 
 GRADES = ("noise=0", "noise=1", "noise=2", "shared=3", "steps=1200")
-"""From .44 to .21 of discriminability, and two controls as discriminative as the best.
+"""Grades with a discriminability from .44 to .21, and two controls with that of the best grade.
 
-One's features are nearly parallel; the other's parent is trained for fewer steps, to score as one of poor features.
+The features of ``shared=3`` are nearly parallel; the parent of ``steps=1200`` is trained for fewer steps, so that it
+scores as a parent with poor features.
 """
 TRAINED = "trained.yaml"
-"""What all trainings of a folder have in common."""
+"""File of the settings that all trainings of a folder share."""
 
 
 def claim(
@@ -41,22 +45,22 @@ def claim(
     jobs: int = 1,
     train: bool = True,
 ) -> None:
-    """Train on encoders of graded quality by flow matching, then MeanFlow, and compare what few steps keep.
+    """Train on encoders of graded quality by flow matching, then MeanFlow, and compare their few-step scores.
 
-    A call that was interrupted is repeated: finished trainings are kept, unfinished ones go on. A quarter of an
-    hour for each grade and seed on two cores.
+    Repeat an interrupted call: it keeps finished trainings and resumes the others. A quarter of an hour for each grade
+    and seed on two cores.
 
     Args:
-        grades: settings of DegradedEncoder, the scale by noise, controls by shared; and controls by steps, of the
-            parent, with the encoder as it is; five by default.
-        seeds: of the trainings; 0, 1 and 2 by default.
-        out: directory of all trainings, and for claim.md, claim.json and claim.png.
+        grades: noise=NUMBER and shared=NUMBER set DegradedEncoder, as a grade of the scale and as a control;
+            steps=NUMBER is a control whose parent trains for that many steps; five by default.
+        seeds: seeds of the trainings; 0, 1 and 2 by default.
+        out: directory of all trainings, and of claim.md, claim.json and claim.png.
         flow_matching: experiment of the parents.
-        meanflow: experiment that adapts them.
+        meanflow: experiment that adapts the parents.
         options: further options for all trainings, e.g. '["--trainer.max_steps", "100"]'.
-        pairs: caption-image pairs that discriminability is measured on.
+        pairs: number of caption-image pairs that measure discriminability.
         jobs: trainings at the same time, each with its share of the CPU's threads.
-        train: false only looks at the trainings that are there.
+        train: false reports the finished trainings without training.
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
     settings = {grade: _settings(grade) for grade in chosen}
@@ -66,8 +70,8 @@ def claim(
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
     if train:
-        _same_budget(out, list(kinds.values()), options or [])
-    trainings = {  # a whole scale after the other, so that there is something to see early
+        _check_same_settings(out, list(kinds.values()), options or [])
+    trainings = {  # seed by seed, so that the first whole scale is there early
         (seed, grade): {kind: out / f"{grade}-seed{seed}-{kind}" for kind in kinds}
         for seed in numbers
         for grade in chosen
@@ -78,7 +82,7 @@ def claim(
         for kind, folder in trainings[seed, grade].items():
             if not _final_scores(folder):
                 common = [*settings[grade][kind], "--seed_everything", str(seed), *(options or [])]
-                fit(["--config", str(kinds[kind]), *_place(folder), *common, *start], folder, jobs)
+                fit(["--config", str(kinds[kind]), *_logger_options(folder), *common, *start], folder, jobs)
             start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
 
     def finished() -> tuple[ClaimRun, ...]:
@@ -87,11 +91,11 @@ def claim(
             scores = [_final_scores(folder) for folder in folders.values()]
             if all(scores):
                 if grade not in measured:
-                    measured[grade] = _measure(folders["meanflow"], corpus)
+                    measured[grade] = _measure_discriminability(folders["meanflow"], corpus)
                 runs.append(ClaimRun(grade, grade.startswith("noise"), seed, measured[grade], scores[0], scores[1]))
         return tuple(runs)
 
-    for _ in side_by_side([partial(train_both, *key) for key in trainings] if train else [], jobs):
+    for _ in run_in_parallel([partial(train_both, *key) for key in trainings] if train else [], jobs):
         if so_far := finished():
             Claim(so_far).write(out)
     found = Claim(finished())
@@ -102,22 +106,22 @@ def claim(
     print(f"claim.md, claim.json and claim.png: {out}")
 
 
-def _same_budget(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
-    """Raises where ``out`` holds trainings by other settings than these, which no table may mix."""
+def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
+    """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
     files = [file for experiment in experiments for file in lineage(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
-    asked, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
-    if record.is_file() and record.read_text() != asked:
+    content, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
+    if record.is_file() and record.read_text() != content:
         raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    record.write_text(asked)
+    write_atomic(record, content)
 
 
 def _settings(grade: str) -> dict[str, list[str]]:
-    """The options that a grade stands for, of the parent's training and of the model's."""
+    """Options of a grade for the parent's training and for the model's."""
     name, _, value = grade.partition("=")
     if name == "steps" and value.isdigit() and int(value) > 1:
-        # no divisor, see experiments/claim
+        # no divisor of the steps, see experiments/claim
         shorter = ["--trainer.max_steps", value, "--trainer.val_check_interval", str(int(value) // 2 + 1)]
         return {"flow_matching": shorter, "meanflow": []}
     try:
@@ -132,21 +136,22 @@ def _settings(grade: str) -> dict[str, list[str]]:
     return {"flow_matching": option, "meanflow": option}
 
 
-def _place(run: Path) -> list[str]:
-    """The options by which a training writes into the directory ``run``."""
-    place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
-    return [f"--trainer.logger.init_args.{name}={value}" for name, value in place.items()]
+def _logger_options(run: Path) -> list[str]:
+    """Options that make a training write into the directory ``run``."""
+    options = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
+    return [f"--trainer.logger.init_args.{name}={value}" for name, value in options.items()]
 
 
 def _final_scores(run: Path) -> dict[int, float]:
-    """Network steps -> score at the end of a finished training; empty where it is not finished."""
+    """Network steps -> score at the end of a training; empty for an unfinished one."""
     history = ScoreHistory.read_if_there(run / "shapes" / SCORES)
-    scores = {r.steps: r.scores.overall for r in history.records if r.stage == "final" and r.label == f"{r.steps}step"}
-    return scores if {*FEW, MANY} <= scores.keys() else {}
+    final = [record for record in history.records if record.stage == "final" and record.sampling.is_main]
+    scores = {record.sampling.steps: record.scores.overall for record in final}
+    return scores if {*FEW_STEPS, MANY_STEPS} <= scores.keys() else {}
 
 
-def _measure(run: Path, corpus: PairCorpus) -> Estimate:
-    """The discriminability on ``corpus`` of the encoder that ``run`` was trained on."""
+def _measure_discriminability(run: Path, corpus: PairCorpus) -> Estimate:
+    """Discriminability on ``corpus`` of the encoder that ``run`` was trained with."""
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TextEncoder, "text")

@@ -1,4 +1,4 @@
-"""`emf compare`: experiments trained for the same time or the same steps, in tables and a figure."""
+"""`emf compare`: tables and a figure of experiments trained for the same time or the same steps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 import yaml
 
-from emf_lightning.cli.trainings import fit, side_by_side
+from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
+from emf_lightning.files import write_atomic
 
 CALIBRATION = 40
-"""Optimiser steps by which an experiment's speed is found."""
+"""Optimiser steps that measure an experiment's speed."""
 
 SHORT = 100
-"""Runs of fewer steps have no warm-up, and no scores on the way."""
+"""Runs of fewer steps have no warm-up, and no scores during training."""
 
-CLOSE = 0.04
-"""Share of the steps below which the same time is the same steps."""
+TOLERANCE = 0.04
+"""Relative difference in steps below which runs of the same steps also count as runs of the same time."""
 
 SUMMARY = "summary.json"
 TABLE, FIGURE = "comparison.md", "comparison.png"
@@ -32,13 +33,13 @@ class Training:
     """One run of a comparison.
 
     Attributes:
-        experiment: its file.
-        overlays: files on top of it.
+        experiment: experiment file.
+        overlays: files on top of the experiment.
         steps: optimiser steps.
-        seed: of everything.
-        folder: the run directory.
-        images_per_prompt: by which distances and diversity are taken; 0 leaves them out.
-        trial: of its speed alone: nothing is scored.
+        seed: seed of all random numbers.
+        folder: run directory.
+        images_per_prompt: images of each prompt for distances and diversity; 0 leaves these out.
+        trial: whether the run only measures speed, without scores.
     """
 
     experiment: Path
@@ -55,28 +56,28 @@ class Training:
 
     @property
     def file(self) -> Path:
-        """What is trained from."""
+        """Configuration file of this run."""
         return self.folder / "compared.yaml"
 
     def check(self) -> None:
-        """Raises ValueError where the folder holds a run of other files or settings."""
+        """Raises a ``ValueError`` where the folder holds a run of other files or settings."""
         if self.file.is_file() and self.file.read_text() != self._config():
             raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
 
     def train(self, jobs: int = 1) -> None:
-        """Trains in a process of its own, whose peak memory is then the run's, unless it is done."""
+        """Trains in a separate process, so that its peak memory is the run's, unless the run is done."""
         if self.done:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(self._config())
+        write_atomic(self.file, self._config())
         # an experiment's own warm-up may be longer than a short run
         warmup = ["--model.init_args.optimization.scheduler.init_args.warmup", "0"] if self.steps < SHORT else []
         fit(["--config", str(self.file), *warmup], self.folder, jobs)
         if not self.done:
-            raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; what it said tells why")
+            raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; its output tells why")
 
     def _config(self) -> str:
-        """The experiment file of this run."""
+        """Content of the configuration file of this run."""
         suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
         settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
         summary = {"class_path": "RunSummary", "init_args": settings}
@@ -87,9 +88,9 @@ class Training:
             "seed_everything": self.seed,
             "trainer": {
                 "max_steps": self.steps,
-                # of scores and checkpoints; a checkpoint at the end would keep a killed run from its last scores
+                # scores and checkpoints: a run killed after a checkpoint at its last step would lose its last scores
                 "val_check_interval": self.steps if short else self.steps // 8 + 1,
-                "limit_val_batches": 0,  # validation errors mean something else for each method
+                "limit_val_batches": 0,  # validation losses of different methods do not compare
                 "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
                 **callbacks,
             },
@@ -107,22 +108,21 @@ def compare(
     jobs: int = 1,
     images_per_prompt: int = 8,
 ) -> None:
-    """Train experiments of the shapes world for the same time, the same steps, or both, and compare what they draw.
+    """Train experiments of the shapes world for the same time, the same steps, or both, and compare their images.
 
-    For the same time, each experiment first takes 40 steps to tell how long one is; then `minutes` of training are as
-    many steps, so that its learning-rate schedule comes to its end. Sampling is not counted. An interrupted call is
-    given again: runs that are complete are not repeated, others go on from their last checkpoint, and a longer list
-    adds to the tables.
+    For the same time, each experiment first takes 40 steps to measure the time of one; `minutes` of training are then a
+    number of steps, so that the learning-rate schedule reaches its end. Sampling is not counted. Repeat an interrupted
+    call: complete runs are kept, others resume from their last checkpoint, and a longer list adds to the tables.
 
     Args:
         experiments: YAML files, all of the shapes world and from the same parent.
         out: folder of the runs, the tables and the figure.
-        minutes: of training, for each experiment and seed; 30 where neither minutes nor steps are given.
-        steps: optimiser steps of each.
-        seeds: one run of each experiment for each.
+        minutes: minutes of training, for each experiment and seed; 30 where neither minutes nor steps are given.
+        steps: optimiser steps of each run.
+        seeds: seeds; each experiment runs once with each.
         overlays: YAML files that apply on top of each experiment, e.g. experiments/parts/short_comparison.yaml.
         jobs: trainings at the same time, each with its share of the CPU's threads.
-        images_per_prompt: by which distances and diversity are taken.
+        images_per_prompt: images of each prompt for distances and diversity.
     """
     for option, files in (("experiments", experiments), ("overlays", overlays or [])):
         for file in files:
@@ -134,12 +134,12 @@ def compare(
         raise ValueError(f"steps must be positive, got {steps}")
     if minutes is None and steps is None:
         minutes = 30.0
-    numbers, on_top = seeds if seeds is not None else [0], tuple(overlays or [])
+    all_seeds, on_top = seeds if seeds is not None else [0], tuple(overlays or [])
 
     def trainings(counts: dict[Path, int]) -> list[Training]:
         return [
             Training(file, on_top, count, seed, out / file.stem / f"steps{count}-seed{seed}", images_per_prompt)
-            for seed in numbers
+            for seed in all_seeds
             for file, count in counts.items()
         ]
 
@@ -149,25 +149,25 @@ def compare(
     if minutes is not None:
         counts = _steps_in(minutes, steps, experiments, on_top, out, jobs)
         groups[f"The same time: {minutes:g} minutes of training"] = trainings(counts)
-    # a seed of both groups before the next one, and once what is in both
-    todo = dict.fromkeys(t for seed in numbers for group in groups.values() for t in group if t.seed == seed)
+    # one seed of both groups after the other; runs that are in both groups once
+    todo = dict.fromkeys(t for seed in all_seeds for group in groups.values() for t in group if t.seed == seed)
     for _ in _train([*todo], jobs):
-        _write(out, groups)  # after each run: what there is, is shown
+        _write(out, groups)  # after each run, so that partial results are visible
     print((out / TABLE).read_text())
     print(f"tables: {out / TABLE} | figure: {out / FIGURE}")
 
 
 def _train(trainings: Sequence[Training], jobs: int) -> Iterator[None]:
-    """Trains those that are not done, all folders being looked at before; a pause after each."""
+    """Checks all folders, then trains the unfinished runs; yields after each."""
     for training in trainings:
         training.check()
-    yield from side_by_side([partial(training.train, jobs) for training in trainings], jobs)
+    yield from run_in_parallel([partial(training.train, jobs) for training in trainings], jobs)
 
 
 def _steps_in(
     minutes: float, steps: int | None, experiments: Sequence[Path], overlays: tuple[Path, ...], out: Path, jobs: int
 ) -> dict[Path, int]:
-    """Optimiser steps of each experiment that ``minutes`` of training are; ``steps`` where that is close."""
+    """Experiment -> optimiser steps in ``minutes`` of training; ``steps`` where that is nearly the same number."""
     trials = [Training(e, overlays, CALIBRATION, 0, out / e.stem / "calibration", trial=True) for e in experiments]
     for _ in _train(trials, jobs):
         pass
@@ -175,16 +175,16 @@ def _steps_in(
     for trial in trials:
         step_seconds = json.loads((trial.folder / SUMMARY).read_text())["step_seconds"]
         count = max(round(60 * minutes / step_seconds), CALIBRATION)
-        counts[trial.experiment] = steps if steps is not None and abs(count / steps - 1) < CLOSE else count
+        counts[trial.experiment] = steps if steps is not None and abs(count / steps - 1) < TOLERANCE else count
     return counts
 
 
 def _write(out: Path, groups: dict[str, list[Training]]) -> None:
-    """The tables, and the figure of the last group, of what is done."""
+    """Writes the tables, and the figure of the last group, of the finished runs."""
     done = {
         title: [Run.read(training.experiment.stem, training.folder) for training in group if training.done]
         for title, group in groups.items()
     }
     shown = {title: runs for title, runs in done.items() if runs}
-    (out / TABLE).write_text(comparison(shown))
+    write_atomic(out / TABLE, comparison(shown))
     comparison_figure([*shown.values()][-1]).savefig(out / FIGURE, dpi=150)

@@ -1,4 +1,4 @@
-"""`emf encoders`: how discriminative and how disentangled text encoders are."""
+"""`emf encoders`: discriminability and disentanglement of text encoders."""
 
 from __future__ import annotations
 
@@ -18,21 +18,16 @@ from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.dpg.dpg_bench import read_items
 from emf_lightning.evaluation.encoders.controls import ConstantEncoder
+from emf_lightning.evaluation.encoders.discriminability import check_retrieval, discriminability
+from emf_lightning.evaluation.encoders.disentanglement import disentanglement
+from emf_lightning.evaluation.encoders.features import Features, pooled_features, truncations
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.report import EncoderStudy, StudiedEncoder
-from emf_lightning.evaluation.encoders.study import (
-    Features,
-    check_retrieval,
-    discriminability,
-    disentanglement,
-    pooled_features,
-    truncations,
-)
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextEncoder
 
 for _module in iter_modules(emf_lightning.text.__path__, "emf_lightning.text."):
-    import_module(_module.name)  # the parser resolves the short names of encoders that it can find
+    import_module(_module.name)  # the parser resolves short class names of imported modules only
 
 
 def encoders(
@@ -48,20 +43,21 @@ def encoders(
     batch_size: int = 64,
     device: str | None = None,
 ) -> None:
-    """Study text encoders: captions retrieve captions, and lose parts of themselves; with controls beside them.
+    """Measure discriminability and disentanglement of text encoders, with controls.
 
     Args:
         encoders: name -> encoder, e.g. in a file given with --config.
         corpus: caption-image pairs: ShapesPairs, the default, or CocoPairs with COCO's folder and a DINOv3.
-        prompts: text file with a prompt a line to take parts from, or DPG-Bench's CSV file; by default the captions.
-        out: directory for encoders.md, .json and .png, and retrieved.png; pooled features are kept there, too.
-        queries: random captions that ask.
-        k: captions that each retrieves.
-        unit: what is removed from a prompt.
+        prompts: prompts of the removals: text file with a prompt a line, or DPG-Bench's CSV file; by default the
+            captions.
+        out: directory of encoders.md, .json and .png, of retrieved.png and of the cached pooled features.
+        queries: number of random captions that retrieve others.
+        k: captions retrieved for each query.
+        unit: part of a prompt that is removed: word or sentence.
         fraction: share of the units that is removed.
-        seeds: of the removals; 0, 1 and 2 by default.
+        seeds: seeds of the removals; 0, 1 and 2 by default.
         batch_size: captions encoded at once.
-        device: of the encoders, cuda or cpu; by default the GPU where there is one.
+        device: device of the encoders, cuda or cpu; by default the GPU where there is one.
     """
     if not encoders:
         raise ValueError("encoders: name at least one, e.g. --encoders.words WordEncoder")
@@ -84,7 +80,7 @@ def encoders(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            features, cut = _kept_features(out, encoder, pairs, batch_size, show)
+            features, cut = _cached_features(out, encoder, pairs, batch_size, show)
             bar.reset()
             parts = disentanglement(encoder, asked, unit, fraction, removed, batch_size, show)
         studied.append(StudiedEncoder(name, discriminability(features, pairs, queries, k), parts, cut))
@@ -95,7 +91,7 @@ def encoders(
         "removal": f"{fraction:.0%} of the {unit}s of {len(asked):,} prompts, seeds {', '.join(map(str, removed))}",
         "took": f"{time.perf_counter() - began:.0f} s",
     }
-    study = EncoderStudy(tuple(studied), about, papers_corpus=pairs.papers, papers_prompts=of_dpg)
+    study = EncoderStudy(tuple(studied), about, paper_corpus=pairs.matches_paper, paper_prompts=of_dpg)
     study.write(out, pairs)
     print(study.markdown())
     print(f"encoders.md, encoders.json, encoders.png and retrieved.png: {out}")
@@ -105,12 +101,12 @@ def _prompts(path: Path, of_dpg: bool) -> list[str]:
     return [item.text for item in read_items(path)] if of_dpg else PromptList(path).prompts
 
 
-def _kept_features(
-    out: Path, encoder: TextEncoder, corpus: PairCorpus, batch_size: int, report: Callable[[int, int], None]
+def _cached_features(
+    out: Path, encoder: TextEncoder, corpus: PairCorpus, batch_size: int, on_progress: Callable[[int, int], None]
 ) -> tuple[Features, float]:
-    """Pooled features of the corpus's captions, and the share that was cut, from a file where an earlier call left it.
+    """Pooled features of the corpus's captions, and the share of captions that the encoder truncated.
 
-    The share is of different captions, NaN where the encoder does not count.
+    An earlier call's file is read. The share is NaN where the encoder does not count truncations.
     """
     captions = hashlib.sha256("\n".join(corpus.captions).encode()).hexdigest()
     key = hashlib.sha256(f"{encoder.fingerprint} {encoder.variant} {captions}".encode()).hexdigest()
@@ -118,10 +114,10 @@ def _kept_features(
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         before = truncations(encoder)
-        features = pooled_features(encoder, corpus.captions, batch_size, report)
+        features = pooled_features(encoder, corpus.captions, batch_size, on_progress)
         cut = (truncations(encoder) - before) / len(set(corpus.captions))
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, features=features, cut=cut)
         partial.replace(path)
-    with np.load(path) as kept:
-        return kept["features"], float(kept["cut"])
+    with np.load(path) as cached:
+        return cached["features"], float(cached["cut"])

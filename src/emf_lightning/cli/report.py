@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from emf_lightning.callbacks.score_history import ScoreHistory
+from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.evaluation.geneval.suite import GenEvalSuite
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure, training_figure
@@ -15,7 +15,7 @@ Curves = dict[str, dict[int, list[tuple[int, float]]]]
 Levels = dict[str, dict[str, dict[str, float]]]
 
 TITLES = {suite.name: suite.title for suite in (GenEvalSuite, ShapesSuite)}
-"""What reports call the suites, whose names alone are in the files of a training."""
+"""Suite name -> title in reports; the score history of a training holds the name alone."""
 
 
 def report(runs: list[Path], out: Path = Path("report")) -> None:
@@ -29,7 +29,7 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         raise ValueError("runs: give the directories of one or more runs")
     names = _names(runs)
     rows: list[ReportRow] = []
-    known: list[Levels] = []
+    all_levels: list[Levels] = []
     curves: dict[str, Curves] = {}
     for run, name in zip(runs, names, strict=True):
         if not run.is_dir():
@@ -38,25 +38,25 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         if (run / REPORT).is_file():
             found = Report.read(run / REPORT)
             rows += [replace(row, run=name) for row in found.rows]
-            known += [found.levels]
+            all_levels += [found.levels]
         else:
             rows += [row for suite, history in histories.items() for row in _rows(name, suite, history)]
         if not histories and not (run / REPORT).is_file():
             raise ValueError(f"runs: {run} has no scores; `emf fit` and `emf test` write them into a run's directory")
         for suite, history in histories.items():
             curves.setdefault(suite, {})[name] = _curves(history)
-    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)}, _agreed(known))
+    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)}, _common_levels(all_levels))
     everything.write(out)
     steps_figure(everything).savefig(out / "steps.png")
     for suite, of_run in curves.items():
-        drawn = {run: lines for run, lines in of_run.items() if lines}
-        training_figure(drawn, TITLES.get(suite, suite)).savefig(out / f"training-{suite}.png")
+        nonempty = {run: lines for run, lines in of_run.items() if lines}
+        training_figure(nonempty, TITLES.get(suite, suite)).savefig(out / f"training-{suite}.png")
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """Short names that tell the runs apart: their paths without what all of them share."""
+    """Short names that tell the runs apart: their paths without the common prefix."""
     parts = [run.resolve().parts for run in runs]
     if len(runs) == 1:
         return ["/".join(parts[0][-2:])]
@@ -66,15 +66,15 @@ def _names(runs: list[Path]) -> list[str]:
     return ["/".join(part[shared:]) for part in parts]
 
 
-def _agreed(known: list[Levels]) -> Levels:
-    """The ceilings and chances on which all reports that have them agree: the same prompts and judge."""
-    metrics = dict.fromkeys(metric for levels in known for metric in levels)
-    found = {metric: [levels[metric] for levels in known if metric in levels] for metric in metrics}
+def _common_levels(all_levels: list[Levels]) -> Levels:
+    """The ceilings and chances that are equal in all reports that have them: these used the same prompts and judge."""
+    metrics = dict.fromkeys(metric for levels in all_levels for metric in levels)
+    found = {metric: [levels[metric] for levels in all_levels if metric in levels] for metric in metrics}
     return {metric: levels[0] for metric, levels in found.items() if all(other == levels[0] for other in levels)}
 
 
 def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
-    """The last scores of each way of drawing that training left."""
+    """A row for each sampling config of the training: its last scores."""
     rows = []
     for record in history.latest():
         values = record.scores.values()
@@ -86,8 +86,8 @@ def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
                 title=TITLES.get(suite, suite),
                 weights="averaged",
                 step=record.step,
-                steps=record.steps,
-                guidance=record.guidance,
+                steps=record.sampling.steps,
+                guidance_scale=record.sampling.guidance_scale or 1.0,
                 nfe=record.nfe,
                 images=sum(record.scores.images.values()),
                 seeds=(),
@@ -99,7 +99,7 @@ def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
 
 
 def _curves(history: ScoreHistory) -> dict[int, list[tuple[int, float]]]:
-    """Network steps -> points of the main guidance scale, where there are several."""
-    counts = {record.steps for record in history.records if record.label == f"{record.steps}step"}
-    lines = {n: [(r.step, r.scores.overall) for r in history.curve(f"{n}step")] for n in counts}
+    """Network steps -> (optimiser step, overall score) points of the main guidance scale, for two points or more."""
+    configs = {record.sampling.steps: record.sampling for record in history.records if record.sampling.is_main}
+    lines = {n: [(r.step, r.scores.overall) for r in history.curve(config)] for n, config in configs.items()}
     return {steps: points for steps, points in lines.items() if len(points) > 1}

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, several at a time: what `emf compare` and `emf claim` are made of."""
+"""Trainings in separate processes, several at a time, for `emf compare` and `emf claim`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 LOG = "fit.log"
-"""What a training says that is not the only one at its time."""
+"""File of a training's output where several run at a time."""
 
 
 def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
-    """`emf fit` with ``arguments`` into the run directory ``folder``, from its last checkpoint on where it has one.
+    """Runs `emf fit` with ``arguments`` in the run directory ``folder``; resumes from its last checkpoint, if any.
 
     Args:
-        arguments: of ``emf fit``; that it writes into ``folder`` is theirs to say.
-        folder: made if missing.
-        jobs: trainings that run at the same time. Where there are several, each takes its share of the CPU's threads,
-            and what it says goes to ``fit.log`` in its folder.
+        arguments: arguments of ``emf fit``, among them those by which it writes into ``folder``.
+        folder: run directory, created if missing.
+        jobs: trainings that run at the same time. If there are several, each gets its share of the CPU's threads, and
+            its output goes to ``fit.log`` in its folder.
 
     Raises:
-        ValueError: where it fails.
+        ValueError: where the training fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "checkpoints" / "last.ckpt"
@@ -34,27 +34,23 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
     print(f"training: {folder}{f', log in {LOG}' if jobs > 1 else ''}\n", end="", flush=True)  # one write, one line
     if jobs == 1:
-        status, said = subprocess.run(command, check=False).returncode, "what it said stands above"
+        status, place = subprocess.run(command, check=False).returncode, "above"
     else:
-        threads = max((os.cpu_count() or 1) // jobs, 1)  # threads that outnumber the cores spin, and cost more than one
-        said = f"what it said is in {folder / LOG}"
+        threads = max((os.cpu_count() or 1) // jobs, 1)  # more threads than cores slow each other down
+        place = f"in {folder / LOG}"
         with (folder / LOG).open("a") as log:
-            status = subprocess.run(
-                command,
-                check=False,
-                stdout=log,
-                stderr=log,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            ).returncode
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+            status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
     if status:
-        raise ValueError(f"the training in {folder} ended with status {status}; {said}; the same call goes on with it")
+        said = f"what it said is {place}; the same call resumes it"
+        raise ValueError(f"the training in {folder} ended with status {status}; {said}")
 
 
-def side_by_side(tasks: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:
-    """What ``tasks`` return, as they end, ``jobs`` of them at a time; they begin in their order.
+def run_in_parallel(tasks: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:
+    """Yields the results of ``tasks`` as they finish; ``jobs`` of them run at a time, started in their order.
 
     Raises:
-        ValueError: for fewer than one at a time; at the end, where tasks raised one: the others are done by then.
+        ValueError: for ``jobs`` below 1; where a task raised one, after all other tasks have finished.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")

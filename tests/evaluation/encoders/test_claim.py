@@ -6,7 +6,7 @@ import math
 import pytest
 
 from emf_lightning.evaluation.encoders.claim import Claim, ClaimRun
-from emf_lightning.evaluation.encoders.study import Estimate
+from emf_lightning.evaluation.encoders.estimate import Estimate
 
 QUALITY = {"noise=0": 0.4, "noise=1": 0.3, "noise=2": 0.2}
 
@@ -31,8 +31,12 @@ def claim(slope: float, seeds: int = 3, wobble: float = 0.1) -> Claim:
 
 def test_slopes_are_those_of_the_shares_kept_and_their_error_that_over_seeds():
     one, two, four, *own = claim(1.0).slopes()
-    assert [(slope.steps, slope.of) for slope in (one, two, four)] == [(1, "parent"), (2, "parent"), (4, "parent")]
-    assert [(slope.steps, slope.of) for slope in own] == [(1, "own"), (2, "own"), (4, "own")]
+    assert [(slope.steps, slope.relative_to) for slope in (one, two, four)] == [
+        (1, "parent"),
+        (2, "parent"),
+        (4, "parent"),
+    ]
+    assert [(slope.steps, slope.relative_to) for slope in own] == [(1, "own"), (2, "own"), (4, "own")]
     assert one.mean == pytest.approx(1.0)
     assert one.standard_error == pytest.approx(0.1 / math.sqrt(3))
     assert one.margin == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)  # Student's t, two degrees of freedom
@@ -60,13 +64,13 @@ def test_controls_and_unfinished_seeds_have_no_say_in_the_slope():
 def test_a_share_is_of_the_parents_or_of_the_models_own_many_steps():
     weakened = ClaimRun("noise=0", True, 0, Estimate(0.4, 0.3, 0.5), {30: 0.9}, {1: 0.3, 2: 0.5, 4: 0.6, 30: 0.6})
     assert weakened.kept(1) == pytest.approx(0.3 / 0.9)
-    assert weakened.kept(1, of="own") == pytest.approx(0.5)
+    assert weakened.kept(1, relative_to="own") == pytest.approx(0.5)
 
 
-def test_a_parent_that_draws_nothing_keeps_nothing_known():
+def test_a_parent_that_generates_nothing_keeps_nothing_known():
     dead = Claim((run("noise=0", 0, {1: 0.5, 2: 0.5, 4: 0.5}), run("noise=1", 0, {1: 0, 2: 0, 4: 0}, parent=0.0)))
     assert all(math.isnan(slope.mean) for slope in dead.slopes())
-    assert dead.slopes()[0].verdict == "undecided: no seed has its whole scale yet, with parents that draw anything"
+    assert dead.slopes()[0].verdict == "undecided: no seed has its whole scale yet, with parents that score above 0"
     assert "not known" in dead.markdown()
 
 

@@ -46,8 +46,8 @@ def test_each_image_of_coco_has_one_caption_and_its_dinov3_cosine(coco, dinov3):
     corpus = CocoPairs(coco, dinov3, device="cpu")
     assert corpus.captions == [f"caption {number}0" for number in range(4)]
     assert CocoPairs(coco, dinov3, caption=1, device="cpu").captions[2] == "caption 21"
-    assert corpus.papers
-    assert not CocoPairs(coco, dinov3, limit=3, device="cpu").papers
+    assert corpus.matches_paper
+    assert not CocoPairs(coco, dinov3, limit=3, device="cpu").matches_paper
     network = DINOv3ViTModel.from_pretrained(dinov3).eval()
     processor = DINOv3ViTImageProcessor.from_pretrained(dinov3)
     with torch.no_grad():

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure, picture_table, score_table
+from emf_lightning.evaluation.reports.comparison import (
+    Run,
+    comparison,
+    comparison_figure,
+    distances_table,
+    methods_table,
+)
 
 REAL = {"kid": 0.01, "kid_error": 0.1, "fid": 0.05, "diversity": 1.0, "nfe": 0}
 
@@ -13,9 +19,9 @@ REAL = {"kid": 0.01, "kid_error": 0.1, "fid": 0.05, "diversity": 1.0, "nfe": 0}
 def run(folder: Path, scores: dict[str, float], seconds: float = 600.0, kid: float = 2.0) -> Path:
     """A run directory as ``emf fit`` with ``RunSummary`` leaves it."""
     (folder / "shapes").mkdir(parents=True)
-    drawn = {label: REAL | {"kid": kid, "diversity": 0.8, "nfe": int(label[0])} for label in scores}
+    sampled = {label: REAL | {"kid": kid, "diversity": 0.8, "nfe": int(label[0])} for label in scores}
     summary = {"seconds": seconds, "steps": 300, "step_seconds": seconds / 300, "memory_gb": 1.5}
-    (folder / "summary.json").write_text(json.dumps(summary | {"distribution": {"real": REAL} | drawn}))
+    (folder / "summary.json").write_text(json.dumps(summary | {"distribution": {"real": REAL} | sampled}))
     lines = [
         {"label": label, "stage": stage, "step": step, "overall": score * share, "scores": {"standard_error": 0.02}}
         for label, score in scores.items()
@@ -27,27 +33,27 @@ def run(folder: Path, scores: dict[str, float], seconds: float = 600.0, kid: flo
 
 def test_one_seed_has_the_scores_own_error(tmp_path):
     runs = [Run.read("emf", run(tmp_path / "a", {"1step": 0.75, "4step": 0.9}))]
-    assert score_table(runs) == [
+    assert methods_table(runs) == [
         ["method", "1 step", "4 steps", "minutes", "training steps", "GB", "seeds"],
         ["emf", "0.750 ± 0.020", "0.900 ± 0.020", "10.0", "300", "1.50", "1"],
     ]
-    assert picture_table(runs)[1:] == [
+    assert distances_table(runs)[1:] == [
         ["emf", "1 step", "1", "2.00", "0.05", "0.80"],
         ["emf", "4 steps", "4", "2.00", "0.05", "0.80"],
-        ["real pictures", "", "", "0.01", "0.05", "1.00"],
+        ["real images", "", "", "0.01", "0.05", "1.00"],
     ]
 
 
 def test_several_seeds_have_the_error_of_their_mean(tmp_path):
     runs = [Run.read("fgm", run(tmp_path / str(k), {"1step": score}, kid=k)) for k, score in enumerate((0.6, 0.7, 0.8))]
-    row = score_table(runs)[1]
+    row = methods_table(runs)[1]
     assert (row[1], row[-1]) == (f"0.700 ± {0.1 / 3**0.5:.3f}", "3")
-    assert picture_table(runs)[1][3] == "1.00"
+    assert distances_table(runs)[1][3] == "1.00"
 
 
-def test_a_method_that_was_not_drawn_in_some_way_leaves_its_cell_empty(tmp_path):
+def test_a_method_that_was_not_sampled_in_some_way_leaves_its_cell_empty(tmp_path):
     runs = [Run.read(name, run(tmp_path / name, {label: 0.5})) for name, label in (("a", "1step"), ("b", "4step_cfg2"))]
-    head, first, second = score_table(runs)
+    head, first, second = methods_table(runs)
     assert head[1:3] == ["1 step", "4 steps, cfg2"]
     assert (first[1:3], second[1:3]) == (["0.500 ± 0.020", ""], ["", "0.500 ± 0.020"])
 

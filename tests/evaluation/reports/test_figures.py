@@ -34,7 +34,7 @@ def colours_of(axes) -> list[str]:
     return [line.get_color() for line in axes.lines if len(line.get_xdata()) > 2]
 
 
-def test_the_contact_sheet_has_a_row_a_prompt_and_a_column_a_way_of_drawing():
+def test_the_contact_sheet_has_a_row_a_prompt_and_a_column_a_sampling_config():
     images = np.random.default_rng(0).integers(0, 256, (3, 36, 36, 3), dtype=np.uint8)
     columns = {"1 step": images, "4 steps": images[::-1], "training image": images}
     figure = contact_sheet(["a photo of a circle", "b", "c"], columns, {"1 step": [True, False, True]})

@@ -22,7 +22,7 @@ def row(metric: str = "geneval_hf", steps: int = 4, **changes) -> ReportRow:
         "weights": "averaged",
         "step": 10,
         "steps": steps,
-        "guidance": 1.0,
+        "guidance_scale": 1.0,
         "nfe": steps,
         "images": 2212,
         "seeds": (0, 1),
@@ -146,7 +146,7 @@ def test_the_spread_over_seeds_is_in_every_table():
 
 
 def test_weights_and_guidance_are_in_the_models_name():
-    assert row(weights="trained", guidance=2.0).model == "mine, not averaged, guidance 2"
+    assert row(weights="trained", guidance_scale=2.0).model == "mine, not averaged, guidance 2"
 
 
 def test_a_report_is_read_back_as_it_was_written(tmp_path):
@@ -168,12 +168,20 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
         Report.read(tmp_path / "report.json")
 
 
+def test_a_report_of_an_earlier_version_is_read(tmp_path):
+    report = Report((row(guidance_scale=2.0),))
+    report.write(tmp_path)
+    file = tmp_path / "report.json"
+    file.write_text(file.read_text().replace('"guidance_scale"', '"guidance"'))
+    assert Report.read(file).rows == report.rows
+
+
 def test_figures_have_a_line_for_each_run_and_weights():
     rows = [row(steps=n, run=run, weights=w) for n in (1, 4) for run in "ab" for w in ("averaged", "trained")]
     figure = steps_figure(Report(tuple(rows)))
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    judge = "(published, its own detector)"
-    assert labels == {f"EMF {judge}", f"BLIP3o-NEXT 3B {judge}", "a", "a, not averaged", "b", "b, not averaged"}
+    note = "(published, its own detector)"
+    assert labels == {f"EMF {note}", f"BLIP3o-NEXT 3B {note}", "a", "a, not averaged", "b", "b, not averaged"}
 
     curves = {"a": {1: [(0, 0.1), (10, 0.5)], 4: [(0, 0.8), (10, 0.9)]}, "b": {1: [(0, 0.0), (10, 0.2)]}}
     axes = training_figure(curves, "shapes").axes[0]
@@ -181,7 +189,7 @@ def test_figures_have_a_line_for_each_run_and_weights():
 
 
 def test_guidance_scales_of_a_run_look_different():
-    rows = [row("shapes", steps=n, guidance=g, run=run) for n in (1, 4) for g in (1.0, 2.0) for run in "ab"]
+    rows = [row("shapes", steps=n, guidance_scale=g, run=run) for n in (1, 4) for g in (1.0, 2.0) for run in "ab"]
     lines = [bars.lines[0] for bars in steps_figure(Report(tuple(rows))).axes[0].containers]
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
     assert len(lines) == len(looks) == 4

@@ -1,15 +1,14 @@
-"""Does few-step quality fall faster with poor text features than many-step quality? The figures of runs, and a verdict.
+"""Test of EMF's claim that few-step quality needs better text features than many-step quality.
 
-EMF's thesis (arXiv 2604.18168) is that MeanFlow needs discriminative text features more than flow matching does. Here
-the same network is trained on encoders of graded discriminability, by flow matching and then by MeanFlow, several seeds
-each. What is compared is the share of its own parent's many-step score that a model keeps at few steps: were the thesis
-true, that share would rise with the encoder's discriminability. Beside it stands the share of its own many-step score,
-in which what the adaptation did to the model at any number of steps has no part.
+The claim (arXiv 2604.18168) is that MeanFlow needs discriminative text features more than flow matching does. The same
+network is trained on encoders of graded discriminability, by flow matching and then by MeanFlow, with several seeds.
+The test compares the share of its parent's many-step score that a model keeps at few steps: if the claim holds, that
+share rises with the encoder's discriminability. The share of the model's own many-step score is reported, too: it
+leaves out the effect of the adaptation on the many-step score.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emf_lightning.evaluation.encoders.study import Estimate
-from emf_lightning.evaluation.reports.figures import STYLE, step_colour, step_name
+from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.markdown import markdown_table
+from emf_lightning.evaluation.reports.figures import paper_style, step_colour
+from emf_lightning.evaluation.sampling_config import step_name
+from emf_lightning.files import to_json, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MANY = 30
-"""Network steps of the parent that few-step scores are held against."""
-FEW = (1, 2, 4)
+MANY_STEPS = 30
+"""Network steps of the many-step scores that few-step scores are divided by."""
+FEW_STEPS = (1, 2, 4)
 PARENT, OWN = "parent", "own"
-"""Whose many-step score a share is of."""
+"""The model whose many-step score a few-step score is divided by."""
 CONTROLS = "sD^v<>"
 """Markers of the controls in the figure."""
 
@@ -39,12 +41,12 @@ class ClaimRun:
     """One encoder and one training seed.
 
     Attributes:
-        grade: name of the encoder's quality.
-        graded: whether it belongs to the scale; otherwise it is a control beside it.
-        seed: of the training.
-        discriminability: of the encoder's raw features.
+        grade: name of the encoder's grade.
+        graded: whether the encoder belongs to the scale; otherwise it is a control.
+        seed: seed of the training.
+        discriminability: discriminability of the encoder's raw features.
         flow_matching: network steps -> score of the parent.
-        meanflow: network steps -> score of the model adapted from it.
+        meanflow: network steps -> score of the model adapted from the parent.
     """
 
     grade: str
@@ -54,28 +56,28 @@ class ClaimRun:
     flow_matching: dict[int, float]
     meanflow: dict[int, float]
 
-    def kept(self, steps: int, of: str = PARENT) -> float:
-        """The share that MeanFlow keeps of its parent's many-step score, or its own; NaN where that is 0."""
-        whole = (self.flow_matching if of == PARENT else self.meanflow)[MANY]
+    def kept(self, steps: int, relative_to: str = PARENT) -> float:
+        """MeanFlow's few-step score divided by its parent's or its own many-step score; NaN where that is 0."""
+        whole = (self.flow_matching if relative_to == PARENT else self.meanflow)[MANY_STEPS]
         return self.meanflow[steps] / whole if whole else math.nan
 
 
 @dataclass(frozen=True)
 class Slope:
-    """How the share kept at ``steps`` changes with discriminability.
+    """Change of the share kept at ``steps`` with discriminability.
 
     Attributes:
         steps: network steps.
-        of: whose many-step score the share is of.
-        mean: of the seeds' least-squares slopes: share kept per unit of discriminability.
-        standard_error: over seeds; NaN for one.
-        margin: of the 95 % interval around the mean, by Student's t over the seeds: three seeds need 4.3 standard
-            errors.
-        verdict: what it says of the claim.
+        relative_to: model whose many-step score the share is relative to.
+        mean: mean of the seeds' least-squares slopes: share kept per unit of discriminability.
+        standard_error: standard error over seeds; NaN for one seed.
+        margin: half of the 95 % interval around the mean, by Student's t over the seeds: 4.3 standard errors for three
+            seeds.
+        verdict: result of the test in words.
     """
 
     steps: int
-    of: str
+    relative_to: str
     mean: float
     standard_error: float
     margin: float
@@ -89,90 +91,84 @@ class Claim:
     runs: tuple[ClaimRun, ...]
 
     def slopes(self) -> list[Slope]:
-        """Of both shares, for each few-step count."""
-        return [self._slope(steps, of) for of in (PARENT, OWN) for steps in FEW]
+        """The slopes of both shares at each few-step count."""
+        return [self._slope(steps, relative_to) for relative_to in (PARENT, OWN) for steps in FEW_STEPS]
 
-    def _slope(self, steps: int, of: str) -> Slope:
-        """A seed whose graded runs are not all there has no say."""
+    def _slope(self, steps: int, relative_to: str) -> Slope:
+        """The slope over seeds; a seed that lacks a graded run is left out."""
         from scipy.stats import t as student_t
 
         graded = [run for run in self.runs if run.graded]
         grades = {run.grade for run in graded}
-        of_seed = []
+        slopes = []
         for seed in sorted({run.seed for run in graded}):
-            mine = [run for run in graded if run.seed == seed and not math.isnan(run.kept(steps, of))]
+            mine = [run for run in graded if run.seed == seed and not math.isnan(run.kept(steps, relative_to))]
             if {run.grade for run in mine} == grades and len(mine) > 1:
-                x, y = [r.discriminability.mean for r in mine], [r.kept(steps, of) for r in mine]
-                of_seed.append(float(np.polyfit(x, y, 1)[0]))
-        mean = float(np.mean(of_seed)) if of_seed else math.nan
-        error = float(np.std(of_seed, ddof=1) / len(of_seed) ** 0.5) if len(of_seed) > 1 else math.nan
-        margin = error * float(student_t.ppf(0.975, len(of_seed) - 1)) if len(of_seed) > 1 else math.nan
-        return Slope(steps, of, mean, error, margin, _verdict(mean, margin))
+                x, y = [r.discriminability.mean for r in mine], [r.kept(steps, relative_to) for r in mine]
+                slopes.append(float(np.polyfit(x, y, 1)[0]))
+        mean = float(np.mean(slopes)) if slopes else math.nan
+        error = float(np.std(slopes, ddof=1) / len(slopes) ** 0.5) if len(slopes) > 1 else math.nan
+        margin = error * float(student_t.ppf(0.975, len(slopes) - 1)) if len(slopes) > 1 else math.nan
+        return Slope(steps, relative_to, mean, error, margin, _verdict(mean, margin))
 
     def write(self, directory: Path) -> None:
         """Writes ``claim.json``, ``claim.md`` and ``claim.png`` into ``directory``, which is made if missing."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"runs": [asdict(run) for run in self.runs], "slopes": [asdict(slope) for slope in self.slopes()]}
-        (directory / "claim.json").write_text(json.dumps(content, indent=1) + "\n")
-        (directory / "claim.md").write_text(self.markdown())
+        write_atomic(directory / "claim.json", to_json(content))
+        write_atomic(directory / "claim.md", self.markdown())
         self.figure().savefig(directory / "claim.png")
 
     def markdown(self) -> str:
-        """Tables of all encoders, the slopes, and what they say, be it for the claim or against it."""
+        """Tables of all encoders, the slopes and the verdicts."""
         lines = ["# Does few-step quality need better text features than many-step quality?", "", "Scores:", ""]
-        counts = (*FEW, MANY)
-        lines += self._table(
-            {
-                f"flow matching, {step_name(n)}": [run.flow_matching.get(n, math.nan) for run in self.runs]
-                for n in counts
-            }
-            | {f"MeanFlow, {step_name(n)}": [run.meanflow.get(n, math.nan) for run in self.runs] for n in counts}
-        )
-        shares = [(of, n) for of in (PARENT, OWN) for n in FEW]
-        lines += ["", f"Shares that MeanFlow keeps of a {MANY}-step score:", ""]
-        lines += self._table(
-            {f"{_whose(of)}, {step_name(n)}": [run.kept(n, of) for run in self.runs] for of, n in shares}
-        )
+        counts = (*FEW_STEPS, MANY_STEPS)
+        scores = {
+            f"{objective}, {step_name(n)}": [getattr(run, field).get(n, math.nan) for run in self.runs]
+            for objective, field in (("flow matching", "flow_matching"), ("MeanFlow", "meanflow"))
+            for n in counts
+        }
+        lines += [self._table(scores)]
+        shares = [(whose, n) for whose in (PARENT, OWN) for n in FEW_STEPS]
+        lines += ["", f"Shares that MeanFlow keeps of a {MANY_STEPS}-step score:", ""]
+        kept = {f"{_whose(w)}, {step_name(n)}": [run.kept(n, w) for run in self.runs] for w, n in shares}
+        lines += [self._table(kept)]
         lines += ["", "± is the standard error over training seeds. Share kept per unit of discriminability:", ""]
         for slope in self.slopes():
             value = f"{slope.mean:+.2f}" if not math.isnan(slope.mean) else "not known"
             if not math.isnan(slope.margin):
                 low, high = slope.mean - slope.margin, slope.mean + slope.margin
                 value += f" ± {slope.standard_error:.2f}, 95 % interval [{low:+.2f}, {high:+.2f}]"
-            lines += [f"- **{step_name(slope.steps)}**, {_whose(slope.of)}: {value}: {slope.verdict}."]
+            lines += [f"- **{step_name(slope.steps)}**, {_whose(slope.relative_to)}: {value}: {slope.verdict}."]
         return "\n".join([*lines, ""])
 
-    def _table(self, columns: dict[str, list[float]]) -> list[str]:
+    def _table(self, columns: dict[str, list[float]]) -> str:
         """A row for each encoder: means and errors of the columns, which hold a value for each run."""
-        lines = [
-            "| encoder | discriminability | seeds | " + " | ".join(columns) + " |",
-            "|---|" + "---|" * (len(columns) + 2),
-        ]
+        rows = []
         for numbers in self._by_grade():
             run = self.runs[numbers[0]]
             name = run.grade if run.graded else f"{run.grade} (control)"
             values = (_mean_and_error([column[i] for i in numbers]) for column in columns.values())
-            lines += ["| " + " | ".join([name, str(run.discriminability), str(len(numbers)), *values]) + " |"]
-        return lines
+            rows.append([name, str(run.discriminability), str(len(numbers)), *values])
+        return markdown_table(["encoder", "discriminability", "seeds", *columns], rows)
 
     def figure(self) -> Figure:
         """Scores of both objectives, and share kept, against discriminability, with standard errors."""
-        import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(8.4, 2.9), layout="constrained")
             parents, models, kept = figure.subplots(1, 3)
             models.sharey(parents)
-            for n in (*FEW, MANY):
+            for n in (*FEW_STEPS, MANY_STEPS):
                 self._line(parents, [run.flow_matching[n] for run in self.runs], step_colour(n), step_name(n))
                 self._line(models, [run.meanflow[n] for run in self.runs], step_colour(n), step_name(n))
-            for n in FEW:
+            for n in FEW_STEPS:
                 self._line(kept, [run.kept(n) for run in self.runs], step_colour(n), step_name(n))
             parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
             models.set(title="MeanFlow from it")
-            kept.set(title=f"MeanFlow, share of the parent's {MANY} steps", ylim=(-0.02, None))
+            kept.set(title=f"MeanFlow, share of the parent's {MANY_STEPS} steps", ylim=(-0.02, None))
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             if any(run.graded for run in self.runs):
                 models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
@@ -187,7 +183,7 @@ class Claim:
         return figure
 
     def _line(self, axes: Axes, values: list[float], colour: str, label: str) -> None:
-        """One line through the graded encoders' means; controls stand beside it, hollow."""
+        """Plots a line through the graded encoders' means, and the controls as hollow markers."""
         points = []
         for numbers in self._by_grade():
             of_grade, run = [values[i] for i in numbers], self.runs[numbers[0]]
@@ -202,26 +198,26 @@ class Claim:
             axes.errorbar(x, y, yerr=errors, color=colour, capsize=2, elinewidth=0.8, **style)
 
     def _by_grade(self) -> list[list[int]]:
-        """The runs' numbers, those of a grade together."""
+        """The indices of the runs of each grade."""
         grades = dict.fromkeys(run.grade for run in self.runs)
         return [[i for i, run in enumerate(self.runs) if run.grade == grade] for grade in grades]
 
 
 def _verdict(mean: float, margin: float) -> str:
-    """What a slope says, at 95 %."""
+    """Result in words of a slope, at 95 %."""
     if math.isnan(mean):
-        return "undecided: no seed has its whole scale yet, with parents that draw anything"
+        return "undecided: no seed has its whole scale yet, with parents that score above 0"
     if math.isnan(margin):
         return "undecided, for it takes two seeds or more"
-    if abs(mean) <= max(margin, 1e-6):  # rounding is no slope
+    if abs(mean) <= max(margin, 1e-6):  # rounding, not a slope
         return "undecided: the 95 % interval holds 0"
     if mean > 0:
         return "for the claim: with better features a larger share of the parent's score survives"
     return "against the claim: with better features a smaller share of the parent's score survives"
 
 
-def _whose(of: str) -> str:
-    return "of its parent's" if of == PARENT else "of its own"
+def _whose(model: str) -> str:
+    return "of its parent's" if model == PARENT else "of its own"
 
 
 def _mean_and_error(values: Sequence[float]) -> str:

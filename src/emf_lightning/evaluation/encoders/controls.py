@@ -1,4 +1,4 @@
-"""Encoders without merit: what an encoder study's numbers are held against."""
+"""Control encoders, which carry no information about the caption."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from emf_lightning.text.base import TextEncoder, TextFeatures
 
 
 class ConstantEncoder(TextEncoder):
-    """The same token for every caption: as disentangled as can be, and without any use.
+    """The same token for every caption: a raw disentanglement of 1, a discriminability of chance.
 
     Args:
-        width: D.
+        width: D, the width of the features.
     """
 
     def __init__(self, width: int = 8) -> None:
@@ -28,6 +28,6 @@ class ConstantEncoder(TextEncoder):
         return hashlib.sha256(f"{type(self).__name__} {self.width}".encode()).hexdigest()
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Ones."""
+        """Ones, ``[B, 1, D]``."""
         mask = torch.ones(len(captions), 1, dtype=torch.bool)
         return TextFeatures(torch.ones(len(captions), 1, self.width), mask)

@@ -1,4 +1,4 @@
-"""Caption-image pairs among which an encoder study retrieves, with the similarity of any two images."""
+"""Caption-image pairs with a similarity of any two images, for the retrieval of an encoder study."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from numpy.typing import NDArray
 
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.folders.image_files import read_image
-from emf_lightning.pretrained.loading import load_pretrained
 
 
 class PairCorpus(ABC):
     """N caption-image pairs.
 
     Attributes:
-        name: what reports call it.
-        captions: N of them.
-        owners: ``[N]``, number of the image of each pair; pairs of one image bear one number.
-        exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are known.
-        papers: whether EMF's Table 1 (arXiv 2604.18168) is about these pairs.
+        name: name in reports.
+        captions: N captions.
+        owners: ``[N]``, number of each pair's image; pairs of one image have the same number.
+        exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are computed.
+        matches_paper: whether EMF's Table 1 (arXiv 2604.18168) uses these pairs.
     """
 
     name: str
     captions: Sequence[str]
     owners: NDArray[np.int64]
     exhaustive: bool
-    papers: bool = False
+    matches_paper: bool = False
 
     @abstractmethod
     def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of the image of pair ``query`` and those of ``others`` ``[K]``, ``[K]``; 1 is the same."""
+        """Similarity of the image of pair ``query`` to those of ``others`` ``[K]``, ``[K]``; 1 for equal images."""
 
     @abstractmethod
     def image(self, pair: int) -> NDArray[np.uint8]:
@@ -49,12 +48,12 @@ class CocoPairs(PairCorpus):
         root: folder with ``train2017/`` and ``annotations/captions_train2017.json``.
         dinov3: hub name or local folder of a DINOv3 ViT in transformers' format.
         split: ``train2017`` or ``val2017``.
-        caption: which of an image's captions, in the order of their ids.
-        limit: pairs; all of them by default.
+        caption: number of the caption among those of its image, in the order of their ids.
+        limit: number of pairs; all by default.
         device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
 
     Raises:
-        ValueError: for files or weights that are not there.
+        ValueError: for missing files or weights.
     """
 
     exhaustive = False
@@ -88,19 +87,19 @@ class CocoPairs(PairCorpus):
         if absent is not None:
             raise ValueError(f"CocoPairs: no image {absent}; unpack {split}.zip into {root}")
         self.name = f"COCO {split}, {len(kept):,} pairs, caption {caption}, {Path(dinov3).name}"
-        self.papers = split == "train2017" and limit is None
+        self.matches_paper = split == "train2017" and limit is None
         self.captions = [text for _, text in kept]
         self.owners = np.array([number for number, _ in kept])
-        self._describe = Dinov3(dinov3, device)
-        self._known: dict[int, NDArray[np.float64]] = {}
+        self._embed = Dinov3(dinov3, device)
+        self._vectors: dict[int, NDArray[np.float64]] = {}
 
     def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.stack([self._vector(int(other)) for other in others]) @ self._vector(query)
 
     def _vector(self, pair: int) -> NDArray[np.float64]:
-        if pair not in self._known:
-            self._known[pair] = self._describe(self.image(pair))
-        return self._known[pair]
+        if pair not in self._vectors:
+            self._vectors[pair] = self._embed(self.image(pair))
+        return self._vectors[pair]
 
     def image(self, pair: int) -> NDArray[np.uint8]:
         return read_image(self._paths[pair])

@@ -1,4 +1,4 @@
-"""What an encoder study found: a table, a figure, and the retrieved images."""
+"""Results of an encoder study: tables, a figure, and the retrieved images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emf_lightning.evaluation.encoders.discriminability import Discriminability
+from emf_lightning.evaluation.encoders.disentanglement import Disentanglement
+from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.encoders.features import VARIANTS
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
-from emf_lightning.evaluation.encoders.study import VARIANTS, Discriminability, Disentanglement, Estimate
-from emf_lightning.evaluation.reports.figures import STYLE
+from emf_lightning.evaluation.markdown import markdown_table
+from emf_lightning.evaluation.reports.figures import paper_style
 from emf_lightning.evaluation.reports.report_figures import MARKERS
-from emf_lightning.files import to_json
+from emf_lightning.files import to_json, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +31,7 @@ PUBLISHED = {
     "Gemma, tuned": (0.694, 0.997),
     "T5-v1.1-XXL": (0.634, 0.893),
 }
-"""EMF's Tables 1, 2, 7: COCO train2017 with DINOv3, and DPG-Bench's prompts; k and the share removed are left open."""
+"""EMF's Tables 1, 2, 7: COCO train2017 with DINOv3, and DPG-Bench's prompts, with unknown k and share removed."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class StudiedEncoder:
     """One encoder's numbers.
 
     Attributes:
-        name: of the encoder.
-        discriminability: on the corpus.
-        disentanglement: of the prompts.
-        truncated: share of the corpus's captions that the encoder cut; NaN where it does not count them.
+        name: name of the encoder.
+        discriminability: discriminability on the corpus.
+        disentanglement: disentanglement of the prompts.
+        truncated: share of the corpus's captions that the encoder truncated; NaN where it does not count them.
     """
 
     name: str
@@ -52,58 +56,54 @@ class EncoderStudy:
     """The numbers of several encoders on one corpus.
 
     Attributes:
-        encoders: in the order of the table.
-        about: what holds for all of them.
-        papers_corpus: whether the paper retrieved among these pairs, so that its Table 1 may stand beside them.
-        papers_prompts: whether it took parts from these prompts: Table 2.
+        encoders: encoders in the order of the table.
+        about: facts common to all encoders.
+        paper_corpus: whether the corpus is that of the paper's Table 1, whose values are then added.
+        paper_prompts: whether the prompts are those of the paper's Table 2, whose values are then added.
     """
 
     encoders: tuple[StudiedEncoder, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    papers_corpus: bool = False
-    papers_prompts: bool = False
+    paper_corpus: bool = False
+    paper_prompts: bool = False
 
     def write(self, directory: Path, corpus: PairCorpus) -> None:
         """Writes ``encoders.json``, ``.md`` and ``.png``, and ``retrieved.png``, into ``directory``."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"about": self.about, "encoders": [asdict(encoder) for encoder in self.encoders]}
-        (directory / "encoders.json").write_text(to_json(content))
-        (directory / "encoders.md").write_text(self.markdown())
+        write_atomic(directory / "encoders.json", to_json(content))
+        write_atomic(directory / "encoders.md", self.markdown())
         self.figure().savefig(directory / "encoders.png")
         self.retrieved(corpus).savefig(directory / "retrieved.png")
 
     def markdown(self) -> str:
-        """The tables, and how to read them."""
+        """The tables and an explanation."""
         lines = ["# Text encoders\n", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
         lines += ["## Discriminability: how alike the images of alike captions are\n"]
-        lines += ["| encoder | " + " | ".join(VARIANTS) + " | shuffled | chance | best possible | truncated |"]
-        lines += ["|---|" + "---|" * (len(VARIANTS) + 4)]
+        columns = ["encoder", *VARIANTS, "shuffled", "chance", "best possible", "truncated"]
+        rows = []
         for encoder in self.encoders:
             found = encoder.discriminability
-            cells = [str(found.score[name]) for name in VARIANTS]
-            cells += [f"{found.shuffled.mean:.3f}", _number(found.chance), _number(found.best)]
-            cells += [_share(encoder.truncated)]
-            lines += [f"| {encoder.name} | {' | '.join(cells)} |"]
-        lines += _published(0) if self.papers_corpus else []
+            rows.append([encoder.name, *(str(found.score[name]) for name in VARIANTS), f"{found.shuffled.mean:.3f}"])
+            rows[-1] += [_number(found.chance), _number(found.best), _share(encoder.truncated)]
+        rows += _published(0, len(columns)) if self.paper_corpus else []
+        lines += [markdown_table(columns, rows)]
         lines += ["", "## Disentanglement: how little a prompt's feature moves when a part of it is removed\n"]
-        heads = [f"{name}: {what}" for name in VARIANTS for what in ("ablated", "unrelated", "contrast")]
-        lines += ["| encoder | " + " | ".join(heads) + " | unseen | truncated |", "|---|" + "---|" * (len(heads) + 2)]
+        numbers = [f"{name}: {number}" for name in VARIANTS for number in ("ablated", "unrelated", "contrast")]
+        columns, rows = ["encoder", *numbers, "unseen", "truncated"], []
         for encoder in self.encoders:
             part = encoder.disentanglement
-            cells = []
-            for name in VARIANTS:
-                cells += [str(part.ablated[name]), str(part.unrelated[name]), str(part.contrast[name])]
-            cells += [f"{part.unseen:.1%}", _share(part.truncated)]
-            lines += [f"| {encoder.name} | {' | '.join(cells)} |"]
-        lines += _published(1) if self.papers_prompts else []
+            cells = [str(by[name]) for name in VARIANTS for by in (part.ablated, part.unrelated, part.contrast)]
+            rows.append([encoder.name, *cells, f"{part.unseen:.1%}", _share(part.truncated)])
+        rows += _published(1, len(columns)) if self.paper_prompts else []
+        lines += [markdown_table(columns, rows)]
         return "\n".join([*lines, "", READING])
 
     def figure(self) -> Figure:
-        """Encoders by both axes: raw as the paper has them, and centred with the contrast in place of the cosine."""
-        import matplotlib
+        """Encoders by both scores: raw, as in the paper, and centred, with the contrast in place of the cosine."""
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = figure.subplots(1, 2)
             for axes, name, title in zip(
@@ -125,14 +125,13 @@ class EncoderStudy:
         return figure
 
     def retrieved(self, corpus: PairCorpus) -> Figure:
-        """The images that each encoder's captions retrieve: a row for each query, its own image first."""
-        import matplotlib
+        """The images that each encoder retrieves: a row for each query, its own image first."""
         from matplotlib.figure import Figure
 
         queries = list(self.encoders[0].discriminability.retrieved)
         k = max(len(found) for found in self.encoders[0].discriminability.retrieved.values())
         columns = 1 + k * len(self.encoders)
-        with matplotlib.rc_context(STYLE):
+        with paper_style():
             figure = Figure(figsize=(1.6 + 0.7 * columns, 0.85 * len(queries) + 0.3), layout="constrained")
             grid = figure.subplots(len(queries), columns, squeeze=False)
             for row, query in zip(grid, queries, strict=True):
@@ -150,12 +149,11 @@ class EncoderStudy:
 
 
 READING = """\
-How to read it. Intervals are 95 %, bootstrapped over captions; those of a contrast over all that it is made of. A
-constant encoder scores chance and 1.000 raw: the raw cosine of an ablated prompt means nothing without that of
-unrelated prompts, and the contrast between them, (ablated - unrelated) / (1 - unrelated), has no value where all
-captions are alike. A high contrast is also little sensitivity to what was removed. Shuffled features go through the
-same code and must score chance. `unseen` removals moved no feature further than rounding does; `truncated` captions
-and prompts were cut by the encoder.
+How to read it. Intervals are 95 %, bootstrapped over captions. A constant encoder scores chance, and 1.000 raw: the raw
+cosine of an ablated prompt means nothing without that of unrelated prompts. The contrast between them,
+(ablated - unrelated) / (1 - unrelated), has no value where all captions have one feature; a high contrast may also mean
+that the encoder ignores the removed part. Shuffled features go through the same code and must score chance. `unseen`
+removals changed the feature no more than rounding does; the encoder cut off `truncated` captions and prompts.
 """
 
 
@@ -167,8 +165,9 @@ def _share(value: float) -> str:
     return "not counted" if np.isnan(value) else f"{value:.1%}"
 
 
-def _published(column: int) -> list[str]:
-    return [f"| {name} (published) | {values[column]:.3f} |" for name, values in PUBLISHED.items()]
+def _published(column: int, width: int) -> list[list[str]]:
+    """The paper's rows, padded with empty cells to ``width`` columns."""
+    return [[f"{name} (published)", f"{row[column]:.3f}", *[""] * (width - 2)] for name, row in PUBLISHED.items()]
 
 
 def _bars(estimate: Estimate) -> Sequence[Sequence[float]]:

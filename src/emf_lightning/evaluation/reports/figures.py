@@ -1,4 +1,4 @@
-"""Figures: what was drawn at each step count, and how well. Every function returns a matplotlib ``Figure``."""
+"""Figures of images and scores at each step count. Every function returns a matplotlib ``Figure``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores
+from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ STYLE = {
     "lines.markersize": 4.0,
     "figure.dpi": 200.0,
 }
-"""A two-column paper's: 8-point type at the figure's own size."""
+"""Matplotlib settings for a two-column paper: 8-point type at the figure's own size."""
 
 
 def step_colour(steps: int) -> str:
@@ -49,29 +50,24 @@ def step_colour(steps: int) -> str:
     return STEP_COLOURS.get(steps, OTHER_COLOUR)
 
 
-def step_name(steps: int) -> str:
-    """The words for a step count: "1 step", "2 steps"."""
-    return f"{steps} step" if steps == 1 else f"{steps} steps"
-
-
 def contact_sheet(
     prompts: Sequence[str],
     columns: Mapping[str, NDArray[np.uint8]],
     correct: Mapping[str, Sequence[bool]] | None = None,
 ) -> Figure:
-    """Images in a grid: a row for each prompt, a column for each way of drawing it.
+    """Images in a grid: a row for each prompt, a column for each sampling config.
 
     Args:
         prompts: R captions, written beside the rows.
         columns: heading -> images ``[R, H, W, 3]``, 8-bit RGB, e.g. "1 step", "4 steps", "training image".
-        correct: heading -> R truths; such images are framed, with a tick or a cross. A column may be left out.
+        correct: heading -> R booleans; these images get a frame, and a tick or a cross. Headings may be left out.
     """
     from matplotlib.figure import Figure
 
     marks = correct or {}
     cell, gap, label, head = 0.62, 0.035, 1.45, 0.32  # inches
     side = cell - 2 * gap
-    with _style():
+    with paper_style():
         width, height = label + cell * len(columns), head + cell * len(prompts)
         figure = Figure(figsize=(width, height))
         for column, (heading, images) in enumerate(columns.items()):
@@ -107,9 +103,9 @@ def step_count_figure(
     """Score against the number of steps: overall with its standard error, and a small panel for each task.
 
     Args:
-        series: name -> steps -> scores; the first series is drawn strongest, e.g. "MeanFlow", then "its parent".
-        ceiling: what perfect images score.
-        chance: what images of other prompts of the same task score.
+        series: name -> steps -> scores; the first series has the strongest line, e.g. "MeanFlow", then "its parent".
+        ceiling: scores of perfect images.
+        chance: scores of images of other prompts of the same task.
     """
     strokes: list[dict[str, Any]] = [
         {"color": "#1f8a83", "marker": "o"},
@@ -118,10 +114,10 @@ def step_count_figure(
         {"color": "#c8443c", "marker": "v", "linestyle": ":"},
     ]
     steps = sorted({count for scores in series.values() for count in scores})
-    with _style():
+    with paper_style():
         figure, panels = _panels([task for scores in series.values() for s in scores.values() for task in s.correct])
         for name, axes in panels.items():
-            _limits(axes, name, ceiling, chance)
+            _plot_levels(axes, name, ceiling, chance)
             for (label, scores), stroke in zip(series.items(), strokes, strict=False):
                 counts = sorted(count for count in scores if name in scores[count].values())
                 values = [scores[count].values()[name] for count in counts]
@@ -146,16 +142,16 @@ def training_curves(
     """Score against training: a line for each step count, overall and in a small panel for each task.
 
     Args:
-        curves: steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out altogether.
-        ceiling: what perfect images score.
-        chance: what images of other prompts of the same task score.
-        reference: steps -> scores of another model, drawn as level dashes in the colour of the step count.
-        reference_name: what the legend calls it.
+        curves: steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
+        ceiling: scores of perfect images.
+        chance: scores of images of other prompts of the same task.
+        reference: steps -> scores of another model, plotted as dashed level lines in the colour of the step count.
+        reference_name: name of that model in the legend.
     """
-    with _style():
+    with paper_style():
         figure, panels = _panels([name for lines in curves.values() for name in lines if name in HEADINGS])
         for name, axes in panels.items():
-            _limits(axes, name, ceiling, chance)
+            _plot_levels(axes, name, ceiling, chance)
             for steps, lines in sorted(curves.items()):
                 if points := lines.get(name):
                     marker = "o" if name == "overall" and len(points) < 25 else None
@@ -181,8 +177,8 @@ def training_curves(
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """Matplotlib's settings for one figure; the caller's own stay as they are."""
+def paper_style() -> Iterator[None]:
+    """Context of matplotlib's settings for one figure; the caller's settings do not change."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -211,26 +207,18 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
     return figure, panels
 
 
-def _limits(axes: Axes, name: str, ceiling: TaskScores | None, chance: TaskScores | None) -> None:
-    """Draws the levels between which a score moves."""
+def _plot_levels(axes: Axes, name: str, ceiling: TaskScores | None, chance: TaskScores | None) -> None:
+    """Plots ceiling and chance as level lines."""
     for scores, label in ((ceiling, "ceiling"), (chance, "chance")):
         if scores is None or name not in (values := scores.values()):
             continue
         axes.axhline(values[name], color="#999999", linewidth=0.8, linestyle=":", zorder=1)
         if name == "overall":
-            axes.annotate(
-                label,
-                (1, values[name]),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 1.5),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                fontsize=6.5,
-                color="#777777",
-            )
+            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            offset: dict[str, Any] = {"xytext": (-2, 1.5), "textcoords": "offset points"}
+            axes.annotate(label, (1, values[name]), fontsize=6.5, color="#777777", **place, **offset)
 
 
 def _legend(axes: Axes) -> None:
-    """A legend where it hides least."""
+    """A legend at the place where it covers least."""
     axes.legend(loc="best", handlelength=1.8, labelspacing=0.3)

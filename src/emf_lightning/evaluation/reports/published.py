@@ -1,4 +1,4 @@
-"""Scores that papers print, to stand beside one's own: Tables 3, 4 and 6 of EMF (arXiv 2604.18168), and FIDs."""
+"""Published scores for comparison: Tables 3, 4 and 6 of EMF (arXiv 2604.18168), and FIDs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class PublishedRow:
     """One line of a published table.
 
     Attributes:
-        model: its name there.
-        steps: network steps; evaluations are not said there.
-        scores: metric's name -> number's name -> value, shares for GenEval, per cent for DPG and HPS; of some models
-            only the ``score`` is known.
+        model: name of the model in the table.
+        steps: network steps; the papers do not give the number of evaluations.
+        scores: metric's name -> number's name -> value, shares for GenEval, per cent for DPG and HPS; some models have
+            the ``score`` alone.
     """
 
     model: str
@@ -33,7 +33,7 @@ def _row(
     dpg: tuple[float, ...] | float = (),
     hps: tuple[float, ...] = (),
 ) -> PublishedRow:
-    """A row; of GenEval and DPG-Bench a bare number is the score."""
+    """A row; a bare number of GenEval or DPG-Bench is the score."""
     scores: dict[str, dict[str, float]] = {}
     for metric, names, values in (("geneval", _TASKS, geneval), ("dpg", _KINDS, dpg), ("hps", _STYLES, hps)):
         if isinstance(values, float):
@@ -85,7 +85,7 @@ PUBLISHED = (
     _row("SDXL-Lightning", 4, (0.98, 0.61, 0.44, 0.84, 0.11, 0.21, 0.53)),
     _row("SDXL-LCM", 4, (0.99, 0.55, 0.38, 0.85, 0.07, 0.14, 0.50)),
 )
-"""What the paper's Tables 3, 4 and 6 say; no seeds, guidance, images per prompt or standard errors are given there.
+"""The paper's Tables 3, 4 and 6, which give no seeds, guidance scale, images per prompt or standard errors.
 
 BLIP3o-NEXT's categories are left out: Tables 4 and 6 give the same numbers in another order.
 """
@@ -100,4 +100,4 @@ PUBLISHED_FID: dict[tuple[int | None, int | None], tuple[PublishedRow, ...]] = {
     (256, 30_000): (_fid("InstaFlow-0.9B, COCO val2014", 1, 13.1),),
     (256, 5_000): (_fid("InstaFlow-0.9B, COCO val2017", 1, 23.4), _fid("2-Rectified Flow, COCO val2017", 25, 21.5)),
 }
-"""FIDs by resolution and number of images (arXiv 2505.13447, 2410.19310, 2309.06380); the rows say the reference."""
+"""FIDs by resolution and number of images (arXiv 2505.13447, 2410.19310, 2309.06380); each row names its data set."""

@@ -1,4 +1,4 @@
-"""The scores of checkpoints as one report: JSON for programs, Markdown in the layout of published tables for people."""
+"""Report of the scores of checkpoints: JSON, and Markdown in the layout of published tables."""
 
 from __future__ import annotations
 
@@ -10,42 +10,43 @@ from pathlib import Path
 from typing import Any
 
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS
+from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.reports.published import PUBLISHED, PUBLISHED_FID, PublishedRow
 from emf_lightning.files import to_json, write_atomic
 
 REPORT = "report.json"
 
 FAMILIES = {"geneval_hf": "geneval"}
-"""Metrics whose published sibling has another judge: their numbers stand in columns of their own."""
+"""Metric -> published metric of the same tasks with another judge: the two get separate columns of overall scores."""
 TABLE_4 = ("dpg", "hps")
 OFFICIAL = "dpg_official"
-"""DPG-Bench as it was published: mPLUG's answers, counted as its script does."""
+"""DPG-Bench as published: mPLUG's answers, counted as its script counts them."""
 STYLES = {"anime": "anime", "concept-art": "concept art", "paintings": "painting", "photo": "photo", "score": "average"}
-LEVELS = {"ceiling": "ceiling: clean pictures of the prompt", "chance": "chance: of another prompt of its task"}
+LEVELS = {"ceiling": "ceiling: clean images of the prompt", "chance": "chance: of another prompt of its task"}
 SPLIT = {"seen": "seen", "held_out": "held out"}
-"""Compositions that the training images show, and those that they do not."""
+"""Score -> heading: compositions that the training images show, and compositions that they do not show."""
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One metric of one checkpoint, drawn in one way.
+    """One metric of one checkpoint at one step count and guidance scale.
 
     Attributes:
-        run: what the checkpoint is called.
+        run: name of the checkpoint.
         metric: name of the metric.
-        title: what it is called in tables.
+        title: title of the metric in tables.
         weights: ``averaged`` or ``trained``.
         step: optimiser steps taken.
         steps: network steps.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_scale: scale of classifier-free guidance; 1 is none.
         nfe: network evaluations per image.
-        images: drawn, over all seeds.
-        seeds: of the noise.
+        images: number of images, over all seeds.
+        seeds: seeds of the noise.
         scores: name -> value; ``score`` is the main one, ``se`` its standard error where there is one.
         seed_spread: standard deviation of ``score`` over seeds; NaN for one seed.
-        seconds: that drawing and scoring took.
-        settings: of the metric: model, weights, protocol.
-        benchmark: name of the metric whose prompts were drawn; empty where that is ``metric`` itself.
+        seconds: time that sampling and scoring took.
+        settings: the metric's settings: model, weights, protocol.
+        benchmark: name of the metric whose prompts were sampled; empty where that is ``metric`` itself.
     """
 
     run: str
@@ -54,7 +55,7 @@ class ReportRow:
     weights: str
     step: int
     steps: int
-    guidance: float
+    guidance_scale: float
     nfe: int
     images: int
     seeds: tuple[int, ...]
@@ -66,9 +67,9 @@ class ReportRow:
 
     @property
     def model(self) -> str:
-        """The words for the checkpoint in tables."""
+        """Name of the checkpoint in tables: the run, and weights and guidance scale unless they are the usual ones."""
         name = self.run if self.weights == "averaged" else f"{self.run}, not averaged"
-        return name if self.guidance == 1 else f"{name}, guidance {self.guidance:g}"
+        return name if self.guidance_scale == 1 else f"{name}, guidance {self.guidance_scale:g}"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Report:
     """Rows of one or several checkpoints.
 
     Attributes:
-        rows: in the order of the tables.
-        about: what holds for all of them, e.g. the checkpoint and the libraries' versions.
+        rows: rows in the order of the tables.
+        about: facts common to all rows, e.g. the checkpoint and the libraries' versions.
         levels: metric -> ``ceiling`` or ``chance`` -> scores, where they are known.
     """
 
@@ -118,7 +119,7 @@ class Report:
         return list(groups.values())
 
     def markdown(self) -> str:
-        """All tables: tasks as in the paper's Table 3, DPG-Bench and HPS as in its Table 4, then what else there is."""
+        """All tables: tasks as in the paper's Table 3, other metrics, DPG-Bench and HPS as in its Tables 4 and 6."""
         parts = ["# Scores\n"]
         parts += [f"- {name}: {value}" for name, value in self.about.items()]
         parts.append("")
@@ -140,10 +141,10 @@ class Report:
 
 
 def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, float]]) -> str:
-    """GenEval's tasks and their mean by model and steps, as Table 3; published rows where they are of the same tasks.
+    """GenEval's tasks and their mean by model and steps, as Table 3, with published rows of the same tasks.
 
-    Published shares stand in the same columns, but their mean in one of its own where another judge gave it. Below our
-    rows stand the ``levels`` between which they lie.
+    Published shares are in the same columns; the published mean of another judge has its own column. The rows of
+    ``levels``, ceiling and chance, follow ours.
     """
     family = FAMILIES.get(rows[0].metric, rows[0].metric)
     published = [row for row in PUBLISHED if family in row.scores]
@@ -178,7 +179,7 @@ def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[s
 
 
 def preference_table(rows: Sequence[ReportRow]) -> str:
-    """DPG-Bench and HPS by model and steps, as Table 4; a DPG of another judge or count in a column of its own."""
+    """DPG-Bench and HPS by model and steps, as Table 4; DPG scores of another judge or count have their own column."""
     titles = {row.metric: row.title for row in rows if row.metric.startswith("dpg")}
     has_hps = any(row.metric == "hps" for row in rows)
     columns = ["model", "steps", "NFE", *titles.values()]
@@ -214,12 +215,12 @@ def _published_preferences(row: PublishedRow, titles: Mapping[str, str], has_hps
 
 
 CATEGORIES = """\
-Published categories were counted by mPLUG over the last of four images alone, without the parents' say
-(`official: true`); in brackets where ours were not."""
+Published categories were counted by mPLUG over the last of four images alone, ignoring parent questions
+(`official: true`); in brackets where ours were counted otherwise."""
 
 
 def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> str:
-    """DPG-Bench's kinds of questions by model and steps, as Table 6."""
+    """DPG-Bench's question categories by model and steps, as Table 6."""
     alike = all(row.metric == OFFICIAL for row in rows)
     form = "{:.2f}" if alike else "({:.2f})"
     lines = [
@@ -235,7 +236,7 @@ def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> st
 
 
 def _categories(rows: Sequence[ReportRow]) -> list[str]:
-    """The kinds of questions that DPG-Bench's ``rows`` have scores of; the finer ones are in ``report.json``."""
+    """The question categories of DPG-Bench's ``rows``; subcategories are in ``report.json`` only."""
     if not rows[0].metric.startswith("dpg"):
         return []
     names = dict.fromkeys(name for row in rows for name in row.scores)
@@ -243,7 +244,7 @@ def _categories(rows: Sequence[ReportRow]) -> list[str]:
 
 
 def plain_table(rows: Sequence[ReportRow]) -> str:
-    """Every number of a metric by model and steps; published FIDs of the same resolution and number of images."""
+    """Every number of a metric by model and steps, with published FIDs of the same resolution and number of images."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
     lines = [
@@ -261,7 +262,7 @@ def plain_table(rows: Sequence[ReportRow]) -> str:
 
 
 def _facts(rows: Sequence[ReportRow]) -> str:
-    """What a reader needs to compare: images, seeds, settings."""
+    """Numbers of images, noise seeds and settings in one sentence."""
     images = " / ".join(dict.fromkeys(f"{row.images:,}" for row in rows))
     seeds = " / ".join(dict.fromkeys(", ".join(map(str, row.seeds)) or "as in training" for row in rows))
     settings = {f"{name} {value}": None for row in rows for name, value in row.settings.items() if value is not None}
@@ -269,14 +270,15 @@ def _facts(rows: Sequence[ReportRow]) -> str:
 
 
 def _row(content: dict[str, Any]) -> ReportRow:
-    """The row that was written as ``content``."""
+    """The row that was written as ``content``; earlier versions wrote ``guidance`` for ``guidance_scale``."""
+    renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in content.items()}
     spread = _numbers({"": content["seed_spread"]})[""]
     changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"]), "seed_spread": spread}
-    return ReportRow(**{**content, **changed})
+    return ReportRow(**{**renamed, **changed})
 
 
 def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
-    """``scores`` with NaN for what has no value."""
+    """``scores`` with NaN in place of null."""
     return {name: math.nan if value is None else value for name, value in scores.items()}
 
 
@@ -285,6 +287,5 @@ def _number(value: float | None) -> str:
 
 
 def _table(columns: Sequence[str], lines: Iterable[Mapping[str, str]]) -> str:
-    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    rows += ["| " + " | ".join(line.get(column, "") for column in columns) + " |" for line in lines]
-    return "\n".join(rows)
+    """A Markdown table of cells by column."""
+    return markdown_table(columns, ([line.get(column, "") for column in columns] for line in lines))

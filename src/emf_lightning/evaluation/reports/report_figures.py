@@ -6,34 +6,34 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, STYLE, step_colour, step_name
+from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, paper_style, step_colour
 from emf_lightning.evaluation.reports.published import PUBLISHED
 from emf_lightning.evaluation.reports.report import FAMILIES, Report, ReportRow
+from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#1f8a83", "#c8443c", "#3d5a98", "#e39a2d", "#6b4c8f", "#555555")
-"""One for each run."""
+"""A colour for each run."""
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
-"""One for each guidance scale of each run."""
+"""A marker for each guidance scale of each run."""
 
 
 def steps_figure(report: Report) -> Figure:
     """Score against network steps, a panel for each metric, a line for each run, weights and guidance.
 
     A run has a colour, each of its guidance scales a marker; weights without averaging are dashed. The paper's EMF and
-    its parent are grey where the tasks are the same; the legend says where their judge is another.
+    its parent are grey, in panels of the same tasks; the legend says where another detector judged them.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     groups = report.groups()
-    with matplotlib.rc_context(STYLE):
+    with paper_style():
         figure = Figure(figsize=(3.3 * max(len(groups), 1), 3.2), layout="constrained")
         panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
         runs = list(dict.fromkeys(row.run for row in report.rows))
-        scales = list(dict.fromkeys((row.run, row.guidance) for row in report.rows))
+        scales = list(dict.fromkeys((row.run, row.guidance_scale) for row in report.rows))
         for axes, group in zip(panels, groups, strict=False):
             name, title = group[0].metric, group[0].title
             counts = sorted({row.steps for row in group})
@@ -44,7 +44,7 @@ def steps_figure(report: Report) -> Figure:
                     yerr=[row.scores.get("se", 0.0) for row in rows],
                     label=model,
                     color=COLOURS[runs.index(rows[0].run) % len(COLOURS)],
-                    marker=MARKERS[scales.index((rows[0].run, rows[0].guidance)) % len(MARKERS)],
+                    marker=MARKERS[scales.index((rows[0].run, rows[0].guidance_scale)) % len(MARKERS)],
                     linestyle="-" if rows[0].weights == "averaged" else "--",
                     capsize=2,
                     elinewidth=0.8,
@@ -67,7 +67,7 @@ def steps_figure(report: Report) -> Figure:
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.minorticks_off()
             axes.set(title=fill(title, 44), xlabel="network steps", ylabel="score")
-        # one legend, beside no line: most panels show the same runs
+        # one legend for all panels, outside them: most panels show the same runs
         shown = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
         columns = min(len(panels), 3)
         figure.set_figheight(2.6 + 0.15 * -(-len(shown) // columns))  # the panels keep their size
@@ -80,13 +80,12 @@ def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]
 
     Args:
         curves: run -> network steps -> (optimiser step, score) points in order.
-        title: what the score is.
+        title: title of the score.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     styles = ("-", "--", "-.", ":")
-    with matplotlib.rc_context(STYLE):
+    with paper_style():
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.subplots()
         for number, (run, lines) in enumerate(curves.items()):
@@ -102,7 +101,7 @@ def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]
 
 
 def _lines(rows: Sequence[ReportRow]) -> dict[str, list[ReportRow]]:
-    """The rows of each line, fewest steps first."""
+    """Model -> the rows of its line, fewest steps first."""
     lines: dict[str, list[ReportRow]] = {}
     for row in sorted(rows, key=lambda row: row.steps):
         lines.setdefault(row.model, []).append(row)

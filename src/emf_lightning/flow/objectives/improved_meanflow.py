@@ -91,7 +91,7 @@ class ImprovedMeanFlow(Objective):
                 f"{type(self.velocity).__name__}"
             )
         self.guidance_sampler = guidance_sampler or GuidanceSampler()
-        self.sampling_guidance = ConditionedGuidance(tuple(sampling_interval))
+        self.sampling_guidance = ConditionedGuidance((sampling_interval[0], sampling_interval[1]))
         self.derivative: Derivative = derivative or ForwardMode()
         self.clip_target = check_clip_target(self, clip_target)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,22 +11,14 @@ Layout = dict[str, dict[str, list[Any]]]
 """Category -> chart -> ``["Multiline", [tag, ...]]``; tags are regular expressions."""
 
 
-@runtime_checkable
-class Charted(Protocol):
-    """A callback with charts of its own."""
-
-    def charts(self) -> Layout:
-        """What TensorBoard is to show under custom scalars."""
-
-
-def plot_charts(trainer: Trainer) -> None:
-    """Writes the charts of all callbacks together: TensorBoard keeps one layout a run, so each writes all of it."""
+def write_custom_scalars(trainer: Trainer) -> None:
+    """Writes the charts of all callbacks' ``custom_scalars`` at once: TensorBoard keeps the last layout of a run."""
     if not trainer.is_global_zero:
         return
     layout: Layout = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Charted):
-            layout |= callback.charts()
+        if hasattr(callback, "custom_scalars"):
+            layout |= callback.custom_scalars()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(layout)

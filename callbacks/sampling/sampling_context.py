@@ -1,4 +1,4 @@
-"""Sampling in the middle of training that leaves training as it was."""
+"""A context for sampling during training that leaves the training state unchanged."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[bool]:
     """A context in which ``module`` holds its averaged weights; yields whether there are any.
 
-    The averages of Lightning's ``WeightAveraging`` are copied into the live tensors and the live values back, whatever
-    happens in between. Sampling from the averaged copy itself would need no way back, but that copy knows no trainer
-    and is not what ``torch.compile`` compiled. Outside ``fit`` the module already holds what is to be judged: a
-    checkpoint's weights are the averages.
+    The averages of Lightning's ``WeightAveraging`` are copied into the live tensors; the live values come back also
+    when the body raises. The averaged copy itself knows no trainer, and ``torch.compile`` did not compile it. Outside
+    ``fit`` the module already holds the weights to sample with: a checkpoint's weights are the averages.
     """
     averages = _averages(trainer)
     if averages is None:
@@ -31,27 +30,27 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[bool
     live = list(chain(module.parameters(), module.buffers()))
     kept = [tensor.detach().clone() for tensor in live]
     try:
-        _fill(live, list(chain(averages.parameters(), averages.buffers())))
+        _copy(list(chain(averages.parameters(), averages.buffers())), live)
         yield True
     finally:
-        _fill(live, kept)
+        _copy(kept, live)
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, module: LightningModule, averaged: bool = True) -> Iterator[None]:
+def sampling_context(trainer: Trainer, module: LightningModule, averaged: bool = True) -> Iterator[None]:
     """A context for sampling: averaged weights, eval mode, the trainer's precision, no gradient.
 
-    Weights, modes and the random states of torch, CUDA, numpy and Python are afterwards what they were before, also
-    when sampling raises.
+    On exit, also when the body raises, it restores the weights, the train/eval modes and the random states of torch,
+    CUDA, numpy and Python.
 
     Args:
-        trainer: of ``module``.
-        module: what is looked at.
-        averaged: whether to fill in the averaged weights where there are any, or to leave those that are trained.
+        trainer: the trainer of ``module``.
+        module: the module to sample from.
+        averaged: whether to use the averaged weights where there are any, or the live ones.
     """
     modes = {part: part.training for part in module.modules()}
     weights = averaged_weights(trainer, module) if averaged else nullcontext()
-    with weights, _random_states_kept(), torch.no_grad():
+    with weights, _preserve_random_states(), torch.no_grad():
         module.eval()
         try:
             with trainer.precision_plugin.forward_context():
@@ -62,7 +61,7 @@ def undisturbed(trainer: Trainer, module: LightningModule, averaged: bool = True
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def _preserve_random_states() -> Iterator[None]:
     # Lightning's isolate_rng does not restore when its body raises
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  kept, not used
     try:
@@ -85,6 +84,6 @@ def _averages(trainer: Trainer) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _fill(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
         target.copy_(source)

@@ -1,4 +1,4 @@
-"""Results of all ranks in one list."""
+"""Lists of Python objects from all ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from lightning.pytorch import Trainer
 T = TypeVar("T")
 
 
-def gathered(trainer: Trainer, items: Sequence[T]) -> list[T]:
-    """The items of all ranks, on every rank, in the order in which round-robin sharding dealt them out.
-
-    That is the order of the whole list of which rank k holds ``items[k::ranks]``.
-    """
+def all_gather_list(trainer: Trainer, items: Sequence[T]) -> list[T]:
+    """The items of all ranks, on every rank; inverts round-robin sharding, where rank k holds ``items[k::ranks]``."""
     if trainer.world_size == 1:
         return list(items)
     parts: list[list[T]] = [[] for _ in range(trainer.world_size)]
     dist.all_gather_object(parts, list(items))
     longest = max(map(len, parts))
-    return [part[row] for row in range(longest) for part in parts if row < len(part)]
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]

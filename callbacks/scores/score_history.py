@@ -1,0 +1,130 @@
+"""The scores of a run, one record for each evaluation and sampling config, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emf_lightning.callbacks.scores.results_file import write_json_lines
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.sampling_config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """The scores of one checkpoint with one sampling config: a line of ``scores.jsonl``.
+
+    Attributes:
+        suite: name of the suite.
+        stage: ``fit`` during training, ``final`` at its end, ``validate`` or ``test``.
+        step: optimiser steps taken.
+        sampling: step count and guidance scale.
+        nfe: network evaluations per image.
+        seconds: time that sampling and evaluation took.
+        scores: scores task by task.
+        extra_metrics: name -> score of further metrics of the same images.
+    """
+
+    suite: str
+    stage: str
+    step: int
+    sampling: SamplingConfig
+    nfe: int
+    seconds: float
+    scores: TaskScores
+    extra_metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """A later record of the same key replaces this one."""
+        return self.suite, self.stage, self.step, self.sampling.curve
+
+    def values(self) -> dict[str, float]:
+        """Every score by its name in tags, those of further metrics included."""
+        return self.scores.values() | self.extra_metrics
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain values for files and checkpoints; ``overall`` and ``label`` are for other programs, never read back."""
+        row = asdict(self)
+        return {"overall": self.scores.overall, "label": self.sampling.tag, **row.pop("sampling"), **row}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> ScoreRecord:
+        """Inverts ``to_row``; rows of earlier versions name the further metrics ``also``, or hold none."""
+        return cls(
+            **{name: row[name] for name in ("suite", "stage", "step", "nfe", "seconds")},
+            sampling=SamplingConfig.from_row(row),
+            scores=TaskScores(**row["scores"]),
+            extra_metrics=row.get("extra_metrics", row.get("also", {})),
+        )
+
+
+class ScoreHistory:
+    """The records of a run and of the runs that it resumes, in the order in which they were made.
+
+    Args:
+        records: the first records.
+    """
+
+    def __init__(self, records: Iterable[ScoreRecord] = ()) -> None:
+        self._records: dict[tuple[Any, ...], ScoreRecord] = {}
+        self.add(records)
+
+    @property
+    def records(self) -> list[ScoreRecord]:
+        """All records."""
+        return list(self._records.values())
+
+    def add(self, records: Iterable[ScoreRecord]) -> None:
+        """Appends ``records`` and removes older ones of the same keys."""
+        for record in records:
+            self._records.pop(record.key, None)
+            self._records[record.key] = record
+
+    def curve(self, sampling: SamplingConfig) -> list[ScoreRecord]:
+        """The records of one sampling config during training, by step; of two at one step the later one."""
+        of_step = {
+            r.step: r for r in self.records if r.sampling.curve == sampling.curve and r.stage in ("fit", "final")
+        }
+        return [of_step[step] for step in sorted(of_step)]
+
+    def latest(self) -> list[ScoreRecord]:
+        """The last record of each sampling config, by guidance scale, then by steps."""
+        last = {record.sampling.curve: record for record in self.records}
+        return sorted(last.values(), key=lambda record: (record.sampling.guidance_scale or 0, record.sampling.steps))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The records in plain types, for a file or a checkpoint."""
+        return [record.to_row() for record in self.records]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> ScoreHistory:
+        """Inverts ``to_rows``, also for rows of earlier versions."""
+        return cls(ScoreRecord.from_row(row) for row in rows)
+
+    @classmethod
+    def read(cls, path: Path, argument: str) -> ScoreHistory:
+        """The history in a ``scores.jsonl``.
+
+        Raises:
+            ValueError: if the file is missing or holds something else; the message begins with ``argument``.
+        """
+        remedy = "give the scores.jsonl of a run"
+        try:
+            return cls.from_rows(json.loads(line) for line in path.read_text().splitlines())
+        except OSError as error:
+            raise ValueError(f"{argument}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{argument}: {str(path)!r} holds no scores ({error}); {remedy}") from error
+
+    @classmethod
+    def read_if_there(cls, path: Path) -> ScoreHistory:
+        """The history in the file at ``path``, empty where there is none."""
+        return cls.read(path, "earlier scores") if path.is_file() else cls()
+
+    def write(self, path: Path) -> None:
+        """Replaces the file at ``path`` atomically."""
+        write_json_lines(path, self.to_rows())
