@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.score_history import ScoreHistory
-from emf_lightning.cli.experiment_files import lineage, without_base
+from emf_lightning.cli.parsing.experiment_files import config_files, without_base
 from emf_lightning.cli.trainings import fit, side_by_side
 from emf_lightning.evaluation.encoders.claim import FEW, MANY, Claim, ClaimRun
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
@@ -103,7 +103,7 @@ def claim(
 
 def _same_budget(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
     """Raises where ``out`` holds trainings by other settings than these, which no table may mix."""
-    files = [file for experiment in experiments for file in lineage(experiment)]
+    files = [file for experiment in experiments for file in config_files(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
     asked, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
     if record.is_file() and record.read_text() != asked:

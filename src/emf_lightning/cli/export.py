@@ -9,9 +9,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from emf_lightning.cli.builder import BuildingCLI
-from emf_lightning.cli.emf_cli import LINKED
 from emf_lightning.cli.model_card import model_card
+from emf_lightning.cli.parsing.builder import BuildingCLI
+from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.base import FlowMapModule
 from emf_lightning.modules.encoder_tuning import EncoderTuning
@@ -60,7 +60,7 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
     """
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters
-    net["init_args"] |= {name: getattr(data, name) for name in LINKED if name in known}
+    net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
     arguments = settings.model.init_args
     model = {
         "class_path": settings.model.class_path,
