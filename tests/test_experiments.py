@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emf_lightning.cli.experiment_files import expand, lineage, without_base
+from emf_lightning.cli.parsing.experiment_files import config_files, expand, without_base
 
 
 @pytest.fixture
@@ -25,24 +25,30 @@ def names(files: list[Path]) -> list[str]:
 
 
 def test_lineage_is_oldest_first(folder: Path) -> None:
-    assert names(lineage("sub/child.yaml")) == ["grandparent.yaml", "parent.yaml", "child.yaml"]
+    assert names(config_files("sub/child.yaml")) == ["grandparent.yaml", "parent.yaml", "child.yaml"]
 
 
 def test_a_file_without_base_is_its_whole_lineage(folder: Path) -> None:
-    assert names(lineage("grandparent.yaml")) == ["grandparent.yaml"]
+    assert names(config_files("grandparent.yaml")) == ["grandparent.yaml"]
 
 
 def test_several_bases_apply_in_their_order_and_a_shared_one_once(folder: Path) -> None:
     (folder / "two.yaml").write_text("base:\n- sub/sibling.yaml  # first\n- sub/child.yaml\na: 5\n")
 
-    assert names(lineage("two.yaml")) == ["grandparent.yaml", "parent.yaml", "sibling.yaml", "child.yaml", "two.yaml"]
+    assert names(config_files("two.yaml")) == [
+        "grandparent.yaml",
+        "parent.yaml",
+        "sibling.yaml",
+        "child.yaml",
+        "two.yaml",
+    ]
 
 
 def test_a_base_that_is_not_there_names_the_file_that_asks_for_it(folder: Path) -> None:
     (folder / "sub/orphan.yaml").write_text("base: gone.yaml\n")
 
     with pytest.raises(ValueError, match=r"sub/orphan\.yaml: base 'gone\.yaml' is not there: no file sub/gone\.yaml"):
-        lineage("sub/orphan.yaml")
+        config_files("sub/orphan.yaml")
 
 
 def test_a_circle_is_named_link_by_link(folder: Path) -> None:
@@ -50,7 +56,7 @@ def test_a_circle_is_named_link_by_link(folder: Path) -> None:
     (folder / "sub/other.yaml").write_text("base: ../one.yaml\n")
 
     with pytest.raises(ValueError, match=r"circle, one\.yaml -> sub/other\.yaml -> sub/\.\./one\.yaml"):
-        lineage("one.yaml")
+        config_files("one.yaml")
 
 
 @pytest.mark.parametrize("value", ["3", "{a: b}", "[1]"])
@@ -58,14 +64,14 @@ def test_a_base_that_is_no_name_is_an_error(folder: Path, value: str) -> None:
     (folder / "odd.yaml").write_text(f"base: {value}\n")
 
     with pytest.raises(ValueError, match=r"odd\.yaml: `base:` must be a file name or a list"):
-        lineage("odd.yaml")
+        config_files("odd.yaml")
 
 
 def test_broken_yaml_names_file_and_line(folder: Path) -> None:
     (folder / "broken.yaml").write_text("a: 1\nb: [1, 2\n")
 
     with pytest.raises(ValueError, match=r"broken\.yaml: no valid YAML: .*line 3"):
-        lineage("broken.yaml")
+        config_files("broken.yaml")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_a_file_of_something_else_is_an_error(folder: Path, content: bytes, said
     (folder / "odd.yaml").write_bytes(content)
 
     with pytest.raises(ValueError, match=said):
-        lineage("odd.yaml")
+        config_files("odd.yaml")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,7 @@ def tiny(experiment: str, models: Path) -> list[str]:
 def test_a_shipped_experiment_parses_and_builds_its_objects(
     experiment: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emf_lightning.cli.emf_cli import EMFCLI
+    from emf_lightning.cli.parsing.emf_cli import EMFCLI
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
@@ -204,7 +210,7 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_goes_on_top_of_an_experiment(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emf_lightning.cli.emf_cli import EMFCLI
+    from emf_lightning.cli.parsing.emf_cli import EMFCLI
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
@@ -227,7 +233,7 @@ def test_a_shipped_experiment_is_in_the_table(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", ["emf", "fgm", "scflow"])
 def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emf_lightning.cli.emf_cli import EMFCLI
+    from emf_lightning.cli.parsing.emf_cli import EMFCLI
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)

@@ -1,6 +1,6 @@
 """The command line: `emf VERB ...`.
 
-Nothing heavy is imported here, so that `emf --help` answers at once; each verb brings its own imports.
+Each verb imports its own modules, so that `emf --help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ from importlib.metadata import version
 TRAINER_VERBS = {
     "fit": "train an experiment",
     "validate": "score a checkpoint: the step sweep on the validation prompts",
-    "test": "score it for good: step counts, guidance, averaged and not, in one report",
-    "predict": "draw images for a file of prompts",
+    "test": "score it in full: step counts, guidance scales, with and without EMA, in one report",
+    "predict": "generate images for a file of prompts",
 }
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
 
 FUNCTION_VERBS = {
     "export": "write a trained model as a diffusers pipeline",
-    "compare": "train experiments for the same time, and compare what they draw",
+    "compare": "train experiments for the same time and compare their images",
     "images": "write an image data set of the Hugging Face hub as shards",
-    "captions": "write a file of prompts as shards without pictures",
+    "captions": "write a file of prompts as shards without images",
     "shards": "write caption-image shards of a shapes world",
     "score": "score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID",
     "encoders": "study text encoders: retrieval, removed words, and controls",
     "claim": "train on encoders of graded quality: do few steps suffer more?",
     "report": "put several runs into one table and one figure",
 }
-"""Our own verbs: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME``; its arguments are the options."""
+"""Verbs without an experiment: ``emf NAME`` calls the function NAME of ``emf_lightning.cli.NAME`` with the options."""
 
 EXPERIMENT_VERBS = {
     "cache": "compute an experiment's text features and latents ahead of training",
-    "plan": "say what an experiment takes: parameters, memory, disk, time",
+    "plan": "estimate an experiment's parameters, memory, disk and time",
 }
-"""Verbs that read an experiment without running it: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
+"""Verbs that read an experiment but do not train: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
 
 _HELP = """\
 usage: emf VERB [options]
 
 {verbs}
 
-An experiment is a YAML file:  emf fit --config experiments/shapes/demo.yaml
-Any value can be set beside it: emf fit --config FILE --trainer.max_steps 1000
+An experiment is a YAML file:   emf fit --config experiments/shapes/demo.yaml
+Options override its values:    emf fit --config FILE --trainer.max_steps 1000
 All options of a verb:          emf VERB --help
+Options of a part:              emf fit --config FILE --model.net.architecture.help
 EMF_DEBUG=1 shows the traceback of an error.
 """
 
@@ -54,10 +55,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one verb of the command line.
 
     Args:
-        args: what stands behind ``emf``; ``sys.argv[1:]`` where not given.
+        args: the arguments after ``emf``; by default ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr where the user's input is at fault.
+        SystemExit: with status 2 and one line on stderr if the user can fix the error.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     verb = arguments[0] if arguments else "--help"
@@ -70,9 +71,9 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             _run(verb, arguments)
         except Exception as error:
-            from emf_lightning.cli.errors import sentence
+            from emf_lightning.cli.parsing.errors import user_message
 
-            line = sentence(error)
+            line = user_message(error)
             if line is None or os.environ.get("EMF_DEBUG"):
                 raise
             print(f"emf {verb}: {line}", file=sys.stderr)
@@ -80,16 +81,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    from emf_lightning.cli.experiment_files import expand
+    from emf_lightning.cli.parsing.experiment_files import expand
 
     if verb in TRAINER_VERBS:
-        from emf_lightning.cli.emf_cli import EMFCLI
+        from emf_lightning.cli.parsing.emf_cli import EMFCLI
+        from emf_lightning.cli.parsing.nested_help import with_classes
 
-        EMFCLI.run(expand(arguments))
+        EMFCLI.run(with_classes(expand(arguments)))
     elif verb in EXPERIMENT_VERBS:
         getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(expand(arguments)[1:])
     elif verb in FUNCTION_VERBS:
-        from emf_lightning.cli.function_verb import call
+        from emf_lightning.cli.parsing.function_verb import call
 
         call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), expand(arguments))
     else:

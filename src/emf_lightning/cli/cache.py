@@ -8,7 +8,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from emf_lightning.cli.emf_cli import EMFCLI
+from emf_lightning.cli.parsing.emf_cli import EMFCLI
 from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache.filling import CacheFiller
 

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
-from emf_lightning.cli.experiment_files import lineage, without_base
+from emf_lightning.cli.parsing.experiment_files import config_files, without_base
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim, ClaimRun
 from emf_lightning.evaluation.encoders.discriminability import discriminability
@@ -108,7 +108,7 @@ def claim(
 
 def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
     """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
-    files = [file for experiment in experiments for file in lineage(experiment)]
+    files = [file for experiment in experiments for file in config_files(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
     content, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
     if record.is_file() and record.read_text() != content:

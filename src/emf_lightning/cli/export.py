@@ -10,9 +10,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from emf_lightning.cli.builder import BuildingCLI
-from emf_lightning.cli.emf_cli import LINKED
 from emf_lightning.cli.model_card import model_card
+from emf_lightning.cli.parsing.builder import BuildingCLI
+from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
@@ -57,7 +57,7 @@ def pipeline_of(module: FlowMapModule, data: CaptionImageData, settings: Namespa
     """
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters
-    net["init_args"] |= {name: getattr(data, name) for name in LINKED if name in known}
+    net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
     return EMFPipeline(
         PipelinePart(module.net.eval(), net),
         PipelinePart(data.autoencoder, _spec(settings.data.autoencoder)),

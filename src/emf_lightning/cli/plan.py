@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jsonargparse import Namespace
 
-from emf_lightning.cli.builder import BuildingCLI
+from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.sizes import EncoderSize, NetworkCost, encoder_size, encoding_flops, network_cost, on_meta
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork

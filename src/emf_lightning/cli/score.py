@@ -1,24 +1,21 @@
-"""`emf score`: a folder of images, scored."""
+"""`emf score`: scores of a folder of images."""
 
 from __future__ import annotations
 
 import os
 import re
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-import emf_lightning.evaluation
+from emf_lightning.cli.parsing import import_classes
 from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.folders.scoring import Rank, score_images
 from emf_lightning.evaluation.image_metric import ImageMetric
 
-for _module in iter_modules(emf_lightning.evaluation.__path__, "emf_lightning.evaluation."):
-    import_module(_module.name)  # the parser resolves the short names of metrics and judges that it can find
+import_classes("evaluation")
 
 
 def score(
@@ -51,9 +48,9 @@ def score(
     images = generated_images(folder, metric, files, partial)
     rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if rank.count > 1 and not dist.is_initialized():
-        # what is summed are a few numbers on the CPU; a rank with simple images may wait hours for the others
+        # gloo: ranks sum a few numbers on the CPU; one with simple images may wait hours for the others
         dist.init_process_group("gloo", timeout=timedelta(days=1))
-    selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # the words of the pattern
+    selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # words of the pattern
     name = f"{metric.name}-{selected}" if selected else metric.name
     directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
     with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:

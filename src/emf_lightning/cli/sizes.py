@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from emf_lightning.cli.parser_errors import class_of
+from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.pretrained.files import config_of

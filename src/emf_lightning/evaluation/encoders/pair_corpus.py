@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.folders.image_files import read_image
+from emf_lightning.pretrained.loading import load_pretrained
 
 
 class PairCorpus(ABC):

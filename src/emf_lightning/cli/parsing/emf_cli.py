@@ -1,4 +1,4 @@
-"""Lightning's command line, told what this project's experiments need."""
+"""LightningCLI for the experiments of this package."""
 
 from __future__ import annotations
 
@@ -7,61 +7,63 @@ import logging
 import os
 import re
 import warnings
-from importlib import import_module
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from emf_lightning.cli.experiment_files import without_base
-from emf_lightning.cli.parser_errors import class_of
+from emf_lightning.cli import TRAINER_VERBS
+from emf_lightning.cli.parsing import import_classes
+from emf_lightning.cli.parsing.experiment_files import without_base
+from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 
-CHOICES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
-"""Packages whose classes an experiment chooses from, by their short names."""
+CLASS_PACKAGES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
+"""Packages whose classes YAML can name without their module."""
 
-HARMLESS = (
-    ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are the averages
-    ".*using the WeightAveraging callback with a model that overrides",  # it shards only where that is refused
-    "Using ModelCheckpoint with manual optimization",  # the weights after the step are the ones wanted
-    "The dirpath has changed from",  # each run has a directory of its own
-    ".*LeafSpec",  # Lightning's own business with torch
-    ".torch.jit.script. is deprecated",  # torch's own, in its forward-mode derivatives
-    ".*does not have many workers",  # shards are read by as many as the experiment says
+IGNORED_WARNINGS = (
+    ".*using the WeightAveraging callback, but loading a checkpoint outside",  # its weights are already the averages
+    ".*using the WeightAveraging callback with a model that overrides",  # WeightEMA averages sharded weights itself
+    "Using ModelCheckpoint with manual optimization",  # the weights after the step are saved, as intended
+    "The dirpath has changed from",  # each run has its own directory
+    ".*LeafSpec",  # from Lightning's use of torch
+    ".torch.jit.script. is deprecated",  # from torch's forward-mode derivatives
+    ".*does not have many workers",  # the experiment sets data.num_workers
 )
-"""Beginnings of warnings that say nothing to the user."""
+"""Patterns of warnings that concern no user."""
 
-LINKED = ("context_width", "latent_channels", "latent_size")
-"""What the network learns from the data: attributes of the datamodule, arguments of the networks that have them."""
+PARTS_HELP = (
+    "The options of a part: --model.help=CLASS, --model.net.help=CLASS; of a part of a part, with the classes of an "
+    "experiment: --config FILE --model.net.architecture.help."
+)
+"""Shown by `emf fit --help`."""
+
+LINKED_ARGUMENTS = ("context_width", "latent_channels", "latent_size")
+"""Attributes of the datamodule that become arguments of the network, if it has them."""
 
 
 class ExperimentParser(LightningArgumentParser):
-    """A parser that reads experiment files; their ``base:`` was followed before, see ``experiments.py``."""
+    """Parser of experiment files without their ``base:``, which ``experiment_files.expand`` has followed before."""
 
     def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
         return super().parse_string(without_base(content, str(path)) if path else content, path, *args, **kwargs)
 
 
 class EMFCLI(LightningCLI):
-    """`emf fit|validate|test|predict`: a ``FlowMapModule`` chosen in YAML, on ``CaptionImageData``."""
+    """`emf fit|validate|test|predict`: trains or runs a ``FlowMapModule`` on ``CaptionImageData``."""
 
     @classmethod
     def run(cls, arguments: list[str]) -> EMFCLI:
         """Parses ``arguments`` (verb, then options), builds the objects and runs the verb."""
-        for package in CHOICES:
-            for module in walk_packages(
-                import_module(f"emf_lightning.{package}").__path__, f"emf_lightning.{package}."
-            ):
-                import_module(module.name)  # the parser resolves the short names of classes that it can find
-        # `${a.b}` means the same wherever it stands, although the parser nests what it reads below the verb
+        import_classes(*CLASS_PACKAGES)
+        # keeps `${a.b}` absolute within a file, although the parser nests its values below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-        for message in HARMLESS:
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
+        for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         return cls(
             FlowMapModule,
@@ -74,6 +76,7 @@ class EMFCLI(LightningCLI):
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "logger": _parser_log(),
+                **{verb: {"description": f"{line}. {PARTS_HELP}"} for verb, line in TRAINER_VERBS.items()},
             },
             # a resumed run writes into the directory that it already has
             save_config_kwargs={"overwrite": True},
@@ -83,49 +86,46 @@ class EMFCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in LINKED:
+        for name in LINKED_ARGUMENTS:
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Without Lightning's warning that both ``args`` and ``sys.argv`` are given: ``main`` always gives them."""
+        """Parses ``args`` without Lightning's warning that ``sys.argv`` is given as well."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: the configuration says what is built, the checkpoint only fills it.
-
-        Lightning would let the checkpoint's hyperparameters override the experiment and the command line.
-        """
+        """Ignores the checkpoint's hyperparameters, which Lightning would let override the command line."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        open_link_targets(config)
+        add_linked_arguments(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":
-            _check_rhythm(config.trainer)
+            _check_val_interval(config.trainer)
         _check_checkpoint(config.get("ckpt_path"), sharded)
 
 
-def open_link_targets(config: Namespace) -> None:
-    """Gives the network's linked arguments a place in ``config``.
+def add_linked_arguments(config: Namespace) -> None:
+    """Adds the network's linked arguments to ``config`` as null.
 
-    A link is applied to arguments that are there, and parser_mode omegaconf+ takes out those of nested classes
-    (jsonargparse 4.53): without this the network would keep its defaults, and the run's record say otherwise.
+    Links apply to existing arguments only, and parser_mode omegaconf+ drops those of nested classes (jsonargparse
+    4.53): the network would keep its defaults, while the saved configuration would show the linked values.
     """
     net = config.get("model.init_args.net")
     if isinstance(net, Namespace):
         known = inspect.signature(class_of(net.class_path)).parameters
-        for name in LINKED:
+        for name in LINKED_ARGUMENTS:
             if name in known:
                 net[f"init_args.{name}"] = None
 
 
 def _check_devices(devices: Any, accelerator: Any) -> None:
-    """Raises where there are fewer devices than asked for: Lightning would start as many CPU processes."""
+    """Raises if the machine has fewer devices than asked for: Lightning would start as many CPU processes."""
     numbers = devices if isinstance(devices, list) else re.findall(r"-?\d+", str(devices))
     if isinstance(devices, list) or "," in str(devices):
-        wanted = max(map(int, numbers), default=0) + 1  # these very devices
+        wanted = max(map(int, numbers), default=0) + 1  # device indices
     else:
         wanted = int(numbers[0]) if numbers else 1
     if accelerator == "cpu" and numbers != [str(devices)] and devices != "auto":
@@ -141,11 +141,11 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
 
 
 def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
-    """Whether ``strategy`` shards the network.
+    """True if ``strategy`` shards the network.
 
     Raises:
-        ValueError: where its sizes are not those of data parallelism over all devices: Lightning would make tensor
-            ranks of them, and these would train on different data without a word.
+        ValueError: if its sizes are not those of data parallelism over all devices: Lightning would form tensor ranks,
+            which would train on different data without an error.
     """
     if not isinstance(strategy, Namespace) or not strategy.class_path.endswith(".ModelParallelStrategy"):
         return False
@@ -162,13 +162,13 @@ def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
 
 
 def _check_checkpoint(path: str | None, sharded: bool) -> None:
-    """Raises where no checkpoint at ``path`` suits the strategy: now, rather than after everything is built."""
+    """Raises if no checkpoint at ``path`` fits the strategy, before anything is built."""
     if path == "best":
         raise ValueError(
             "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
         )
     if not path or path in ("last", "hpc", "registry"):
-        return  # Lightning's words, and its to look up
+        return  # keywords that Lightning resolves
     if not Path(path).is_dir():
         read_checkpoint(path, "ckpt_path")
     elif not sharded:
@@ -178,8 +178,8 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
         )
 
 
-def _check_rhythm(trainer: Namespace) -> None:
-    """Raises where training ends before its first validation, which would be its first checkpoint and scores, too."""
+def _check_val_interval(trainer: Namespace) -> None:
+    """Raises if training ends before its first validation, checkpoint and scores."""
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if epochs is not None or not isinstance(interval, int) or trainer.fast_dev_run or trainer.limit_val_batches == 0:
         return
@@ -195,16 +195,16 @@ def _parser_log() -> logging.Logger:
     log = logging.getLogger(__name__)
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    log.addHandler(logging.NullHandler())  # errors are raised, too
-    log.addFilter(_no_interpolation_is_lost)
+    log.addHandler(logging.NullHandler())  # every logged error is raised as well
+    log.addFilter(_refuse_lost_interpolations)
     return log
 
 
-def _no_interpolation_is_lost(record: logging.LogRecord) -> bool:
-    """Raises where the parser drops a value with ``${...}``, which it does without a word (jsonargparse 4.53).
+def _refuse_lost_interpolations(record: logging.LogRecord) -> bool:
+    """Raises if the parser drops a value with ``${...}``, which it only logs (jsonargparse 4.53).
 
-    Where a later file changes a ``class_path``, it keeps the ``init_args`` that the new class accepts, and checks that
-    before interpolations are resolved: `total: ${trainer.max_steps}` is then no number, and the default comes back.
+    If a later file changes a ``class_path``, the parser keeps the ``init_args`` that the new class accepts. It checks
+    types before it resolves interpolations: `total: ${trainer.max_steps}` is no number yet and gets its default.
     """
     message = record.getMessage()
     if record.levelno == logging.DEBUG and "discarding init_args" in message and "${" in message:
@@ -215,5 +215,5 @@ def _no_interpolation_is_lost(record: logging.LogRecord) -> bool:
     return True
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
+def _is_not_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()

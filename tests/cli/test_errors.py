@@ -1,224 +1,19 @@
-"""The command line, called in this process; the experiment is tiny but real: shards, encoder, network, Trainer."""
+"""Errors of the command line: one line that names the key, the value and the remedy."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from emf_lightning.cli import main
-from emf_lightning.cli.errors import sentence
-
-BASE = """
-seed_everything: 1
-trainer:
-  accelerator: cpu
-  max_steps: 2
-  max_epochs: -1
-  enable_progress_bar: false
-  enable_model_summary: false
-  logger:
-    class_path: lightning.pytorch.loggers.TensorBoardLogger
-    init_args: {save_dir: runs, name: tiny}
-  callbacks:
-    - class_path: ModelCheckpoint
-      init_args: {save_last: true}
-data:
-  text: {class_path: WordEncoder, init_args: {width: 16}}
-  autoencoder: Pixels
-  shards: shards
-  batch_size: 8
-  num_workers: 0
-model:
-  class_path: FlowMatching
-  init_args:
-    scheduler:
-      class_path: WarmupCosine
-      init_args: {total: "${trainer.max_steps}", warmup: 0}
-    net:
-      class_path: SanaFlowMap
-      init_args:
-        architecture:
-          num_layers: 1
-          num_attention_heads: 2
-          attention_head_dim: 8
-          num_cross_attention_heads: 2
-          cross_attention_head_dim: 8
-"""
-
-CHILD = """
-base: ../base.yaml
-trainer:
-  callbacks+:
-    - class_path: SampleWriter
-      init_args: {steps: [1, 2]}
-model:
-  init_args:
-    caption_dropout: 0.25
-"""
-
-
-PARENT = str(Path(__file__).resolve().parent.parent / "experiments/shapes/parent")
-CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with shards and two experiments, and a run of the child in runs/tiny/version_0."""
-    path = tmp_path_factory.mktemp("world")
-    (path / "shapes").mkdir()
-    (path / "base.yaml").write_text(BASE)
-    (path / "shapes/child.yaml").write_text(CHILD)
-    (path / "meanflow.yaml").write_text(BASE.replace("FlowMatching", "MeanFlow"))
-    (path / "file").write_text("")
-    (path / "garbage").mkdir()
-    shutil.copy(Path(PARENT) / "config.json", path / "garbage")
-    (path / "garbage/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
-    (path / "garbage.ckpt").write_bytes(b"not a checkpoint")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        main(["shards", "--out", "shards", "--count", "32", "--samples_per_shard", "16"])
-        main(["fit", "--config", "shapes/child.yaml"])
-    last = (path / CHECKPOINT).read_bytes()
-    (path / "half.ckpt").write_bytes(last[: len(last) // 2])
-    torch.save({"weight": torch.zeros(2)}, path / "weights.ckpt")
-    for folder, size in (("cut", 1000), ("one_cut", 20_000)):
-        shutil.copytree(path / "shards", path / folder)
-        with (path / folder / "shapes-000000.tar").open("r+b") as shard:
-            shard.truncate(size)
-    (path / "cut/shapes-000001.tar").unlink()
-    return path
-
-
-@pytest.fixture(autouse=True)
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world)
-
-
-def printed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    """The configuration that `emf fit` would run."""
-    with pytest.raises(SystemExit) as end:
-        main(["fit", *options, "--print_config"])
-    assert end.value.code in (0, None)
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert isinstance(config, dict)
-    return config
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says before it ends with status 2, which has to be one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("emf ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def weights(run: str) -> dict[str, torch.Tensor]:
-    state = torch.load(f"runs/tiny/{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert isinstance(state, dict)
-    return state
-
-
-# -- configuration ----------------------------------------------------------------------------------------------------
-
-
-def test_a_child_keeps_what_its_base_says(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "--config", "shapes/child.yaml")
-
-    assert config["model"]["init_args"]["caption_dropout"] == 0.25
-    assert config["model"]["init_args"]["net"]["init_args"]["architecture"]["num_layers"] == 1
-    assert "base" not in config
-
-
-def test_callbacks_of_a_child_are_appended_to_its_bases(capsys: pytest.CaptureFixture[str]) -> None:
-    callbacks = printed(capsys, "--config", "shapes/child.yaml")["trainer"]["callbacks"]
-
-    assert [c["class_path"].rpartition(".")[2] for c in callbacks] == ["ModelCheckpoint", "SampleWriter"]
-
-
-def test_the_command_line_wins_over_base_and_child(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--trainer.max_steps", "7", "--model.init_args.caption_dropout", "0.5")
-    config = printed(capsys, "--config", "shapes/child.yaml", *options)
-
-    assert config["trainer"]["max_steps"] == 7
-    assert config["model"]["init_args"]["caption_dropout"] == 0.5
-
-
-def test_an_interpolation_in_the_base_follows_a_later_override(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "--config", "shapes/child.yaml", "--trainer.max_steps", "7")
-
-    assert config["model"]["init_args"]["scheduler"]["init_args"]["total"] == 7
-
-
-def test_an_interpolation_that_a_change_of_class_would_drop_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    line = complaint(capsys, "fit", "--config", "base.yaml", "--config", "{model: {class_path: MeanFlow}}")
-
-    assert "scheduler" in line
-    assert "values with ${...} do not survive a change of class" in line
-
-
-# -- runs -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_network_takes_its_sizes_from_the_data(world: Path) -> None:
-    state = weights("version_0")
-
-    assert state["net.transformer.caption_projection.linear_1.weight"].shape[1] == 16
-    assert state["net.transformer.patch_embed.proj.weight"].shape[1:] == (3, 12, 12)
-
-
-def test_a_run_replays_from_the_config_in_its_directory(world: Path) -> None:
-    main(["fit", "--config", "runs/tiny/version_0/config.yaml", "--trainer.logger.init_args.version", "replay"])
-
-    first, again = weights("version_0"), weights("replay")
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    configs = [yaml.safe_load((world / f"runs/tiny/{run}/config.yaml").read_text()) for run in ("version_0", "replay")]
-    configs[1]["trainer"]["logger"]["init_args"]["version"] = None
-    assert configs[0] == configs[1]
-
-
-def test_the_configuration_wins_over_what_a_checkpoint_was_trained_with() -> None:
-    checkpoint = "runs/tiny/version_0/checkpoints/last.ckpt"
-    options = ("--ckpt_path", checkpoint, "--trainer.max_steps", "3", "--model.init_args.caption_dropout", "0.75")
-    main(["fit", "--config", "shapes/child.yaml", *options, "--trainer.logger.init_args.version", "resumed"])
-
-    config = yaml.safe_load(Path("runs/tiny/resumed/config.yaml").read_text())
-    assert config["model"]["init_args"]["caption_dropout"] == 0.75
-    assert torch.load("runs/tiny/resumed/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
-
-
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_a_checkpoint_is_scored(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = "runs/tiny/version_0"
-    options = ("--ckpt_path", f"{run}/checkpoints/last.ckpt", "--data.validation_shards", "shards")
-    main([verb, "--config", f"{run}/config.yaml", *options])
-
-    assert "mse_v_at_0.5" in capsys.readouterr().out
-
-
-def test_predict_draws_a_file_of_prompts(world: Path) -> None:
-    (world / "prompts.txt").write_text("a photo of a red circle\n\na photo of two squares\n")
-    run = "runs/tiny/version_0"
-    options = ("--data.prompts", "prompts.txt", "--trainer.logger.init_args.version", "drawn")
-    main(["predict", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt", *options])
-
-    names = sorted(path.name for path in (world / "runs/tiny/drawn/samples").glob("*.png"))
-    assert names == [f"{prompt:05d}-{steps}step.png" for prompt in (0, 1) for steps in (1, 2)]
-
-
-# -- mistakes ---------------------------------------------------------------------------------------------------------
-
+from emf_lightning.cli.parsing.errors import user_message
+from tests.cli.world import CHECKPOINT, PARENT, complaint
 
 NESTED_MISTAKE = """
 trainer:
@@ -417,15 +212,15 @@ def test_an_error_that_is_not_ours_is_a_defect() -> None:
     with pytest.raises(ValueError, match="invalid literal") as caught:
         int("x")
 
-    assert sentence(caught.value) is None
+    assert user_message(caught.value) is None
 
 
 def test_a_full_disk_is_told_with_its_path_where_that_is_known() -> None:
     full = errno.ENOSPC, os.strerror(errno.ENOSPC)
 
     said = "no space left on device; make room, or write elsewhere"
-    assert sentence(OSError(*full, "runs/x")) == f"runs/x: {said}"
-    assert sentence(OSError(*full)) == f"a disk that is written to: {said}"
+    assert user_message(OSError(*full, "runs/x")) == f"runs/x: {said}"
+    assert user_message(OSError(*full)) == f"a disk that is written to: {said}"
 
 
 def test_validation_without_shards_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,23 +235,7 @@ def test_an_error_in_a_data_worker_is_told_without_its_traceback() -> None:
         '  File "worker.py", line 1, in fetch\nValueError: shards: give\n  at least one'
     )
 
-    assert sentence(ValueError(text)) == "shards: give at least one"
-
-
-# -- shards -----------------------------------------------------------------------------------------------------------
-
-
-def test_shards_are_said_to_be_there_and_are(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["shards", "--out", "more", "--count", "5", "--samples_per_shard", "3"])
-
-    assert capsys.readouterr().out == "5 samples in 2 shards: more\n"
-    assert len(list((world / "more").glob("*.tar"))) == 2
-
-
-def test_a_world_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    line = complaint(capsys, "shards", "--out", "more", "--world", "large")
-
-    assert line == "emf shards: world: must be Literal['small', 'full'], got large"
+    assert user_message(ValueError(text)) == "shards: give at least one"
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""An experiment's objects without a run: for verbs that look at a model rather than train it."""
+"""The model and the data of an experiment, for verbs that do not train."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from emf_lightning.cli.emf_cli import EMFCLI, open_link_targets
+from emf_lightning.cli.parsing.emf_cli import EMFCLI, add_linked_arguments
 
 _BUILT_BY_THE_TRAINER = ("callbacks", "logger", "strategy", "plugins", "profiler")
 
 
 class BuildingCLI(EMFCLI):
-    """Builds the model and the data of an experiment as `emf fit` does, and nothing else.
+    """Builds the model and the data of an experiment as `emf fit` does, but no trainer.
 
     Attributes:
-        settings: the experiment's whole configuration.
+        settings: the configuration of the experiment.
     """
 
     settings: Namespace
 
     @classmethod
     def run(cls, arguments: list[str]) -> BuildingCLI:
-        """The experiment that `emf fit` would run with ``arguments``, built."""
+        """Builds the experiment that `emf fit` would run with ``arguments``."""
         built = super().run(arguments)
         assert isinstance(built, cls)
         return built
@@ -32,10 +32,10 @@ class BuildingCLI(EMFCLI):
         self.settings = config.clone()
         for name in _BUILT_BY_THE_TRAINER:
             config.trainer[name] = None
-        open_link_targets(config)
+        add_linked_arguments(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """None: there is nothing to run."""
+        """Builds no trainer."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Runs nothing."""

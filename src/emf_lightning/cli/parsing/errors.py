@@ -1,4 +1,4 @@
-"""Which exceptions are the user's to mend, and what to tell them in one line."""
+"""One-line messages for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import traceback
 from argparse import ArgumentError
 from pathlib import Path
 
-from emf_lightning.cli.parser_errors import parser_error
+from emf_lightning.cli.parsing.parser_errors import parser_error
 from emf_lightning.modules.checkpoint import first_difference
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_OURS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # the callbacks are linked into the package
+_PACKAGE = Path(__file__).resolve().parents[2]
+_PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
 
 
-def sentence(error: BaseException) -> str | None:
-    """One line that says what is wrong and what to do; None where it is a defect whose traceback is wanted.
+def user_message(error: BaseException) -> str | None:
+    """One line with the error and its remedy; None for a defect, which needs its traceback.
 
-    Errors of the command line and of the Trainer's configuration are the user's, and so are the ``ValueError``s that
-    this package raises, files that are not there or may not be read or written, and checkpoints that do not fit.
+    The user can fix errors of the command line and of the Trainer's configuration, ``ValueError``s of this package,
+    files that are missing or not accessible, and checkpoints that do not fit the configuration.
     """
-    if own := _own(error):
-        return _one_line(str(own))
+    if found := _package_error(error):
+        return _one_line(str(found))
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ArgumentError):
         return parser_error(str(error))
@@ -49,18 +49,18 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
-def _own(error: BaseException | None) -> ValueError | None:
-    """The ``ValueError`` of ours that ``error`` is, or that the parser or the Trainer wrapped."""
+def _package_error(error: BaseException | None) -> ValueError | None:
+    """The ``ValueError`` of this package in the chain of causes of ``error``, or None."""
     while error is not None:
-        if isinstance(error, ValueError) and _raised_here(error):
+        if isinstance(error, ValueError) and _raised_in_package(error):
             return error
         error = error.__cause__
     return None
 
 
-def _raised_here(error: BaseException) -> bool:
+def _raised_in_package(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_OURS)
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_PACKAGE_FOLDERS)
 
 
 def _one_line(text: str) -> str:
@@ -68,8 +68,8 @@ def _one_line(text: str) -> str:
 
 
 def _interpolation(text: str) -> str:
-    """OmegaConf's message, with the names that the user wrote: without the verb, and absolute."""
+    """OmegaConf's message with absolute keys as the user wrote them, without the verb."""
     where = re.search(r"full_key: \w+\.(\S+)", text)
     key = re.search(r"resolved to '\w+\.(.+?)'", text) or re.search(r"Interpolation key '(.+?)' not found", text)
-    what = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
-    return f"{where[1]}: {what}" if where else what
+    message = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
+    return f"{where[1]}: {message}" if where else message

@@ -12,11 +12,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 
 def call(function: Callable[..., Any], arguments: list[str]) -> Any:
-    """What ``function`` returns for ``arguments``; its own parameters are the options, its docstring their help.
+    """Calls ``function`` with parsed ``arguments``: its parameters are the options, its docstring their help.
 
     Args:
         function: typed, with a Google docstring.
-        arguments: the verb, then the options; words before the first option are the first parameter's.
+        arguments: the verb, then the options; words before the first option belong to the first parameter.
     """
     verb, *options = arguments
     if words := list(takewhile(lambda word: not word.startswith("-"), options)):

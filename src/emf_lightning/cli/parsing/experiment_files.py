@@ -1,12 +1,11 @@
-"""`base:` in an experiment file: which files a run's configuration is made of.
+"""Experiment files and their ``base:``.
 
 A file names the files it builds on, relative to itself::
 
-    base: ../base.yaml            # or a list, in the order in which they apply
+    base: ../parts/base.yaml      # or a list, in the order in which they apply
 
-Each file of the chain becomes one ``--config`` of its own, oldest first. Merging is then left to the parser, whose
-rules are documented: mappings merge deeply, later files win, ``key+:`` appends to a list, and what the command line
-says after ``--config`` wins over all files.
+Each file becomes one ``--config``, oldest first, so that the parser's rules hold: mappings merge deeply, later files
+win, ``key+:`` appends to a list, and options after ``--config`` win over all files.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ KEY = "base"
 _OPTIONS = ("--config", "-c")
 
 
-def lineage(experiment: str | Path) -> list[Path]:
-    """The files that ``experiment`` is made of, oldest first, itself last, each once.
+def config_files(experiment: str | Path) -> list[Path]:
+    """Files of an experiment: its bases, oldest first, then itself; each once.
 
     Raises:
         ValueError: for a missing file, a cycle, or a ``base:`` that is no name or list of names.
@@ -31,17 +30,17 @@ def lineage(experiment: str | Path) -> list[Path]:
     return files
 
 
-def _collect(file: Path, heirs: tuple[Path, ...], files: list[Path]) -> None:
-    if file.resolve() in [heir.resolve() for heir in heirs]:
-        chain = " -> ".join(str(path) for path in (*heirs, file))
-        raise ValueError(f"{heirs[-1]}: `base:` runs in a circle, {chain}; take one of them out")
+def _collect(file: Path, children: tuple[Path, ...], files: list[Path]) -> None:
+    if file.resolve() in [child.resolve() for child in children]:
+        chain = " -> ".join(str(path) for path in (*children, file))
+        raise ValueError(f"{children[-1]}: `base:` runs in a circle, {chain}; take one of them out")
     for name in _bases(file):
         base = file.parent / name
         if not base.is_file():
             raise ValueError(
                 f"{file}: base {name!r} is not there: no file {base} (names are relative to {file.parent}/)"
             )
-        _collect(base, (*heirs, file), files)
+        _collect(base, (*children, file), files)
     if file.resolve() not in [known.resolve() for known in files]:
         files.append(file)
 
@@ -71,7 +70,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 
 def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
-    """Key and value of a top-level ``base:``, where there is one."""
+    """Key and value of a top-level ``base:``, or None."""
     document = _compose(text, name)
     if not isinstance(document, yaml.MappingNode):
         return None
@@ -79,7 +78,7 @@ def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
 
 
 def without_base(text: str, name: str = "<text>") -> str:
-    """The document without its ``base:``, for the parser, which knows no such key; line numbers stay."""
+    """The document without its ``base:``, a key unknown to the parser; line numbers stay."""
     node = _base_node(text, name)
     if node is None:
         return text
@@ -89,10 +88,10 @@ def without_base(text: str, name: str = "<text>") -> str:
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The command line with every ``--config FILE`` replaced by one ``--config`` for each file of its lineage.
+    """The command line with one ``--config`` for each file of every experiment.
 
-    A base that an earlier ``--config`` brought along is not applied again, so that two experiments may share one.
-    ``--config`` also takes a YAML text, which is left alone.
+    A base that an earlier ``--config`` has applied is not applied again, so that two experiments may share it. A YAML
+    text in place of a file stays as it is.
     """
     expanded: list[str] = []
     given: list[Path] = []
@@ -102,7 +101,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
             continue
         if not Path(value).is_file():
             raise ValueError(f"{option} {value}: no such file")
-        *bases, experiment = lineage(value)
+        *bases, experiment = config_files(value)
         for file in (*[base for base in bases if base.resolve() not in given], experiment):
             expanded += [option, str(file)]
             given.append(file.resolve())
@@ -110,7 +109,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    """(option, value) for each ``--config``, however written; (None, argument) for all others."""
+    """(option, value) for each ``--config FILE`` or ``--config=FILE``; (None, argument) for all others."""
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")

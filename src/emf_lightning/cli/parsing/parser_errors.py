@@ -1,0 +1,149 @@
+"""The parser's errors in one line: key, error, and the nearest valid name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import get_args, get_type_hints
+
+from emf_lightning.renames import ARGUMENTS, CLASSES
+
+_KEY = re.compile(r'Parser key "(.+?)"')
+_CLASS = re.compile(r"Problem with given class_path '(.+?)'|Got value: Namespace\(.*?class_path='(.+?)'")
+_OPTION = re.compile(r"Option '(.+?)' is not accepted")
+_GROUP = re.compile(r"(?:Group '(.+?)'|Subcommand '.+?') does not accept option '(.+?)'")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: --(model|data|trainer)\.(\w+)")
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
+_TYPE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_MODULE = re.compile(r"module '.+' has no attribute|No module named")
+_ANY_CLASS = "- a class path (str)"
+_VERB = re.compile(r"\b(?:fit|validate|test|predict)\.")
+_UNINFORMATIVE = (
+    "Expected a path but",
+    "Expected a <class 'NoneType'>",
+    "Not a valid subclass of",
+    "Problem with given class_path",
+    "Does not validate against",
+)
+_ROOTS = ("model", "data", "trainer", "seed_everything", "ckpt_path", "weights_only")
+_TYPE_NAMES = {"trainer": "lightning.pytorch.Trainer", "data": "emf_lightning.data.datamodule.CaptionImageData"}
+
+
+def parser_error(text: str) -> str:
+    """One line for jsonargparse's indented tree of alternatives: the first one with a definite error."""
+    path: list[str] = []  # as in YAML, with init_args
+    owner: str | None = None
+    for line in map(str.strip, text.splitlines()):
+        path += _KEY.findall(line)
+        where = ".".join(key for key in path if key != "init_args")
+        if found := _CLASS.search(line):
+            owner = found[1] or found[2]
+            if path and path[-1] != "init_args" and not is_dataclass(_find_class(owner)):
+                path.append("init_args")
+        if found := _GROUP.search(line):
+            group, _, option = ".".join(filter(None, found.groups())).rpartition(".")
+            if path and owner:  # a dataclass among the arguments of a nested class
+                return _unknown_option([*path, group], _type_of(owner, group), option)
+            root = group.partition(".")[0]
+            if root in ("", *_ROOTS):
+                return _unknown_option([group], _TYPE_NAMES.get(group), option)
+            return _unknown_option([], None, root)
+        if found := _UNRECOGNIZED.search(line):
+            return _unknown_option([found[1]], _TYPE_NAMES.get(found[1]), found[2])
+        if found := _REQUIRED.search(line):
+            remedy = "an experiment names them: --config FILE" if _VERB.search(found[0]) else "--help explains them"
+            return f"{_VERB.sub('', found[0])}; {remedy}"
+        if found := _OPTION.search(line):
+            return _unknown_option(path, owner, found[1].partition(".")[0])
+        if found := _NO_CLASS.search(line):
+            return f"{where}: {_unknown_class(found[1])}"
+        if owner and _NO_MODULE.match(line):
+            return f"{where}: {_unknown_class(owner)}"
+        if line == _ANY_CLASS and path:
+            return f"{where}: names no class that fits here; write `class_path: NAME` beside its `init_args`"
+        leaf = line.removeprefix("- ")
+        if (leaf != line or leaf.startswith("Expected")) and not leaf.startswith(_UNINFORMATIVE):
+            return f"{where}: {_simplified(leaf)}" if path else _simplified(leaf)
+    return _simplified(text)
+
+
+def _unknown_option(path: list[str], owner: str | None, option: str) -> str:
+    """Message for an option that the class ``owner`` at ``path`` does not have; names its new name if renamed."""
+    kinds = getattr(_find_class(owner), "__mro__", ())
+    for new in filter(None, (ARGUMENTS.get((kind.__name__, option)) for kind in kinds)):
+        old, is_sentence = ".".join([*path, option]), " " in new.partition("; ")[0]
+        return f"{old}: {new}" if is_sentence else f"{old} is now {'.'.join([*path, new])}"
+    where = ".".join(key for key in path if key != "init_args")
+    name = f"{owner.rpartition('.')[2]} has" if owner else "there is"
+    suggestion = _suggestion(option, _options(owner) if owner else _ROOTS)
+    return f"{where + ': ' if where else ''}{name} no option {option!r}{suggestion}"
+
+
+def _unknown_class(name: str) -> str:
+    """Message for a class that does not exist or does not fit; names the new class if it was renamed or moved."""
+    known, short = _class_names(), name.rpartition(".")[2]
+    if new := CLASSES.get(name) or CLASSES.get(short) or (short if short != name and short in known else None):
+        return f"{name} is now {new}"
+    if name in known:
+        return f"{name} is a class of another kind; --help lists those that fit"
+    return f"there is no class {name!r}{_suggestion(short, known)}"
+
+
+def _suggestion(word: str, choices: Iterable[str]) -> str:
+    names = sorted(choices)
+    if near := get_close_matches(word, names, n=1):
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= 16 else "; --help lists them"
+
+
+def _options(class_path: str) -> list[str]:
+    """Names of the arguments of a class; empty if it cannot be imported."""
+    kind = _find_class(class_path)
+    parameters = inspect.signature(kind).parameters.values() if kind else ()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _type_of(class_path: str, parameter: str) -> str | None:
+    """Full name of the class with which a parameter of the class ``class_path`` is annotated."""
+    try:
+        hint = get_type_hints(class_of(class_path).__init__)[parameter]  # type: ignore[misc]
+    except (ImportError, AttributeError, KeyError, NameError):
+        return None
+    kinds = [kind for kind in (hint, *get_args(hint)) if inspect.isclass(kind) and kind is not type(None)]
+    return f"{kinds[0].__module__}.{kinds[0].__qualname__}" if kinds else None
+
+
+def class_of(class_path: str) -> type:
+    """The class that a full ``class_path`` names."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(import_module(module), name)
+    assert isinstance(found, type)
+    return found
+
+
+def _find_class(class_path: str | None) -> type | None:
+    try:
+        return class_of(class_path) if class_path else None
+    except (ImportError, AttributeError, ValueError, AssertionError):
+        return None
+
+
+def _class_names() -> set[str]:
+    """Names of the classes that YAML can call by their short names."""
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith(("emf_lightning.", "lightning.pytorch.callbacks."))
+    ]
+    return {name for m in modules for name, value in vars(m).items() if inspect.isclass(value) and name[0] != "_"}
+
+
+def _simplified(text: str) -> str:
+    """``text`` in one line, with short names of types and without the dump of the value at its end."""
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", " ".join(text.split()))
+    text = re.sub(r"(?:typing|collections\.abc)\.", "", text)
+    return _TYPE.sub(r"must be \1, got \2", text.partition(" Given value type:")[0])
