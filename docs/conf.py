@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
+from docutils import nodes
+from sphinx.domains.python import PyObject
+from sphinx.ext import autosummary
+
 import emf_lightning
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
@@ -34,7 +38,7 @@ nb_execution_mode = "off"  # the notebook is shown with the outputs that it was 
 # -- API reference -----------------------------------------------------------------------------------------------------
 templates_path = ["_templates"]
 autosummary_ignore_module_all = False
-autodoc_default_options = {"members": True, "show-inheritance": True}
+add_module_names = False
 autodoc_inherit_docstrings = False  # what Lightning says of its own hooks is in its documentation
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -68,7 +72,7 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "getting_started": [], "tutorial": []}
 
 
 def _without_page(app: Any, env: Any, node: Any, content: Any) -> Any:
@@ -81,6 +85,18 @@ def _without_page(app: Any, env: Any, node: Any, content: Any) -> Any:
     return None
 
 
+def _unbroken_errors(app: Any, doctree: nodes.document) -> None:
+    """Keeps a value and its error on one line."""
+    for text in list(doctree.findall(nodes.Text)):
+        if " ± " in text:
+            text.parent.replace(text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")))
+
+
 def setup(app: Any) -> None:
     """Connects what is too small for an extension of its own."""
     app.connect("missing-reference", _without_page)
+    app.connect("doctree-read", _unbroken_errors)
+    autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.",)  # it ends no summary
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"  # Sphinx says "Variables"
