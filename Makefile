@@ -11,13 +11,13 @@ ARGS ?=
 # parts/ are what experiments build on, devices/ overlays; encoders/ and scores/ are for other verbs
 EXPERIMENTS := $(filter-out parts/% devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
 BENCHMARKS := shapes_detector derivative support_table feature_cache token_sampling
-SOURCES := src callbacks tests benchmarks
+SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 
 # the first Python that is new enough
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint format bench objectives lock clean
+.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench objectives lock clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -74,11 +74,11 @@ OBJECTIVES := emf meanflow_released meanflow_paper improved_meanflow alpha_flow 
 compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (11 x 30 minutes; ARGS='--minutes 10')
 	$(BIN)/emf compare --out runs/compare --experiments "$(call listed,$(OBJECTIVES) fgm scflow)" $(ARGS)
 
-objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and the same time, 3 seeds, write docs/objectives.md (4 hours on 2 cores)
+objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and the same time, 3 seeds, write docs/results/objectives.md (4 hours on 2 cores)
 	$(BIN)/emf compare --out runs/objectives --experiments "$(call listed,$(OBJECTIVES))" \
 		--overlays "[experiments/parts/short_comparison.yaml]" --steps 600 --minutes 5 --seeds "[0,1,2]" \
 		--images_per_prompt 4 --jobs 2 $(ARGS)
-	cp runs/objectives/comparison.md docs/objectives.md
+	cp runs/objectives/comparison.md docs/results/objectives.md
 
 curves: $(READY) ## open TensorBoard on all runs
 	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"
@@ -90,24 +90,30 @@ test: $(READY) ## run the tests (8 minutes at most)
 test-slow: $(READY) ## run the tests that take minutes each
 	$(BIN)/pytest -m slow $(ARGS)
 
-lint: $(READY) ## check style, types and layers
+lint: $(READY) ## check style, types, layers and documentation
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: $(READY) ## build the documentation site into docs/_build/html; a broken link or a missing reference is an error
+	@rm -rf docs/api/generated  # pages of modules that are gone
+	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/*.md (never asserted in tests)
+bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/results/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
 	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+	uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.10 --upgrade \
 		--no-annotate --no-header --no-emit-index-url --quiet --output-file requirements.lock
 
 clean: ## remove the environment and all caches; runs/ and data/ stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
+	rm -rf $(VENV) docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
 	find src callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Measures how fast the feature cache writes and reads entries of BLIP3o-NEXT's size, by dtype and number of readers.
 
-Writes docs/feature_cache.md; `python -m benchmarks.feature_cache --help` names the options.
+Writes docs/results/feature_cache.md; `python -m benchmarks.feature_cache --help` names the options.
 """
 
 from __future__ import annotations
@@ -124,13 +124,15 @@ def report(found: list[Measured], samples: int) -> str:
     readers = list(found[0].read)
     heads = [f"{n} reader{'s' if n > 1 else ''}" for n in readers]
     lines = [
-        "# The feature cache at BLIP3o-NEXT's size",
+        "# Feature cache",
         "",
+        "`python -m benchmarks.feature_cache` writes this page: the text-feature cache at BLIP3o-NEXT's size,",
         f"{LENGTH} x {WIDTH} numbers a sample, {samples} samples, batches of {BATCH}; {os.cpu_count()} CPU threads.",
-        "Samples a second; read from memory / from the disk; a tenth of a second is each process's own beginning.",
-        "`python -m benchmarks.feature_cache` writes this file.",
         "",
-        f"| dtype | a sample | 170,000 | relative error | written | {' | '.join(heads)} | the disk itself |",
+        "Rates are samples per second. Each reader column gives the rate from memory and from the disk; a tenth of a",
+        "second of each measurement is the start of the process.",
+        "",
+        f"| dtype | one sample | 170,000 samples | relative error | write rate | {' | '.join(heads)} | raw disk |",
         "|---|" + "---:|" * (5 + len(readers)),
     ]
     for each in found:
@@ -149,7 +151,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one by default")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--out", type=Path, default=Path("docs/feature_cache.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/feature_cache.md"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = list(measure(Path(folder), options.samples, options.readers))

@@ -1,7 +1,8 @@
 """Measures drawing at full size by its parts: network steps and decoding; and a training step with the derivative.
 
-Writes docs/latency.md; `python -m benchmarks.latency --help` names the options. Weights are random: time and memory do
-not depend on them. What writing BLIP3o-NEXT's image tokens takes, most of a picture's time there, is measured apart.
+Writes docs/results/latency.md; `python -m benchmarks.latency --help` names the options. Weights are random: time and
+memory do not depend on them. `benchmarks.token_sampling` measures the generation of BLIP3o-NEXT's image tokens, which
+takes most of an image's time there.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a training step")
     parser.add_argument("--checkpointing", action="store_true", help="in training")
     parser.add_argument("--skip", nargs="*", choices=("decoding", "training"), default=[])
-    parser.add_argument("--out", type=Path, default=Path("docs/latency.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/latency.md"))
     options = parser.parse_args()
 
     device, dtype = torch.device(options.device), torch.bfloat16

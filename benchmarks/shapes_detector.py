@@ -1,6 +1,6 @@
 """Measures the shapes detector: what it accepts, what it refuses, what it confuses, how long it takes.
 
-Writes docs/shapes_detector.md; `python benchmarks/shapes_detector.py --help` names the options.
+Writes docs/results/shapes_detector.md; `python benchmarks/shapes_detector.py --help` names the options.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def confusion(world: World, detector: ShapesDetector, rng: np.random.Generator, 
         best = seen[0] if seen else None
         by_shape[world.shapes.index(truth.shape), shapes.index(best.label if best else "nothing")] += 1
         by_colour[world.colours.index(truth.colour), colours.index((best and best.colour) or "nothing")] += 1
-    lines = [f"Blur .5 px and noise σ 16, {per_pair} objects of each colour and shape; rows are the truth.", ""]
+    lines = [f"Blur .5 px and noise σ 16, {per_pair} objects of each colour and shape; rows are the true class.", ""]
     for names, counts, heads in ((world.shapes, by_shape, shapes), (world.colours, by_colour, colours)):
         rows = [
             [name, *(str(count) if count else "·" for count in row)] for name, row in zip(names, counts, strict=True)
@@ -180,15 +180,12 @@ def measure(world: World, per_task: int) -> list[str]:
     wrong = np.stack([corrupted(world, scene, rng).render(world) for scene in scenes])
     heads = ["", *(HEADINGS[tag] for tag in TASKS), "mean"]
 
-    true_rows, false_rows, missed = [], [], []
+    true_rows, false_rows = [], []
     for name, perturb in perturbations(rng).items():
         right = rates(detector.detect_batch(perturb(images)), prompts)
         false = rates(detector.detect_batch(perturb(wrong)), prompts)
         true_rows.append([name, *shares(right), f"{right.mean():.4f}"])
         false_rows.append([name, *shares(false), f"{false.mean():.4f}"])
-        least, most = (0.99, 0.005) if name == "clean" else (0.97, 0.01)
-        if "only" not in name and (right.min() < least or false.max() > most):
-            missed.append(f"{name}: least accepted {right.min():.3f}, most corrupted accepted {false.max():.3f}")
 
     suite = evaluation_prompts(world)
     by_task = {tag: [prompt for prompt in suite if prompt.tag == tag] for tag in TASKS}
@@ -199,8 +196,6 @@ def measure(world: World, per_task: int) -> list[str]:
         values = rates(seen * len(TASKS), asked)
         objects = sum(d.label in world.shapes for found in seen for d in found) / len(seen)
         garbage_rows.append([name, *shares(values), f"{values.mean():.4f}", f"{objects:.3f}"])
-        if values.max() > 0.02:
-            missed.append(f"{name}: accepted {values.max():.3f} of a task")
     other_ground = to_bytes(images.astype(np.float32) + np.array([40.0, -40.0, 40.0]))
     values = rates(detector.detect_batch(other_ground), prompts)
     garbage_rows.append(["right objects on another ground", *shares(values), f"{values.mean():.4f}", ""])
@@ -225,40 +220,34 @@ def measure(world: World, per_task: int) -> list[str]:
     single = (time.process_time() - began) / 200
 
     counts = f"{len(world.shapes)} shapes × {len(world.colours)} colours, {world.canvas} px"
-    verdict = (
-        ["All of the rates asked for hold."]
-        if not missed
-        else ["Asked for and missed:", "", *(f"- {m}" for m in missed)]
-    )
     return [
         f"## The {world.name} world ({counts})",
         "",
-        *verdict,
+        f"Detection takes {1e3 * batch:.2f} ms an image in a batch, {1e3 * single:.2f} ms alone (processor time).",
         "",
-        f"An image takes {1e3 * batch:.2f} ms in a batch, {1e3 * single:.2f} ms alone (processor time).",
-        "",
-        "### Accepted: scenes that show their prompt",
+        "### True acceptance: scenes that show their prompt",
         "",
         *table(heads, true_rows),
         "",
-        "### Accepted wrongly: the same scenes with the least change that makes the prompt untrue",
+        "### False acceptance: the same scenes with one change that makes the prompt untrue",
         "",
         "A wrong shape (single, two), one object more or less (counting), another colour (colours), the two objects",
         "exchanged (position), their colours exchanged (attribution).",
         "",
         *table(heads, false_rows),
         "",
-        "### Accepted wrongly: garbage",
+        "### False acceptance: images without a scene",
         "",
         *table([*heads, "objects an image"], garbage_rows),
         "",
         "### Ceiling and chance",
         "",
-        "Clean scenes of the evaluation prompts, judged by their own prompt, and by another prompt of the task.",
+        "Clean scenes of the evaluation prompts, scored against their own prompt (ceiling) and against another prompt",
+        "of the same task (chance).",
         "",
         score_table(limits),
         "",
-        "### What is read as what",
+        "### Confusion matrices",
         "",
         *confusion(world, detector, rng, max(per_task // 8, 1)),
     ]
@@ -267,16 +256,17 @@ def measure(world: World, per_task: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-task", type=int, default=200, help="scenes, garbage images and prompts for each task")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "shapes_detector.md")
+    results = Path(__file__).parents[1] / "docs" / "results"
+    parser.add_argument("--out", type=Path, default=results / "shapes_detector.md")
     options = parser.parse_args()
     n = options.per_task
     lines = [
-        "# What the shapes detector accepts and refuses",
+        "# Shapes detector: acceptance rates",
         "",
-        f"Written by `benchmarks/shapes_detector.py`: seed {SEED}, {n} scenes a task and row, judged by GenEval",
-        "(threshold .3, counting .9), one thread. Wanted in every task: clean scenes accepted ≥ .99, corrupted ones",
-        "≤ .005; other rows ≥ .97 and ≤ .01; garbage ≤ .02. Blur of 2 px is reported only: such images are refused",
-        f"by design. A rate of 1.000 is at least {1 - 3 / n:.3f}, one of 0.000 at most {3 / n:.3f} (95 % confidence).",
+        f"`benchmarks/shapes_detector.py` (`make bench`) writes this page: seed {SEED}, {n} scenes for each task and",
+        "row, scored by GenEval's rule (threshold .3, counting .9), one thread. A rate of 1.000 is at least",
+        f"{1 - 3 / n:.3f} and a rate of 0.000 at most {3 / n:.3f}, with 95 % confidence. The detector refuses images",
+        "blurred by 2 px by design; their row is for information.",
         "",
     ]
     for world in (SMALL, FULL):

@@ -1,8 +1,8 @@
 """Measures which strategy, derivative, precision and compilation go together, on two CPU processes (gloo).
 
-Writes the table of docs/devices.md: for each combination the relative error of the first training gradient against one
-process in fp32 with the exact derivative, on the same rows. `--no-compile` leaves out the compiled column: half
-a minute a cell.
+Writes the table of docs/results/devices.md: for each combination the relative error of the first training gradient
+against one process in fp32 with the exact derivative, on the same samples. `--no-compile` leaves out the compiled
+column, which takes half a minute a cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from emf_lightning.flow.derivative.base import Derivative  # noqa: E402
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference  # noqa: E402
 from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused  # noqa: E402
 
-DOCUMENT = ROOT / "docs" / "devices.md"
+DOCUMENT = ROOT / "docs" / "results" / "devices.md"
 MARKS = ("<!-- measured by benchmarks/support_table.py -->", "<!-- end of what was measured -->")
 STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
     "one process": dict,

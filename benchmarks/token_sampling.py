@@ -1,7 +1,7 @@
 """Measures how long BLIP3o-NEXT takes to condition: tokenizing pictures, reading tokens (training), writing them.
 
-Weights are random: time does not depend on them. Writes docs/token_sampling.md; `python -m benchmarks.token_sampling
---help` names the options.
+Weights are random: time does not depend on them. Writes docs/results/token_sampling.md; `python -m
+benchmarks.token_sampling --help` names the options.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="also the compiled step over a fixed cache")
-    parser.add_argument("--out", type=Path, default=Path("docs/token_sampling.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/token_sampling.md"))
     options = parser.parse_args()
     found = []
     for each in measure(SIZES[options.size], device, options.batches, options.compiled, options.repeats):
