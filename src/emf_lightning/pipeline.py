@@ -143,6 +143,11 @@ class EMFPipeline(DiffusionPipeline):
         autocast: precision of the network's passes where it is not that of the weights, e.g. ``bfloat16``.
         features: dtype to which the cache rounded the text features in training, e.g. ``bfloat16``.
         model: class and arguments of the LightningModule, in folders that earlier versions wrote.
+
+    Example:
+        >>> pipe = EMFPipeline.from_pretrained("export")
+        >>> pipe("a photo of a red circle", num_inference_steps=1).nfe
+        1
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

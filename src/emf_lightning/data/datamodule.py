@@ -55,6 +55,14 @@ class CaptionImageData(LightningDataModule):
 
     Raises:
         ValueError: for arguments out of range; in ``setup``, for missing shards or prompts.
+
+    Example:
+        >>> from emf_lightning.latents.pixels import Pixels
+        >>> from emf_lightning.text.words import WordEncoder
+        >>> data = CaptionImageData(WordEncoder(width=16, length=8), Pixels(), "shards", num_workers=0, batch_size=4)
+        >>> data.setup("fit")
+        >>> data.text_features(["a photo of a red circle"]).context.shape
+        torch.Size([1, 8, 16])
     """
 
     def __init__(

@@ -99,6 +99,10 @@ class TargetGuidance:
         scale: the paper's omega; 1 with kappa 0 is no guidance.
         kappa: weight of u(z, t, t | text), in [0, 1).
         interval: the (start, end) of t in which guidance acts.
+
+    Example:
+        >>> TargetGuidance(scale=1.5, kappa=0.25).effective_scale
+        2.0
     """
 
     scale: float = 1.0

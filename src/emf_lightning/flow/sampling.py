@@ -49,7 +49,12 @@ class FlowMapSampler(Sampler):
 
 @dataclass(frozen=True)
 class EulerSampler(Sampler):
-    """Euler steps along the velocity u(z, t, t): the sampler of a flow-matching model."""
+    """Euler steps along the velocity u(z, t, t): the sampler of a flow-matching model.
+
+    Example:
+        >>> EulerSampler()(lambda z, r, t: torch.ones_like(z), torch.tensor([[5.0]]), steps=4)
+        tensor([[4.]])
+    """
 
     @torch.no_grad()
     def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
@@ -65,6 +70,10 @@ class MultistepSampler(Sampler):
 
     Attributes:
         start: the first t, in (0, 1].
+
+    Example:
+        >>> MultistepSampler()(lambda z, r, t: z - 3.0, torch.tensor([[5.0]]), steps=1)
+        tensor([[3.]])
     """
 
     start: float = 1.0

@@ -31,14 +31,25 @@ class TargetVelocity(ABC):
 
 
 class ConditionalVelocity(TargetVelocity):
-    """v = e - x, as the EMF release has it."""
+    """v = e - x, as the EMF release has it.
+
+    Example:
+        >>> MeanFlow(velocity=ConditionalVelocity()).velocity.needs_teacher
+        False
+    """
 
     def __call__(self, v: Tensor, reference: Velocity, z: Tensor, t: Tensor) -> Tensor:
         return v
 
 
 class SelfVelocity(TargetVelocity):
-    """v = u(z, t, t) of the network itself, as the EMF paper writes it (arXiv 2604.18168, eq. 9)."""
+    """v = u(z, t, t) of the network itself, as the EMF paper writes it (arXiv 2604.18168, eq. 9).
+
+    Example:
+        >>> z, t = torch.ones(1, 1), torch.ones(1)
+        >>> SelfVelocity()(v=torch.zeros(1, 1), reference=lambda z, r, t: 2 * z, z=z, t=t)
+        tensor([[2.]])
+    """
 
     def __call__(self, v: Tensor, reference: Velocity, z: Tensor, t: Tensor) -> Tensor:
         return reference(z, t, t).to(v.dtype)
@@ -51,6 +62,12 @@ class TeacherVelocity(SelfVelocity):
 
     Args:
         teacher: the network; ``FlowMapModule`` gives a frozen copy of its network as training starts.
+
+    Example:
+        >>> teacher = lambda z, r, t: 2 * z
+        >>> objective = MeanFlow(velocity=TeacherVelocity(teacher))
+        >>> objective(lambda z, r, t: 2 * z, torch.randn(4, 1)).squared_error.shape
+        torch.Size([4])
     """
 
     needs_teacher = True

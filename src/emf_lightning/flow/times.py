@@ -27,7 +27,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that moves linearly over training, from ``start`` at progress 0 to ``end`` at progress 1."""
+    """A number that moves linearly over training, from ``start`` at progress 0 to ``end`` at progress 1.
+
+    Example:
+        >>> Schedule(-0.5, 0.5)(progress=0.25)
+        -0.25
+    """
 
     start: float
     end: float | None = None
@@ -123,6 +128,11 @@ class LogitNormalTimes(TimeSampler):
         r_sigma: its standard deviation; else ``sigma``.
         sort_first: r = t samples, too, take the larger of two numbers, as in EMF's release.
         consistency_ratio: share of the samples with r = 0.
+
+    Example:
+        >>> emf = LogitNormalTimes(Schedule(-0.5, 0.5), Schedule(1.0, 2.0), Schedule(0.75, 0.25))
+        >>> [emf(64, progress, torch.device("cpu")).n_interval for progress in (0.0, 1.0)]
+        [16, 48]
     """
 
     def __init__(

@@ -19,7 +19,14 @@ class Weighting(ABC):
 
 
 class UniformWeighting(Weighting):
-    """The squared error itself, unweighted: MeanFlow as the EMF paper writes it."""
+    """The squared error itself, unweighted: MeanFlow as the EMF paper writes it.
+
+    Example:
+        >>> from emf_lightning.flow.times import Times
+        >>> times = Times(torch.zeros(2), torch.ones(2), n_interval=2)
+        >>> UniformWeighting()(torch.tensor([1.0, 3.0]), times)
+        tensor([1., 3.])
+    """
 
     def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
         """The squared error itself."""
@@ -36,6 +43,7 @@ class AdaptiveWeighting(Weighting):
         c: positive, in units of the sum over all dimensions.
 
     Example:
+        >>> from emf_lightning.flow.times import Times
         >>> times = Times(torch.zeros(2), torch.ones(2), n_interval=2)
         >>> AdaptiveWeighting(p=1.0, c=1.0)(torch.tensor([1.0, 3.0]), times)
         tensor([0.5000, 0.7500])
@@ -62,6 +70,12 @@ class TransitionWeighting(AdaptiveWeighting):
         sigma_data: sigma_d > 0, the data's standard deviation; the release's 1 makes the factor continuous at r = t.
         p: see ``AdaptiveWeighting``; 1 in the release.
         c: see ``AdaptiveWeighting``; 1e-5 of the mean over dimensions in the release.
+
+    Example:
+        >>> from emf_lightning.flow.times import Times
+        >>> times = Times(r=torch.tensor([0.0, 0.5]), t=torch.tensor([1.0, 0.5]), n_interval=1)
+        >>> TransitionWeighting(p=0.0)(torch.ones(2), times)  # the longest interval, and r = t
+        tensor([0.6253, 1.0000])
     """
 
     def __init__(self, sigma_data: float = 1.0, p: float = 1.0, c: float = 1e-3) -> None:

@@ -32,6 +32,13 @@ class EncoderTuning(FlowMapModule):
         guidance_scale: see ``FlowMapModule``.
         init_from: see ``FlowMapModule``.
         gather_once: see ``FlowMapModule``.
+
+    Example:
+        >>> from emf_lightning.networks.sana import SanaArchitecture
+        >>> size = SanaArchitecture(1, 2, 8, 2, 8, patch_size=12)
+        >>> net = SanaFlowMap(size)
+        >>> EncoderTuning(net, encoder_rate=0.1).tunes_encoder
+        True
     """
 
     tunes_encoder = True

@@ -31,6 +31,13 @@ class FGM(AlternatingModule):
         alternation: how the two take turns.
         guidance_scale: see ``FlowMapModule``.
         init_from: see ``FlowMapModule``.
+
+    Example:
+        >>> from emf_lightning.networks.sana import SanaArchitecture
+        >>> size = SanaArchitecture(1, 2, 8, 2, 8, patch_size=12)
+        >>> net = SanaFlowMap(size)
+        >>> FGM(net, FlowGeneratorMatching(steps=4)).objective.sampler
+        MultistepSampler(start=1.0)
     """
 
     AUXILIARY = "online_flow"

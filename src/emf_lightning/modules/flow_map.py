@@ -20,7 +20,6 @@ from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.frozen import FrozenNetwork
-from emf_lightning.modules.generation import generate_images
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
 from emf_lightning.modules.sharding import LIVE, ShardableModule
@@ -52,6 +51,14 @@ class FlowMapModule(ShardableModule):
 
     Raises:
         ValueError: for a network that lacks what the objective needs, and for values out of range.
+
+    Example:
+        >>> from emf_lightning.networks.sana import SanaArchitecture
+        >>> size = SanaArchitecture(1, 2, 8, 2, 8, patch_size=12)
+        >>> net = SanaFlowMap(size)
+        >>> module = FlowMapModule(net, MeanFlow(), optimization=Optimization(torch.optim.AdamW))
+        >>> module.nfe(4), module.nfe(4, guidance_scale=2.0)
+        (4, 8)
     """
 
     trained_networks = 1
@@ -82,10 +89,8 @@ class FlowMapModule(ShardableModule):
         self.gather_once = gather_once
         self.last_terms: FlowMapTerms | None = None
         """Terms of the last training step, without a graph, for callbacks."""
-        self.autocast: torch.dtype | None = None
-        """Precision of ``sample`` where it is not that of the weights; ``load_run`` sets it."""
-        self.data: Any = None
-        """The datamodule that ``sample`` encodes prompts and decodes latents with; by default the trainer's."""
+        self.pipeline: Any = None
+        """The pipeline of a loaded run, which ``sample`` uses; ``load_run`` sets it."""
         self._non_finite = NonFiniteGuard(nan_patience)
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
@@ -140,7 +145,23 @@ class FlowMapModule(ShardableModule):
         Raises:
             ValueError: for a module without a datamodule, and for no prompts, steps or images.
         """
-        return generate_images(self, prompts, steps, guidance_scale, images_per_prompt, seed)
+        from emf_lightning.modules.generation import attached_pipeline  # imports diffusers
+
+        pipeline, modes = attached_pipeline(self), {part: part.training for part in self.modules()}
+        self.eval()
+        try:
+            (images,) = pipeline(
+                prompts,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=images_per_prompt,
+                seed=seed,
+                return_dict=False,
+            )
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+        return list(images)
 
     @torch.no_grad()
     def sample_latents(

@@ -1,62 +1,66 @@
-"""Images of prompts, from a module and its datamodule."""
+"""The pipeline of a module: images of prompts, in memory and for export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from emf_lightning.evaluation.fixed_noise import fixed_noise
+from emf_lightning.pipeline import EMFPipeline, PipelinePart, Spec
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from emf_lightning.data.datamodule import CaptionImageData
     from emf_lightning.modules.flow_map import FlowMapModule
 
-
-@torch.no_grad()
-def generate_images(
-    module: FlowMapModule,
-    prompts: str | Sequence[str],
-    steps: int,
-    guidance_scale: float | None,
-    images_per_prompt: int,
-    seed: int,
-) -> list[Image]:
-    """PIL images of prompts; see ``FlowMapModule.sample``."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or steps < 1 or images_per_prompt < 1:
-        raise ValueError(
-            f"sample: nothing to generate for {len(prompts)} prompts, steps={steps}, "
-            f"images_per_prompt={images_per_prompt}; each must be at least 1"
-        )
-    from PIL.Image import fromarray
-
-    data, device = _datamodule(module), module.device
-    data.move(device)
-    captions = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    indices = list(range(images_per_prompt)) * len(prompts)
-    shape = (data.latent_channels, data.latent_size, data.latent_size)
-    noise = torch.stack([fixed_noise(seed, *pair, shape) for pair in zip(captions, indices, strict=True)])
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with nullcontext() if module.autocast is None else torch.autocast(device.type, module.autocast):
-            text, null = data.text_features(captions).to(device), data.null_features().to(device)
-            latents = module.sample_latents(text, null, noise.to(device), steps, guidance_scale)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-    return [fromarray(image) for image in data.decode(latents).cpu().numpy()]
+_AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
-def _datamodule(module: FlowMapModule) -> Any:
-    data = module.data or getattr(module._trainer, "datamodule", None)
+def pipeline_of(
+    module: FlowMapModule, data: CaptionImageData, precision: str, specs: Mapping[str, Spec] | None = None
+) -> EMFPipeline:
+    """The pipeline that generates the same images as ``module`` in `emf predict`.
+
+    Args:
+        module: with its weights.
+        data: the datamodule of the same experiment.
+        precision: of the Trainer, e.g. ``bf16-mixed``.
+        specs: of the parts ``net``, ``autoencoder`` and ``text``; without them the pipeline cannot be saved.
+    """
+    specs = specs or {}
+    return EMFPipeline(
+        transformer=PipelinePart(module.net, specs.get("net", {})),
+        vae=PipelinePart(data.autoencoder, specs.get("autoencoder", {})),
+        text_encoder=PipelinePart(data.text, specs.get("text", {})),
+        sampler=spec_of(module.objective.sampler),
+        guidance=spec_of(module.objective.sampling_guidance),
+        guidance_scale=module.guidance_scale,
+        latent_size=data.latent_size,
+        autocast=_AUTOCAST.get(precision),
+        features=data.cache.dtype if data.cache is not None else None,
+    )
+
+
+def attached_pipeline(module: FlowMapModule) -> EMFPipeline:
+    """The pipeline of a loaded run, or of a module whose trainer has a datamodule.
+
+    Raises:
+        ValueError: for a module without either.
+    """
+    if module.pipeline is not None:
+        pipeline: EMFPipeline = module.pipeline
+        return pipeline
+    data = getattr(module._trainer, "datamodule", None)
     if data is None:
         raise ValueError(
-            "sample: the module has no datamodule, which encodes prompts and decodes latents: set module.data, or load "
-            "the run with load_run(folder)"
+            "sample: the module has no datamodule, which encodes prompts and decodes latents: train it with "
+            "trainer.fit(module, datamodule=...), or load a run with load_run(folder)"
         )
-    return data
+    attached = pipeline_of(module, data, str(module.trainer.precision))
+    attached.set_progress_bar_config(disable=True)
+    return attached.to(module.device)
+
+
+def spec_of(settings: Any) -> Spec:
+    """The class of a dataclass and its fields."""
+    kind = type(settings)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(settings)}

@@ -20,6 +20,11 @@ class Optimization:
     Attributes:
         optimizer: called with the trainable parameters.
         scheduler: called with the optimiser, stepped once an optimiser step; None keeps the rate constant.
+
+    Example:
+        >>> optimization = Optimization(lambda p: torch.optim.AdamW(p, lr=1e-4))
+        >>> optimization.build(torch.nn.Linear(2, 2).parameters())[0].defaults["lr"]
+        0.0001
     """
 
     optimizer: OptimizerCallable = torch.optim.AdamW

@@ -34,6 +34,14 @@ class SCFlow(AlternatingModule):
         alternation: how the two take turns.
         guidance_scale: see ``FlowMapModule``.
         init_from: see ``FlowMapModule``.
+
+    Example:
+        >>> from emf_lightning.networks.discriminator import ConvDiscriminator
+        >>> from emf_lightning.networks.sana import SanaArchitecture
+        >>> size = SanaArchitecture(1, 2, 8, 2, 8, patch_size=12)
+        >>> net = SanaFlowMap(size)
+        >>> SCFlow(net, ConvDiscriminator).auxiliary is SCFlow(net, ConvDiscriminator).net
+        False
     """
 
     AUXILIARY = "discriminator"

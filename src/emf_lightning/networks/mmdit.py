@@ -54,6 +54,14 @@ class MMDiTFlowMap(SingleTimeFlowMap):
     Args:
         architecture: its size, if it starts from scratch.
         pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+
+    Example:
+        >>> from emf_lightning.networks.mmdit import MMDiTArchitecture
+        >>> size = MMDiTArchitecture(2, 2, 8, pooled_projection_dim=12, pos_embed_max_size=8)
+        >>> net = MMDiTFlowMap(size, latent_channels=4, latent_size=8, context_width=16)
+        >>> z, t, context, mask = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 5, 16), torch.ones(1, 5).bool()
+        >>> net(z, t, t, context, mask).shape
+        torch.Size([1, 4, 8, 8])
     """
 
     def __init__(

@@ -97,6 +97,15 @@ class SanaFlowMap(DiffusersFlowMap):
 
     Raises:
         ValueError: if pretrained weights cannot be loaded or disagree with the data.
+
+    Example:
+        >>> from emf_lightning.networks.sana import SanaArchitecture
+        >>> net = SanaFlowMap(
+        ...     SanaArchitecture(2, 2, 8, 2, 8, patch_size=2), latent_channels=4, latent_size=8, context_width=16
+        ... )
+        >>> z, t, context, mask = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 5, 16), torch.ones(1, 5).bool()
+        >>> net(z, 0.5 * t, t, context, mask).shape
+        torch.Size([1, 4, 8, 8])
     """
 
     def __init__(

@@ -86,6 +86,13 @@ class UNetFlowMap(SingleTimeFlowMap):
     Args:
         architecture: its size, if it starts from scratch.
         pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+
+    Example:
+        >>> from emf_lightning.networks.unet import UNetArchitecture
+        >>> net = UNetFlowMap(UNetArchitecture([8, 8], [False, True], layers=1, groups=4), latent_size=8)
+        >>> z, t, context, mask = torch.randn(1, 3, 8, 8), torch.ones(1), torch.zeros(1, 1, 8), torch.ones(1, 1).bool()
+        >>> net(z, t, t, context, mask).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(
@@ -138,6 +145,14 @@ class TextUNetFlowMap(SingleTimeFlowMap):
     Args:
         architecture: its size, if it starts from scratch.
         pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+
+    Example:
+        >>> from emf_lightning.networks.unet import UNetArchitecture
+        >>> size = UNetArchitecture([8, 16], [True, False], layers=1, heads=2, groups=4)
+        >>> net = TextUNetFlowMap(size, latent_size=8, context_width=16)
+        >>> z, t, context, mask = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 5, 16), torch.ones(1, 5).bool()
+        >>> net(z, t, t, context, mask).shape
+        torch.Size([1, 4, 8, 8])
     """
 
     def __init__(

@@ -5,7 +5,8 @@ import pytest
 
 from emf_lightning.evaluation.encoders.discriminability import discriminability
 from emf_lightning.evaluation.encoders.features import pooled_features
-from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus, ShapesPairs
+from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
+from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.words import WordEncoder
 
 

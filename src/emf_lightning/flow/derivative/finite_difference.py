@@ -23,6 +23,12 @@ class FiniteDifference(Derivative):
 
     Raises:
         ValueError: on the first batch, where u comes out of bf16 or fp16 arithmetic.
+
+    Example:
+        >>> u = lambda z, r, t: z * t[:, None]  # du/dt = v t + z
+        >>> z, v, r, t = torch.ones(1, 1), torch.full((1, 1), 3.0), torch.zeros(1), torch.full((1,), 0.5)
+        >>> round(FiniteDifference(step=0.01).jvp(u, z, r, t, v).item(), 3)
+        2.5
     """
 
     def __init__(self, step: float = 0.005, central: bool = True, precision: Precision = "fp32") -> None:

@@ -25,6 +25,12 @@ class ForwardMode(Derivative):
         precision: see ``Derivative``.
         fast: use dual numbers with the rules of ``FastForwardMode``, which skip zero tangents: 2 instead of 2.9 forward
             passes' operations, equal up to rounding. Otherwise ``torch.func.jvp``.
+
+    Example:
+        >>> u = lambda z, r, t: z * t[:, None]  # du/dt = v t + z
+        >>> z, v, r, t = torch.ones(1, 2), torch.full((1, 2), 3.0), torch.zeros(1), torch.full((1,), 0.5)
+        >>> ForwardMode()(u, z, r, t, v, n=1)
+        (tensor([[0.5000, 0.5000]]), tensor([[2.5000, 2.5000]]))
     """
 
     def __init__(self, precision: Precision = "training", fast: bool = True) -> None:

@@ -73,6 +73,7 @@ class AlphaFlow(MeanFlow):
         clip_target: see ``MeanFlow``; 4 in the release.
 
     Example:
+        >>> from emf_lightning.flow.objectives.alpha_flow import AlphaSchedule
         >>> objective = AlphaFlow(AlphaSchedule(start=0.0, end=0.8))
         >>> [round(objective.alpha(progress), 2) for progress in (0.0, 0.4, 0.8)]
         [1.0, 0.5, 0.0]

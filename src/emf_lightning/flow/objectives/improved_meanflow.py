@@ -64,6 +64,14 @@ class ImprovedMeanFlow(Objective):
         sampling_interval: the (start, end) of t in which guidance acts at sampling.
         derivative: computes du/dt.
         clip_target: u_tgt of the r < t samples is clipped to +- this, elementwise; None does not clip.
+
+    Example:
+        >>> from emf_lightning.flow.guidance import GuidanceSampler
+        >>> def net(z, r, t, c, conditions=None):  # u and v side by side
+        ...     return torch.cat([z, z], dim=1)
+        >>> objective = ImprovedMeanFlow(guidance_sampler=GuidanceSampler(largest=4.0))
+        >>> objective(net, torch.randn(4, 2), torch.ones(4), null_context=torch.zeros(1)).finite.tolist()
+        [True, True, True, True]
     """
 
     needs_guidance_conditioning = True

@@ -168,6 +168,14 @@ class SelfCorrectedFlow:
         r1: gamma of the discriminator's penalty; 0 is none.
         discriminator_times: sampler of the t up to which the discriminator's inputs are noised; None adds no noise.
         teacher_guidance_scale: of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
+
+    Example:
+        >>> flow = lambda z, r, t: z
+        >>> terms = SelfCorrectedFlow()(
+        ...     flow, torch.randn(4, 2), teacher=flow, target=flow, discriminator=lambda z, t: z.sum(1)
+        ... )
+        >>> sorted(terms.metrics)
+        ['adversarial', 'alignment', 'backward', 'consistency']
     """
 
     needs_interval = False

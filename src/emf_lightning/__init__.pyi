@@ -1,0 +1,65 @@
+from .cli.load_run import load_run
+from .data.datamodule import CaptionImageData
+from .flow.derivative.finite_difference import FiniteDifference
+from .flow.derivative.forward_mode import ForwardMode
+from .flow.guidance import TargetGuidance
+from .flow.objectives.alpha_flow import AlphaFlow
+from .flow.objectives.flow_generator_matching import FlowGeneratorMatching
+from .flow.objectives.flow_matching import FlowMatching
+from .flow.objectives.improved_meanflow import ImprovedMeanFlow
+from .flow.objectives.meanflow import MeanFlow
+from .flow.objectives.self_corrected import SelfCorrectedFlow
+from .flow.objectives.split_meanflow import SplitMeanFlow
+from .flow.sampling import EulerSampler, FlowMapSampler, MultistepSampler, sample
+from .flow.target_velocity import ConditionalVelocity, SelfVelocity, TeacherVelocity
+from .flow.times import LogitNormalTimes, Schedule, UniformTimes
+from .flow.velocity import AverageVelocity
+from .flow.weighting import AdaptiveWeighting, TransitionWeighting, UniformWeighting
+from .modules.encoder_tuning import EncoderTuning
+from .modules.fgm import FGM
+from .modules.flow_map import FlowMapModule
+from .modules.optimization import Optimization
+from .modules.scflow import SCFlow
+from .networks.mmdit import MMDiTFlowMap
+from .networks.sana import SanaFlowMap
+from .networks.unet import TextUNetFlowMap, UNetFlowMap
+from .pipeline import EMFPipeline
+
+__all__ = [
+    "FGM",
+    "AdaptiveWeighting",
+    "AlphaFlow",
+    "AverageVelocity",
+    "CaptionImageData",
+    "ConditionalVelocity",
+    "EMFPipeline",
+    "EncoderTuning",
+    "EulerSampler",
+    "FiniteDifference",
+    "FlowGeneratorMatching",
+    "FlowMapModule",
+    "FlowMapSampler",
+    "FlowMatching",
+    "ForwardMode",
+    "ImprovedMeanFlow",
+    "LogitNormalTimes",
+    "MMDiTFlowMap",
+    "MeanFlow",
+    "MultistepSampler",
+    "Optimization",
+    "SCFlow",
+    "SanaFlowMap",
+    "Schedule",
+    "SelfCorrectedFlow",
+    "SelfVelocity",
+    "SplitMeanFlow",
+    "TargetGuidance",
+    "TeacherVelocity",
+    "TextUNetFlowMap",
+    "TransitionWeighting",
+    "UNetFlowMap",
+    "UniformTimes",
+    "UniformWeighting",
+    "load_run",
+    "sample",
+]
