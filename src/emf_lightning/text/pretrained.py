@@ -61,7 +61,7 @@ class PretrainedTextEncoder(TextEncoder):
                 "the turns into template"
             )
         self.chat = chat
-        self.tower.config.use_cache = False  # keys and values of a decoder: nothing is generated here
+        self.tower.config.use_cache = False  # nothing is generated here
         depth = self.tower.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
             raise ValueError(
