@@ -34,8 +34,9 @@ data:
   batch_size: 3
   num_workers: 0
 model:
-  class_path: FlowMatching
+  class_path: FlowMapModule
   init_args:
+    objective: FlowMatching
     net:
       class_path: SanaFlowMap
       init_args:

@@ -13,6 +13,9 @@ ARGUMENTS: dict[tuple[str, str], str] = {
     ("FlowMapNetwork", "trainable"): "finetuning.trainable",
     ("TimeSampler", "interval_share"): "flow_matching_ratio; its value is 1 - interval_share",
     ("TimeSampler", "zero_share"): "consistency_ratio",
+    ("Pixels", "offset"): "shift",
+    ("WordEncoder", "reach"): "window",
+    ("CaptionImageData", "pictures"): "images",
 }
 """(Short name of a class or of its base, old argument) -> new dotted argument, relative to the same ``init_args``.
 

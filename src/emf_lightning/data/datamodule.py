@@ -139,7 +139,7 @@ class CaptionImageData(LightningDataModule):
         return self._encoder.latent_size
 
     def setup(self, stage: str) -> None:
-        self.open_caches()
+        self._encoder.open_caches(str(self.transform))
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
             self._train = self._loader("shards", self.num_workers, **options)
@@ -151,10 +151,6 @@ class CaptionImageData(LightningDataModule):
             self._validation = self._loader("validation_shards", workers, limit=self.validation_samples)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
-
-    def open_caches(self) -> None:
-        """Binds the caches to the encoder and the autoencoder."""
-        self._encoder.open_caches(str(self.transform))
 
     @cached_property
     def caption_files(self) -> CaptionFiles | None:

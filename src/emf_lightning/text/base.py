@@ -68,7 +68,7 @@ class TextEncoder(nn.Module, ABC):
         length: L, fixed number of token positions; shorter captions are padded, longer ones truncated and counted.
         image_size: side of the square images that ``encode_pairs`` reads beside captions in training; None if the
             encoder reads captions alone.
-        builds_on_meta: whether it has its size, and no weights, when it is made on the meta device.
+        builds_on_meta: True if the encoder can be built on the meta device, with its size and without weights.
     """
 
     width: int

@@ -46,6 +46,8 @@ class OpenClipTextEncoder(TextEncoder):
         if "{caption}" not in template:
             raise ValueError(f"OpenClipTextEncoder: template={template!r} must contain {{caption}}")
         self.tower, self.tokenizer, self._architecture = _load(model, pretrained, quick_gelu)
+        self._inner = getattr(self.tokenizer, "tokenizer", None)  # of transformers; None for OpenAI's tokenizer
+        self._padding = 0 if self._inner is None else self._inner.pad_token_id
         self.tower.to(getattr(torch, dtype))
         self.template = template
         self.dtype = dtype
@@ -75,15 +77,6 @@ class OpenClipTextEncoder(TextEncoder):
     def _ids(self, captions: Sequence[str], length: int) -> Tensor:
         texts = [self.template.replace("{caption}", caption) for caption in captions]
         return self.tokenizer(texts, context_length=length)
-
-    @property
-    def _inner(self) -> Any:
-        """The transformers tokenizer inside OpenCLIP's; None for OpenAI's tokenizer."""
-        return getattr(self.tokenizer, "tokenizer", None)
-
-    @property
-    def _padding(self) -> int:
-        return 0 if self._inner is None else self._inner.pad_token_id
 
     def _mask(self, ids: Tensor) -> Tensor:
         """True for the caption's tokens, up to and including end of text."""

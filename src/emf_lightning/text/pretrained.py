@@ -61,7 +61,7 @@ class PretrainedTextEncoder(TextEncoder):
                 "the turns into template"
             )
         self.chat = chat
-        self.tower.config.use_cache = False  # keys and values of a decoder: nothing is generated here
+        self.tower.config.use_cache = False  # nothing is generated here
         depth = self.tower.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
             raise ValueError(
@@ -96,13 +96,13 @@ class PretrainedTextEncoder(TextEncoder):
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, between 1 and L."""
         texts = [self._text(caption) for caption in captions]
-        rows: list[list[int]] = self._ids(texts, self.length)
-        full = [text for text, row in zip(texts, rows, strict=True) if len(row) == self.length]
+        sequences: list[list[int]] = self._ids(texts, self.length)
+        full = [text for text, ids in zip(texts, sequences, strict=True) if len(ids) == self.length]
         # a caption is truncated if it keeps one more token when one more is allowed
-        truncated = sum(len(row) > self.length for row in self._ids(full, self.length + 1)) if full else 0
+        truncated = sum(len(ids) > self.length for ids in self._ids(full, self.length + 1)) if full else 0
         self._truncation.add(len(captions), truncated)
         # many tokenizers return no token for the null caption: it becomes one padding token, which is not masked
-        return [row or [self._padding] for row in rows]
+        return [ids or [self._padding] for ids in sequences]
 
     def _text(self, caption: str) -> str:
         text = self.template.replace("{caption}", caption)

@@ -115,7 +115,7 @@ def test_the_first_pass_is_rounded_as_the_second_one_comes_back(tmp_path, dtype)
     first, second = encoded(cache, CAPTIONS, encoder), encoded(cache, CAPTIONS, refuse)
     assert first.context.dtype == second.context.dtype == torch.float32
     assert torch.equal(first.context, second.context)
-    assert torch.equal(second.context, cache.entries.rounded(encoder(CAPTIONS).context))
+    assert torch.equal(second.context, cache.entry_format.rounded(encoder(CAPTIONS).context))
     assert not torch.equal(second.context, encoder(CAPTIONS).context)
 
 

@@ -74,9 +74,9 @@ class EntryCache(ABC, Generic[T]):
                 stacklevel=3,
             )
 
-    def size(self, samples: int, entries: EntryFormat | None = None) -> int:
+    def size(self, samples: int, entry_format: EntryFormat | None = None) -> int:
         """Upper bound of the bytes on disk of ``samples`` entries without a masked token, in this or another format."""
-        largest = (entries or self.entries).largest
+        largest = (entry_format or self.entry_format).largest
         page, entry = self._store.page_size(), largest + 50  # with its key and LMDB's header
         # LMDB gives an entry beyond half a page whole pages; smaller ones share pages, which are filled to 70 %.
         each = -(-(entry - 34) // page) * page + 80 if entry > page // 2 else page * 10 // (7 * (page // entry))
@@ -106,11 +106,11 @@ class EntryCache(ABC, Generic[T]):
         """The intact entry of ``key``, for ``unpack``; None if there is none."""
         import lmdb
 
-        entries, stored_key = self.entries, self._stored_key(key)
+        entry_format, stored_key = self.entry_format, self._stored_key(key)
         try:
             with self._store.transaction() as transaction:
                 entry = transaction.get(stored_key)
-                found = bytes(entry) if entry is not None and entries.is_intact(entry) else None
+                found = bytes(entry) if entry is not None and entry_format.is_intact(entry) else None
         except lmdb.Error as error:
             raise ValueError(
                 f"{type(self).__name__}: cannot read {str(self.path)!r} ({error}); delete the folder"
@@ -128,7 +128,7 @@ class EntryCache(ABC, Generic[T]):
 
     def unpack(self, entries: Sequence[bytes]) -> T:
         """The B values of fetched entries, in the stored dtype (float8: bfloat16)."""
-        return self.from_tokens(*self.entries.unpack(entries))
+        return self.from_tokens(*self.entry_format.unpack(entries))
 
     def store(self, keys: Sequence[str], values: T) -> None:
         """Writes the values that have no intact entry yet, in one transaction; warns and stops at the size limit."""
@@ -137,13 +137,13 @@ class EntryCache(ABC, Generic[T]):
         if self.full:
             self.full += len(keys)
             return
-        entries = dict(zip(map(self._stored_key, keys), self.entries.pack(*self.to_tokens(values)), strict=True))
+        entries = dict(zip(map(self._stored_key, keys), self.entry_format.pack(*self.to_tokens(values)), strict=True))
         try:
             with self._store.transaction(write=True) as transaction:
                 for key, entry in entries.items():
                     # Another process may have been faster; writing the same entry again would cost disk and time.
                     present = transaction.get(key)
-                    if present is None or not self.entries.is_intact(present):
+                    if present is None or not self.entry_format.is_intact(present):
                         transaction.put(key, entry)
         except lmdb.Error as error:  # a full disk raises several kinds; training can go on without the cache
             self.full += len(keys)
@@ -158,10 +158,10 @@ class EntryCache(ABC, Generic[T]):
     def as_stored(self, values: T) -> T:
         """``values`` as ``unpack`` returns them after ``store``: rounded to ``dtype``, zero where masked; float32."""
         tokens, mask = self.to_tokens(values)
-        return self.from_tokens(self.entries.rounded(tokens).masked_fill(~mask[..., None], 0.0), mask)
+        return self.from_tokens(self.entry_format.rounded(tokens).masked_fill(~mask[..., None], 0.0), mask)
 
     @property
-    def entries(self) -> EntryFormat:
+    def entry_format(self) -> EntryFormat:
         """The byte format of the entries."""
         if self._format is None:
             raise ValueError(f"{type(self).__name__}: {str(self.path)!r} is not open; call open first")

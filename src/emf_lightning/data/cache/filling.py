@@ -69,7 +69,7 @@ class CacheFiller:
         self.data = data
         self.device = device
         self.shards = shard_paths(data.shards, "CaptionImageData: shards")
-        data.open_caches()
+        data.encoder.open_caches(str(data.transform))
         data.encoder.device = device
         caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
         lanes = max(data.num_workers, 1)
@@ -104,7 +104,7 @@ class CacheFiller:
         options = {}
         for name, cache in self.caches.items():
             context, mask = (tensor.cpu() for tensor in cache.to_tokens(encode[name](batch)))
-            entries = [EntryFormat(cache.entries.length, cache.entries.width, dtype) for dtype in DTYPES]
+            entries = [EntryFormat(cache.entry_format.length, cache.entry_format.width, dtype) for dtype in DTYPES]
             options[name] = [StorageOption(e.dtype, cache.size(samples, e), e.error(context, mask)) for e in entries]
             if name == "features" and isinstance(data.text, BLIP3oNext) and data.text.token_pool == 1:
                 options[name] += _pooled_options(cache, context, samples)

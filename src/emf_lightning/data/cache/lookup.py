@@ -67,6 +67,7 @@ class Lookup(Generic[T]):
         if new:
             encoded = encode(list(new.values()))
             if cache is not None:
+                encoded = encoded.to(device="cpu")  # where entries are packed, so that rounding agrees to the bit
                 cache.store(list(new), encoded)
                 encoded = cache.as_stored(encoded)
             place = {key: index for index, key in enumerate(new)}
