@@ -56,6 +56,8 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
     """
 
+    context_width_key = "joint_attention_dim"
+
     def __init__(
         self,
         architecture: MMDiTArchitecture | None = None,
@@ -92,9 +94,6 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
         rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
         require(self, pooled <= context_width, f"{rule}: their first token holds the pooled features")
-
-    def config_widths(self) -> dict[str, int]:
-        return {"text feature width": self.model.config.joint_attention_dim}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
