@@ -20,9 +20,14 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     ``config.json`` records the parametrization as ``_flow_*``, so that weights are not read with another one.
 
+    Attributes:
+        context_width_key: of the text features' width in the model's configuration; none if it reads no text.
+
     Raises:
         ValueError: if both ``architecture`` and ``pretrained`` are given.
     """
+
+    context_width_key: str = ""
 
     def __init__(
         self, architecture: object, pretrained: object, prediction: Prediction | None, time_scale: float
@@ -41,10 +46,6 @@ class DiffusersFlowMap(FlowMapNetwork):
     @property
     def parametrization(self) -> dict[str, str | float]:
         return super().parametrization | {"time_scale": self.time_scale}
-
-    def config_widths(self) -> dict[str, int]:
-        """Widths of the text features in the model's configuration, by their names in messages."""
-        return {}
 
     def timestep(self, t: Tensor) -> Tensor:
         """The model's time input for ``t`` ``[B]``, fp32."""
@@ -72,9 +73,10 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     def _check_agreement(self, weights: PretrainedWeights, recorded: dict[str, Any]) -> None:
         """Compares this network's settings with those that ``weights`` were trained with, and records them."""
+        config = self.diffusers_model.config
         for name, ours, theirs in (
-            ("latent channels", self.latent_channels, self.diffusers_model.config.in_channels),
-            *((name, self.context_width, width) for name, width in self.config_widths().items()),
+            ("latent channels", self.latent_channels, config.in_channels),
+            ("text feature width", self.context_width, config.get(self.context_width_key, self.context_width)),
             *((name, value, recorded[name] or value) for name, value in self.parametrization.items()),
         ):
             difference = f"{weights} was trained with {name} {theirs!r}, this experiment has {ours!r}"

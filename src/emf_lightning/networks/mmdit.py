@@ -64,6 +64,8 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         torch.Size([1, 4, 8, 8])
     """
 
+    context_width_key = "joint_attention_dim"
+
     def __init__(
         self,
         architecture: MMDiTArchitecture | None = None,
@@ -100,9 +102,6 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
         rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
         require(self, pooled <= context_width, f"{rule}: their first token holds the pooled features")
-
-    def config_widths(self) -> dict[str, int]:
-        return {"text feature width": self.model.config.joint_attention_dim}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -108,6 +108,8 @@ class SanaFlowMap(DiffusersFlowMap):
         torch.Size([1, 4, 8, 8])
     """
 
+    context_width_key = "caption_channels"
+
     def __init__(
         self,
         architecture: SanaArchitecture | None = None,
@@ -171,9 +173,6 @@ class SanaFlowMap(DiffusersFlowMap):
     def parametrization(self) -> dict[str, str | float]:
         """The prediction, the time scale, and the rule that joins r and t."""
         return super().parametrization | {"interval": describe(self.interval)}
-
-    def config_widths(self) -> dict[str, int]:
-        return {"text feature width": self.transformer.config.caption_channels}
 
     def _load(self, kind: Any, weights: PretrainedWeights, finetuning: Finetuning) -> None:
         """Loads ``weights``, refits their time embedding on request and compares their settings with ours."""

@@ -155,6 +155,8 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         torch.Size([1, 4, 8, 8])
     """
 
+    context_width_key = "cross_attention_dim"
+
     def __init__(
         self,
         architecture: UNetArchitecture | None = None,
@@ -184,9 +186,6 @@ class TextUNetFlowMap(SingleTimeFlowMap):
             latent_size=latent_size,
             context_width=context_width,
         )
-
-    def config_widths(self) -> dict[str, int]:
-        return {"text feature width": self.model.config.cross_attention_dim}
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None

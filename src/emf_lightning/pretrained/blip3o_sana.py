@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,26 +53,24 @@ def read_blip3o_sana(name: str) -> Blip3oSana:
     tensors = tensors_of(name, PREFIX)
     if not tensors:
         raise ValueError(f"{name}: a BLIP3o checkpoint without {PREFIX}*, so without a SANA to start from")
-    config = _config(name, tensors)
+    config = blip3o_sana_config(name, tensors)
     if any(key.startswith("time_embed_t.") for key in tensors):
         tensors = {_ours(key): tensor for key, tensor in tensors.items() if not key.startswith("time_embed.")}
         config |= {f"_flow_{key}": value for key, value in EMF_PARAMETRIZATION.items()}
     return Blip3oSana(config, tensors)
 
 
-def blip3o_sana_config(name: str) -> dict[str, Any]:
-    """The configuration of its SANA without reading weights, for planning."""
-    return _config(name, {})
-
-
 def _ours(key: str) -> str:
     return key.replace("time_embed_t.", "time_embed.").replace("time_embed_r.", "time_embed.interval.")
 
 
-def _config(name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def blip3o_sana_config(name: str, tensors: Collection[str] = ()) -> dict[str, Any]:
     """The configuration at ``diffusion_name_or_path``, or SANA-1.5 1.6B's if that is a path of the authors' machine.
 
-    Loading the tensors into a network of another size raises later.
+    Args:
+        name: of the checkpoint.
+        tensors: names of its SANA's tensors, for what they tell of its size; none for planning. Loading them into a
+            network of another size raises later.
     """
     try:
         return config_of(config_of(name)["diffusion_name_or_path"], "transformer")
