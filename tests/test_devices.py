@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP and FSDP2, their averages, checkpoints and samples. ``ranks.py`` runs them."""
+"""DDP and FSDP2 on two processes train, average, save and sample as one process does; ``ranks.py`` runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ranks import STEPS
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The folder with what all runs left."""
+    """The folder with the files of all runs."""
     out = tmp_path_factory.mktemp("ranks")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
     subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.ranks", str(out)], env=env, cwd=root, check=True)
@@ -33,7 +33,7 @@ def found(out: Path, name: str) -> dict[str, Any]:
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The relative error of all tensors together."""
+    """Relative error over all tensors."""
     assert one.keys() == other.keys()
     error = sum((one[name] - other[name]).square().sum() for name in other)
     return float((error / sum(tensor.square().sum() for tensor in other.values())).sqrt())
@@ -95,7 +95,7 @@ def test_the_saved_network_is_whole_and_averaged(out, name):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_sharded_network_draws_what_a_whole_one_draws(out, name):
+def test_a_sharded_network_generates_the_images_of_a_whole_one(out, name):
     assert difference({"x": found(out, name)["drawn"]}, {"x": found(out, "alone")["drawn"]}) < 1e-5
 
 

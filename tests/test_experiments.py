@@ -158,7 +158,7 @@ SHIPPED = sorted(
     {str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/*.yaml")} - {*OVERLAYS, *STUDIES, *PARTS}
 )
 BUILT = [path for path in SHIPPED if path.split("/")[1] not in ("fgm", "scflow")]
-"""test_published_experiments.py looks at the others."""
+"""Without those that test_published_experiments.py covers."""
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(experiment: str, models: Path) -> list[str]:
-    """Options that put tiny models into an experiment at full size."""
+    """Options that replace the models of a full-size experiment by tiny ones."""
     if not experiment.startswith("experiments/emf/"):
         return []
     net, text, autoencoder = "--model.init_args.net.init_args", "--data.text.init_args", "--data.autoencoder.init_args"
@@ -197,7 +197,7 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
-    # the device and precision of the machine that runs the tests do not matter here
+    # independent of the machine that runs the tests
     options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32", *tiny(experiment, models)]
     cli = EMFCLI.run(expand(["fit", "--config", experiment, *options]))
 
@@ -247,7 +247,7 @@ def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monk
 
 
 def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsed alone: its detector would be downloaded."""
+    """Parsed only, because its detector would be downloaded."""
     from emf_lightning.cli.plan import PlanningCLI
 
     monkeypatch.chdir(ROOT)

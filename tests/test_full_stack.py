@@ -1,4 +1,4 @@
-"""The shipped BLIP3o-NEXT experiment with tiny weights, all the way: shards, cache, fit, resume, test, export, draw."""
+"""The shipped BLIP3o-NEXT experiment with tiny weights: shards, cache, fit, resume, test, export, generated images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ PROMPTS = ["a photo of a red cube", "a photo of two blue ball"]
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which everything was done once: runs/emf/blip3o_next/version_0 is the uninterrupted run."""
+    """A directory in which every verb has run; runs/emf/blip3o_next/version_0 is the uninterrupted run."""
     path = tmp_path_factory.mktemp("stack")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -82,7 +82,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["fit", *half, *version("again")])
         trained = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
         main(["test", *trained, *version("tested")])
-        main(["predict", *trained, *version("drawn"), "--data.prompts", "prompts.txt"])
+        main(["predict", *trained, *version("predicted"), "--data.prompts", "prompts.txt"])
         main(["export", "--run", run, "--out", "exported"])
     return path / "runs/emf/blip3o_next"
 
@@ -123,7 +123,7 @@ def test_features_and_latents_came_from_the_caches(stack):
     assert "train/mse_r_below_t" in logged.Tags()["scalars"]
 
 
-def test_pictures_and_scores_at_one_two_and_four_steps(stack):
+def test_images_and_scores_at_one_two_and_four_steps(stack):
     records = [json.loads(line) for line in (stack / "version_0/shapes/scores.jsonl").read_text().splitlines()]
     assert {(record["step"], record["label"]) for record in records} == {
         (step, f"{steps}step") for step in (0, 2, 4) for steps in (1, 2, 4)
@@ -134,15 +134,15 @@ def test_pictures_and_scores_at_one_two_and_four_steps(stack):
     assert (stack / "version_0/shapes/contact_sheet.png").stat().st_size > 10_000
 
 
-def test_the_exported_pipeline_draws_what_predict_drew(stack):
+def test_the_exported_pipeline_generates_the_images_of_predict(stack):
     exported = stack.parents[2] / "exported"
-    (stack.parents[2] / "models").rename(stack.parents[2] / "gone")  # what was exported stands alone
+    (stack.parents[2] / "models").rename(stack.parents[2] / "gone")  # the exported folder needs no other files
     pipe = EMFPipeline.from_pretrained(str(exported))
     pipe.set_progress_bar_config(disable=True)
     for steps in (1, 2, 4):
         images = pipe(PROMPTS, num_inference_steps=steps).images
         for number, image in enumerate(images):
-            drawn = np.asarray(Image.open(stack / f"drawn/samples/{number:05d}-{steps}step.png"))
-            assert np.array_equal(np.asarray(image), drawn)
+            predicted = np.asarray(Image.open(stack / f"predicted/samples/{number:05d}-{steps}step.png"))
+            assert np.array_equal(np.asarray(image), predicted)
     for file in ("transformer/config.json", "vae/diffusion_pytorch_model.safetensors", "model_index.json", "README.md"):
         assert (exported / file).is_file()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
-    """The plan's rows by name."""
+    """Printed lines by name."""
     capsys.readouterr()
     main(["plan", *options])
     rows = {}

@@ -1,4 +1,4 @@
-"""The experiments of published size: each starts from its own file, with local data and tiny weights, and trains."""
+"""Experiments of published size, trained for two steps from their own files with local data and tiny weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL_UNET = {"channels": "[8,16]", "attention": "[false,true]", "groups": "4", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data sets, prompts and pipelines, as a user has them."""
+    """A folder with data sets, prompts and pipelines in the layouts that users download."""
     place = tmp_path_factory.mktemp("published")
     pipelines.stable_diffusion_15(place / "sd15")
     pipelines.stable_diffusion_3(place / "sd3")
@@ -37,7 +37,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
-    """Two steps of an experiment's own file; the run directory."""
+    """Trains two steps of an experiment and returns the run directory."""
     model = {"model.init_args.scheduler.init_args.warmup": "0"}
     common = {
         "trainer.accelerator": "cpu",
@@ -92,10 +92,18 @@ def test_celebahq_teacher_and_student_train(place, tmp_path):
         **net(**{"architecture.head_channels": "8"}),
     )
     trained(teacher)
-    judge = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
+    discriminator = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
     now = {f"model.init_args.{term}.after": "0" for term in ("backward", "alignment")}
     trained(
-        fit("scflow/celebahq", tmp_path, shards, **small, **judge, **now, **net(pretrained=str(teacher / "network")))
+        fit(
+            "scflow/celebahq",
+            tmp_path,
+            shards,
+            **small,
+            **discriminator,
+            **now,
+            **net(pretrained=str(teacher / "network")),
+        )
     )
 
 

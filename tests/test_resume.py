@@ -1,4 +1,4 @@
-"""A run that is killed goes on where its last checkpoint stood, to the weights of a run that was never killed."""
+"""A killed run resumes from its last checkpoint and ends with the weights of a run that was never killed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ MODELS = {
     "FGM": "critic_updates: 2",
     "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {channels: 4, max_channels: 8}}",
 }
-"""A setting of each, beside those that all share."""
+"""Settings of each model, in addition to the common ones."""
 
 
 def start(model: str, root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -80,7 +80,7 @@ def start(model: str, root: Path, shards: Path, *options: str) -> subprocess.Pop
 def weights(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     assert checkpoint["global_step"] == STEPS
-    rest = checkpoint.get("target", {})  # of SCFlow's consistency
+    rest = checkpoint.get("target", {})  # EMA target of SCFlow's consistency loss
     return (
         checkpoint["state_dict"]
         | {f"target {k}": v for k, v in rest.items()}
@@ -91,7 +91,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model", ["MeanFlow", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow"))])
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, model):
     shards = tmp_path / "shards"
-    write_shards(SMALL, shards, 80, seed=0, samples_per_shard=40)  # ten batches a pass: the run crosses two ends
+    write_shards(
+        SMALL, shards, 80, seed=0, samples_per_shard=40
+    )  # ten batches an epoch: the run crosses two epoch ends
     assert start(model, tmp_path / "whole", shards).wait() == 0
 
     killed = start(model, tmp_path / "killed", shards)

@@ -62,7 +62,7 @@ CHECKPOINT = "runs/tiny/version_0/checkpoints/last.ckpt"
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says before it ends with status 2, which has to be one line."""
+    """The error line of a command that has to end with status 2 and one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(arguments)

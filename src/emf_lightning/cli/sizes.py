@@ -1,4 +1,4 @@
-"""How large an experiment's parts are, found out on the meta device: nothing is allocated and no weights are read."""
+"""Sizes of an experiment's parts, counted on the meta device: no memory is allocated, no weights are read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """A frozen text encoder's size.
-
-    Attributes:
-        parameters: how many.
-        bytes: of its weights.
-        width: D of the features.
-        length: L of the features.
-    """
+    """Parameters of a text encoder, bytes of its weights, and width D and length L of its features."""
 
     parameters: int
     bytes: int
@@ -42,12 +35,12 @@ class EncoderSize:
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What one row costs a network.
+    """Cost of one sample.
 
     Attributes:
-        flops: of one forward pass, floating point operations (a multiplication and an addition are two).
+        flops: floating point operations of a forward pass; a multiplication and an addition are two.
         activations: bytes kept for the backward pass, in fp32.
-        block_activations: those that checkpointing keeps: what goes into each block, and all of one block.
+        block_activations: bytes that checkpointing keeps: the inputs of all blocks, and all of one block.
     """
 
     flops: int
@@ -56,13 +49,13 @@ class NetworkCost:
 
 
 def on_meta(part: Namespace, kind: type, **linked: Any) -> Any:
-    """The object of a configuration's ``part``, on the meta device, with the arguments that are linked to the data."""
-    known = {name: value for name, value in linked.items() if name in _parameters(part.class_path)}
+    """Builds ``part`` of a configuration on the meta device, with those of the ``linked`` arguments that it has."""
+    known = inspect.signature(class_of(part.class_path)).parameters
     with torch.device("meta"):
-        return _instantiated(part, kind, **known)
+        return _build(part, kind, **{name: value for name, value in linked.items() if name in known})
 
 
-def _instantiated(part: Namespace, kind: type, **arguments: Any) -> Any:
+def _build(part: Namespace, kind: type, **arguments: Any) -> Any:
     spec = part.as_dict()
     spec.setdefault("init_args", {}).update(arguments)
     parser = ArgumentParser(exit_on_error=False)
@@ -70,15 +63,11 @@ def _instantiated(part: Namespace, kind: type, **arguments: Any) -> Any:
     return parser.instantiate_classes(parser.parse_object({"part": spec})).part
 
 
-def _parameters(class_path: str) -> Any:
-    return inspect.signature(class_of(class_path)).parameters
-
-
 def encoder_size(part: Namespace) -> EncoderSize:
-    """The size of the text encoder that ``part`` of a configuration describes.
+    """Size of the text encoder in ``part`` of a configuration.
 
     Raises:
-        ValueError: where its configuration is neither at hand nor known.
+        ValueError: if its configuration is neither local nor cached.
     """
     kind: Any = class_of(part.class_path)
     arguments = part.get("init_args")
@@ -91,7 +80,7 @@ def encoder_size(part: Namespace) -> EncoderSize:
             f"data.text: the size of {name} is not known here; give a folder that is there, or a hub name of which "
             "`hf download NAME config.json` was done"
         ) from error
-    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else _instantiated(part, TextEncoder)
+    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else _build(part, TextEncoder)
     sizes = [(p.numel(), p.element_size()) for p in encoder.parameters()]
     return EncoderSize(sum(n for n, _ in sizes), sum(n * b for n, b in sizes), encoder.width, encoder.length)
 
@@ -109,8 +98,8 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
 
 
 def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width: int) -> NetworkCost:
-    """What one row of latents ``shape`` with ``length`` text tokens costs ``net``, which is on the meta device."""
-    for part in net.modules():  # what it saves is asked for below
+    """Cost of one sample, latents ``shape`` and ``length`` text tokens, in ``net`` on the meta device."""
+    for part in net.modules():  # block_activations below counts its effect
         if getattr(part, "gradient_checkpointing", False):
             part.gradient_checkpointing = False  # type: ignore[assignment]
     with torch.device("meta"):
@@ -123,7 +112,7 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
     inputs: list[int] = []
 
     def entered(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs.append(_bytes(next(a for a in (*arguments, *named.values()) if isinstance(a, Tensor))))
+        inputs.append(next(a for a in (*arguments, *named.values()) if isinstance(a, Tensor)).nbytes)
 
     hooks = [block.register_forward_pre_hook(entered, with_kwargs=True) for block in net.blocks]
     net(z, t, t, context, mask)
@@ -133,7 +122,7 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
 
 
 def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
-    """Operations that encoding one image takes."""
+    """Floating point operations of encoding one image."""
     with torch.device("meta"):
         image = torch.empty(1, 3, resolution, resolution)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -147,7 +136,7 @@ def _kept_bytes(net: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
+            kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other storage reuses its address
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -155,7 +144,3 @@ def _kept_bytes(net: nn.Module, forward: Callable[[], Tensor]) -> int:
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del output
     return total
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

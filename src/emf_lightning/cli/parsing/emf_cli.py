@@ -50,7 +50,7 @@ class ExperimentParser(LightningArgumentParser):
     """Parser of experiment files without their ``base:``, which ``experiment_files.expand`` has followed before."""
 
     def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(without_base(content, str(path)) if path else content, path, *args, **kwargs)
+        return super().parse_string(without_base(content) if path else content, path, *args, **kwargs)
 
 
 class EMFCLI(LightningCLI):

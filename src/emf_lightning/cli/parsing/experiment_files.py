@@ -47,44 +47,29 @@ def _collect(file: Path, children: tuple[Path, ...], files: list[Path]) -> None:
 
 def _bases(file: Path) -> list[str]:
     try:
-        text = file.read_text()
+        settings = yaml.safe_load(file.read_text())
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no YAML: it is not UTF-8 text") from error
-    if not isinstance(_compose(text, str(file)), yaml.MappingNode):
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; an experiment is made of `key: value` lines")
-    node = _base_node(text, str(file))
-    if node is None:
-        return []
-    value = yaml.safe_load(yaml.serialize(node[1]))
+    value = settings.get(KEY, [])
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: `base:` must be a file name or a list of file names, got {value!r}")
     return names
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: no valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _base_node(text: str, name: str) -> tuple[yaml.Node, yaml.Node] | None:
-    """Key and value of a top-level ``base:``, or None."""
-    document = _compose(text, name)
-    if not isinstance(document, yaml.MappingNode):
-        return None
-    return next(((key, value) for key, value in document.value if key.value == KEY), None)
-
-
-def without_base(text: str, name: str = "<text>") -> str:
+def without_base(text: str) -> str:
     """The document without its ``base:``, a key unknown to the parser; line numbers stay."""
-    node = _base_node(text, name)
-    if node is None:
-        return text
-    start, end = node[0].start_mark.index, node[1].end_mark.index
-    rest = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
-    return rest if yaml.compose(rest, Loader=yaml.SafeLoader) is not None else "{}"
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key, value in document.value if isinstance(document, yaml.MappingNode) else ():
+        if key.value == KEY:
+            start, end = key.start_mark.index, value.end_mark.index
+            rest = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
+            return rest if yaml.compose(rest, Loader=yaml.SafeLoader) is not None else "{}"
+    return text
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -115,10 +100,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str | None, str]]:
         option, equals, value = argument.partition("=")
         if option not in _OPTIONS:
             yield None, argument
-        elif equals:
-            yield option, value
+        elif (following := value if equals else next(rest, None)) is None:
+            raise ValueError(f"{option}: names no file")
         else:
-            following = next(rest, None)
-            if following is None:
-                raise ValueError(f"{option}: names no file")
             yield option, following
