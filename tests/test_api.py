@@ -117,7 +117,7 @@ def test_a_loaded_run_samples_as_predict_does_and_as_the_trained_module(home, mo
     Path("prompts.txt").write_text("a photo of a red circle\n")
     run = "runs/shapes/demo/version_0"
     options = ["--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
-    writer = '{"class_path": "SampleWriter", "init_args": {"steps": [2], "folder": "samples"}}'
+    writer = f'{{"class_path": "SampleWriter", "init_args": {{"steps": [2], "folder": "{home}/samples"}}}}'
     main(["predict", *options, "--data.prompts", "prompts.txt", "--trainer.callbacks+", writer])
     state = torch.random.get_rng_state()
     image = emf_lightning.load_run(run).sample("a photo of a red circle", steps=2)[0]

@@ -19,9 +19,10 @@ model:
   class_path: {model}
   init_args:
     {settings}
-    scheduler:
-      class_path: WarmupCosine
-      init_args: {{total: "${{trainer.max_steps}}", warmup: 30}}
+    optimization:
+      scheduler:
+        class_path: WarmupCosine
+        init_args: {{total: "${{trainer.max_steps}}", warmup: 30}}
     net:
       class_path: SanaFlowMap
       init_args:
@@ -74,8 +75,8 @@ def test_two_methods_become_tables_and_a_figure(tmp_path, monkeypatch, capsys, r
     write_shards(SMALL, shards, 64, samples_per_shard=32)
     files = []
     for name, model, settings, trainer in (
-        ("meanflow", "MeanFlow", "caption_dropout: 0.0", ""),
-        ("fgm", "FGM", "critic_updates: 1", ", gradient_clip_val: null"),
+        ("meanflow", "FlowMapModule", "caption_dropout: 0.0", ""),
+        ("fgm", "FGM", "alternation: {auxiliary_updates: 1}", ", gradient_clip_val: null"),
     ):
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(

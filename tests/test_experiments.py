@@ -204,7 +204,7 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(
     assert cli.trainer.max_steps > 0
     assert cli.trainer.logger is not None
     assert cli.trainer.logger.name == experiment.removeprefix("experiments/").removesuffix(".yaml")
-    assert cli.model.scheduler is not None
+    assert cli.model.optimization.scheduler is not None
     assert cli.model.net.transformer.config.caption_channels == cli.datamodule.context_width
 
 

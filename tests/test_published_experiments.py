@@ -38,7 +38,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
     """Trains two steps of an experiment and returns the run directory."""
-    model = {"model.init_args.scheduler.init_args.warmup": "0"}
+    model = {"model.init_args.optimization.scheduler.init_args.warmup": "0"}
     common = {
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
@@ -77,7 +77,7 @@ def test_cifar10_teacher_and_generator_train(place, tmp_path):
     trained(teacher)
     run = fit("fgm/cifar10", tmp_path, shards, **net(pretrained=str(teacher / "network")))
     names = {name.partition(".")[0] for name in trained(run)}
-    assert names == {"net", "critic"}
+    assert names == {"net", "online_flow"}
 
 
 def test_celebahq_teacher_and_student_train(place, tmp_path):
@@ -93,7 +93,7 @@ def test_celebahq_teacher_and_student_train(place, tmp_path):
     )
     trained(teacher)
     discriminator = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
-    now = {f"model.init_args.{term}.after": "0" for term in ("backward", "alignment")}
+    now = {f"model.init_args.objective.init_args.{term}.start": "0" for term in ("backward", "alignment")}
     trained(
         fit(
             "scflow/celebahq",
@@ -113,8 +113,8 @@ def test_text_to_image_student_trains(place, tmp_path):
         "data.resolution": "16",
         "data.text.init_args.pretrained": pipeline,
         "data.autoencoder.init_args.pretrained": pipeline,
-        "model.init_args.backward.after": "0",
-        "model.init_args.adversarial.after": "0",
+        "model.init_args.objective.init_args.backward.start": "0",
+        "model.init_args.objective.init_args.adversarial.start": "0",
     }
     trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(**{"pretrained.path": pipeline})))
 

@@ -36,9 +36,10 @@ model:
   class_path: {model}
   init_args:
     {settings}
-    scheduler:
-      class_path: WarmupCosine
-      init_args: {{total: {steps}, warmup: 2}}
+    optimization:
+      scheduler:
+        class_path: WarmupCosine
+        init_args: {{total: {steps}, warmup: 2}}
     net:
       class_path: SanaFlowMap
       init_args:
@@ -62,8 +63,8 @@ data:
 
 
 MODELS = {
-    "MeanFlow": "caption_dropout: 0.1",
-    "FGM": "critic_updates: 2",
+    "FlowMapModule": "caption_dropout: 0.1",
+    "FGM": "alternation: {auxiliary_updates: 2}",
     "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {channels: 4, max_channels: 8}}",
 }
 """Settings of each model, in addition to the common ones."""
@@ -88,7 +89,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("model", ["MeanFlow", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow"))])
+@pytest.mark.parametrize(
+    "model", ["FlowMapModule", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow"))]
+)
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, model):
     shards = tmp_path / "shards"
     write_shards(

@@ -18,6 +18,10 @@ _ARGUMENTS: dict[tuple[str, str], Callable[[Any], Spec]] = {
     ("SanaFlowMap", "fresh_context"): lambda value: {},
     ("SanaFlowMap", "refit"): lambda value: {},
     ("SanaFlowMap", "trainable"): lambda value: {},
+    **{
+        (kind, "subfolder"): lambda value: {}  # an export has each part in a folder of its own
+        for kind in ("SanaFlowMap", "UNetFlowMap", "TextUNetFlowMap", "MMDiTFlowMap")
+    },
 }
 """(Class, argument that is no more) -> the arguments in its place."""
 

@@ -23,16 +23,20 @@ trainer:
 """
 
 
+OBJECTIVE = "{model: {init_args: {objective: {init_args: {%s}}}}}"
+OPTIMIZER = "{model: {init_args: {optimization: {optimizer: {class_path: %s, init_args: {momentun: 1}}}}}}"
+
+
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
         (
-            "{model: {init_args: {times: {class_path: LogitNormalTimes, init_args: {mu: {strat: 0}}}}}}",
-            "model.times.mu: Schedule has no option 'strat'; did you mean 'start'?",
+            OBJECTIVE % "times: {class_path: UniformTimes, init_args: {flow_matching_ratio: {strat: 0}}}",
+            "model.objective.times.flow_matching_ratio: Schedule has no option 'strat'; did you mean 'start'?",
         ),
         (
-            "{model: {init_args: {optimizer: {class_path: timm.optim.Muon, init_args: {momentun: 1}}}}}",
-            "model.optimizer: Muon has no option 'momentun'; did you mean 'momentum'?",
+            OPTIMIZER % "timm.optim.Muon",
+            "model.optimization.optimizer: Muon has no option 'momentun'; did you mean 'momentum'?",
         ),
         (
             NESTED_MISTAKE,
@@ -42,7 +46,7 @@ trainer:
         ("{trainer: {max_stpes: 3}}", "trainer: Trainer has no option 'max_stpes'; did you mean 'max_steps'?"),
         (
             "{model: {init_args: {caption_dropuot: 0}}}",
-            "model: FlowMatching has no option 'caption_dropuot'; did you mean 'caption_dropout'?",
+            "model: FlowMapModule has no option 'caption_dropuot'; did you mean 'caption_dropout'?",
         ),
         (
             "{model: {init_args: {net: {init_args: {pedriction: 1}}}}}",
@@ -53,8 +57,8 @@ trainer:
             "model.net.architecture: SanaArchitecture has no option 'num_layer'; did you mean 'num_layers'?",
         ),
         (
-            "{model: {init_args: {optimizer: {class_path: torch.optim.SGD, init_args: {momentun: 1}}}}}",
-            "model.optimizer: SGD has no option 'momentun'; did you mean 'momentum'?",
+            OPTIMIZER % "torch.optim.SGD",
+            "model.optimization.optimizer: SGD has no option 'momentun'; did you mean 'momentum'?",
         ),
         (
             "{data: {text: {init_args: {widht: 8}}}}",
@@ -170,7 +174,7 @@ LAYERS = "--model.init_args.net.init_args.architecture.num_layers"
         (["base.yaml", "--data.text.init_args.width", "24"], "net.transformer.caption_projection.linear_1.weight is"),
         (["base.yaml", LAYERS, "2"], "net.transformer.transformer_blocks.1.scale_shift_table is not there but here"),
         (["base.yaml", "--model.init_args.net.init_args.time_scale", "5"], "its time_scale is 1000.0, not 5"),
-        (["meanflow.yaml"], "its model is FlowMatching, not MeanFlow"),
+        (["meanflow.yaml"], "its objective is FlowMatching, not MeanFlow"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_an_error(

@@ -54,11 +54,14 @@ def test_the_command_line_wins_over_base_and_child(capsys: pytest.CaptureFixture
 def test_an_interpolation_in_the_base_follows_a_later_override(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed(capsys, "--config", "shapes/child.yaml", "--trainer.max_steps", "7")
 
-    assert config["model"]["init_args"]["scheduler"]["init_args"]["total"] == 7
+    assert config["model"]["init_args"]["optimization"]["scheduler"]["init_args"]["total"] == 7
+
+
+CHANGE_OF_CLASS = "{model: {init_args: {optimization: {scheduler: {class_path: torch.optim.lr_scheduler.LinearLR}}}}}"
 
 
 def test_an_interpolation_that_a_change_of_class_would_drop_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    line = complaint(capsys, "fit", "--config", "base.yaml", "--config", "{model: {class_path: MeanFlow}}")
+    line = complaint(capsys, "fit", "--config", "base.yaml", "--config", CHANGE_OF_CLASS)
 
     assert "scheduler" in line
     assert "values with ${...} do not survive a change of class" in line

@@ -21,7 +21,7 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     [
         ["--config", "shapes/child.yaml", "--model.net.architecture.help"],
         ["--config", "shapes/child.yaml", "--model.init_args.net.init_args.architecture.help"],
-        ["--model.help=FlowMatching", "--model.net.help=SanaFlowMap", "--model.net.architecture.help"],
+        ["--model.help=FlowMapModule", "--model.net.help=SanaFlowMap", "--model.net.architecture.help"],
         ["--model.net.help", "SanaFlowMap", "--model.net.architecture.help"],
     ],
 )

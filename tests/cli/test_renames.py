@@ -20,7 +20,7 @@ OLD_ARGUMENTS = {
     ("CaptionImageData", "first"): "shards",
 }
 OLD_CLASSES = {
-    "OldModel": "FlowMatching",
+    "OldModel": "FlowMapModule",
     "emf_lightning.old.Words": "WordEncoder",
     "Pixels": "an autoencoder, in data",
 }
@@ -34,8 +34,11 @@ def old_names(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(CLASSES, kind, new)
 
 
-NET, TIMES = "model.init_args.net.init_args", "model.init_args.times.init_args"
-SAMPLER = "{model: {init_args: {times: {class_path: LogitNormalTimes, init_args: %s}}}}"
+NET, TIMES = "model.init_args.net.init_args", "model.init_args.objective.init_args.times.init_args"
+SAMPLER = (
+    "{model: {init_args: {objective: {class_path: FlowMatching, init_args: "
+    "{times: {class_path: LogitNormalTimes, init_args: %s}}}}}}"
+)
 SUITE = """
 trainer:
   callbacks:
@@ -67,7 +70,7 @@ SUITE_ARGUMENTS = "trainer.callbacks.init_args.suite.init_args"
         ),
         (SUITE, f"{SUITE_ARGUMENTS}.first is now {SUITE_ARGUMENTS}.world"),
         ("{data: {first: 1}}", "data.first is now data.shards"),
-        ("{model: {class_path: OldModel}}", "model: OldModel is now FlowMatching"),
+        ("{model: {class_path: OldModel}}", "model: OldModel is now FlowMapModule"),
         ("{model: {class_path: Pixels}}", "model: Pixels is now an autoencoder, in data"),
         ("{data: {text: emf_lightning.old.Words}}", "data.text: emf_lightning.old.Words is now WordEncoder"),
         (
@@ -99,4 +102,4 @@ def test_an_old_option_is_answered_by_the_new_one(capsys: pytest.CaptureFixture[
 def test_an_old_class_on_the_command_line_is_answered_by_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
     said = complaint(capsys, "fit", "--config", "shapes/child.yaml", "--model", "OldModel")
 
-    assert said == "emf fit: model: OldModel is now FlowMatching"
+    assert said == "emf fit: model: OldModel is now FlowMapModule"

@@ -29,11 +29,13 @@ data:
   batch_size: 8
   num_workers: 0
 model:
-  class_path: FlowMatching
+  class_path: FlowMapModule
   init_args:
-    scheduler:
-      class_path: WarmupCosine
-      init_args: {total: "${trainer.max_steps}", warmup: 0}
+    objective: {class_path: FlowMatching}
+    optimization:
+      scheduler:
+        class_path: WarmupCosine
+        init_args: {total: "${trainer.max_steps}", warmup: 0}
     net:
       class_path: SanaFlowMap
       init_args:
