@@ -99,7 +99,7 @@ lint: $(READY) ## check style, types, layers and documentation
 
 docs: $(READY) ## build the documentation site into docs/_build/html; a broken link or a missing reference is an error
 	@rm -rf docs/api/generated  # pages of modules that are gone
-	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx -b html --fresh-env -W --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 format: $(READY) ## put the sources into shape

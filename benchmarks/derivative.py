@@ -346,7 +346,7 @@ MEANINGS = (
         "EMF's release: casts the network to fp32 and back (bf16 tables only); du/dt of all samples records a graph",
     ),
     (SEPARATE, "the same without graph and casts; neither step depends on the share of samples with r < t"),
-    ("ForwardMode, not lean", "`torch.func.jvp` for the samples with r < t"),
+    ("ForwardMode(fast=False)", "`torch.func.jvp` for the samples with r < t"),
     ("FiniteDifference", "its passes always run in fp32"),
 )
 """Steps of the tables whose names do not say all, and their explanations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from docutils import nodes
 from sphinx.domains.python import PyObject
 from sphinx.ext import autosummary
+from sphinx.util import logging
 
 import emf_lightning
 
@@ -27,8 +29,7 @@ extensions = [
     "plain_docstrings",  # docs/_extensions: formulas in docstrings are no markup
 ]
 exclude_patterns = ["_build", "_extensions", "_templates", "**/.ipynb_checkpoints"]
-if not hasattr(emf_lightning, "__all__"):
-    exclude_patterns.append("api/public.md")
+suppress_warnings = ["ref.python"]  # a public name has two pages, its own and its module's
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]
@@ -97,6 +98,9 @@ def setup(app: Any) -> None:
     app.connect("missing-reference", _without_page)
     app.connect("doctree-read", _unbroken_errors)
     autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.",)  # it ends no summary
+    listed = set(re.findall(r"^   (\w+)$", Path(__file__).with_name("api").joinpath("public.md").read_text(), re.M))
+    if differing := listed ^ set(emf_lightning.__all__):
+        logging.getLogger(__name__).warning("api/public.md and emf_lightning differ in %s", sorted(differing))
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"  # Sphinx says "Variables"

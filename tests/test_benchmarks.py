@@ -17,7 +17,7 @@ TINY = SanaArchitecture(
     patch_size=2,
 )
 SIZE = Size("tiny", TINY, channels=3, side=8, rows=4, tokens=3)
-EXACT = ["ForwardMode, not lean 0.5", "Fused 0.5", RECORDED, SEPARATE]
+EXACT = ["ForwardMode(fast=False) 0.5", "Fused 0.5", RECORDED, SEPARATE]
 
 
 def gradients(bench: Bench, name: str) -> torch.Tensor:

@@ -243,7 +243,7 @@ def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monk
 
     assert cli.datamodule.batch_size == 64
     sampling = next(part for part in cli.trainer.callbacks if type(part).__name__ == "FewStepSampling")
-    assert [setting.steps for setting in sampling.settings] == [1, 2, 4, 30]
+    assert [config.steps for config in sampling.configs] == [1, 2, 4, 30]
 
 
 def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:

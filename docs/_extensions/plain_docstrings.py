@@ -16,12 +16,14 @@ _STARRED = re.compile(r"^\s*\*{1,2}\w+:")  # `*args:` in a section, which napole
 
 
 def _escape(line: str) -> str:
-    if _STARRED.match(line):
+    if _STARRED.match(line) or line.lstrip().startswith((">>>", "... ")):
         return line
     parts = _LITERAL.split(line)
     for i, part in enumerate(parts):
         if i % 2:
             parts[i] = part if part.startswith("``") else f"`{part}`"
+            if parts[i + 1][:1].isalnum():  # the plural of a class
+                parts[i] += "\\ "
         else:
             parts[i] = _MARKUP.sub(lambda mark: "\\" + mark[0], part)
     return "".join(parts)

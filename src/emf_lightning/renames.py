@@ -86,5 +86,5 @@ _BY_CLASS: dict[str, dict[str, str]] = {
 ARGUMENTS = {(kind, old): new for kind, names in _BY_CLASS.items() for old, new in names.items()}
 """(Short name of a class or of its base, old argument) -> new dotted argument, relative to the same ``init_args``.
 
-A remark may follow after a semicolon. A whole sentence takes the place of the argument where no single one replaces it.
+A remark may follow after a semicolon. A whole sentence stands in place of the argument if no single one replaces it.
 """

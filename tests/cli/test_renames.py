@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import pytest
 
+from emf_lightning.cli.parsing import import_classes
+from emf_lightning.cli.parsing.emf_cli import CLASS_PACKAGES
 from emf_lightning.renames import ARGUMENTS, CLASSES
 from tests.cli.world import complaint
+
+SHIPPED_ARGUMENTS, SHIPPED_CLASSES = dict(ARGUMENTS), dict(CLASSES)
 
 OLD_ARGUMENTS = {
     ("FlowMapModule", "first"): "init_from",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -78,16 +79,17 @@ class Training:
     @classmethod
     def of(cls, model: Namespace) -> Training:
         """Reads ``model`` of a configuration; its objective is MeanFlow by default, unless two models train."""
-        kind, part = class_of(model.class_path), model.init_args.get("objective") or Namespace()
-        networks, tunes_encoder = kind.trained_networks, kind.tunes_encoder  # type: ignore[attr-defined]
-        by_default = networks == 1 and not tunes_encoder
-        objective = class_of(part.class_path) if "class_path" in part else None
-        takes_derivative = getattr(objective, "takes_derivative", False) if objective else by_default
-        ratio = part.get("init_args.times.init_args.flow_matching_ratio") or Namespace(start=0.75, end=None)
-        mean = (ratio.start + (ratio.start if ratio.end is None else ratio.end)) / 2
-        velocity = part.get("init_args.velocity.class_path")
-        teacher = velocity is not None and class_of(velocity).needs_teacher  # type: ignore[attr-defined]
-        return cls(networks, takes_derivative * (1 - mean), teacher, tunes_encoder)
+        kind: Any = class_of(model.class_path)
+        objective: Any = model.get("init_args.objective.class_path")
+        if objective is None:
+            takes_derivative = kind.trained_networks == 1 and not kind.tunes_encoder
+        else:
+            takes_derivative = getattr(class_of(objective), "takes_derivative", False)
+        ratio = model.get("init_args.objective.init_args.times.init_args.flow_matching_ratio")
+        mean = 0.75 if ratio is None else (ratio.start + (ratio.start if ratio.end is None else ratio.end)) / 2
+        velocity = model.get("init_args.objective.init_args.velocity.class_path")
+        teacher = velocity is not None and getattr(class_of(velocity), "needs_teacher", False)
+        return cls(kind.trained_networks, takes_derivative * (1 - mean), teacher, kind.tunes_encoder)
 
 
 class Plan:
@@ -110,11 +112,11 @@ class Plan:
         sizes = {"context_width": self.text.width, "latent_channels": channels, "latent_size": self.side}
         self.net: FlowMapNetwork = on_meta(settings.model.init_args.net, FlowMapNetwork, **sizes)
         self.cost = network_cost(self.net, (channels, self.side, self.side), self.text.length, self.text.width)
-        trainer, arguments = settings.trainer, settings.model.init_args.net.get("init_args", Namespace())
+        trainer, net = settings.trainer, settings.model.init_args.net
         given = len(trainer.devices) if isinstance(trainer.devices, list) else str(trainer.devices)
         self.devices = (int(given) if str(given).isdigit() else 1) * trainer.num_nodes
-        self.checkpointing = bool(arguments.get("gradient_checkpointing"))
-        self.pretrained = getattr(arguments.get("pretrained"), "path", arguments.get("pretrained"))
+        self.checkpointing = bool(net.get("init_args.gradient_checkpointing"))
+        self.pretrained = net.get("init_args.pretrained.path", net.get("init_args.pretrained"))
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
         self.averages = any(name.endswith(("WeightEMA", "EMAWeightAveraging")) for name in names)
         self.network = sum(p.numel() for p in self.net.parameters())

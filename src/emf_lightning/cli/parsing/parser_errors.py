@@ -44,7 +44,9 @@ def parser_error(text: str) -> str:
         where = ".".join(key for key in path if key != "init_args")
         if found := _CLASS.search(line):
             owner = found[1] or found[2]
-            if path and path[-1] != "init_args" and not is_dataclass(_find_class(owner)):
+            if (kind := _find_class(owner)) is None:
+                return f"{where}: {_unknown_class(owner)}"
+            if path and path[-1] != "init_args" and not is_dataclass(kind):
                 path.append("init_args")
         if found := _GROUP.search(line):
             group, _, option = ".".join(filter(None, found.groups())).rpartition(".")
