@@ -12,7 +12,7 @@ CLASSES: dict[str, str] = {
     "QwenVlJudge": "QwenVqa",
     "MplugJudge": "MplugVqa",
 }
-"""Short name or dotted path of an old class -> the new class; a remark may follow."""
+"""Short name or dotted path of an old class -> the new class; a remark may follow. Read if a class does not fit."""
 
 _OBJECTIVE = {
     name: f"objective.init_args.{name}"
@@ -52,6 +52,12 @@ _BY_CLASS: dict[str, dict[str, str]] = {
     "Objective": {"bound": "clip_target"},
     "ForwardMode": {"lean": "fast"},
     "AdaptiveWeighting": {"power": "p", "offset": "c"},
+    "TransitionWeighting": {"power": "p", "offset": "c"},
+    "SelfCorrectedFlow": {
+        "reach": "consistency.max_step",
+        "truncation": "consistency.truncation",
+        "offset": "consistency.huber_c",
+    },
     "TimeSampler": {
         "interval_share": "flow_matching_ratio; its value is 1 - interval_share",
         "zero_share": "consistency_ratio",
@@ -67,7 +73,7 @@ _BY_CLASS: dict[str, dict[str, str]] = {
     "FlowMapNetwork": {
         "refit": "finetuning.refit",
         "trainable": "finetuning.trainable",
-        "subfolder": "pretrained.subfolder",
+        "subfolder": "pretrained.subfolder; the name is then pretrained.path",
     },
     "ConvDiscriminator": {
         "most": "max_channels",
@@ -80,7 +86,7 @@ _BY_CLASS: dict[str, dict[str, str]] = {
     "CaptionImageData": {"pictures": "images"},
     "FewStepSampling": _CALLBACK,
     "StepSweep": _CALLBACK,
-    "SampleWriter": _CALLBACK,
+    "SampleWriter": {"guidance": "guidance_scale"},
     "DpgBench": {"judge": "vqa_model"},
 }
 ARGUMENTS = {(kind, old): new for kind, names in _BY_CLASS.items() for old, new in names.items()}

@@ -15,8 +15,6 @@ from emf_lightning.cli import main
 from emf_lightning.cli.parsing.errors import user_message
 from tests.cli.world import CHECKPOINT, PARENT, complaint
 
-OBJECTIVE = "{model: {init_args: {objective: {init_args: {%s}}}}}"
-OPTIMIZER = "{model: {init_args: {optimization: {optimizer: %s}}}}"
 NESTED_MISTAKE = """
 trainer:
   callbacks:

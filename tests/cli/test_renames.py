@@ -110,3 +110,16 @@ def test_an_old_class_on_the_command_line_is_answered_by_the_new_one(capsys: pyt
     said = complaint(capsys, "fit", "--config", "shapes/child.yaml", "--model", "OldModel")
 
     assert said == "emf fit: model: OldModel is now FlowMapModule"
+
+
+def test_the_table_names_classes_and_arguments_that_exist() -> None:
+    import_classes("data", *CLASS_PACKAGES)
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("emf_lightning.")]
+    kinds = {name: value for m in modules for name, value in vars(m).items() if inspect.isclass(value)}
+
+    assert {new.partition(",")[0] for new in SHIPPED_CLASSES.values()} <= kinds.keys()
+    for (kind, old), new in SHIPPED_ARGUMENTS.items():
+        argument = new.partition(";")[0].partition(".")[0]
+        subclasses = [value for value in kinds.values() if kinds[kind] in value.__mro__]
+        arguments = [inspect.signature(value).parameters for value in subclasses]
+        assert any(argument in known and old not in known for known in arguments), (kind, old, new)

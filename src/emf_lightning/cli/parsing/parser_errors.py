@@ -21,7 +21,6 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: --(model|data|trainer)\.(\w
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _TYPE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-_NO_MODULE = re.compile(r"module '.+' has no attribute|No module named|No emf_lightning attribute")
 _ANY_CLASS = "- a class path (str)"
 _VERB = re.compile(r"\b(?:fit|validate|test|predict)\.")
 _UNINFORMATIVE = (
@@ -65,8 +64,6 @@ def parser_error(text: str) -> str:
             return _unknown_option(path, owner, found[1].partition(".")[0])
         if found := _NO_CLASS.search(line):
             return f"{where}: {_unknown_class(found[1])}"
-        if owner and _NO_MODULE.search(line):
-            return f"{where}: {_unknown_class(owner)}"
         if line == _ANY_CLASS and path:
             return f"{where}: names no class that fits here; write `class_path: NAME` beside its `init_args`"
         leaf = line.removeprefix("- ")
