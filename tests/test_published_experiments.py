@@ -128,7 +128,7 @@ def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
         "data.autoencoder.init_args.pretrained": pipeline,
         "data.cache.path": str(tmp_path / "cache"),
         "data.cache.max_gb": "0.1",
-        "model.init_args.micro_batches": "2",
+        "model.init_args.alternation.micro_batches": "2",
     }
     trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(**{"pretrained.path": pipeline})))
 
