@@ -235,11 +235,11 @@ class EMFPipeline(DiffusionPipeline):
             generated = sample(
                 self.transformer.part,
                 noise,
-                (text.context, text.mask),
+                text.conditioning,
                 steps=num_inference_steps,
                 sampler=self._sampler,
                 guidance_scale=scale,
-                null_context=(null.context, null.mask),
+                null_context=null.conditioning,
                 guidance=self._guidance,
             )
         images: Any = generated

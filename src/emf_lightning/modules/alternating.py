@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.velocity import fresh_casts
-from emf_lightning.modules.flow_map import FlowMapModule, trainable
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
@@ -138,7 +138,7 @@ class AlternatingModule(FlowMapModule):
 
     def configure_optimizers(self) -> Any:
         pairs = (self.optimization, self.net), (self.auxiliary_optimization, self.auxiliary)
-        optimizers, schedulers = zip(*(o.build(trainable(network)) for o, network in pairs), strict=True)
+        optimizers, schedulers = zip(*(o.build(network.parameters()) for o, network in pairs), strict=True)
         return list(optimizers), [scheduler for scheduler in schedulers if scheduler is not None]
 
     # -- a step -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,18 @@ def check_parametrization(theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         )
 
 
+def check_kinds(theirs: Mapping[str, Any], **ours: object) -> None:
+    """Checks that each object in ``ours`` is of the class that the checkpoint names, or of a subclass.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    related = {name: {kind.__name__ for kind in type(part).__mro__} for name, part in ours.items()}
+    check_parametrization(
+        theirs, {name: type(part).__name__ for name, part in ours.items() if theirs.get(name) not in related[name]}
+    )
+
+
 def load_network(net: FlowMapNetwork, path: str) -> None:
     """Loads the network weights of the Lightning checkpoint at ``path``, its EMA's where it has one, into ``net``.
 

@@ -10,7 +10,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.flow.objectives.base import Objective
 from emf_lightning.flow.objectives.flow_matching import FlowMatching
-from emf_lightning.modules.flow_map import FlowMapModule, trainable
+from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
@@ -90,7 +90,7 @@ class EncoderTuning(FlowMapModule):
 
     def configure_optimizers(self) -> Any:
         assert self.encoder is not None
-        groups = [{"params": trainable(self.net)}, {"params": trainable(self.encoder)}]
+        groups = [{"params": [p for p in m.parameters() if p.requires_grad]} for m in (self.net, self.encoder)]
         optimizer = self.optimization.optimizer(groups)
         optimizer.param_groups[1]["lr"] *= self.encoder_rate
         scheduler = self.optimization.scheduler

@@ -11,7 +11,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.alternating import AlternatingModule, Alternation
-from emf_lightning.modules.flow_map import VALIDATION_TIMES, context_of
+from emf_lightning.modules.flow_map import VALIDATION_TIMES
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
 
@@ -70,10 +70,10 @@ class FGM(AlternatingModule):
         terms = self.objective(
             self.net,
             batch.latents,
-            context_of(batch.text),
+            batch.text.conditioning,
             teacher=self.teacher,
             online_flow=self.online_flow,
-            null_context=context_of(batch.null),
+            null_context=batch.null.conditioning,
             progress=self.progress,
             step=self.trainer.global_step,
         )
@@ -86,7 +86,7 @@ class FGM(AlternatingModule):
         terms = self.objective.online_flow_loss(
             self.net,
             batch.latents,
-            context_of(batch.text),
+            batch.text.conditioning,
             online_flow=self.online_flow,
             progress=self.progress,
             step=self.trainer.global_step,
@@ -100,7 +100,7 @@ class FGM(AlternatingModule):
         generator = torch.Generator().manual_seed(batch_idx)
         e, fresh = (torch.randn(batch.latents.shape, generator=generator).to(batch.latents) for _ in range(2))
         x = self.objective.sampler(self.average_velocity(batch.text), e, 1)
-        context, null = context_of(batch.text), context_of(batch.null)
+        context, null = batch.text.conditioning, batch.null.conditioning
         teacher = self.objective.teacher_velocity(self.teacher, context, null, len(batch))
         online_flow = self.average_velocity(batch.text, self.online_flow)
         for time in VALIDATION_TIMES:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.base import Derivative
-from emf_lightning.flow.derivative.forward_mode import Fused
 from emf_lightning.flow.objectives.base import FlowMapTerms, Objective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.sampling import sample
@@ -22,6 +21,7 @@ from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
+from emf_lightning.modules.requirements import check_network
 from emf_lightning.modules.sharding import LIVE, ShardableModule
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextFeatures
@@ -35,6 +35,12 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 class FlowMapModule(ShardableModule):
     """Trains a network u(z, r, t) by an objective, and samples from it in few steps.
+
+    Attributes:
+        trained_networks: how many networks train.
+        tunes_encoder: whether the text encoder trains, too.
+        last_terms: terms of the last training step, without a graph, for callbacks.
+        pipeline: the pipeline of a loaded run, which ``sample`` uses.
 
     Args:
         net: the network, called as ``net(z, r, t, context, mask)`` -> u.
@@ -62,9 +68,7 @@ class FlowMapModule(ShardableModule):
     """
 
     trained_networks = 1
-    """How many networks train; a plan of the memory reads it."""
     tunes_encoder = False
-    """Whether the text encoder trains, too."""
 
     def __init__(
         self,
@@ -88,39 +92,17 @@ class FlowMapModule(ShardableModule):
         self.guidance_scale = guidance_scale
         self.gather_once = gather_once
         self.last_terms: FlowMapTerms | None = None
-        """Terms of the last training step, without a graph, for callbacks."""
         self.pipeline: Any = None
-        """The pipeline of a loaded run, which ``sample`` uses; ``load_run`` sets it."""
         self._non_finite = NonFiniteGuard(nan_patience)
         self._planned_steps = 0
         self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
-        self._check_network()
+        check_network(self.net, self.objective)
         if init_from is not None:
             checkpoints.load_network(self.net, init_from)
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and velocity.teacher is None:
             velocity.teacher = FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
-
-    def _check_network(self) -> None:
-        objective, net = self.objective, self.net
-        name, kind = type(objective).__name__, type(net).__name__
-        if objective.needs_interval and not net.takes_interval:
-            raise ValueError(
-                f"{name} trains u(z, r, t), and u of {kind} ignores r: take a network with a second time input, e.g. "
-                "SanaFlowMap, or an objective with one time, e.g. FlowMatching"
-            )
-        if getattr(objective, "needs_guidance_conditioning", False) and not net.takes_guidance:
-            raise ValueError(
-                f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true"
-            )
-        if net.gradient_checkpointing and isinstance(self.derivative, Fused):
-            raise ValueError(
-                f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "
-                "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"
-            )
-
-    # -- sampling -----------------------------------------------------------------------------------------------------
 
     def sample(
         self,
@@ -131,16 +113,14 @@ class FlowMapModule(ShardableModule):
         images_per_prompt: int = 1,
         seed: int = 0,
     ) -> list[Image]:
-        """PIL images of prompts, those of one prompt beside each other.
-
-        The noise is a function of (seed, prompt, image index): the same as in ``emf predict`` and ``EMFPipeline``.
+        """PIL images of one prompt or several, as ``EMFPipeline`` generates them, in one batch.
 
         Args:
-            prompts: one or several; all of them are one batch.
+            prompts: images of one prompt are beside each other.
             steps: from noise to data.
             guidance_scale: by default the module's own.
             images_per_prompt: each from its own noise.
-            seed: of the noise.
+            seed: of the noise, a function of (seed, prompt, image index).
 
         Raises:
             ValueError: for a module without a datamodule, and for no prompts, steps or images.
@@ -179,11 +159,11 @@ class FlowMapModule(ShardableModule):
         return sample(
             self.net,
             noise,
-            context_of(text),
+            text.conditioning,
             steps=steps,
             sampler=self.objective.sampler,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-            null_context=context_of(null),
+            null_context=null.conditioning,
             guidance=self.objective.sampling_guidance,
         )
 
@@ -192,17 +172,15 @@ class FlowMapModule(ShardableModule):
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return steps * int(self.objective.sampling_guidance.evaluations(scale))
 
-    # -- training -----------------------------------------------------------------------------------------------------
-
     def compute_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The training loss of one batch, a scalar; logs diagnostics."""
         text, dropped = self.drop_captions(batch)
         terms = self.objective(
             self.net,
             batch.latents,
-            context_of(text),
+            text.conditioning,
             progress=self.progress,
-            null_context=context_of(batch.null),
+            null_context=batch.null.conditioning,
             dropped=dropped,
         )
         self.log_terms(terms)
@@ -221,7 +199,7 @@ class FlowMapModule(ShardableModule):
 
     def average_velocity(self, text: TextFeatures, net: FlowMapNetwork | None = None) -> AverageVelocity:
         """u(z, r, t) of ``net``, or of this module's, given the samples' ``text``."""
-        return AverageVelocity(net or self.net, context_of(text))
+        return AverageVelocity(net or self.net, text.conditioning)
 
     @property
     def derivative(self) -> Derivative | None:
@@ -282,10 +260,8 @@ class FlowMapModule(ShardableModule):
             error = (u((1 - time) * x + time * e, t, t).float() - (e - x)).square().mean()
             self.log(f"{stage}/mse_v_at_{time}", error, batch_size=len(batch), sync_dist=True)
 
-    # -- set-up and checkpoints --------------------------------------------------------------------------------------
-
     def configure_optimizers(self) -> Any:
-        return lightning_optimizers(*self.optimization.build(trainable(self.net)))
+        return lightning_optimizers(*self.optimization.build(self.net.parameters()))
 
     def on_fit_start(self) -> None:
         if str(self.trainer.precision).endswith("16-true"):
@@ -305,29 +281,16 @@ class FlowMapModule(ShardableModule):
         # themselves, and pickling the network once more would double the file and need trust to load.
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
             checkpoint.pop("hyper_parameters", None)
-        about = {"model": type(self).__name__, "objective": type(self.objective).__name__, **self.net.parametrization}
-        for optimizer in self.trainer.optimizers[:1]:  # none outside `fit`
-            about["optimizer"] = type(optimizer).__name__
-        checkpoint[checkpoints.PARAMETRIZATION] = about
+        names = {"model": type(self).__name__, "objective": type(self.objective).__name__}
+        optimizers = [("optimizer", type(optimizer).__name__) for optimizer in self.trainer.optimizers[:1]]
+        checkpoint[checkpoints.PARAMETRIZATION] = names | self.net.parametrization | dict(optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # weights of the same shapes but another parametrization would load, and sample nonsense
         self._loaded = checkpoints.parametrization_of(checkpoint)
-        ours = dict(self.net.parametrization)
-        for name, part in (("model", self), ("objective", self.objective)):
-            if self._loaded.get(name) not in {kind.__name__ for kind in type(part).__mro__}:
-                ours[name] = type(part).__name__
-        checkpoints.check_parametrization(self._loaded, ours)
+        checkpoints.check_kinds(self._loaded, model=self, objective=self.objective)
+        checkpoints.check_parametrization(self._loaded, self.net.parametrization)
         # a sharded checkpoint that was made one file holds the live weights beside the averages
         state = checkpoint.get("state_dict", {})
-        checkpoint |= {"state_dict": {k: v for k, v in state.items() if not k.startswith(LIVE)}} if state else {}
-
-
-def context_of(text: TextFeatures) -> tuple[Tensor, Tensor]:
-    """The conditioning that networks and discriminators take: features ``[B, L, D]`` and mask ``[B, L]``."""
-    return text.context, text.mask
-
-
-def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that train."""
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+        for name in [name for name in state if name.startswith(LIVE)]:
+            del state[name]

@@ -30,9 +30,9 @@ class Optimization:
     optimizer: OptimizerCallable = torch.optim.AdamW
     scheduler: LRSchedulerCallable | None = None
 
-    def build(self, parameters: Iterable[Any]) -> tuple[Optimizer, Any]:
-        """The optimiser of ``parameters`` (or of parameter groups), and its scheduler or None."""
-        optimizer = self.optimizer(parameters)
+    def build(self, parameters: Iterable[torch.nn.Parameter]) -> tuple[Optimizer, Any]:
+        """The optimiser of those ``parameters`` that train, and its scheduler or None."""
+        optimizer = self.optimizer([parameter for parameter in parameters if parameter.requires_grad])
         return optimizer, None if self.scheduler is None else self.scheduler(optimizer)
 
 

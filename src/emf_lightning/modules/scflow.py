@@ -9,7 +9,6 @@ from torch import Tensor
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
 from emf_lightning.modules.alternating import AlternatingModule, Alternation
-from emf_lightning.modules.flow_map import context_of
 from emf_lightning.modules.frozen import EMATarget
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
@@ -82,11 +81,11 @@ class SCFlow(AlternatingModule):
         terms = self.objective(
             self.net,
             batch.latents,
-            context_of(batch.text),
+            batch.text.conditioning,
             teacher=self.teacher,
             target=self.target,
             discriminator=self.discriminator,
-            null_context=context_of(batch.null),
+            null_context=batch.null.conditioning,
             progress=self.progress,
             step=self.trainer.global_step,
         )
@@ -97,7 +96,7 @@ class SCFlow(AlternatingModule):
     def compute_auxiliary_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The discriminator's loss on the batch's latents and on one-step samples for its captions."""
         terms = self.objective.discriminator_loss(
-            self.net, batch.latents, context_of(batch.text), discriminator=self.discriminator, progress=self.progress
+            self.net, batch.latents, batch.text.conditioning, discriminator=self.discriminator, progress=self.progress
         )
         self.log("train/discriminator_loss", terms.loss.detach(), batch_size=len(batch))
         self.log("train/discriminator_accuracy", terms.accuracy, batch_size=len(batch))

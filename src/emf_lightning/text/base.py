@@ -32,6 +32,11 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.context)
 
+    @property
+    def conditioning(self) -> tuple[Tensor, Tensor]:
+        """The context and the mask, as networks and discriminators take them."""
+        return self.context, self.mask
+
     def __getitem__(self, index: slice | Tensor) -> TextFeatures:
         return TextFeatures(self.context[index], self.mask[index])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, clip, weighted_mse
+from emf_lightning.flow.objectives.base import FlowMapTerms, weighted_mse
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.target_velocity import TargetVelocity
@@ -113,7 +113,7 @@ class AlphaFlow(MeanFlow):
             z_s = z[:n] - expand_like(t[:n] - s, z) * v[:n]
             u_s = stop_gradient(slice_velocity(u, slice(n), len(z)), z_s, r[:n], s)
             u_tgt = alpha * v[:n] + (1 - alpha) * u_s
-        target = torch.cat([clip(u_tgt, self.clip_target), v[n:]])
+        target = torch.cat([self.clip(u_tgt), v[n:]])
         return weighted_mse(u(z, r, t), target, v, times, _MeanFlowScale(weighting, alpha))
 
 

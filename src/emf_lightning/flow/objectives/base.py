@@ -62,6 +62,11 @@ class Objective(ABC):
         weighting: from summed squared errors to losses.
         velocity: source of v in target and tangent.
         guidance: classifier-free guidance inside the target; sampling then needs none.
+        clip_target: the target of the r < t samples is clipped to +- this, elementwise; None does not clip. The exact u
+            averages velocities, so it never leaves their range; du/dt of an untrained u does, and feeds on itself.
+
+    Raises:
+        ValueError: for a ``clip_target`` that is not positive.
     """
 
     needs_interval = True
@@ -78,11 +83,15 @@ class Objective(ABC):
         weighting: Weighting | None = None,
         velocity: TargetVelocity | None = None,
         guidance: TargetGuidance | None = None,
+        clip_target: float | None = None,
     ) -> None:
+        if clip_target is not None and clip_target <= 0:
+            raise ValueError(f"{type(self).__name__}: clip_target must be positive, got {clip_target}")
         self.times = times or LogitNormalTimes()
         self.weighting = weighting or AdaptiveWeighting()
         self.velocity = velocity or ConditionalVelocity()
         self.guidance = guidance
+        self.clip_target = clip_target
 
     def __call__(
         self,
@@ -129,6 +138,10 @@ class Objective(ABC):
             progress: of training, in [0, 1].
         """
 
+    def clip(self, target: Tensor) -> Tensor:
+        """``target`` clipped to +- ``clip_target``, elementwise."""
+        return target if self.clip_target is None else target.clamp(-self.clip_target, self.clip_target)
+
     def _target_velocity(
         self,
         net: Callable[..., Tensor],
@@ -151,21 +164,6 @@ class Objective(ABC):
                 null = AverageVelocity(reference, expand_context(null_context, len(z)))
                 v = self.guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
         return v
-
-
-def check_clip_target(objective: object, limit: float | None) -> float | None:
-    """``limit``, or a ``ValueError`` where it is not positive."""
-    if limit is not None and limit <= 0:
-        raise ValueError(f"{type(objective).__name__}: clip_target must be positive, got {limit}")
-    return limit
-
-
-def clip(target: Tensor, limit: float | None) -> Tensor:
-    """``target`` clipped to +-``limit``, elementwise.
-
-    The exact u averages velocities, so it never leaves their range; du/dt of an untrained u does, and feeds on itself.
-    """
-    return target if limit is None else target.clamp(-limit, limit)
 
 
 def weighted_mse(

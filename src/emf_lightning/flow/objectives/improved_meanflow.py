@@ -11,7 +11,7 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.guidance import ConditionedGuidance, GuidanceCondition, GuidanceSampler
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, check_clip_target, clip, weighted_mse
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import ConditionalVelocity, TargetVelocity, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, TimeSampler
@@ -92,6 +92,7 @@ class ImprovedMeanFlow(Objective):
             times=times or LogitNormalTimes(flow_matching_ratio=Schedule(0.5)),
             weighting=weighting or AdaptiveWeighting(c=0.01),
             velocity=velocity,
+            clip_target=clip_target,
         )
         if not isinstance(self.velocity, ConditionalVelocity | TeacherVelocity):
             raise ValueError(
@@ -101,7 +102,6 @@ class ImprovedMeanFlow(Objective):
         self.guidance_sampler = guidance_sampler or GuidanceSampler()
         self.sampling_guidance = ConditionedGuidance((sampling_interval[0], sampling_interval[1]))
         self.derivative: Derivative = derivative or ForwardMode()
-        self.clip_target = check_clip_target(self, clip_target)
 
     def __call__(
         self,
@@ -173,7 +173,7 @@ class ImprovedMeanFlow(Objective):
         n, r, t = times.n_interval, times.r, times.t
         both, derivatives = self.derivative(heads, z, r, t, v_c, n)
         (u, v), dudt = both.chunk(2, dim=1), derivatives[:, : z.shape[1]]
-        u_tgt = clip(v_g[:n] - expand_like(t[:n] - r[:n], z) * dudt.to(v_g.dtype), self.clip_target)
+        u_tgt = self.clip(v_g[:n] - expand_like(t[:n] - r[:n], z) * dudt.to(v_g.dtype))
         of_u = weighted_mse(u, torch.cat([u_tgt, v_g[n:]]), v_g, times, weighting, dudt)
         of_v = weighted_mse(v, v_g, v_g, times, weighting)
         return replace(of_u, loss=of_u.loss + of_v.loss, finite=of_u.finite & of_v.finite)

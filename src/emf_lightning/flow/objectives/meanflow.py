@@ -8,7 +8,7 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, check_clip_target, clip, weighted_mse
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.target_velocity import TargetVelocity
 from emf_lightning.flow.times import Times, TimeSampler
@@ -28,10 +28,7 @@ class MeanFlow(Objective):
         velocity: source of v in target and tangent; by default e - x.
         guidance: classifier-free guidance inside the target; sampling then needs none.
         derivative: computes du/dt; by default exactly.
-        clip_target: the target of the r < t samples is clipped to +- this, elementwise; None does not clip.
-
-    Raises:
-        ValueError: for a ``clip_target`` that is not positive.
+        clip_target: bound of the r < t samples' target, elementwise; None does not clip.
 
     Example:
         >>> net = lambda z, r, t, c: z * c[:, None]
@@ -52,9 +49,10 @@ class MeanFlow(Objective):
         derivative: Derivative | None = None,
         clip_target: float | None = None,
     ) -> None:
-        super().__init__(times=times, weighting=weighting, velocity=velocity, guidance=guidance)
+        super().__init__(
+            times=times, weighting=weighting, velocity=velocity, guidance=guidance, clip_target=clip_target
+        )
         self.derivative: Derivative = derivative or ForwardMode()
-        self.clip_target = check_clip_target(self, clip_target)
 
     def terms(
         self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float
@@ -63,5 +61,5 @@ class MeanFlow(Objective):
         n, r, t = times.n_interval, times.r, times.t
         u_theta, dudt = self.derivative(u, z, r, t, v, n)
         u_tgt = v[:n] - expand_like(t[:n] - r[:n], z) * dudt.to(v.dtype)
-        target = torch.cat([clip(u_tgt, self.clip_target), v[n:]])
+        target = torch.cat([self.clip(u_tgt), v[n:]])
         return weighted_mse(u_theta, target, v, times, weighting, dudt)

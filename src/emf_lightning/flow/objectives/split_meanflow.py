@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, check_clip_target, clip, weighted_mse
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse
 from emf_lightning.flow.path import expand_like
-from emf_lightning.flow.target_velocity import TargetVelocity
-from emf_lightning.flow.times import Times, TimeSampler
+from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import Velocity, slice_velocity, stop_gradient
 from emf_lightning.flow.weighting import Weighting
 
@@ -24,29 +22,13 @@ class SplitMeanFlow(Objective):
     The identity alone has u = 0 among its solutions: v enters only where r = t, as the target. At least half of the
     samples should have r = t, as in the paper.
 
-    Args:
-        times: see ``MeanFlow``.
-        weighting: see ``MeanFlow``.
-        velocity: see ``MeanFlow``.
-        guidance: see ``MeanFlow``.
-        clip_target: the target of the r < t samples is clipped to +- this, elementwise; None does not clip.
+    The arguments ``times``, ``weighting``, ``velocity``, ``guidance`` and ``clip_target`` are
+    those of ``MeanFlow``; see ``Objective``.
 
     Example:
         >>> SplitMeanFlow()(lambda z, r, t: z, torch.randn(8, 4)).derivative_norm.numel()
         0
     """
-
-    def __init__(
-        self,
-        *,
-        times: TimeSampler | None = None,
-        weighting: Weighting | None = None,
-        velocity: TargetVelocity | None = None,
-        guidance: TargetGuidance | None = None,
-        clip_target: float | None = None,
-    ) -> None:
-        super().__init__(times=times, weighting=weighting, velocity=velocity, guidance=guidance)
-        self.clip_target = check_clip_target(self, clip_target)
 
     def split(self, r: Tensor) -> Tensor:
         """lam ``[N]``, uniform on (0, 1), for N samples."""
@@ -64,5 +46,5 @@ class SplitMeanFlow(Objective):
             s = (1 - lam) * t + lam * r
             u2 = stop_gradient(u_n, z_t, s, t)
             u1 = stop_gradient(u_n, z_t - expand_like(t - s, z) * u2, r, s)
-            u_tgt = clip(expand_like(1 - lam, z) * u1 + expand_like(lam, z) * u2, self.clip_target)
+            u_tgt = self.clip(expand_like(1 - lam, z) * u1 + expand_like(lam, z) * u2)
         return weighted_mse(u(z, times.r, times.t), torch.cat([u_tgt, v[n:]]), v, times, weighting)

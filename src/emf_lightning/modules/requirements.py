@@ -1,0 +1,25 @@
+"""Requirements of an objective on its network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emf_lightning.flow.derivative.forward_mode import Fused
+from emf_lightning.networks.base import FlowMapNetwork
+
+
+def check_network(net: FlowMapNetwork, objective: Any) -> None:
+    """Raises a ``ValueError`` for a network that lacks what the objective needs."""
+    name, kind = type(objective).__name__, type(net).__name__
+    if objective.needs_interval and not net.takes_interval:
+        raise ValueError(
+            f"{name} trains u(z, r, t), and u of {kind} ignores r: take a network with a second time input, e.g. "
+            "SanaFlowMap, or an objective with one time, e.g. FlowMatching"
+        )
+    if getattr(objective, "needs_guidance_conditioning", False) and not net.takes_guidance:
+        raise ValueError(f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true")
+    if net.gradient_checkpointing and isinstance(getattr(objective, "derivative", None), Fused):
+        raise ValueError(
+            f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "
+            "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"
+        )
