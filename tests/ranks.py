@@ -131,7 +131,7 @@ class Found(Callback):
         self.values["weights"] = whole(module.net.named_parameters())
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
         with sampling_context(trainer, module):  # rank 0's first rows come first in the joined batch, too
-            self.values["drawn"] = module.sample(batch.text, batch.null, noise, 2)[: ROWS // 2]
+            self.values["drawn"] = module.sample_latents(batch.text, batch.null, noise, 2)[: ROWS // 2]
         with averaged_weights(trainer, module) as there:
             if there:
                 self.values["averages"] = whole(module.net.named_parameters())
@@ -348,7 +348,7 @@ def complaint(attempt: Callable[[], None]) -> str:
     return ""
 
 
-class ShardedByItself(MeanFlow):
+class ShardedByItself(FlowMapModule):
     """A module that trusts the automatic mesh, as ``ModelParallelStrategy``'s documentation shows it."""
 
     def configure_model(self):
@@ -367,7 +367,7 @@ def refused(rank: int, out: Path) -> None:
         "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto())),
         "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
-        "critic": complaint(lambda: in_turn(out, "critic", OWN[rank], fgm(), **sharded(2))),
+        "alternating": complaint(lambda: in_turn(out, "alternating", OWN[rank], fgm(), **sharded(2))),
         "prediction": complaint(lambda: drawing.predict(tiny.meanflow(), datamodule=data)),
     }
     if rank == 0:

@@ -25,7 +25,7 @@ def test_a_constant_encoder_has_a_raw_cosine_of_one_and_no_contrast():
 
 
 def test_a_bag_of_words_moves_by_what_was_removed():
-    encoder = WordEncoder(width=600, reach=0, position=0.0)
+    encoder = WordEncoder(width=600, window=0, position=0.0)
     found = disentanglement(encoder, PROMPTS, fraction=0.5)
     # of six words, "a" twice, three stay: computed from the words' counts alone, their vectors being nearly orthogonal
     expected = []

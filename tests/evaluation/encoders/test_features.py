@@ -31,5 +31,5 @@ def test_padding_has_no_say():
 def test_the_same_tokens_in_another_order_give_the_same_feature():
     words = [f"word{i}" for i in range(12)]
     orders = [" ".join(np.random.default_rng(seed).permutation(words)) for seed in range(20)]
-    rows = pooled_features(WordEncoder(width=64, reach=0, position=0.0), orders)
+    rows = pooled_features(WordEncoder(width=64, window=0, position=0.0), orders)
     assert len(np.unique(rows, axis=0)) == 1
