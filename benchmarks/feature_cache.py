@@ -20,7 +20,7 @@ import torch
 from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.cache.feature_cache import FeatureCache
-from emf_lightning.data.cache.filling import DTYPES
+from emf_lightning.data.cache_filling import DTYPES
 from emf_lightning.text.base import TextFeatures
 
 LENGTH, WIDTH, BATCH = 730, 2304, 16

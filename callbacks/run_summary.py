@@ -20,7 +20,7 @@ from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.distances.distribution import distribution
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
-from emf_lightning.evaluation.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
 from emf_lightning.files import to_json, write_atomic
 from emf_lightning.modules.flow_map import FlowMapModule

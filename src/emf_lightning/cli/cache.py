@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from emf_lightning.cli.parsing.emf_cli import EMFCLI
 from emf_lightning.data.cache.entry_cache import format_bytes
-from emf_lightning.data.cache.filling import CacheFiller
+from emf_lightning.data.cache_filling import CacheFiller
 
 HELP = """\
 usage: emf cache --config FILE [--dry_run] [options of emf fit]

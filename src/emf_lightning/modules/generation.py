@@ -10,18 +10,17 @@ from emf_lightning.pipeline import EMFPipeline, PipelinePart, Spec
 
 if TYPE_CHECKING:
     from emf_lightning.data.datamodule import CaptionImageData
-    from emf_lightning.modules.flow_map import FlowMapModule
 
 _AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
 def pipeline_of(
-    module: FlowMapModule, data: CaptionImageData, precision: str, specs: Mapping[str, Spec] | None = None
+    module: Any, data: CaptionImageData, precision: str, specs: Mapping[str, Spec] | None = None
 ) -> EMFPipeline:
     """The pipeline that generates the same images as ``module`` in `emf predict`.
 
     Args:
-        module: with its weights.
+        module: a ``FlowMapModule`` with its weights.
         data: the datamodule of the same experiment.
         precision: of the Trainer, e.g. ``bf16-mixed``.
         specs: of the parts ``net``, ``autoencoder`` and ``text``; without them the pipeline cannot be saved.
@@ -40,8 +39,8 @@ def pipeline_of(
     )
 
 
-def attached_pipeline(module: FlowMapModule) -> EMFPipeline:
-    """The pipeline of a loaded run, or of a module whose trainer has a datamodule.
+def attached_pipeline(module: Any) -> EMFPipeline:
+    """The pipeline of a loaded run, or of a ``FlowMapModule`` whose trainer has a datamodule.
 
     Raises:
         ValueError: for a module without either.

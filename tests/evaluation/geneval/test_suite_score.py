@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from emf_lightning.data.geneval_prompts import TASKS
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
-from emf_lightning.evaluation.prompt_suite import PromptSuite
 from tests.evaluation.geneval.test_task_scores import PROMPTS, RIGHT, evaluated
 
 

@@ -14,10 +14,10 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from emf_lightning.cli import TRAINER_VERBS
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule

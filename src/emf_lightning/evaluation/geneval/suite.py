@@ -13,8 +13,8 @@ from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.geneval.coco_prompts import geneval_prompts
 from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Verdict, evaluate
-from emf_lightning.evaluation.prompt_suite import PromptSuite
 
 
 class GenEvalSuite(PromptSuite):

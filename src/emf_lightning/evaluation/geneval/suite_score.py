@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.result_rows import result_row
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.prompt_suite import PromptSuite
 
 
 class SuiteScore(ImageMetric):

@@ -13,9 +13,9 @@ from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import WORLDS
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict, evaluate
-from emf_lightning.evaluation.prompt_suite import PromptSuite
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from emf_lightning.data.cache.feature_cache import FeatureCache
-from emf_lightning.data.cache.filling import CacheFiller
 from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.cache_filling import CacheFiller
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.streams import ShardStream
