@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline, write_custom_scalars
 from emf_lightning.flow.derivative.base import Derivative
@@ -45,7 +45,6 @@ class DerivativeMonitor(Callback):
         self.time_every_n_steps = time_every_n_steps
         self._sums: Tensor | None = None
         self._inner_edges: Tensor | None = None
-        self._timer: _BatchTimer | None = None
         self._timers: list[_BatchTimer] = []
         self._step = 0
 
@@ -60,7 +59,7 @@ class DerivativeMonitor(Callback):
         return {"by the interval's length t - r": charts}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums = self._inner_edges = self._timer = None
+        self._sums = self._inner_edges = None
         self._step = trainer.global_step
         self._timers.clear()
         write_custom_scalars(trainer)
@@ -68,18 +67,16 @@ class DerivativeMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         derivative = _derivative(pl_module)
         if derivative is not None and batch_idx % self.time_every_n_steps == 0:
-            self._timer = _BatchTimer(pl_module.device)
-            derivative.timer = self._timer
+            derivative.timer = _BatchTimer(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         derivative = _derivative(pl_module)
-        if self._timer is not None and derivative is not None:
+        if derivative is not None and isinstance(derivative.timer, _BatchTimer):
+            derivative.timer.stop()
+            self._timers.append(derivative.timer)
             derivative.timer = nullcontext()
-            self._timer.stop()
-            self._timers.append(self._timer)
-            self._timer = None
         if not isinstance(pl_module, FlowMapModule) or pl_module.last_terms is None:
             return
         sums = self._bin_sums(pl_module.last_terms)
@@ -101,16 +98,14 @@ class DerivativeMonitor(Callback):
         bin_of = torch.bucketize(times.t - times.r, self._inner_edges)
         bin_of[times.n_interval :] = bins
         member = (bin_of[:, None] == torch.arange(bins + 1, device=bin_of.device)).float()
-        squares = member.new_zeros(len(bin_of))
-        squares[: len(terms.derivative_norm)] = terms.derivative_norm.square()
-        taken = torch.zeros_like(terms.finite)
-        taken[: len(terms.derivative_norm)] = terms.derivative_norm.isfinite()
+        without_derivative = len(bin_of) - len(terms.derivative_norm)  # the last samples
+        norm = nn.functional.pad(terms.derivative_norm, (0, without_derivative), value=float("nan"))
         quantities = [
-            torch.ones_like(squares),
-            terms.finite.float(),
+            torch.ones_like(norm),
+            terms.finite,
             torch.where(terms.finite, terms.squared_error, 0),
-            torch.where(taken, squares, 0),
-            taken.float(),
+            torch.where(norm.isfinite(), norm.square(), 0),
+            norm.isfinite(),
             torch.where(terms.finite, terms.cosine, 0),
         ]
         return torch.stack([quantity.float() for quantity in quantities]) @ member

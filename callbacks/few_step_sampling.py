@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from emf_lightning.callbacks.experiment_progress_bar import progress_bar, show_line, show_progress
+from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.custom_scalars import Layout, write_custom_scalars
-from emf_lightning.callbacks.scores.results_file import write_results
-from emf_lightning.callbacks.scores.score_board import ReferenceScores, ScoreBoard, score_charts
+from emf_lightning.callbacks.scores.score_board import ScoreBoard, score_charts
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
-from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation, evaluate_suite
+from emf_lightning.callbacks.scores.scored_images import ScoredImages, score_images
 from emf_lightning.callbacks.step_sweep import StepSweep
+from emf_lightning.evaluation.geneval.result_rows import sample_path
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.sampling_config import sampling_configs
+from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
 
 SCORES = "scores.jsonl"
@@ -159,40 +162,47 @@ class FewStepSampling(Callback):
         step = max(trainer.global_step, self._loaded_step)  # outside fit, Lightning counts no steps
         configs = [config for config in self.configs if final or config.is_main]
         count = self.final_images_per_task if final else self.images_per_task
-        evaluations = evaluate_suite(
-            trainer,
-            module,
-            self.suite,
-            configs,
-            images_per_task=1 if trainer.fast_dev_run else count,  # type: ignore[attr-defined]
-            shown_per_task=self.shown_per_task,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            on_progress=partial(show_progress, trainer, f"{name} images"),
-            extra_metrics=self.extra_metrics,
-        )
-        records = [self._record(evaluation, module, stage, step) for evaluation in evaluations]
+        requested = self._requested(1 if trainer.fast_dev_run else count)  # type: ignore[attr-defined]
+        with sampling_context(trainer, module):
+            results = score_images(
+                trainer,
+                module,
+                [SuiteScore(self.suite), *self.extra_metrics],
+                requested,
+                configs,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                on_progress=lambda done: show_progress(trainer, f"{name} images", done, len(requested) * len(configs)),
+                kept=self._requested(self.shown_per_task),
+            )
+        records = [self._record(result, module, stage, step) for result in results]
         self.history.add(records)
         for record in records:  # ModelCheckpoint(monitor=...) reads them
             tag = record.sampling.tag
             values = {f"eval/{name}/{key}/{tag}": value for key, value in record.values().items()}
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         if trainer.is_global_zero:
-            self._publish(trainer, evaluations, records, time.perf_counter() - began)
+            self._publish(trainer, results, records, time.perf_counter() - began)
         self.seconds += time.perf_counter() - began
 
-    def _record(self, evaluation: SuiteEvaluation, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
-        sampling, seconds = evaluation.config.resolve(module.guidance_scale), round(evaluation.seconds, 3)
-        nfe, scores = module.nfe(sampling.steps, sampling.guidance_scale), evaluation.scores
-        return ScoreRecord(self.suite.name, stage, step, sampling, nfe, seconds, scores, evaluation.extra_metrics)
+    def _requested(self, images_per_task: int) -> list[tuple[str, int]]:
+        """Prompt and number of each image; those for a smaller number are among those for a larger one."""
+        return [(image.prompt.prompt, image.index) for image in self.suite.images(images_per_task)]
+
+    def _record(self, result: ScoredImages, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
+        sampling, seconds = result.config.resolve(module.guidance_scale), round(result.seconds, 3)
+        nfe = module.nfe(sampling.steps, sampling.guidance_scale)
+        suite_score, *extra = result.metrics
+        assert isinstance(suite_score, SuiteScore)
+        scores = suite_score.task_scores()  # a collective of all ranks, as are the further metrics
+        extra_scores = {metric.name: float(metric.compute()["score"]) for metric in extra}
+        return ScoreRecord(self.suite.name, stage, step, sampling, nfe, seconds, scores, extra_scores)
 
     # -- output -------------------------------------------------------------------------------------------------------
 
     def _open(self, trainer: Trainer) -> None:
         """Joins the scores of a resumed run with those in the run directory, and logs those that are missing there."""
-        name = self.suite.name
-        directory = Path(trainer.log_dir or trainer.default_root_dir) / name  # a collective of all ranks
-        references = ReferenceScores(self.suite.ceiling(), self.suite.chance(), self.reference, self.reference_name)
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / self.suite.name  # a collective of all ranks
         here = ScoreHistory.read_if_there(directory / SCORES)
         fitting = trainer.state.fn == TrainerFn.FITTING
         # evaluations after the step of a resumed checkpoint are about to be repeated
@@ -203,24 +213,26 @@ class FewStepSampling(Callback):
         writers = []
         if trainer.is_global_zero:
             writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self._board = ScoreBoard(directory, name, references, writers)
+        self._board = ScoreBoard(directory, self.suite, self.reference, self.reference_name, writers)
         write_custom_scalars(trainer)
         if fitting:
             self._board.add_scalars(elsewhere)
 
     def _publish(
-        self, trainer: Trainer, evaluations: Sequence[SuiteEvaluation], records: Sequence[ScoreRecord], seconds: float
+        self, trainer: Trainer, results: Sequence[ScoredImages], records: Sequence[ScoreRecord], seconds: float
     ) -> None:
         board, last = self._board, records[-1]
-        for evaluation, record in zip(evaluations, records, strict=True):
-            config = record.sampling
-            path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{config.tag}.jsonl"
-            sampling = {"step": record.step, "nfe": record.nfe, **asdict(config)}
-            write_results(path, evaluation.images, sampling, self.suite.prompts())
+        numbers = {prompt.prompt: number for number, prompt in enumerate(self.suite.prompts())}
+        for result, record in zip(results, records, strict=True):
+            path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{record.sampling.tag}.jsonl"
+            sampling = json.dumps({"step": record.step, "nfe": record.nfe, **asdict(record.sampling)})
+            files = [sample_path(numbers[image.prompt], image.index) for image in result.images]
+            rows = zip(files, result.images, strict=True)
+            write_json_lines(path, [{"filename": file, **image.row, "sampling": sampling} for file, image in rows])
         self.history.write(board.directory / SCORES)
         board.add_scalars(records)
         if self.figures:
-            board.add_images(records, evaluations)
+            board.add_images(records, results)
             if last.stage in ("fit", "final") and len(self.history.curve(last.sampling)) > 1:
                 board.add_training_curves(self.history, records)
         scores = {record.sampling.short_title: record.scores.overall for record in records}

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
+from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.data.geneval_prompts import Prompt
@@ -113,10 +113,7 @@ class RunSummary(Callback):
 
     def _prompts(self) -> list[Prompt]:
         """The prompt of each image: each prompt ``images_per_prompt`` times."""
-        of_task: dict[str, list[Prompt]] = {}
-        for prompt in self.suite.prompts():
-            of_task.setdefault(prompt.tag, []).append(prompt)
-        first = [prompt for prompts in of_task.values() for prompt in prompts[: self.prompts_per_task]]
+        first = [image.prompt for image in self.suite.images(self.prompts_per_task) if image.index == 0]
         return [prompt for prompt in first for _ in range(self.images_per_prompt)]
 
     def _distances(self, trainer: Trainer, module: FlowMapModule) -> dict[str, dict[str, Any]]:
@@ -136,8 +133,7 @@ class RunSummary(Callback):
             for first in range(0, len(prompts), self.batch_size):
                 batch = slice(first, first + self.batch_size)
                 captions = [prompt.prompt for prompt in prompts[batch]]
-                data = datamodule_of(trainer)
-                for generated in generate_images(module, data, captions, indices[batch], self.configs, self.seed):
+                for generated in generate_images(trainer, module, captions, indices[batch], self.configs, self.seed):
                     batches[generated.config].append(generated.images)
         for config, parts in batches.items():
             found = asdict(distribution(np.concatenate(parts), real, n, network))

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
-from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
+from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
-from emf_lightning.callbacks.scores.results_file import write_json_lines
 from emf_lightning.evaluation.sampling_config import sampling_configs
+from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
@@ -71,8 +71,8 @@ class SampleWriter(Callback):
         numbers, captions = [int(number) for number in batch[0]], list(batch[1])
         with sampling_context(trainer, pl_module):
             for index in range(self.images_per_prompt):
-                data, indices = datamodule_of(trainer), [index] * len(captions)
-                for generated in generate_images(pl_module, data, captions, indices, self.configs, self.seed):
+                indices = [index] * len(captions)
+                for generated in generate_images(trainer, pl_module, captions, indices, self.configs, self.seed):
                     config, suffix = generated.config.resolve(pl_module.guidance_scale), f"-{index}" if index else ""
                     for number, caption, image in zip(numbers, captions, generated.images, strict=True):
                         name = f"{number:05d}-{config.tag}{suffix}.png"

@@ -21,6 +21,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.float64 import KeepFloat64, central_difference
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.path import interpolate
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 from emf_lightning.text.base import TextFeatures
@@ -84,7 +85,7 @@ class SelfCheck(Callback):
         fault = None
         with sampling_context(trainer, pl_module, averaged=False):
             try:
-                self._figures = _check(trainer, pl_module, batch, self.tolerance, self.largest_copy)
+                self._figures = self._check(pl_module, batch, str(trainer.precision))
             except _FaultError as error:
                 fault = str(error)
         for found in all_gather_list(trainer, [fault]):  # all ranks raise, else the others would wait
@@ -100,6 +101,51 @@ class SelfCheck(Callback):
             self._figures.append(_compare_gradients(trainer, parameters))
         if self._figures and trainer.is_global_zero:
             show_line(trainer, self.message)
+
+    def _check(self, module: FlowMapModule, batch: CaptionImageBatch, precision: str) -> list[str]:
+        """Results of the checks, for the message.
+
+        Raises:
+            _FaultError: for the first failed check. Checks whose outcome depends on the samples come last, so that
+                ranks that share a sharded network call it equally often.
+        """
+        point = _point(batch)
+        figures = _flow_at_r_equals_t(module, point)
+        if module.derivative is not None:
+            _check_times(module, point)
+            r, t = point.times(R, T)
+            trained = module.derivative(module.average_velocity(point.text), point.z, r, t, point.v, 1)[1]
+            name = f"{type(module.derivative).__name__}, {precision}"
+            figures.insert(0, self._compare_derivative(module, point, trained, name))
+        return figures
+
+    def _compare_derivative(self, module: FlowMapModule, point: _Point, trained: Tensor, name: str) -> str:
+        """Compares ``trained`` with du/dt in float64, or with fp32 differences for a network that is not copied."""
+        weights = list(module.net.parameters())
+        if not is_sharded(module.net) and sum(p.numel() for p in weights) <= self.largest_copy:
+            exact, apart = _in_float64(module, point)
+            if not apart <= FLOAT64_TOLERANCE:
+                raise _FaultError(
+                    f"du/dt by forward mode is {apart:.1e} of itself away from finite differences, in float64: a "
+                    "tangent is lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), "
+                    ".data or numpy on what depends on z or t, for an autograd.Function with a wrong jvp, for times "
+                    "rounded below fp32, and for t - r taken outside the network's call"
+                )
+            error, reference = _error(trained, exact), "its float64 value"
+            figure = f"du/dt {error:.0e} of float64 ({name}; forward mode {apart:.0e} of differences)"
+        elif all(p.dtype == torch.float32 for p in weights):
+            with torch.autocast(point.z.device.type, enabled=False):
+                error = _error_of_differences(trained, module.average_velocity(point.text), point, FP32_STEPS)
+            reference, figure = "finite differences in fp32", f"du/dt {error:.0e} of fp32 differences ({name})"
+        else:
+            return "du/dt not checked (neither a float64 copy nor fp32 weights)"
+        if error > self.tolerance:
+            raise _FaultError(
+                f"du/dt as training takes it ({name}) is {error:.1e} of itself away from {reference}, more than the "
+                f"tolerance {self.tolerance}: set the derivative's precision to fp32, take ForwardMode or another step "
+                "of FiniteDifference, or lower net.time_scale"
+            )
+        return figure
 
 
 class _FaultError(Exception):
@@ -125,29 +171,6 @@ def _point(batch: CaptionImageBatch) -> _Point:
     x = batch.latents[:1].float()
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device)
     return _Point(interpolate(x, e, x.new_full((1,), T)), e - x, batch.text[:1])
-
-
-def _check(
-    trainer: Trainer, module: FlowMapModule, batch: CaptionImageBatch, tolerance: float, largest: int
-) -> list[str]:
-    """Results of the checks, for the message.
-
-    Raises:
-        _FaultError: for the first failed check. Checks whose outcome depends on the samples come last, so that ranks
-            that share a sharded network call it equally often.
-    """
-    point = _point(batch)
-    derivative = module.derivative
-    figures = _flow_at_r_equals_t(module, point)
-    if derivative is not None:
-        _check_times(module, point)
-        r, t = point.times(R, T)
-        trained = derivative(module.average_velocity(point.text), point.z, r, t, point.v, 1)[1]
-        name = f"{type(derivative).__name__}, {trainer.precision}"
-        small = not is_sharded(module.net) and sum(p.numel() for p in module.net.parameters()) <= largest
-        check = _compare_with_float64 if small else _compare_with_fp32
-        figures.insert(0, check(module, point, trained, name, tolerance))
-    return figures
 
 
 def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:
@@ -189,51 +212,20 @@ def _check_times(module: FlowMapModule, point: _Point) -> None:
         )
 
 
-def _compare_with_float64(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
-    exact, apart = _in_float64(module, point)
-    if not apart <= FLOAT64_TOLERANCE:
-        raise _FaultError(
-            f"du/dt by forward mode is {apart:.1e} of itself away from finite differences, in float64: a tangent is "
-            "lost or wrong between (z, r, t) and u. Look in the network for .detach(), .item(), .data or numpy on what "
-            "depends on z or t, for an autograd.Function with a wrong jvp, for times rounded below fp32, and for "
-            "t - r taken outside the network's call"
-        )
-    error = _error(trained, exact)
-    if error > tolerance:
-        raise _FaultError(_too_far(name, error, tolerance, "its float64 value"))
-    return f"du/dt {error:.0e} of float64 ({name}; forward mode {apart:.0e} of differences)"
-
-
-def _compare_with_fp32(module: FlowMapModule, point: _Point, trained: Tensor, name: str, tolerance: float) -> str:
-    """Compares the training's du/dt with finite differences in fp32, for a network that is not copied."""
-    if any(p.dtype != torch.float32 for p in module.net.parameters()):
-        return "du/dt not checked (neither a float64 copy nor fp32 weights)"
-    r, t = point.times(R, T)
-    with torch.autocast(point.z.device.type, enabled=False):
-        u = module.average_velocity(point.text)
-        error = min(_error(trained, central_difference(u, point.z, r, t, point.v, h)) for h in FP32_STEPS)
-    if error > tolerance:
-        raise _FaultError(_too_far(name, error, tolerance, "finite differences in fp32"))
-    return f"du/dt {error:.0e} of fp32 differences ({name})"
-
-
-def _too_far(name: str, error: float, tolerance: float, reference: str) -> str:
-    return (
-        f"du/dt as training takes it ({name}) is {error:.1e} of itself away from {reference}, more than the tolerance "
-        f"{tolerance}: set the derivative's precision to fp32, take ForwardMode or another step of FiniteDifference, "
-        "or lower net.time_scale"
-    )
-
-
 def _in_float64(module: FlowMapModule, point: _Point) -> tuple[Tensor, float]:
-    """du/dt by forward mode in float64, and its error against finite differences at the best of several step sizes."""
+    """du/dt by forward mode in float64, and its error against finite differences."""
     net, point = copy.deepcopy(module.net).double(), point.double()
     r, t = point.times(R, T)
     u = module.average_velocity(point.text, net)
     with torch.autocast(point.z.device.type, enabled=False), KeepFloat64():
         exact = ForwardMode().jvp(u, point.z, r, t, point.v)
-        quotients = (central_difference(u, point.z, r, t, point.v, h) for h in FLOAT64_STEPS)
-        return exact, min(_error(exact, quotient) for quotient in quotients)
+        return exact, _error_of_differences(exact, u, point, FLOAT64_STEPS)
+
+
+def _error_of_differences(value: Tensor, u: AverageVelocity, point: _Point, steps: Sequence[float]) -> float:
+    """Error of ``value`` against finite differences at the best of several step sizes."""
+    r, t = point.times(R, T)
+    return min(_error(value, central_difference(u, point.z, r, t, point.v, step)) for step in steps)
 
 
 def _error(value: Tensor, reference: Tensor) -> float:

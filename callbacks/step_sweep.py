@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +17,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
-from emf_lightning.callbacks.sampling.all_gather import all_gather_list
-from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
-from emf_lightning.callbacks.scores.results_file import write_json_lines
+from emf_lightning.callbacks.scores.scored_images import score_images
+from emf_lightning.evaluation.geneval.result_rows import sample_path
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
+from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
 
@@ -38,10 +37,9 @@ class _BenchmarkResult:
     benchmark: ImageMetric
     config: SamplingConfig
     metrics: list[ImageMetric]  # of all seeds
-    seed_scores: list[list[float]]  # metric -> score of each seed
+    seed_scores: list[list[float]]  # metric -> score of each seed, if there are several
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one for each image, with GenEval's file names
     seconds: float = 0.0
-    images: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 class StepSweep(Callback):
@@ -132,13 +130,12 @@ class StepSweep(Callback):
                     for number in range(len(self.configs)):
                         result = self._evaluate(trainer, pl_module, benchmark, number)
                         rows += [self._row(result, i, pl_module, name, weights) for i in range(len(result.metrics))]
-                        images = all_gather_list(trainer, result.rows)
                         done += 1
                         if not trainer.is_global_zero:
                             continue
                         if weights == variants[0]:
                             path = directory / f"results/{benchmark.name}-{result.config.tag}.jsonl"
-                            write_json_lines(path, images)
+                            write_json_lines(path, result.rows)
                         about = self._about(trainer) | ({"so far": f"{done} of {total} ways"} if done < total else {})
                         Report(tuple(rows), about, levels).write(directory)
         if trainer.is_global_zero:
@@ -169,47 +166,30 @@ class StepSweep(Callback):
         self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric, number: int
     ) -> _BenchmarkResult:
         """The result of one benchmark with the ``number``-th sampling config; all ranks share its images."""
-        data, device = datamodule_of(trainer), trainer.strategy.root_device
         requested, config = self._requested(trainer, benchmark), self.configs[number]
-        mine = requested[trainer.global_rank :: trainer.world_size]
-        share = math.ceil(len(requested) / trainer.world_size)
         metrics = [benchmark, *self.extra_metrics]
-        result = _BenchmarkResult(
-            benchmark, config, [m.fresh_copy().to(device) for m in metrics], [[] for _ in metrics]
-        )
-        of_config = len(requested) * len(self.seeds)
-        done, total = number * of_config, len(self.configs) * of_config
-        for seed in self.seeds:
-            seed_metrics = [metric.fresh_copy().to(device) for metric in metrics]
-            # as many batches on all ranks: of a sharded network each has a part
-            for first in range(0, share, self.batch_size):
-                batch = mine[first : first + self.batch_size]
-                captions, indices = zip(*(batch or requested[:1]), strict=True)
-                (generated,) = generate_images(module, data, captions, indices, [config], seed)
-                if not batch:
-                    continue
-                began = time.perf_counter()
-                for metric in seed_metrics:
-                    metric.update(list(generated.images), captions)
-                result.seconds += generated.seconds + time.perf_counter() - began
-                result.rows += self._result_rows(seed_metrics[0], captions, indices, seed)
-                done += len(batch) * trainer.world_size
-                show_progress(trainer, f"{benchmark.title} images", min(done, total), total)
-            result.images += len(requested)
-            for i, metric in enumerate(seed_metrics):
-                result.metrics[i].merge(metric)
-                if len(self.seeds) > 1:
-                    result.seed_scores[i].append(float(metric.compute()["score"]))  # a collective of all ranks
-        return result
+        totals = [metric.fresh_copy().to(trainer.strategy.root_device) for metric in metrics]
+        result = _BenchmarkResult(benchmark, config, totals, [[] for _ in metrics])
+        prompt_numbers = {prompt: number for number, prompt in enumerate(benchmark.prompts())}
+        total = len(self.configs) * len(self.seeds) * len(requested)
+        for i, seed in enumerate(self.seeds):
+            before = (number * len(self.seeds) + i) * len(requested)
 
-    def _result_rows(
-        self, benchmark: ImageMetric, prompts: Sequence[str], indices: Sequence[int], seed: int
-    ) -> Iterator[dict[str, Any]]:
-        """A row for each image of the benchmark's last update, with GenEval's file names."""
-        names, before = benchmark.prompts(), self.seeds.index(seed) * self.images_per_prompt
-        for row, prompt, index in zip(benchmark.rows, prompts, indices, strict=True):
-            file = f"{names.index(prompt):05d}/samples/{before + index:04d}.png"
-            yield {"filename": file, **row, "seed": seed}
+            def show(done: int, before: int = before) -> None:
+                show_progress(trainer, f"{benchmark.title} images", before + done, total)
+
+            (scored,) = score_images(
+                trainer, module, metrics, requested, [config], batch_size=self.batch_size, seed=seed, on_progress=show
+            )
+            result.seconds += scored.seconds
+            for image in scored.images:
+                file = sample_path(prompt_numbers[image.prompt], i * self.images_per_prompt + image.index)
+                result.rows.append({"filename": file, **image.row, "seed": seed})
+            for metric, of_all_seeds, scores in zip(scored.metrics, totals, result.seed_scores, strict=True):
+                of_all_seeds.merge(metric)
+                if len(self.seeds) > 1:
+                    scores.append(float(metric.compute()["score"]))  # a collective of all ranks
+        return result
 
     def _row(self, result: _BenchmarkResult, index: int, module: FlowMapModule, run: str, weights: str) -> ReportRow:
         metric, config, seeds = result.metrics[index], result.config, result.seed_scores[index]
@@ -222,7 +202,7 @@ class StepSweep(Callback):
             steps=config.steps,
             guidance_scale=module.guidance_scale if config.guidance_scale is None else config.guidance_scale,
             nfe=module.nfe(config.steps, config.guidance_scale),
-            images=result.images,
+            images=len(result.rows),
             seeds=self.seeds,
             scores={name: float(value) for name, value in metric.compute().items()},  # a collective of all ranks
             seed_spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan,

@@ -26,21 +26,9 @@ class GeneratedImages:
     seconds: float
 
 
-def datamodule_of(trainer: Trainer) -> CaptionImageData:
-    """The trainer's datamodule, which encodes captions and decodes latents.
-
-    Raises:
-        ValueError: where the trainer was given bare loaders.
-    """
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, CaptionImageData):
-        raise ValueError("sampling images needs CaptionImageData: hand the trainer a datamodule, not loaders")
-    return data
-
-
 def generate_images(
+    trainer: Trainer,
     module: FlowMapModule,
-    data: CaptionImageData,
     captions: Sequence[str],
     indices: Sequence[int],
     configs: Sequence[SamplingConfig],
@@ -49,13 +37,19 @@ def generate_images(
     """Images of ``captions``, once for each config.
 
     Args:
+        trainer: its datamodule encodes captions and decodes latents.
         module: samples latents; call this function inside ``sampling_context``.
-        data: encodes captions, decodes latents.
         captions: B captions of one batch.
         indices: B numbers: image i is the ``indices[i]``-th of its caption. Seed, caption and number fix the noise.
         configs: step counts and guidance scales, which all start from the same noise.
         seed: seed of the noise.
+
+    Raises:
+        ValueError: where the trainer was given bare loaders.
     """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, CaptionImageData):
+        raise ValueError("sampling images needs CaptionImageData: hand the trainer a datamodule, not loaders")
     text, null = data.text_features(captions), data.null_features()
     shape = (data.latent_channels, data.latent_size, data.latent_size)
     noises = [fixed_noise(seed, caption, index, shape) for caption, index in zip(captions, indices, strict=True)]

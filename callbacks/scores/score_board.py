@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
-from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation
+from emf_lightning.callbacks.scores.scored_images import ScoredImages
 from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.reports.figures import contact_sheet, step_count_figure, training_curves
@@ -27,67 +26,56 @@ CURVES = (r"\d+step", r"\d+step_cfg[\d.]+", "ceiling", "chance")
 """Last parts of the tags that a chart shows, as regular expressions."""
 
 
-@dataclass(frozen=True)
-class ReferenceScores:
-    """Scores that figures and tables show beside a run's own.
-
-    Attributes:
-        ceiling: scores of perfect images.
-        chance: scores of good images of other prompts.
-        reference: the last records of another run.
-        reference_name: name of that run.
-    """
-
-    ceiling: TaskScores | None = None
-    chance: TaskScores | None = None
-    reference: tuple[ScoreRecord, ...] = ()
-    reference_name: str = "parent"
-
-
 class ScoreBoard:
     """Writes one suite's scores in one run as curves, figures and a table; for the process of rank 0 only.
 
     Args:
         directory: folder of the PNG files.
-        suite: name of the suite.
-        references: scores to show beside the run's own.
+        suite: the suite; its ceiling and chance stand beside the run's scores.
+        reference: the last records of another run, to show beside this one's.
+        reference_name: name of that run.
         writers: TensorBoard writers, possibly none.
     """
 
     def __init__(
-        self, directory: Path, suite: str, references: ReferenceScores, writers: Sequence[SummaryWriter] = ()
+        self,
+        directory: Path,
+        suite: PromptSuite,
+        reference: Sequence[ScoreRecord],
+        reference_name: str,
+        writers: Sequence[SummaryWriter],
     ) -> None:
         self.directory = directory
-        self.suite = suite
-        self.references = references
+        self.suite = suite.name
+        self.levels = {"ceiling": suite.ceiling(), "chance": suite.chance()}
+        self.reference = reference
+        self.reference_name = reference_name
         self.writers = writers
 
     def add_scalars(self, records: Sequence[ScoreRecord]) -> None:
         """Adds a point to every curve of ``records``, to the ceiling and to chance."""
-        references = self.references
         for writer in self.writers:
             for record in records:
                 numbers = record.values() | {"nfe": record.nfe, "seconds": record.seconds}
                 for name, value in numbers.items():
                     writer.add_scalar(f"eval/{self.suite}/{name}/{record.sampling.tag}", value, record.step)
-            for level, scores in (("ceiling", references.ceiling), ("chance", references.chance)):
+            for level, scores in self.levels.items():
                 for name, value in ({**scores.correct, "overall": scores.overall} if scores else {}).items():
                     for step in {record.step for record in records}:
                         writer.add_scalar(f"eval/{self.suite}/{name}/{level}", value, step)
 
-    def add_images(self, records: Sequence[ScoreRecord], evaluations: Sequence[SuiteEvaluation]) -> None:
+    def add_images(self, records: Sequence[ScoreRecord], results: Sequence[ScoredImages]) -> None:
         """Writes the contact sheet, and the score against the number of steps, as images and PNG files."""
         step = records[-1].step
-        shown = {e.config.title: [image for image in e.images if image.image is not None] for e in evaluations}
-        prompts = [image.requested.prompt.prompt for image in next(iter(shown.values()))]
+        shown = {r.config.title: [image for image in r.images if image.image is not None] for r in results}
+        prompts = [image.prompt for image in next(iter(shown.values()))]
         images = {title: np.stack([i.image for i in column if i.image is not None]) for title, column in shown.items()}
-        correct = {title: [image.verdict.correct for image in column] for title, column in shown.items()}
+        correct = {title: [image.row["correct"] for image in column] for title, column in shown.items()}
         self._add_figure("contact_sheet", contact_sheet(prompts, images, correct), step)
-        references = self.references
         series = {"this run": _by_steps(records)}
-        if references.reference:
-            series[references.reference_name] = _by_steps(references.reference)
-        self._add_figure("step_counts", step_count_figure(series, references.ceiling, references.chance), step)
+        if self.reference:
+            series[self.reference_name] = _by_steps(self.reference)
+        self._add_figure("step_counts", step_count_figure(series, **self.levels), step)
 
     def add_training_curves(self, history: ScoreHistory, records: Sequence[ScoreRecord]) -> None:
         """Writes the score against training so far, a line for each step count of ``records``."""
@@ -99,19 +87,15 @@ class ScoreBoard:
                 curves[record.sampling.steps] = {
                     name: [(point.step, point.scores.values()[name]) for point in points] for name in names
                 }
-        references = self.references
-        parents = _by_steps(references.reference)
-        figure = training_curves(curves, references.ceiling, references.chance, parents, references.reference_name)
+        ceiling, chance, reference = self.levels["ceiling"], self.levels["chance"], _by_steps(self.reference)
+        figure = training_curves(curves, ceiling, chance, reference, self.reference_name)
         self._add_figure("training_curves", figure, records[-1].step)
 
     def table(self, records: Sequence[ScoreRecord]) -> str:
         """The scores of ``records`` in columns, then those of the reference, the ceiling and chance."""
-        references = self.references
         rows = {_heading(record): record.scores for record in records}
-        for record in references.reference:
-            rows[f"{references.reference_name}: {_heading(record)}"] = record.scores
-        levels = {"ceiling": references.ceiling, "chance": references.chance}
-        rows |= {name: scores for name, scores in levels.items() if scores is not None}
+        rows |= {f"{self.reference_name}: {_heading(record)}": record.scores for record in self.reference}
+        rows |= {level: scores for level, scores in self.levels.items() if scores is not None}
         return _plain_text(score_table(rows))
 
     def _add_figure(self, name: str, figure: Figure, step: int) -> None:

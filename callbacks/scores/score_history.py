@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emf_lightning.callbacks.scores.results_file import write_json_lines
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.sampling_config import SamplingConfig
+from emf_lightning.files import write_json_lines
 
 
 @dataclass(frozen=True)

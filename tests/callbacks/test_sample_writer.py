@@ -40,14 +40,13 @@ def test_every_prompt_has_a_images_at_every_step_count_named_by_its_line(data, t
 
 def test_images_are_those_of_the_fixed_noise(data, tmp_path):
     model = tiny.meanflow()
-    tiny.trainer(tmp_path / "run", SampleWriter(steps=[2], seed=3)).predict(
-        model, datamodule=data, return_predictions=False
-    )
+    trainer = tiny.trainer(tmp_path / "run", SampleWriter(steps=[2], seed=3))
+    trainer.predict(model, datamodule=data, return_predictions=False)
 
     data.batch_size = 1
     model.eval()
     with torch.no_grad():
-        (generated,) = generate_images(model, data, [PROMPTS[1]], [0], sampling_configs([2], None), seed=3)
+        (generated,) = generate_images(trainer, model, [PROMPTS[1]], [0], sampling_configs([2], None), seed=3)
     written = np.asarray(Image.open(tmp_path / "run" / "samples" / "00001-2step.png"))
     assert abs(written.astype(int) - generated.images[0]).max() <= 1
 

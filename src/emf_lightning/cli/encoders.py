@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-import emf_lightning.text
+from emf_lightning.cli.parsing import import_classes
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.dpg.dpg_bench import read_items
@@ -26,8 +24,7 @@ from emf_lightning.evaluation.encoders.report import EncoderStudy, StudiedEncode
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.text.base import TextEncoder
 
-for _module in iter_modules(emf_lightning.text.__path__, "emf_lightning.text."):
-    import_module(_module.name)  # the parser resolves short class names of imported modules only
+import_classes("text")
 
 
 def encoders(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,13 +58,9 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
 
 def _names(runs: list[Path]) -> list[str]:
     """Short names that tell the runs apart: their paths without the common prefix."""
-    parts = [run.resolve().parts for run in runs]
-    if len(runs) == 1:
-        return ["/".join(parts[0][-2:])]
-    shared = 0
-    while len({part[shared : shared + 1] for part in parts}) == 1 and shared < min(map(len, parts)) - 1:
-        shared += 1
-    return ["/".join(part[shared:]) for part in parts]
+    paths = [run.resolve() for run in runs]
+    common = paths[0].parent.parent if len(paths) == 1 else os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
 
 
 def _common_levels(all_levels: list[Levels]) -> Levels:
