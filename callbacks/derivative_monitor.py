@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline, write_custom_scalars
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.flow_map import FlowMapModule
-
-BY_LENGTH = ("mse", "derivative", "cosine")
-"""Quantities with a chart: tags ``train/<name>_by_length/<from>-<to>``."""
 
 
 class DerivativeMonitor(Callback):
@@ -42,20 +39,17 @@ class DerivativeMonitor(Callback):
         if time_every_n_steps < 1:
             raise ValueError(f"DerivativeMonitor: time_every_n_steps must be at least 1, got {time_every_n_steps}")
         self.edges = tuple(edges)
+        self.labels = [f"{low:g}-{high:g}" for low, high in pairwise(edges)]  # of the bins: last part of the tags
         self.time_every_n_steps = time_every_n_steps
         self._sums: Tensor | None = None
         self._inner_edges: Tensor | None = None
         self._timers: list[_BatchTimer] = []
         self._step = 0
 
-    @property
-    def labels(self) -> list[str]:
-        """Names of the bins: the last part of the tags."""
-        return [f"{low:g}-{high:g}" for low, high in zip(self.edges[:-1], self.edges[1:], strict=True)]
-
     def custom_scalars(self) -> Layout:
         """A chart for each quantity, a curve for each bin."""
-        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in BY_LENGTH}
+        names = ("mse", "derivative", "cosine")
+        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in names}
         return {"by the interval's length t - r": charts}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,9 +63,7 @@ class DerivativeMonitor(Callback):
         if derivative is not None and batch_idx % self.time_every_n_steps == 0:
             derivative.timer = _BatchTimer(pl_module.device)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         derivative = _derivative(pl_module)
         if derivative is not None and isinstance(derivative.timer, _BatchTimer):
             derivative.timer.stop()
@@ -126,8 +118,8 @@ class DerivativeMonitor(Callback):
                 values[f"derivative{label}"] = (squares / taken) ** 0.5
             if finite:
                 values[f"cosine{label}"] = cosine / finite
-        shares = [timer.share for timer in self._timers if timer.done and timer.inside]
-        self._timers = [timer for timer in self._timers if not timer.done]
+        shares = [timer.share for timer in self._timers if timer.inside]  # sums.tolist() has waited for the device
+        self._timers.clear()
         if shares:
             values["derivative_share"] = sum(shares) / len(shares)
         module.log_dict({f"train/{name}": value for name, value in values.items()})
@@ -156,13 +148,8 @@ class _BatchTimer:
         self._ended = self._mark()
 
     @property
-    def done(self) -> bool:
-        """Whether the device has finished the batch."""
-        return not self._cuda or bool(self._ended.query())
-
-    @property
     def share(self) -> float:
-        """Share of the batch's time that the derivative took."""
+        """Share of the batch's time that the derivative took; the device must have finished the batch."""
         inside = sum(self._between(a, b) for a, b in self.inside)
         return inside / max(self._between(self._began, self._ended), 1e-9)
 

@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from emf_lightning.callbacks.experiment_progress_bar import progress_bar, show_line, show_progress
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
@@ -132,9 +131,7 @@ class FewStepSampling(Callback):
         if self.at_start and trainer.global_step == 0:
             self._evaluate(trainer, pl_module, "fit")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step  # constant while gradients accumulate
         crossed = step // self.every_n_steps > self._last_step // self.every_n_steps
         self._last_step = step

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.training_log import TrainingLog
-from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.distances.distribution import distribution
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
@@ -111,15 +110,11 @@ class RunSummary(Callback):
             raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
         return logs[0].seconds(trainer)
 
-    def _prompts(self) -> list[Prompt]:
-        """The prompt of each image: each prompt ``images_per_prompt`` times."""
-        first = [image.prompt for image in self.suite.images(self.prompts_per_task) if image.index == 0]
-        return [prompt for prompt in first for _ in range(self.images_per_prompt)]
-
     def _distances(self, trainer: Trainer, module: FlowMapModule) -> dict[str, dict[str, Any]]:
         """Tag -> distances, NFE and sampling config; ``real`` compares one set of real images with another."""
-        prompts, n = self._prompts(), self.images_per_prompt
-        indices = [number % n for number in range(len(prompts))]
+        n = self.images_per_prompt
+        first = [image.prompt for image in self.suite.images(self.prompts_per_task) if image.index == 0]
+        prompts, indices = [prompt for prompt in first for _ in range(n)], [*range(n)] * len(first)
         sets = []
         for offset in (0, n):
             images = [self.suite.reference_image(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
@@ -130,8 +125,8 @@ class RunSummary(Callback):
         distances = {"real": asdict(distribution(np.stack(sets[1]), real, n, network)) | {"nfe": 0}}
         batches: dict[SamplingConfig, list[Any]] = {config: [] for config in self.configs}
         with sampling_context(trainer, module):
-            for first in range(0, len(prompts), self.batch_size):
-                batch = slice(first, first + self.batch_size)
+            for start in range(0, len(prompts), self.batch_size):
+                batch = slice(start, start + self.batch_size)
                 captions = [prompt.prompt for prompt in prompts[batch]]
                 for generated in generate_images(trainer, module, captions, indices[batch], self.configs, self.seed):
                     batches[generated.config].append(generated.images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,10 @@ from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure
-from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
+from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
-
-
-@dataclass
-class _BenchmarkResult:
-    """The images of one benchmark with one sampling config, counted by all metrics."""
-
-    benchmark: ImageMetric
-    config: SamplingConfig
-    metrics: list[ImageMetric]  # of all seeds
-    seed_scores: list[list[float]]  # metric -> score of each seed, if there are several
-    rows: list[dict[str, Any]] = field(default_factory=list)  # one for each image, with GenEval's file names
-    seconds: float = 0.0
 
 
 class StepSweep(Callback):
@@ -128,14 +115,14 @@ class StepSweep(Callback):
             with sampling_context(trainer, pl_module), self._weights(pl_module, weights):
                 for benchmark in self.benchmarks:
                     for number in range(len(self.configs)):
-                        result = self._evaluate(trainer, pl_module, benchmark, number)
-                        rows += [self._row(result, i, pl_module, name, weights) for i in range(len(result.metrics))]
+                        found, images = self._evaluate(trainer, pl_module, benchmark, number, name, weights)
+                        rows += found
                         done += 1
                         if not trainer.is_global_zero:
                             continue
                         if weights == variants[0]:
-                            path = directory / f"results/{benchmark.name}-{result.config.tag}.jsonl"
-                            write_json_lines(path, result.rows)
+                            path = directory / f"results/{benchmark.name}-{self.configs[number].tag}.jsonl"
+                            write_json_lines(path, images)
                         about = self._about(trainer) | ({"so far": f"{done} of {total} ways"} if done < total else {})
                         Report(tuple(rows), about, levels).write(directory)
         if trainer.is_global_zero:
@@ -163,14 +150,19 @@ class StepSweep(Callback):
         return [(prompt, index) for index in range(per_prompt) for prompt in benchmark.prompts()]
 
     def _evaluate(
-        self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric, number: int
-    ) -> _BenchmarkResult:
-        """The result of one benchmark with the ``number``-th sampling config; all ranks share its images."""
+        self, trainer: Trainer, module: FlowMapModule, benchmark: ImageMetric, number: int, run: str, weights: str
+    ) -> tuple[list[ReportRow], list[dict[str, Any]]]:
+        """Scores of one benchmark's images with the ``number``-th sampling config; all ranks share the images.
+
+        Returns:
+            The report's row of each metric, and a row for each image, with GenEval's file names.
+        """
         requested, config = self._requested(trainer, benchmark), self.configs[number]
         metrics = [benchmark, *self.extra_metrics]
-        totals = [metric.fresh_copy().to(trainer.strategy.root_device) for metric in metrics]
-        result = _BenchmarkResult(benchmark, config, totals, [[] for _ in metrics])
-        prompt_numbers = {prompt: number for number, prompt in enumerate(benchmark.prompts())}
+        of_all_seeds = [metric.fresh_copy().to(trainer.strategy.root_device) for metric in metrics]
+        seed_scores: list[list[float]] = [[] for _ in metrics]
+        seconds, image_rows = 0.0, []
+        prompt_numbers = {prompt: index for index, prompt in enumerate(benchmark.prompts())}
         total = len(self.configs) * len(self.seeds) * len(requested)
         for i, seed in enumerate(self.seeds):
             before = (number * len(self.seeds) + i) * len(requested)
@@ -181,35 +173,35 @@ class StepSweep(Callback):
             (scored,) = score_images(
                 trainer, module, metrics, requested, [config], batch_size=self.batch_size, seed=seed, on_progress=show
             )
-            result.seconds += scored.seconds
+            seconds += scored.seconds
             for image in scored.images:
                 file = sample_path(prompt_numbers[image.prompt], i * self.images_per_prompt + image.index)
-                result.rows.append({"filename": file, **image.row, "seed": seed})
-            for metric, of_all_seeds, scores in zip(scored.metrics, totals, result.seed_scores, strict=True):
-                of_all_seeds.merge(metric)
+                image_rows.append({"filename": file, **image.row, "seed": seed})
+            for whole, metric, scores in zip(of_all_seeds, scored.metrics, seed_scores, strict=True):
+                whole.merge(metric)
                 if len(self.seeds) > 1:
                     scores.append(float(metric.compute()["score"]))  # a collective of all ranks
-        return result
-
-    def _row(self, result: _BenchmarkResult, index: int, module: FlowMapModule, run: str, weights: str) -> ReportRow:
-        metric, config, seeds = result.metrics[index], result.config, result.seed_scores[index]
-        return ReportRow(
-            run=run,
-            metric=metric.name,
-            title=metric.title if index == 0 else f"{metric.title}, images of {result.benchmark.title}",
-            weights=weights,
-            step=self._step,
-            steps=config.steps,
-            guidance_scale=module.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-            nfe=module.nfe(config.steps, config.guidance_scale),
-            images=len(result.rows),
-            seeds=self.seeds,
-            scores={name: float(value) for name, value in metric.compute().items()},  # a collective of all ranks
-            seed_spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan,
-            seconds=round(result.seconds, 3),
-            settings=metric.settings() | {"images_per_prompt": self.images_per_prompt},
-            benchmark=result.benchmark.name,
-        )
+        rows = [
+            ReportRow(
+                run=run,
+                metric=metric.name,
+                title=metric.title + (f", images of {benchmark.title}" if k > 0 else ""),
+                weights=weights,
+                step=self._step,
+                steps=config.steps,
+                guidance_scale=module.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+                nfe=module.nfe(config.steps, config.guidance_scale),
+                images=len(image_rows),
+                seeds=self.seeds,
+                scores={name: float(value) for name, value in metric.compute().items()},  # a collective of all ranks
+                seed_spread=float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan,
+                seconds=round(seconds, 3),
+                settings=metric.settings() | {"images_per_prompt": self.images_per_prompt},
+                benchmark=benchmark.name,
+            )
+            for k, (metric, scores) in enumerate(zip(of_all_seeds, seed_scores, strict=True))
+        ]
+        return rows, image_rows
 
     def _about(self, trainer: Trainer) -> dict[str, Any]:
         names = ("torch", "lightning", "diffusers", "transformers")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -55,7 +54,7 @@ class TrainingLog(Callback):
             pl_module.log(f"train/{name}", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._images += len(batch) * trainer.world_size
         if trainer.global_step == self._marks[-1][2]:

@@ -41,12 +41,7 @@ def sampling_context(trainer: Trainer, module: LightningModule, averaged: bool =
     """A context for sampling: averaged weights, eval mode, the trainer's precision, no gradient.
 
     On exit, also when the body raises, it restores the weights, the train/eval modes and the random states of torch,
-    CUDA, numpy and Python.
-
-    Args:
-        trainer: the trainer of ``module``.
-        module: the module to sample from.
-        averaged: whether to use the averaged weights where there are any, or the live ones.
+    CUDA, numpy and Python. With ``averaged`` false it leaves the live weights in the module.
     """
     modes = {part: part.training for part in module.modules()}
     weights = averaged_weights(trainer, module) if averaged else nullcontext()

@@ -82,10 +82,10 @@ class ScoreBoard:
         curves = {}
         for record in records:
             if record.sampling.is_main:
-                points = history.curve(record.sampling)
-                names = ("overall", *points[-1].scores.correct) if points else ()
+                points = [(point.step, point.scores.values()) for point in history.curve(record.sampling)]
                 curves[record.sampling.steps] = {
-                    name: [(point.step, point.scores.values()[name]) for point in points] for name in names
+                    name: [(step, values[name]) for step, values in points]
+                    for name in ("overall", *record.scores.correct)
                 }
         ceiling, chance, reference = self.levels["ceiling"], self.levels["chance"], _by_steps(self.reference)
         figure = training_curves(curves, ceiling, chance, reference, self.reference_name)

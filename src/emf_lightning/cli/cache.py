@@ -8,7 +8,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from emf_lightning.cli.parsing.emf_cli import EMFCLI
+from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache_filling import CacheFiller
 
@@ -27,11 +27,8 @@ Each process takes its share of the samples; all write to the same folder on a l
 """
 
 
-class DataCLI(EMFCLI):
+class DataCLI(BuildingCLI):
     """Builds the data of an experiment as `emf fit` does, but neither model nor trainer."""
-
-    def before_instantiate_classes(self) -> None:
-        """Skips the checks of devices, intervals and checkpoints, which concern training."""
 
     def instantiate_classes(self) -> None:
         config = self.config.clone()
@@ -39,9 +36,6 @@ class DataCLI(EMFCLI):
             del config[self.subcommand][section]
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule = self._get(self.config_init, "data")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Does nothing: there is no subcommand to run."""
 
 
 def cache(arguments: list[str]) -> None:

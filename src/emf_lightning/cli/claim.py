@@ -82,7 +82,9 @@ def claim(
         for kind, folder in trainings[seed, grade].items():
             if not _final_scores(folder):
                 common = [*settings[grade][kind], "--seed_everything", str(seed), *(options or [])]
-                fit(["--config", str(kinds[kind]), *_logger_options(folder), *common, *start], folder, jobs)
+                place = {"save_dir": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
+                logger = [f"--trainer.logger.init_args.{name}={value}" for name, value in place.items()]
+                fit(["--config", str(kinds[kind]), *logger, *common, *start], folder, jobs)
             start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
 
     def finished() -> tuple[ClaimRun, ...]:
@@ -134,12 +136,6 @@ def _settings(grade: str) -> dict[str, list[str]]:
         )
     option = [f"--data.text.init_args.{name}", value]
     return {"flow_matching": option, "meanflow": option}
-
-
-def _logger_options(run: Path) -> list[str]:
-    """Options that make a training write into the directory ``run``."""
-    options = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
-    return [f"--trainer.logger.init_args.{name}={value}" for name, value in options.items()]
 
 
 def _final_scores(run: Path) -> dict[int, float]:

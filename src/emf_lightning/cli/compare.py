@@ -181,10 +181,9 @@ def _steps_in(
 
 def _write(out: Path, groups: dict[str, list[Training]]) -> None:
     """Writes the tables, and the figure of the last group, of the finished runs."""
-    done = {
-        title: [Run.read(training.experiment.stem, training.folder) for training in group if training.done]
-        for title, group in groups.items()
-    }
-    shown = {title: runs for title, runs in done.items() if runs}
+    shown = {}
+    for title, group in groups.items():
+        if runs := [Run.read(training.experiment.stem, training.folder) for training in group if training.done]:
+            shown[title] = runs
     write_atomic(out / TABLE, comparison(shown))
     comparison_figure([*shown.values()][-1]).savefig(out / FIGURE, dpi=150)

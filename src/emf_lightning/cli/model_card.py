@@ -21,7 +21,6 @@ tags: [emf_lightning, few-step, meanflow]
 A text-to-image model that samples in 1, 2 or 4 network steps, trained with emf_lightning.
 
 ```python
-from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.pipeline import EMFPipeline
 
 pipe = EMFPipeline.from_pretrained("{folder}")  # .to("cuda"), or pipe.enable_model_cpu_offload()
@@ -63,7 +62,7 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
         "latents": _description(settings.data.autoencoder) + f", {pipeline.config.latent_size} positions a side",
         "resolution": f"{settings.data.resolution} px",
         "optimiser steps": settings.trainer.max_steps,
-        "guidance scale": settings.model.init_args.get("guidance", 1.0),
+        "guidance scale": settings.model.init_args.get("guidance_scale", 1.0),
         "seed": settings.seed_everything,
     }
     return _CARD.format(

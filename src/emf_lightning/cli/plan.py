@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import Namespace
@@ -55,41 +54,8 @@ def plan(arguments: Sequence[str]) -> None:
     estimate = Plan(PlanningCLI.run(["fit", *rest]).settings, own.device, own.utilisation, own.samples)
     sections = (estimate.parameters(), estimate.memory(), estimate.disk(), estimate.time())
     print("\n\n".join("\n".join(lines) for lines in sections))
-    if estimate.training.networks > 1:
-        kind = estimate.settings.model.class_path.rpartition(".")[2]
-        print(f"\n{kind} trains a second network, which is not counted")
-
-
-@dataclass(frozen=True)
-class Training:
-    """Properties of a LightningModule and its objective that a plan counts.
-
-    Attributes:
-        networks: number of networks that train.
-        derivative: mean share of the samples that take du/dt.
-        teacher: True if a frozen copy of the network runs as well.
-        tunes_encoder: True if the text encoder trains as well.
-    """
-
-    networks: int
-    derivative: float
-    teacher: bool
-    tunes_encoder: bool
-
-    @classmethod
-    def of(cls, model: Namespace) -> Training:
-        """Reads ``model`` of a configuration; its objective is MeanFlow by default, unless two models train."""
-        kind: Any = class_of(model.class_path)
-        objective: Any = model.get("init_args.objective.class_path")
-        if objective is None:
-            takes_derivative = kind.trained_networks == 1 and not kind.tunes_encoder
-        else:
-            takes_derivative = getattr(class_of(objective), "takes_derivative", False)
-        ratio = model.get("init_args.objective.init_args.times.init_args.flow_matching_ratio")
-        mean = 0.75 if ratio is None else (ratio.start + (ratio.start if ratio.end is None else ratio.end)) / 2
-        velocity = model.get("init_args.objective.init_args.velocity.class_path")
-        teacher = velocity is not None and getattr(class_of(velocity), "needs_teacher", False)
-        return cls(kind.trained_networks, takes_derivative * (1 - mean), teacher, kind.tunes_encoder)
+    if estimate.kind.trained_networks > 1:
+        print(f"\n{estimate.kind.__name__} trains a second network, which is not counted")
 
 
 class Plan:
@@ -104,7 +70,10 @@ class Plan:
 
     def __init__(self, settings: Namespace, device: str, utilisation: float, samples: int) -> None:
         self.settings, self.device, self.utilisation, self.samples = settings, device, utilisation, samples
-        self.training = Training.of(settings.model)
+        self.kind: Any = class_of(settings.model.class_path)
+        self.derivative = _derivative_share(settings.model)
+        velocity = settings.model.get("init_args.objective.init_args.velocity.class_path")
+        self.teacher = velocity is not None and getattr(class_of(velocity), "needs_teacher", False)
         self.text = encoder_size(settings.data.text)
         self.autoencoder: Autoencoder = on_meta(settings.data.autoencoder, Autoencoder)
         self.side = settings.data.resolution // self.autoencoder.downsampling
@@ -120,7 +89,7 @@ class Plan:
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
         self.averages = any(name.endswith(("WeightEMA", "EMAWeightAveraging")) for name in names)
         self.network = sum(p.numel() for p in self.net.parameters())
-        self.tuned = self.text.parameters if self.training.tunes_encoder else 0
+        self.tuned = self.text.parameters if self.kind.tunes_encoder else 0
         self.weights = self.network + self.tuned
         self.trainable = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 
@@ -146,7 +115,7 @@ class Plan:
         trainer, batch = self.settings.trainer, self.settings.data.batch_size
         mixed = str(trainer.precision).endswith("-mixed")
         activations = (self.cost.block_activations if self.checkpointing else self.cost.activations) * batch
-        teacher = 4 * self.network * self.training.teacher
+        teacher = 4 * self.network * self.teacher
         encoder = 0 if self.tuned else self.text.bytes  # encodes captions that the cache does not hold
         frozen = teacher + encoder + sum(p.numel() * p.element_size() for p in self.autoencoder.parameters())
         average = 4 * self.weights * self.averages
@@ -194,14 +163,15 @@ class Plan:
 
     def time(self) -> list[str]:
         """Steps, operations and duration."""
-        trainer, data, derivative = self.settings.trainer, self.settings.data, self.training.derivative
+        trainer, data = self.settings.trainer, self.settings.data
         batch = data.batch_size * self.devices * trainer.accumulate_grad_batches
         images = trainer.max_steps * batch
-        passes = 3 + self.checkpointing + self.training.teacher
-        row = self.cost.flops * (passes + derivative * _DERIVATIVE)
+        passes = 3 + self.checkpointing + self.teacher
+        row = self.cost.flops * (passes + self.derivative * _DERIVATIVE)
         row += 8 * self.tuned * self.text.length  # four passes, one of them for the features; two operations a weight
         row += 0 if data.get("latent_cache") else encoding_flops(self.autoencoder, data.resolution)
         encoded = "latents from the cache" if data.get("latent_cache") else "encoding the image"
+        work = f"{passes} passes, du/dt of {self.derivative:.0%} of the rows, {encoded}"
         peak = DEVICES[self.device][0] * 1e12 * self.utilisation
         seconds = row * data.batch_size * trainer.accumulate_grad_batches / peak
         days = seconds * trainer.max_steps / 86400
@@ -214,13 +184,24 @@ class Plan:
             "Training",
             _row("steps", f"{trainer.max_steps:,}", f"of {batch:,} rows: {images / self.samples:.1f} passes"),
             _row("tokens", f"{images * positions:.3g}", tokens),
-            _row(
-                "a row", f"{row / 1e12:.3g} TFLOP", f"{passes} passes, du/dt of {derivative:.0%} of the rows, {encoded}"
-            ),
+            _row("a row", f"{row / 1e12:.3g} TFLOP", work),
             _row("a step", f"{seconds:.3g} s", speed),
             _row("in all", duration, f"{days * 24 * self.devices:,.1f} GPU hours"),
             _row("", "", "without waiting for data, filling the cache, scores and saving"),
         ]
+
+
+def _derivative_share(model: Namespace) -> float:
+    """Mean share of the samples that take du/dt; the objective is MeanFlow by default, unless two models train."""
+    kind: Any = class_of(model.class_path)
+    objective = model.get("init_args.objective.class_path")
+    if objective is None:
+        takes_derivative = kind.trained_networks == 1 and not kind.tunes_encoder
+    else:
+        takes_derivative = getattr(class_of(objective), "takes_derivative", False)
+    ratio = model.get("init_args.objective.init_args.times.init_args.flow_matching_ratio")
+    mean = 0.75 if ratio is None else (ratio.start + (ratio.start if ratio.end is None else ratio.end)) / 2
+    return takes_derivative * (1 - mean)
 
 
 def _row(name: str, value: str, remark: str = "") -> str:

@@ -40,9 +40,9 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
             found = Report.read(run / REPORT)
             rows += [replace(row, run=name) for row in found.rows]
             all_levels += [found.levels]
-        else:
+        elif histories:
             rows += [row for suite, history in histories.items() for row in _rows(name, suite, history)]
-        if not histories and not (run / REPORT).is_file():
+        else:
             raise ValueError(f"runs: {run} has no scores; `emf fit` and `emf test` write them into a run's directory")
         for suite, history in histories.items():
             curves.setdefault(suite, {})[name] = _curves(history)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,18 +106,26 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
         context, mask = torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(z, t, t, context, mask)
-    flops = counter.get_total_flops()
-    kept = _kept_bytes(net, lambda: net(z, t, t, context, mask))
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept: dict[int, Tensor] = {}
     inputs: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other storage reuses its address
+        return tensor
 
     def entered(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.append(next(a for a in (*arguments, *named.values()) if isinstance(a, Tensor)).nbytes)
 
     hooks = [block.register_forward_pre_hook(entered, with_kwargs=True) for block in net.blocks]
-    net(z, t, t, context, mask)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(z, t, t, context, mask)
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     for hook in hooks:
         hook.remove()
-    return NetworkCost(flops, kept, sum(inputs) + kept // len(inputs) if inputs else kept)
+    of_blocks = sum(inputs) + activations // len(inputs) if inputs else activations
+    return NetworkCost(counter.get_total_flops(), activations, of_blocks)
 
 
 def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
@@ -128,19 +135,3 @@ def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         autoencoder.encode(image)
     return counter.get_total_flops()
-
-
-def _kept_bytes(net: nn.Module, forward: Callable[[], Tensor]) -> int:
-    weights = {p.untyped_storage()._cdata for p in net.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that no other storage reuses its address
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del output
-    return total

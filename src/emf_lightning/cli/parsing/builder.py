@@ -20,13 +20,6 @@ class BuildingCLI(EMFCLI):
 
     settings: Namespace
 
-    @classmethod
-    def run(cls, arguments: list[str]) -> BuildingCLI:
-        """Builds the experiment that `emf fit` would run with ``arguments``."""
-        built = super().run(arguments)
-        assert isinstance(built, cls)
-        return built
-
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.settings = config.clone()

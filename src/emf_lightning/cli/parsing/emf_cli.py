@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -45,6 +45,8 @@ PARTS_HELP = (
 LINKED_ARGUMENTS = ("context_width", "latent_channels", "latent_size")
 """Attributes of the datamodule that become arguments of the network, if it has them."""
 
+CLI = TypeVar("CLI", bound="EMFCLI")
+
 
 class ExperimentParser(LightningArgumentParser):
     """Parser of experiment files without their ``base:``, which ``experiment_files.expand`` has followed before."""
@@ -57,7 +59,7 @@ class EMFCLI(LightningCLI):
     """`emf fit|validate|test|predict`: trains or runs a ``FlowMapModule`` on ``CaptionImageData``."""
 
     @classmethod
-    def run(cls, arguments: list[str]) -> EMFCLI:
+    def run(cls: type[CLI], arguments: list[str]) -> CLI:
         """Parses ``arguments`` (verb, then options), builds the objects and runs the verb."""
         import_classes(*CLASS_PACKAGES)
         # keeps `${a.b}` absolute within a file, although the parser nests its values below the verb
