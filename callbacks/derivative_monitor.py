@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline, write_custom_scalars
-from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.flow_map import FlowMapModule
 
@@ -59,17 +58,19 @@ class DerivativeMonitor(Callback):
         write_custom_scalars(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        derivative = _derivative(pl_module)
+        derivative = pl_module.derivative if isinstance(pl_module, FlowMapModule) else None
         if derivative is not None and batch_idx % self.time_every_n_steps == 0:
             derivative.timer = _BatchTimer(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        derivative = _derivative(pl_module)
+        if not isinstance(pl_module, FlowMapModule):
+            return
+        derivative = pl_module.derivative
         if derivative is not None and isinstance(derivative.timer, _BatchTimer):
             derivative.timer.stop()
             self._timers.append(derivative.timer)
             derivative.timer = nullcontext()
-        if not isinstance(pl_module, FlowMapModule) or pl_module.last_terms is None:
+        if pl_module.last_terms is None:
             return
         sums = self._bin_sums(pl_module.last_terms)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -162,7 +163,3 @@ class _BatchTimer:
 
     def _between(self, a: Any, b: Any) -> float:
         return float(a.elapsed_time(b)) if self._cuda else b - a
-
-
-def _derivative(module: LightningModule) -> Derivative | None:
-    return module.derivative if isinstance(module, FlowMapModule) else None

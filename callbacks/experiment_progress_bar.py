@@ -129,11 +129,9 @@ class ExperimentProgressBar(TQDMProgressBar):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
-        for text in self._closing:
+        for text in filter(None, [*self._closing, _outputs(trainer, run)]):
             self.write_line(text)
         self._closing.clear()
-        if outputs := _outputs(trainer, run):
-            self.write_line(outputs)
 
     # -- lines --------------------------------------------------------------------------------------------------------
 

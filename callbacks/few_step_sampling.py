@@ -20,7 +20,7 @@ from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.custom_scalars import Layout, write_custom_scalars
 from emf_lightning.callbacks.scores.score_board import ScoreBoard, score_charts
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
-from emf_lightning.callbacks.scores.scored_images import ScoredImages, score_images
+from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.evaluation.geneval.result_rows import sample_path
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
@@ -161,7 +161,7 @@ class FewStepSampling(Callback):
         count = self.final_images_per_task if final else self.images_per_task
         requested = self._requested(1 if trainer.fast_dev_run else count)  # type: ignore[attr-defined]
         with sampling_context(trainer, module):
-            results = score_images(
+            results = sample_and_score(
                 trainer,
                 module,
                 [SuiteScore(self.suite), *self.extra_metrics],
@@ -207,9 +207,7 @@ class FewStepSampling(Callback):
         keys = {record.key for record in known}
         elsewhere = [record for record in self.history.records if record.key not in keys]
         self.history = ScoreHistory([*elsewhere, *known])
-        writers = []
-        if trainer.is_global_zero:
-            writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._board = ScoreBoard(directory, self.suite, self.reference, self.reference_name, writers)
         write_custom_scalars(trainer)
         if fitting:
@@ -234,10 +232,9 @@ class FewStepSampling(Callback):
                 board.add_training_curves(self.history, records)
         scores = {record.sampling.short_title: record.scores.overall for record in records}
         shares, images = " / ".join(f"{score:.3f}" for score in scores.values()), sum(last.scores.images.values())
-        counts = "/".join(scores)
-        line = f"step {last.step}: {counts} network steps score {shares} ({images} images each, {seconds:.0f} s)"
         if bar := progress_bar(trainer):
             bar.show_scores(scores)
-        show_line(trainer, line)
+        found = f"{'/'.join(scores)} network steps score {shares} ({images} images each, {seconds:.0f} s)"
+        show_line(trainer, f"step {last.step}: {found}")
         if last.stage != "fit":
             show_line(trainer, f"{self.suite.name}, step {last.step}\n{board.table(records)}", at_end=True)

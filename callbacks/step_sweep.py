@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
-from emf_lightning.callbacks.scores.scored_images import score_images
+from emf_lightning.callbacks.scores.scored_images import sample_and_score
 from emf_lightning.evaluation.geneval.result_rows import sample_path
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
@@ -170,7 +170,7 @@ class StepSweep(Callback):
             def show(done: int, before: int = before) -> None:
                 show_progress(trainer, f"{benchmark.title} images", before + done, total)
 
-            (scored,) = score_images(
+            (scored,) = sample_and_score(
                 trainer, module, metrics, requested, [config], batch_size=self.batch_size, seed=seed, on_progress=show
             )
             seconds += scored.seconds

@@ -13,8 +13,6 @@ Layout = dict[str, dict[str, list[Any]]]
 
 def write_custom_scalars(trainer: Trainer) -> None:
     """Writes the charts of all callbacks' ``custom_scalars`` at once: TensorBoard keeps the last layout of a run."""
-    if not trainer.is_global_zero:
-        return
     layout: Layout = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "custom_scalars"):

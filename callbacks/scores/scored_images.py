@@ -53,7 +53,7 @@ class ScoredImages:
     seconds: float = 0.0
 
 
-def score_images(
+def sample_and_score(
     trainer: Trainer,
     module: FlowMapModule,
     metrics: Sequence[ImageMetric],
@@ -65,14 +65,16 @@ def score_images(
     on_progress: Callable[[int], None],
     kept: Container[tuple[str, int]] = (),
 ) -> list[ScoredImages]:
-    """Samples the requested images with each of ``configs`` and scores them; all ranks must call it.
+    """Samples the requested images with each of ``configs``, from the same noise, and scores them.
+
+    The ranks share the images; all must call this function, inside ``sampling_context``.
 
     Args:
-        trainer: its ranks share the images.
-        module: samples latents; call this function inside ``sampling_context``.
+        trainer: its datamodule encodes captions and decodes latents.
+        module: samples latents.
         metrics: fresh copies of these count the images of each config.
         requested: prompt and number of each image.
-        configs: step counts and guidance scales, which all start from the same noise.
+        configs: step counts and guidance scales.
         batch_size: images sampled at once, on each rank.
         seed: seed of the noise.
         on_progress: called after each batch with the number of images done, of all ranks and configs.

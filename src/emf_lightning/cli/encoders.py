@@ -66,7 +66,10 @@ def encoders(
     began, pairs = time.perf_counter(), corpus or ShapesPairs()
     check_retrieval(pairs, k)
     of_dpg = prompts is not None and prompts.suffix.lower() == ".csv"
-    asked = list(dict.fromkeys(_prompts(prompts, of_dpg) if prompts else pairs.captions))
+    texts = pairs.captions
+    if prompts is not None:
+        texts = [item.text for item in read_items(prompts)] if of_dpg else PromptList(prompts).prompts
+    asked = list(dict.fromkeys(texts))
     removed = seeds or [0, 1, 2]
     studied = []
     for name, encoder in {**encoders, "constant (control)": ConstantEncoder()}.items():
@@ -92,10 +95,6 @@ def encoders(
     study.write(out, pairs)
     print(study.markdown())
     print(f"encoders.md, encoders.json, encoders.png and retrieved.png: {out}")
-
-
-def _prompts(path: Path, of_dpg: bool) -> list[str]:
-    return [item.text for item in read_items(path)] if of_dpg else PromptList(path).prompts
 
 
 def _cached_features(

@@ -80,12 +80,11 @@ def _description(part: Namespace) -> str:
 
 
 def _scores(run: Path) -> str:
-    histories = {path.parent.name: ScoreHistory.read_if_there(path) for path in sorted(run.glob("*/scores.jsonl"))}
     rows = []
-    for suite, history in histories.items():
-        for record in history.latest():
+    for path in sorted(run.glob("*/scores.jsonl")):
+        for record in ScoreHistory.read_if_there(path).latest():
             sampling, overall = record.sampling, f"{record.scores.overall:.3f} ± {record.scores.standard_error:.3f}"
-            row = [suite, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}", overall]
+            row = [path.parent.name, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}", overall]
             rows.append([*row, f"{record.stage}, step {record.step:,}"])
     if not rows:
         return "This run has no scores.\n"

@@ -69,16 +69,8 @@ def encoder_size(part: Namespace) -> EncoderSize:
         ValueError: if its configuration is neither local nor cached.
     """
     kind: Any = class_of(part.class_path)
-    arguments = part.get("init_args")
-    try:
-        if issubclass(kind, PretrainedTextEncoder):
-            return _pretrained_size(arguments)
-    except OSError as error:
-        name = arguments.get("model")
-        raise ValueError(
-            f"data.text: the size of {name} is not known here; give a folder that is there, or a hub name of which "
-            "`hf download NAME config.json` was done"
-        ) from error
+    if issubclass(kind, PretrainedTextEncoder):
+        return _pretrained_size(part.init_args)
     encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else _build(part, TextEncoder)
     sizes = [(p.numel(), p.element_size()) for p in encoder.parameters()]
     return EncoderSize(sum(n for n, _ in sizes), sum(n * b for n, b in sizes), encoder.width, encoder.length)
@@ -89,7 +81,13 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
 
     from emf_lightning.text.pretrained import _text_tower
 
-    config = AutoConfig.for_model(**config_of(arguments.model))
+    try:
+        config = AutoConfig.for_model(**config_of(arguments.model))
+    except OSError as error:
+        raise ValueError(
+            f"data.text: the size of {arguments.model} is not known here; give a folder that is there, or a hub name "
+            "of which `hf download NAME config.json` was done"
+        ) from error
     with torch.device("meta"):
         tower = _text_tower(AutoModel.from_config(config))
     count = sum(p.numel() for p in tower.parameters())

@@ -37,15 +37,15 @@ _TYPE_NAMES = {"trainer": "lightning.pytorch.Trainer", "data": "emf_lightning.da
 def parser_error(text: str) -> str:
     """One line for jsonargparse's indented tree of alternatives: the first one with a definite error."""
     path: list[str] = []  # as in YAML, with init_args
-    owner: str | None = None
+    owner: type | None = None
     for line in map(str.strip, text.splitlines()):
         path += _KEY.findall(line)
         where = ".".join(key for key in path if key != "init_args")
         if found := _CLASS.search(line):
-            owner = found[1] or found[2]
-            if (kind := _find_class(owner)) is None:
-                return f"{where}: {_unknown_class(owner)}"
-            if path and path[-1] != "init_args" and not is_dataclass(kind):
+            name = found[1] or found[2]
+            if (owner := _find_class(name)) is None:
+                return f"{where}: {_unknown_class(name)}"
+            if path and path[-1] != "init_args" and not is_dataclass(owner):
                 path.append("init_args")
         if found := _GROUP.search(line):
             group, _, option = ".".join(filter(None, found.groups())).rpartition(".")
@@ -53,10 +53,10 @@ def parser_error(text: str) -> str:
                 return _unknown_option([*path, group], _type_of(owner, group), option)
             root = group.partition(".")[0]
             if root in ("", *_ROOTS):
-                return _unknown_option([group], _TYPE_NAMES.get(group), option)
+                return _unknown_option([group], _find_class(_TYPE_NAMES.get(group)), option)
             return _unknown_option([], None, root)
         if found := _UNRECOGNIZED.search(line):
-            return _unknown_option([found[1]], _TYPE_NAMES.get(found[1]), found[2])
+            return _unknown_option([found[1]], _find_class(_TYPE_NAMES.get(found[1])), found[2])
         if found := _REQUIRED.search(line):
             remedy = "an experiment names them: --config FILE" if _VERB.search(found[0]) else "--help explains them"
             return f"{_VERB.sub('', found[0])}; {remedy}"
@@ -72,14 +72,14 @@ def parser_error(text: str) -> str:
     return _simplified(text)
 
 
-def _unknown_option(path: list[str], owner: str | None, option: str) -> str:
+def _unknown_option(path: list[str], owner: type | None, option: str) -> str:
     """Message for an option that the class ``owner`` at ``path`` does not have; names its new name if renamed."""
-    kinds = getattr(_find_class(owner), "__mro__", ())
+    kinds = owner.__mro__ if owner else ()
     for new in filter(None, (ARGUMENTS.get((kind.__name__, option)) for kind in kinds)):
         old, is_sentence = ".".join([*path, option]), " " in new.partition("; ")[0]
         return f"{old}: {new}" if is_sentence else f"{old} is now {'.'.join([*path, new])}"
     where = ".".join(key for key in path if key != "init_args")
-    name = f"{owner.rpartition('.')[2]} has" if owner else "there is"
+    name = f"{owner.__name__} has" if owner else "there is"
     suggestion = _suggestion(option, _options(owner) if owner else _ROOTS)
     return f"{where + ': ' if where else ''}{name} no option {option!r}{suggestion}"
 
@@ -101,21 +101,19 @@ def _suggestion(word: str, choices: Iterable[str]) -> str:
     return f"; there are {', '.join(names)}" if 0 < len(names) <= 16 else "; --help lists them"
 
 
-def _options(class_path: str) -> list[str]:
-    """Names of the arguments of a class; empty if it cannot be imported."""
-    kind = _find_class(class_path)
-    parameters = inspect.signature(kind).parameters.values() if kind else ()
+def _options(kind: type) -> list[str]:
+    """Names of the arguments of a class."""
+    parameters = inspect.signature(kind).parameters.values()
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def _type_of(class_path: str, parameter: str) -> str | None:
-    """Full name of the class with which a parameter of the class ``class_path`` is annotated."""
+def _type_of(kind: type, parameter: str) -> type | None:
+    """The class with which a parameter of the class ``kind`` is annotated."""
     try:
-        hint = get_type_hints(class_of(class_path).__init__)[parameter]  # type: ignore[misc]
-    except (ImportError, AttributeError, KeyError, NameError):
+        hint = get_type_hints(kind.__init__)[parameter]  # type: ignore[misc]
+    except (KeyError, NameError):
         return None
-    kinds = [kind for kind in (hint, *get_args(hint)) if inspect.isclass(kind) and kind is not type(None)]
-    return f"{kinds[0].__module__}.{kinds[0].__qualname__}" if kinds else None
+    return next((one for one in (hint, *get_args(hint)) if inspect.isclass(one) and one is not type(None)), None)
 
 
 def class_of(class_path: str) -> type:
