@@ -109,6 +109,9 @@ class StepSweep(Callback):
         variants = ["averaged" if self._averaged else "trained"]
         if self.trained and self._averaged and self._trained_weights is not None:
             variants.append("trained")
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "diffusers", "transformers"))
+        checkpoint = str(trainer.ckpt_path or "none")
+        about = {"checkpoint": checkpoint, "optimiser steps": self._step, "libraries": libraries}
         rows: list[ReportRow] = []
         done, total = 0, len(variants) * len(self.benchmarks) * len(self.configs)
         for weights in variants:
@@ -123,10 +126,10 @@ class StepSweep(Callback):
                         if weights == variants[0]:
                             path = directory / f"results/{benchmark.name}-{self.configs[number].tag}.jsonl"
                             write_json_lines(path, images)
-                        about = self._about(trainer) | ({"so far": f"{done} of {total} ways"} if done < total else {})
-                        Report(tuple(rows), about, levels).write(directory)
+                        so_far = {"so far": f"{done} of {total} ways"} if done < total else {}
+                        Report(tuple(rows), about | so_far, levels).write(directory)
         if trainer.is_global_zero:
-            report = Report(tuple(rows), self._about(trainer), levels)
+            report = Report(tuple(rows), about, levels)
             steps_figure(report).savefig(directory / "report.png")
             text = f"{report.markdown()}\nreport.md, report.json and report.png: {directory}"
             show_line(trainer, text, at_end=True)
@@ -202,11 +205,6 @@ class StepSweep(Callback):
             for k, (metric, scores) in enumerate(zip(of_all_seeds, seed_scores, strict=True))
         ]
         return rows, image_rows
-
-    def _about(self, trainer: Trainer) -> dict[str, Any]:
-        names = ("torch", "lightning", "diffusers", "transformers")
-        libraries = ", ".join(f"{name} {version(name)}" for name in names)
-        return {"checkpoint": str(trainer.ckpt_path or "none"), "optimiser steps": self._step, "libraries": libraries}
 
 
 def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, float]]]:

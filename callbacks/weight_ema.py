@@ -66,12 +66,8 @@ class _Weights(LightningModule):
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
-        self._training_device = module.device
+        self._device = module.device
         _mirror(module, self)
-
-    @property
-    def device(self) -> torch.device:
-        return self._training_device
 
 
 def _mirror(source: nn.Module, target: nn.Module) -> nn.Module:

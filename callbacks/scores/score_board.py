@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,11 +100,9 @@ class ScoreBoard:
     def _add_figure(self, name: str, figure: Figure, step: int) -> None:
         from PIL import Image
 
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / f"{name}.png").write_bytes(png.getvalue())
-        pixels = np.asarray(Image.open(png).convert("RGB"))
+        figure.savefig(self.directory / f"{name}.png")
+        pixels = np.asarray(Image.open(self.directory / f"{name}.png").convert("RGB"))
         for writer in self.writers:
             writer.add_image(f"eval/{self.suite}/{name}", pixels, step, dataformats="HWC")
 

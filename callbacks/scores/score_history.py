@@ -63,11 +63,7 @@ class ScoreRecord:
 
 
 class ScoreHistory:
-    """The records of a run and of the runs that it resumes, in the order in which they were made.
-
-    Args:
-        records: the first records.
-    """
+    """The records of a run and of the runs that it resumes, in the order in which they were made."""
 
     def __init__(self, records: Iterable[ScoreRecord] = ()) -> None:
         self._records: dict[tuple[Any, ...], ScoreRecord] = {}

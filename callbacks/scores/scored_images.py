@@ -24,8 +24,6 @@ class ScoredImage:
     """The ``index``-th image of ``prompt``.
 
     Attributes:
-        prompt: the image's prompt.
-        index: number of the image among those of its prompt.
         row: the first metric's row for ``results.jsonl``.
         image: 8-bit RGB ``[H, W, 3]``; None unless it is kept.
     """

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, without_base
+from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim, ClaimRun
 from emf_lightning.evaluation.encoders.discriminability import discriminability
@@ -30,8 +30,6 @@ GRADES = ("noise=0", "noise=1", "noise=2", "shared=3", "steps=1200")
 The features of ``shared=3`` are nearly parallel; the parent of ``steps=1200`` is trained for fewer steps, so that it
 scores as a parent with poor features.
 """
-TRAINED = "trained.yaml"
-"""File of the settings that all trainings of a folder share."""
 
 
 def claim(
@@ -112,7 +110,7 @@ def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[s
     """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
     files = [file for experiment in experiments for file in config_files(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
-    content, record = yaml.safe_dump(settings, sort_keys=False), out / TRAINED
+    content, record = yaml.safe_dump(settings, sort_keys=False), out / "trained.yaml"
     if record.is_file() and record.read_text() != content:
         raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +147,5 @@ def _final_scores(run: Path) -> dict[int, float]:
 def _measure_discriminability(run: Path, corpus: PairCorpus) -> Estimate:
     """Discriminability on ``corpus`` of the encoder that ``run`` was trained with."""
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TextEncoder, "text")
-    encoder: TextEncoder = parser.instantiate(parser.parse_object({"text": config["data"]["text"]})).text
+    encoder = build_part(config["data"]["text"], TextEncoder)
     return discriminability(pooled_features(encoder, corpus.captions), corpus, limits=False).score["raw"]

@@ -12,11 +12,7 @@ from emf_lightning.modules.generation import pipeline_of
 
 
 def build_run(run: str | Path, checkpoint: str | Path | None = None) -> BuildingCLI:
-    """The model with its weights, the data and the configuration of a run.
-
-    Args:
-        run: directory of the run, which holds its config.yaml.
-        checkpoint: by default checkpoints/last.ckpt in it.
+    """The model with its weights, the data and the configuration of a run; arguments as for ``load_run``.
 
     Raises:
         ValueError: for a folder that is no run, a missing checkpoint, or a run that trained its text encoder.

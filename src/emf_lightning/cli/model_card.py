@@ -40,14 +40,7 @@ prompt fix the noise, so that a prompt's image is the same in any batch. `transf
 
 
 def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline) -> str:
-    """The model card: usage, training, and the last scores and the curves of ``run``.
-
-    Args:
-        run: run directory.
-        out: exported folder, which holds the run's figures.
-        settings: configuration of the run.
-        pipeline: exported pipeline.
-    """
+    """The model card: usage, training, last scores, and the figures of ``run``, which lie in the exported ``out``."""
     net = settings.model.init_args.net
     source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
     logger = settings.trainer.get("logger")

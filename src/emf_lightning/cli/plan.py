@@ -59,14 +59,7 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 class Plan:
-    """Estimate of an experiment.
-
-    Args:
-        settings: the experiment's configuration.
-        device: a name in ``DEVICES``.
-        utilisation: share of its peak speed that training reaches.
-        samples: number of training samples.
-    """
+    """Estimate of an experiment of ``samples`` training samples, on a device of ``DEVICES`` at a share of its speed."""
 
     def __init__(self, settings: Namespace, device: str, utilisation: float, samples: int) -> None:
         self.settings, self.device, self.utilisation, self.samples = settings, device, utilisation, samples

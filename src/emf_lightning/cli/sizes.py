@@ -51,11 +51,11 @@ def on_meta(part: Namespace, kind: type, **linked: Any) -> Any:
     """Builds ``part`` of a configuration on the meta device, with those of the ``linked`` arguments that it has."""
     known = inspect.signature(class_of(part.class_path)).parameters
     with torch.device("meta"):
-        return _build(part, kind, **{name: value for name, value in linked.items() if name in known})
+        return build_part(part.as_dict(), kind, **{name: value for name, value in linked.items() if name in known})
 
 
-def _build(part: Namespace, kind: type, **arguments: Any) -> Any:
-    spec = part.as_dict()
+def build_part(spec: dict[str, Any], kind: type, **arguments: Any) -> Any:
+    """Builds the object of class ``kind`` with the ``class_path`` and ``init_args`` in ``spec``, and ``arguments``."""
     spec.setdefault("init_args", {}).update(arguments)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=kind)
@@ -71,7 +71,7 @@ def encoder_size(part: Namespace) -> EncoderSize:
     kind: Any = class_of(part.class_path)
     if issubclass(kind, PretrainedTextEncoder):
         return _pretrained_size(part.init_args)
-    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else _build(part, TextEncoder)
+    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else build_part(part.as_dict(), TextEncoder)
     sizes = [(p.numel(), p.element_size()) for p in encoder.parameters()]
     return EncoderSize(sum(n for n, _ in sizes), sum(n * b for n, b in sizes), encoder.width, encoder.length)
 
