@@ -109,7 +109,9 @@ class SelfCheck(Callback):
             _FaultError: for the first failed check. Checks whose outcome depends on the samples come last, so that
                 ranks that share a sharded network call it equally often.
         """
-        point = _point(batch)
+        x = batch.latents[:1].float()
+        e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device)
+        point = _Point(interpolate(x, e, x.new_full((1,), T)), e - x, batch.text[:1])
         figures = _flow_at_r_equals_t(module, point)
         if module.derivative is not None:
             _check_times(module, point)
@@ -165,12 +167,6 @@ class _Point:
 
     def double(self) -> _Point:
         return _Point(self.z.double(), self.v.double(), self.text.to(dtype=torch.float64))
-
-
-def _point(batch: CaptionImageBatch) -> _Point:
-    x = batch.latents[:1].float()
-    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device)
-    return _Point(interpolate(x, e, x.new_full((1,), T)), e - x, batch.text[:1])
 
 
 def _flow_at_r_equals_t(module: FlowMapModule, point: _Point) -> list[str]:

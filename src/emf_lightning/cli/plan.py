@@ -63,7 +63,8 @@ class Plan:
 
     def __init__(self, settings: Namespace, device: str, utilisation: float, samples: int) -> None:
         self.settings, self.device, self.utilisation, self.samples = settings, device, utilisation, samples
-        self.kind: Any = class_of(settings.model.class_path)
+        kind: Any = class_of(settings.model.class_path)
+        self.kind = kind
         self.derivative = _derivative_share(settings.model)
         velocity = settings.model.get("init_args.objective.init_args.velocity.class_path")
         self.teacher = velocity is not None and getattr(class_of(velocity), "needs_teacher", False)
@@ -82,7 +83,7 @@ class Plan:
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
         self.averages = any(name.endswith(("WeightEMA", "EMAWeightAveraging")) for name in names)
         self.network = sum(p.numel() for p in self.net.parameters())
-        self.tuned = self.text.parameters if self.kind.tunes_encoder else 0
+        self.tuned = self.text.parameters if kind.tunes_encoder else 0
         self.weights = self.network + self.tuned
         self.trainable = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
 

@@ -54,9 +54,11 @@ def score(
     name = f"{metric.name}-{selected}" if selected else metric.name
     directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
     with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:
-        found = score_images(
-            images, metric, directory, rank=rank, batch_size=batch_size, report=lambda done, _: bar.update(done - bar.n)
-        )
+
+        def show(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        found = score_images(images, metric, directory, rank=rank, batch_size=batch_size, report=show)
     if rank.number == 0:
         print(f"{found['title']}, {found['images']:,} images: {directory}")
         for name, value in found["scores"].items():

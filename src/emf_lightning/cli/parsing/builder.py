@@ -8,8 +8,6 @@ from jsonargparse import Namespace
 
 from emf_lightning.cli.parsing.emf_cli import EMFCLI, add_linked_arguments
 
-_BUILT_BY_THE_TRAINER = ("callbacks", "logger", "strategy", "plugins", "profiler")
-
 
 class BuildingCLI(EMFCLI):
     """Builds the model and the data of an experiment as `emf fit` does, but no trainer.
@@ -23,7 +21,7 @@ class BuildingCLI(EMFCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.settings = config.clone()
-        for name in _BUILT_BY_THE_TRAINER:
+        for name in ("callbacks", "logger", "strategy", "plugins", "profiler"):  # parts of the trainer
             config.trainer[name] = None
         add_linked_arguments(config)
 
