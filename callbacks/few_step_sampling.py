@@ -22,10 +22,10 @@ from emf_lightning.callbacks.scores.score_board import ScoreBoard, score_charts
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
+from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.result_rows import sample_path
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
