@@ -14,7 +14,7 @@ from emf_lightning.networks.condition_embedding import GUIDANCE_CONDITIONS, Cond
 from emf_lightning.networks.two_time.embedding import IntervalEmbedding
 from emf_lightning.networks.two_time.rules import IntervalInput
 from emf_lightning.networks.velocity_head import VelocityHead
-from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, has_blip3o_sana, read_blip3o_sana
+from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, blip3o_sana_tensors, has_blip3o_sana
 from emf_lightning.pretrained.loading import LoadedModel, PretrainedWeights, on_meta_device, read_model
 
 _PROJECTION = "caption_projection.linear_1.weight"
@@ -73,11 +73,11 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
             return read_model(cls, weights, **changes)
         if on_meta_device():
             return LoadedModel(cls.from_config(blip3o_sana_config(weights.path) | changes))
-        sana = read_blip3o_sana(weights.path)
-        model = cls.from_config(sana.config | changes)
+        tensors = blip3o_sana_tensors(weights.path)
+        model = cls.from_config(blip3o_sana_config(weights.path, tensors) | changes)
         if changes:
-            sana.tensors[_PROJECTION] = model.state_dict()[_PROJECTION]
-        missing, surplus = model.load_state_dict(sana.tensors, strict=False)
+            tensors[_PROJECTION] = model.state_dict()[_PROJECTION]
+        missing, surplus = model.load_state_dict(tensors, strict=False)
         return LoadedModel(model, missing, surplus=surplus)
 
     def initializers(self) -> dict[str, Callable[[], None]]:

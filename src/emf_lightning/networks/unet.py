@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,9 +12,7 @@ from torch.nn import functional as F
 from emf_lightning.networks.architecture_checks import require, require_positive
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
-from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
-from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class UNetFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -99,33 +98,27 @@ class UNetFlowMap(SingleTimeFlowMap):
         self,
         architecture: UNetArchitecture | None = None,
         *,
-        pretrained: str | PretrainedWeights | None = None,
-        prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
-        gradient_checkpointing: bool = False,
         latent_channels: int = 3,
         latent_size: int = 32,
         context_width: int = 8,
+        **options: Any,
     ) -> None:
         from diffusers import UNet2DModel
 
         size = architecture or DDPM
         halvings = len(size.channels) - 1
         rule = f"latents of side {latent_size} do not halve {halvings} times, once between the stages of `channels`"
-        fits = pretrained is not None or latent_size % 2**halvings == 0
+        fits = options.get("pretrained") is not None or latent_size % 2**halvings == 0
         require(self, fits, f"{rule}; change the data's resolution or the number of stages")
         super().__init__(
             UNet2DModel,
             size.stages("AttnDownBlock2D", "AttnUpBlock2D", "DownBlock2D", "UpBlock2D")
             | {"attention_head_dim": size.head_channels, "dropout": size.dropout},
             architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            gradient_checkpointing=gradient_checkpointing,
             latent_channels=latent_channels,
             latent_size=latent_size,
             context_width=context_width,
+            **options,
         )
 
     def backbone(
@@ -144,7 +137,7 @@ class TextUNetFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -161,13 +154,10 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         self,
         architecture: UNetArchitecture | None = None,
         *,
-        pretrained: str | PretrainedWeights | None = None,
-        prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
-        gradient_checkpointing: bool = False,
         latent_channels: int = 4,
         latent_size: int = 64,
         context_width: int = 768,
+        **options: Any,
     ) -> None:
         from diffusers import UNet2DConditionModel
 
@@ -178,13 +168,10 @@ class TextUNetFlowMap(SingleTimeFlowMap):
             size.stages("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
             | {"attention_head_dim": size.heads, "cross_attention_dim": context_width},
             architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            gradient_checkpointing=gradient_checkpointing,
             latent_channels=latent_channels,
             latent_size=latent_size,
             context_width=context_width,
+            **options,
         )
 
     def backbone(

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import get_args, get_type_hints
 
+from jsonargparse import ArgumentParser
+
 from emf_lightning.renames import ARGUMENTS, CLASSES
 
 _KEY = re.compile(r'Parser key "(.+?)"')
@@ -104,8 +106,7 @@ def _suggestion(word: str, choices: Iterable[str]) -> str:
 def _options(class_path: str) -> list[str]:
     """Names of the arguments of a class; empty if it cannot be imported."""
     kind = _find_class(class_path)
-    parameters = inspect.signature(kind).parameters.values() if kind else ()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return ArgumentParser().add_class_arguments(kind, fail_untyped=False) if kind else []
 
 
 def _type_of(class_path: str, parameter: str) -> str | None:
