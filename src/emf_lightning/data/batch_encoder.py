@@ -112,8 +112,7 @@ class BatchEncoder:
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _encode(self, captions: Sequence[str]) -> TextFeatures:
-        features: TextFeatures = self._placed(self.text)(captions)
-        return features
+        return self._placed(self.text)(captions)
 
     def _placed(self, part: Frozen) -> Frozen:
         if self._places.get(id(part)) != self.device:

@@ -90,16 +90,13 @@ class CacheFiller:
         """Options of each cache for ``samples`` samples: size by dtype, and its error on one batch.
 
         For an encoder that can average tokens, also the size after averaging, with the error of the average itself.
-
-        Raises:
-            ValueError: if the shards give no batch.
+        Raises ``ValueError`` if the shards give no batch.
         """
         data = self.data
         batch = next(iter(data.stream(self.shards))).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
-        uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution)
-        uncached.device = self.device
+        uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution, device=self.device)
         encode: dict[str, Callable[[RawBatch], Any]] = {"features": uncached.features, "latents": uncached.latents}
         options = {}
         for name, cache in self.caches.items():
@@ -111,10 +108,9 @@ class CacheFiller:
         return options
 
     def check(self, samples: int) -> dict[str, str]:
-        """One sentence for each cache: the space that ``samples`` samples need, the free space and the limit.
+        """The sentence of ``EntryCache.estimate`` for each cache.
 
-        Raises:
-            ValueError: if they do not fit the disk, alone or together, or a cache's ``max_gb``.
+        Raises ``ValueError`` if the entries do not fit the disk, alone or together, or a cache's ``max_gb``.
         """
         sentences = {name: cache.estimate(samples) for name, cache in self.caches.items()}
         for name, cache in self.caches.items():
@@ -135,11 +131,7 @@ class CacheFiller:
 
     @torch.no_grad()
     def fill(self) -> Iterator[FillProgress]:
-        """Computes and writes missing entries; yields the progress after each batch.
-
-        Raises:
-            ValueError: if a cache is full.
-        """
+        """Computes and writes missing entries; yields the progress after each batch; ValueError if a cache is full."""
         workers = self.data.num_workers
         loader = DataLoader(self.stream, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
         done = present = 0

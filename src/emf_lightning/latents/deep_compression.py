@@ -26,5 +26,4 @@ class DeepCompression(PublishedAutoencoder):
         self.scale = self.model.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
-        code: Tensor = self.model.encode(images, return_dict=False)[0]
-        return code
+        return self.model.encode(images, return_dict=False)[0]

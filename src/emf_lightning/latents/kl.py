@@ -30,5 +30,4 @@ class KLAutoencoder(PublishedAutoencoder):
         self.shift = config.shift_factor or 0.0
 
     def _encode(self, images: Tensor) -> Tensor:
-        mean: Tensor = self.model.encode(images).latent_dist.mode()
-        return mean
+        return self.model.encode(images).latent_dist.mode()

@@ -103,11 +103,10 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         dtype, config = self.model.dtype, self.model.config
-        output: Tensor = self.model(
+        return self.model(
             z.to(dtype),
             encoder_hidden_states=context[:, 1:].to(dtype),
             pooled_projections=context[:, 0, : config.pooled_projection_dim].to(dtype),
             timestep=self.timestep(t),
             return_dict=False,
         )[0]
-        return output

@@ -225,7 +225,7 @@ class SanaFlowMap(DiffusersFlowMap):
             conditions = no_guidance(t) if conditions is None else conditions
             guidance = torch.cat([guidance[:, None], conditions], dim=1)
         with sdpa_kernel(SDPBackend.MATH) if self.attention_backend == "math" else nullcontext():
-            output: Tensor = self.transformer(
+            return self.transformer(
                 z.to(dtype),
                 context.to(dtype),
                 timestep=self.timestep(t),
@@ -233,4 +233,3 @@ class SanaFlowMap(DiffusersFlowMap):
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]
-        return output

@@ -10,6 +10,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import nn
 
+from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.condition_embedding import GUIDANCE_CONDITIONS, ConditionEmbedding
 from emf_lightning.networks.two_time.embedding import IntervalEmbedding
 from emf_lightning.networks.two_time.rules import IntervalInput
@@ -39,15 +40,12 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
     def from_flow(cls, weights: PretrainedWeights, context_width: int | None = None) -> IntervalSanaTransformer:
         """A model with published or own weights; parameters that a flow lacks start without an effect.
 
-        On the meta device only its configuration is read.
+        On the meta device only its configuration is read. Raises ``OSError`` if there are no such weights,
+        ``ValueError`` if they are not those of a SANA with their configuration.
 
         Args:
             weights: in diffusers' format, or a whole BLIP3o-NEXT or EMF checkpoint.
             context_width: of the text features, if their projection is to start anew.
-
-        Raises:
-            OSError: if there are no such weights.
-            ValueError: if they are not those of a SANA with their configuration.
         """
         try:
             loaded = cls._read(weights, context_width)
@@ -63,8 +61,7 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         for prefix, initialize in initializers.items():
             if any(key.startswith(prefix) for key in loaded.missing):
                 initialize()
-        trained: IntervalSanaTransformer = model.train()  # diffusers returns models in eval mode
-        return trained
+        return model.train()  # diffusers returns models in eval mode
 
     @classmethod
     def _read(cls, weights: PretrainedWeights, context_width: int | None) -> LoadedModel:
@@ -85,18 +82,12 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         return {"time_embed.interval.": self.time_embed.init_interval}
 
     def set_interval_rule(self, rule: IntervalInput) -> None:
-        """Sets how r and t are combined, once, after the weights were loaded.
-
-        Raises:
-            ValueError: if the rule is for more blocks than there are.
-        """
+        """Sets how r and t are combined, once, after the weights were loaded; ValueError for too few blocks."""
         self.time_embed.set_rule(rule)
         if rule.blocks_at_t is None:
             return
-        if rule.blocks_at_t > len(self.transformer_blocks):
-            raise ValueError(
-                f"{type(rule).__name__}: blocks={rule.blocks_at_t}, but the network has {len(self.transformer_blocks)}"
-            )
+        count = len(self.transformer_blocks)
+        require(rule, rule.blocks_at_t <= count, f"blocks={rule.blocks_at_t}, but the network has {count}")
         for i, block in enumerate(self.transformer_blocks):
             block.register_forward_pre_hook(functools.partial(_take_half, half=int(i >= rule.blocks_at_t)))
 

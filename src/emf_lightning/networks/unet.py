@@ -38,10 +38,8 @@ class UNetArchitecture:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.channels) != len(self.attention):
-            raise ValueError(
-                f"UNetArchitecture: channels has {len(self.channels)} stages and attention {len(self.attention)}"
-            )
+        stages, attention = len(self.channels), len(self.attention)
+        require(self, stages == attention, f"channels has {stages} stages and attention {attention}")
         require(self, len(self.channels) > 0, "channels is empty; give the channels of at least one stage")
         require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
         require_positive(self, "layers", "heads", "groups")
@@ -125,8 +123,7 @@ class UNetFlowMap(SingleTimeFlowMap):
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         """The UNet's output; it ignores ``context``."""
-        output: Tensor = self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
-        return output
+        return self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
 
 
 class TextUNetFlowMap(SingleTimeFlowMap):
@@ -178,10 +175,9 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         dtype = self.model.dtype
-        output: Tensor = self.model(
+        return self.model(
             z.to(dtype), self.timestep(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False
         )[0]
-        return output
 
 
 class UNetDiscriminator(Discriminator):
@@ -226,5 +222,4 @@ class UNetDiscriminator(Discriminator):
             h = block(hidden_states=h, temb=embedded, **text)[0]
         h = self.mid_block(h, embedded, encoder_hidden_states=context, encoder_attention_mask=masked)
         h = F.silu(self.norm(self.conv(h)))
-        logits: Tensor = self.logit(h.mean((2, 3)))[:, 0]
-        return logits
+        return self.logit(h.mean((2, 3)))[:, 0]

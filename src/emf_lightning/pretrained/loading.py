@@ -114,8 +114,7 @@ def read_model(
 ) -> LoadedModel:
     """A model of class ``kind`` with the weights that fit it, without a check; on the meta device its size alone.
 
-    Raises:
-        OSError, ValueError, RuntimeError: from the libraries, if there are no such files or they cannot be read.
+    Unreadable or missing files raise the libraries' ``OSError``, ``ValueError`` or ``RuntimeError``.
     """
     diffusers = _of_diffusers(kind)
     if on_meta_device():

@@ -22,8 +22,7 @@ def make_connector(hidden: int, width: int) -> nn.Sequential:
 def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
     """Configuration of the checkpoint's vision tower, inferred from its tensor shapes.
 
-    Raises:
-        ValueError: if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
+    Raises ``ValueError`` if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
     """
     from transformers import SiglipVisionConfig
 

@@ -83,11 +83,7 @@ class EntryCache(ABC, Generic[T]):
         return samples * each
 
     def estimate(self, samples: int) -> str:
-        """One sentence: the space that ``samples`` entries need at most, the free space and the limit.
-
-        Raises:
-            ValueError: if they do not fit the disk.
-        """
+        """A sentence: the space for ``samples`` entries, the free space, the limit; ValueError if the disk is too small."""
         each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.available_bytes()
         sentence = (
             f"{samples:,} samples x {format_bytes(each)} = {format_bytes(needed)}; "

@@ -49,8 +49,7 @@ class EntryFormat:
 
     @property
     def _unpacked_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
-        return dtype
+        return getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
 
     def rounded(self, context: Tensor) -> Tensor:
         """``context`` rounded to the stored dtype, as float32."""

@@ -83,5 +83,4 @@ class Lookup(Generic[T]):
             return parts[0]
         order = torch.cat([self.found.nonzero(), (~self.found).nonzero()]).flatten().argsort()
         cat: Any = TextFeatures.cat if isinstance(misses, TextFeatures) else torch.cat
-        merged: T = cat(parts)[order]
-        return merged
+        return cat(parts)[order]

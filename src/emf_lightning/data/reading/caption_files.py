@@ -62,8 +62,7 @@ def _captions(path: Path) -> dict[str, str]:
 def _records(path: Path) -> Iterable[Any]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".jsonl" and text.lstrip().startswith("["):
-        records: list[Any] = json.loads(text)
-        return records
+        return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

@@ -19,8 +19,7 @@ MANIFEST = "manifest.json"
 def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
     """A split of a data set: a hub name, a folder of parquet or image files, or one that ``save_to_disk`` wrote.
 
-    Raises:
-        ValueError: if it cannot be read.
+    Raises ``ValueError`` if it cannot be read.
     """
     from datasets import load_dataset, load_from_disk
 
@@ -41,8 +40,7 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
 def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
     """Function from a row to its caption: the column ``caption`` if there is one (class names), else that text.
 
-    Raises:
-        ValueError: for a column that holds neither text nor classes.
+    Raises ``ValueError`` for a column that holds neither text nor classes.
     """
     from datasets import ClassLabel, Value
 
@@ -57,11 +55,7 @@ def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], s
 
 
 def image_column(dataset: Any) -> str:
-    """Name of the one column that holds images.
-
-    Raises:
-        ValueError: unless there is exactly one.
-    """
+    """Name of the one column that holds images; ValueError unless there is exactly one."""
     from datasets import Image
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]

@@ -37,14 +37,12 @@ class IntervalEmbedding(AdaLayerNormSingle):
 
     def embed_time(self, time: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m, the pretrained embedding, of ``time`` ``[B]``."""
-        value: Modulation = super().forward(time, hidden_dtype=dtype)
-        return value
+        return super().forward(time, hidden_dtype=dtype)
 
     def embed_length(self, length: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m', the interval's embedding, of its ``length`` ``[B]``."""
         assert self.interval is not None
-        value: Modulation = self.interval(length, hidden_dtype=dtype)
-        return value
+        return self.interval(length, hidden_dtype=dtype)
 
     def set_rule(self, rule: IntervalInput) -> None:
         """Sets how r and t are combined, and drops m' if the rule does not use it."""
