@@ -51,8 +51,7 @@ class CacheFiller:
     Args:
         data: data with a cache, a latent cache, or both.
         device: device of the encoders.
-        rank: rank of this process.
-        ranks: number of processes that share the work.
+        rank: rank of this process among the ``ranks`` that share the work.
 
     Raises:
         ValueError: if there is no cache to fill, images are mirrored at random, or shards are missing.
@@ -109,7 +108,6 @@ class CacheFiller:
 
     def check(self, samples: int) -> dict[str, str]:
         """The sentence of ``EntryCache.estimate`` for each cache.
-
         Raises ``ValueError`` if the entries do not fit the disk, alone or together, or a cache's ``max_gb``.
         """
         sentences = {name: cache.estimate(samples) for name, cache in self.caches.items()}

@@ -66,7 +66,6 @@ class FlowMapNetwork(nn.Module, ABC):
 
     def refit_time(self, time_scale: float) -> float:
         """Fits the time embedding anew for inputs ``time_scale`` t, and returns the relative error of the fit.
-
         Raises ``ValueError`` for a network without an embedding of a scaled t.
         """
         name = type(self).__name__

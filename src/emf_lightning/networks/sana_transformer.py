@@ -11,10 +11,9 @@ from diffusers import SanaTransformer2DModel
 from torch import nn
 
 from emf_lightning.networks.architecture_checks import require
-from emf_lightning.networks.condition_embedding import GUIDANCE_CONDITIONS, ConditionEmbedding
+from emf_lightning.networks.guidance_conditioning import GUIDANCE_CONDITIONS, ConditionEmbedding, VelocityHead
 from emf_lightning.networks.two_time.embedding import IntervalEmbedding
 from emf_lightning.networks.two_time.rules import IntervalInput
-from emf_lightning.networks.velocity_head import VelocityHead
 from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, blip3o_sana_tensors, has_blip3o_sana
 from emf_lightning.pretrained.loading import LoadedModel, PretrainedWeights, on_meta_device, read_model
 

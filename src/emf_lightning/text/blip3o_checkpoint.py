@@ -95,7 +95,6 @@ class BLIP3oCheckpoint:
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Checks for all ``expected`` tensors and no others, but for ``optional`` ones and parts that are not loaded.
-
         Raises ``ValueError`` with the names of missing or unknown tensors.
         """
         wanted, known = set(expected), set(optional)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, unreadable
-from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
-from emf_lightning.text.truncation import Truncation
 
 
 class PretrainedTextEncoder(TextEncoder):

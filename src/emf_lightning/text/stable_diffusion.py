@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
-from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
-from emf_lightning.text.truncation import Truncation
 
 Precision = Literal["float32", "bfloat16", "float16"]
 CLIP_LENGTH = 77
@@ -114,10 +113,8 @@ class SD3TextEncoder(TextEncoder):
             ids = _padded(t5[0], captions, self.t5_length, self._truncation)
             tokens = t5[1](ids.to(device)).last_hidden_state.float()
         clips = [torch.cat(parts, dim=-1) for parts in (pooled, states)]
-        widened = [
-            nn.functional.pad(features, (0, self.width - features.shape[-1])) for features in clips
-        ]  # T5's width
-        context = torch.cat([*widened, tokens], dim=1)
+        clips = [nn.functional.pad(features, (0, self.width - features.shape[-1])) for features in clips]
+        context = torch.cat([*clips, tokens], dim=1)
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
 
 

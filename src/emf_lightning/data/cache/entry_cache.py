@@ -83,7 +83,7 @@ class EntryCache(ABC, Generic[T]):
         return samples * each
 
     def estimate(self, samples: int) -> str:
-        """A sentence: the space for ``samples`` entries, the free space, the limit; ValueError if the disk is too small."""
+        """Space for ``samples`` entries, free space and limit, as a sentence; ValueError if the disk is too small."""
         each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.available_bytes()
         sentence = (
             f"{samples:,} samples x {format_bytes(each)} = {format_bytes(needed)}; "

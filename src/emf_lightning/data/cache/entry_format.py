@@ -25,12 +25,9 @@ StoredDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """Converts tokens ``[L, D]`` and their mask ``[L]`` to bytes and back.
+    """Converts tokens ``[L, D]``, ``length`` x ``width``, and their mask ``[L]`` to bytes and back.
 
-    Attributes:
-        length: L.
-        width: D.
-        dtype: of the stored numbers; ``unpack`` returns it, or bfloat16 for float8, which represents it exactly.
+    ``dtype`` is that of the stored numbers; ``unpack`` returns it, or bfloat16 for float8, which represents it exactly.
     """
 
     length: int

@@ -26,15 +26,11 @@ MIN_FREE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class LmdbStore:
-    """A folder of key-value pairs, opened at the first use in each process.
+    """A folder of key-value pairs of at most ``map_size`` bytes, opened at the first use in each process.
 
     It survives ``kill -9`` at any moment, because LMDB writes pages before the page that points to them. Commits are
     flushed to disk (``sync``), but not the record of the commit (no ``metasync``): after a power failure the last
-    commit may be missing, which a cache can afford, and the rest is intact.
-
-    Attributes:
-        path: the folder, on a local disk (LMDB does not work on network file systems).
-        map_size: maximal size in bytes.
+    commit may be missing, which a cache can afford, and the rest is intact. LMDB does not work on network file systems.
     """
 
     path: str

@@ -18,7 +18,6 @@ MANIFEST = "manifest.json"
 
 def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
     """A split of a data set: a hub name, a folder of parquet or image files, or one that ``save_to_disk`` wrote.
-
     Raises ``ValueError`` if it cannot be read.
     """
     from datasets import load_dataset, load_from_disk
@@ -39,7 +38,6 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
 
 def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
     """Function from a row to its caption: the column ``caption`` if there is one (class names), else that text.
-
     Raises ``ValueError`` for a column that holds neither text nor classes.
     """
     from datasets import ClassLabel, Value

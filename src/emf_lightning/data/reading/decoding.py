@@ -25,7 +25,6 @@ class UnusableSampleError(Exception):
 
 def decode_caption(sample: TarSample) -> str:
     """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
-
     Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
     """
     try:
