@@ -22,12 +22,9 @@ Frozen = TypeVar("Frozen", TextEncoder, Autoencoder)
 
 @dataclass(eq=False, repr=False)
 class BatchEncoder:
-    """The frozen parts and their caches, computing on ``device``.
+    """The frozen parts and their caches, see ``CaptionImageData``, with all results on ``device``.
 
-    For the arguments see ``CaptionImageData``.
-
-    Attributes:
-        device: device of all results. A part is moved there at its first use, since cached data may never need it.
+    A part is moved there at its first use, since cached data may never need it.
     """
 
     text: TextEncoder

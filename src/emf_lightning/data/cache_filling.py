@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,21 +133,17 @@ class CacheFiller:
         """Computes and writes missing entries; yields the progress after each batch; ValueError if a cache is full."""
         workers = self.data.num_workers
         loader = DataLoader(self.stream, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
-        done = present = 0
-        skipped: dict[str, int] = {}
+        done, left_out = 0, Counter[str]()
         began = time.perf_counter()
         if self.data.cache is not None:
             self.data.null_features()
         for batch in loader:
-            for reason, count in batch.skipped.items():
-                if reason == CACHED:
-                    present += count
-                else:
-                    skipped[reason] = skipped.get(reason, 0) + count
+            left_out.update(batch.skipped)
             if len(batch):
                 self._store(batch.to(self.device))
                 done += len(batch)
-            yield FillProgress(done, present, dict(skipped), time.perf_counter() - began)
+            skipped = {reason: count for reason, count in left_out.items() if reason != CACHED}
+            yield FillProgress(done, left_out[CACHED], skipped, time.perf_counter() - began)
 
     def _store(self, batch: RawBatch) -> None:
         if self.data.cache is not None:

@@ -78,15 +78,9 @@ class MMDiTFlowMap(SingleTimeFlowMap):
 
         size = architecture or MMDiTArchitecture()
         width = size.num_attention_heads * size.attention_head_dim
-        super().__init__(
-            SD3Transformer2DModel,
-            asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width},
-            architecture=architecture,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-            **options,
-        )
+        arguments = asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width}
+        shape = latent_channels, latent_size, context_width
+        super().__init__(SD3Transformer2DModel, arguments, architecture, *shape, **options)
         config = self.model.config
         patch, most, pooled = config.patch_size, config.pos_embed_max_size, config.pooled_projection_dim
         require_patches(self, latent_size, patch)

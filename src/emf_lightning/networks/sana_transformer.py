@@ -39,12 +39,9 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
     def from_flow(cls, weights: PretrainedWeights, context_width: int | None = None) -> IntervalSanaTransformer:
         """A model with published or own weights; parameters that a flow lacks start without an effect.
 
-        On the meta device only its configuration is read. Raises ``OSError`` if there are no such weights,
-        ``ValueError`` if they are not those of a SANA with their configuration.
-
-        Args:
-            weights: in diffusers' format, or a whole BLIP3o-NEXT or EMF checkpoint.
-            context_width: of the text features, if their projection is to start anew.
+        The weights are in diffusers' format, or a whole BLIP3o-NEXT or EMF checkpoint; with a ``context_width`` the
+        projection of the text features starts anew. On the meta device only the configuration is read. Raises
+        ``OSError`` if there are no such weights, ``ValueError`` if they are not those of a SANA as configured.
         """
         try:
             loaded = cls._read(weights, context_width)

@@ -59,14 +59,14 @@ class UNetArchitecture:
         wrong = [c for c in channels if c < 1 or c % divisor]
         require(self, not wrong, f"channels must be positive multiples of {name}={divisor}, got {wrong}")
 
-    def stages(self, down: str, up: str, plain_down: str, plain_up: str) -> dict[str, object]:
-        """diffusers' arguments, given its class names for stages with attention and for plain ones."""
+    def stages(self, prefix: str) -> dict[str, object]:
+        """diffusers' arguments; ``prefix`` begins its class names of stages with attention."""
         return {
             "block_out_channels": tuple(self.channels),
             "layers_per_block": self.layers,
             "norm_num_groups": self.groups,
-            "down_block_types": tuple(down if attends else plain_down for attends in self.attention),
-            "up_block_types": tuple(up if attends else plain_up for attends in reversed(self.attention)),
+            "down_block_types": tuple(f"{prefix * attends}DownBlock2D" for attends in self.attention),
+            "up_block_types": tuple(f"{prefix * attends}UpBlock2D" for attends in reversed(self.attention)),
         }
 
 
@@ -108,16 +108,8 @@ class UNetFlowMap(SingleTimeFlowMap):
         rule = f"latents of side {latent_size} do not halve {halvings} times, once between the stages of `channels`"
         fits = options.get("pretrained") is not None or latent_size % 2**halvings == 0
         require(self, fits, f"{rule}; change the data's resolution or the number of stages")
-        super().__init__(
-            UNet2DModel,
-            size.stages("AttnDownBlock2D", "AttnUpBlock2D", "DownBlock2D", "UpBlock2D")
-            | {"attention_head_dim": size.head_channels, "dropout": size.dropout},
-            architecture=architecture,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-            **options,
-        )
+        arguments = size.stages("Attn") | {"attention_head_dim": size.head_channels, "dropout": size.dropout}
+        super().__init__(UNet2DModel, arguments, architecture, latent_channels, latent_size, context_width, **options)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
@@ -160,16 +152,9 @@ class TextUNetFlowMap(SingleTimeFlowMap):
 
         size = architecture or STABLE_DIFFUSION
         size.require_multiples("heads", size.attending)
-        super().__init__(
-            UNet2DConditionModel,
-            size.stages("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
-            | {"attention_head_dim": size.heads, "cross_attention_dim": context_width},
-            architecture=architecture,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-            **options,
-        )
+        arguments = size.stages("CrossAttn") | {"attention_head_dim": size.heads, "cross_attention_dim": context_width}
+        shape = latent_channels, latent_size, context_width
+        super().__init__(UNet2DConditionModel, arguments, architecture, *shape, **options)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None

@@ -51,16 +51,10 @@ PUBLISHED_SHAPES = {
 
 
 class BLIP3oCheckpoint:
-    """Configuration, tensor names, shapes and values of a checkpoint.
+    """Configuration, tensor names, shapes and values of a checkpoint; for the arguments see ``BLIP3oNext``.
 
-    On the meta device a checkpoint that is not local has the published shapes and no values.
-
-    Args:
-        pretrained: name on the Hugging Face hub, or local folder with ``config.json``, safetensors and tokenizer.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        ValueError: if it is missing, is no BLIP3o-NEXT, or is not in safetensors.
+    On the meta device a checkpoint that is not local has the published shapes and no values. Raises ``ValueError`` if
+    it is missing, is no BLIP3o-NEXT, or is not in safetensors.
     """
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:

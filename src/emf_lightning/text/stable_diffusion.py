@@ -13,7 +13,6 @@ from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained,
 from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 
-Precision = Literal["float32", "bfloat16", "float16"]
 CLIP_LENGTH = 77
 
 
@@ -32,7 +31,7 @@ class StableDiffusionTextEncoder(TextEncoder):
 
     builds_on_meta = True
 
-    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
+    def __init__(self, pretrained: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
         from transformers import CLIPTextModel
 
         super().__init__()

@@ -85,7 +85,8 @@ def write_samples(
 ) -> Sequence[Path]:
     """Writes shards ``data-000000.tar`` of ``.txt`` captions and optional ``.png`` images; returns their paths.
 
-    A shard gets its name only when it is complete; a repeated call writes the missing shards.
+    A shard gets its name only when it is complete; a repeated call writes the missing shards. Raises ``ValueError`` if
+    the directory holds other samples, or there are no samples.
 
     Args:
         samples: (PNG bytes or None, caption).
@@ -93,9 +94,6 @@ def write_samples(
         identity: describes the samples; stored in the directory's ``manifest.json``.
         samples_per_shard: the last shard may have fewer.
         progress: called with the number of samples written so far.
-
-    Raises:
-        ValueError: if the directory holds other samples, or there are no samples.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")

@@ -87,9 +87,7 @@ class IntervalEmbedding(AdaLayerNormSingle):
         multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
         (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` changes, and no data are needed: its first
         layer becomes smooth steps spread over t, its second the ridge regression of the old values on them.
-
-        Returns:
-            Root mean square error of the modulation, relative to its standard deviation over t.
+        Returns the root mean square error of the modulation, relative to its standard deviation over t.
         """
         generator = torch.Generator().manual_seed(0)
         embedder = self.emb.timestep_embedder
