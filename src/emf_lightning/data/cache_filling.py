@@ -117,15 +117,14 @@ class CacheFiller:
                 raise ValueError(f"data: the {name} would not fit: {sentences[name]}")
         needed = sum(cache.size(samples) for cache in self.caches.values())
         room = min(cache.available_bytes() for cache in self.caches.values())
+        limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
         paths = {str(cache.path.resolve()) for cache in self.caches.values()}
-        if len(paths) == 1 < len(self.caches):
-            limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
-            if needed > min(limit, room):
-                raise ValueError(
-                    f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the "
-                    f"limit is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both "
-                    "max_gb, or choose another path for one"
-                )
+        if len(paths) == 1 < len(self.caches) and needed > min(limit, room):
+            raise ValueError(
+                f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the limit "
+                f"is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both max_gb, or "
+                "choose another path for one"
+            )
         return sentences
 
     @torch.no_grad()

@@ -48,9 +48,9 @@ class WordEncoder(TextEncoder):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        needed = "width >= 8, length >= 1, window >= 0"
         if width < 8 or length < 1 or window < 0:
-            raise ValueError(f"WordEncoder: needs {needed}; got {width}, {length}, {window}")
+            sizes = f"{width}, {length}, {window}"
+            raise ValueError(f"WordEncoder: needs width >= 8, length >= 1, window >= 0; got {sizes}")
         self.width, self.length, self.window = width, length, window
         self.decay, self.position, self.shared, self.seed = decay, position, shared, seed
         self._vectors: dict[str, torch.Tensor] = {}

@@ -118,7 +118,6 @@ class EntryCache(ABC, Generic[T]):
 
     def holds(self, key: str) -> bool:
         """True if there is an entry of ``key``; does not read it, so that it may be damaged."""
-        assert self._format is not None
         with self._store.transaction() as transaction:
             return transaction.get(self._stored_key(key)) is not None
 
