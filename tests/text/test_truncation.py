@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 
-from emf_lightning.text.truncation import Truncation
+from emf_lightning.text.base import Truncation
 
 
 def test_the_first_truncation_warns_with_the_count_so_far_and_later_ones_only_count():

@@ -22,12 +22,9 @@ Frozen = TypeVar("Frozen", TextEncoder, Autoencoder)
 
 @dataclass(eq=False, repr=False)
 class BatchEncoder:
-    """The frozen parts and their caches, computing on ``device``.
+    """The frozen parts and their caches, see ``CaptionImageData``, with all results on ``device``.
 
-    For the arguments see ``CaptionImageData``.
-
-    Attributes:
-        device: device of all results. A part is moved there at its first use, since cached data may never need it.
+    A part is moved there at its first use, since cached data may never need it.
     """
 
     text: TextEncoder
@@ -64,7 +61,7 @@ class BatchEncoder:
             return torch.zeros(shape, device=self.device)
 
         def encode(indices: list[int]) -> Tensor:
-            return self._placed(self.autoencoder).encode(_scaled(_select(batch.images, indices))).float()
+            return self._placed(self.autoencoder).encode(_pixels(batch.images, indices)).float()
 
         return batch.latents.complete(encode, self.latent_cache, self.device)
 
@@ -75,8 +72,8 @@ class BatchEncoder:
         def encode(indices: list[int]) -> TextFeatures:
             chosen = [captions[index] for index in indices]
             if self.text.image_size is None:
-                return self._encode(chosen)
-            return self._placed(self.text).encode_pairs(chosen, _scaled(_select(batch.encoder_images, indices)))
+                return self._placed(self.text)(chosen)
+            return self._placed(self.text).encode_pairs(chosen, _pixels(batch.encoder_images, indices))
 
         return batch.features.complete(encode, self.cache, self.device)
 
@@ -87,7 +84,7 @@ class BatchEncoder:
         keys = unique if self.cache is None else [self.cache.key(caption) for caption in unique]
 
         def encode(indices: list[int]) -> TextFeatures:
-            return self._encode([unique[index] for index in indices])
+            return self._placed(self.text)([unique[index] for index in indices])
 
         lookup: Lookup[TextFeatures] = Lookup(keys)
         features = lookup.complete(encode, self.cache, self.device)
@@ -111,10 +108,6 @@ class BatchEncoder:
         images = self._placed(self.autoencoder).decode(latents.float())
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _encode(self, captions: Sequence[str]) -> TextFeatures:
-        features: TextFeatures = self._placed(self.text)(captions)
-        return features
-
     def _placed(self, part: Frozen) -> Frozen:
         if self._places.get(id(part)) != self.device:
             part.to(self.device)
@@ -122,11 +115,6 @@ class BatchEncoder:
         return part
 
 
-def _scaled(images: Tensor) -> Tensor:
-    """8-bit images as fp32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
-
-
-def _select(images: Tensor, indices: list[int]) -> Tensor:
-    """The images at ascending, unique indices; no copy if these are all."""
-    return images if len(indices) == len(images) else images[indices]
+def _pixels(images: Tensor, indices: list[int]) -> Tensor:
+    """The 8-bit images at ascending, unique indices as fp32 in [-1, 1]; not selected if these are all."""
+    return (images if len(indices) == len(images) else images[indices]).to(torch.float32) / 127.5 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,7 @@ class CacheFiller:
     Args:
         data: data with a cache, a latent cache, or both.
         device: device of the encoders.
-        rank: rank of this process.
-        ranks: number of processes that share the work.
+        rank: rank of this process among the ``ranks`` that share the work.
 
     Raises:
         ValueError: if there is no cache to fill, images are mirrored at random, or shards are missing.
@@ -90,16 +90,13 @@ class CacheFiller:
         """Options of each cache for ``samples`` samples: size by dtype, and its error on one batch.
 
         For an encoder that can average tokens, also the size after averaging, with the error of the average itself.
-
-        Raises:
-            ValueError: if the shards give no batch.
+        Raises ``ValueError`` if the shards give no batch.
         """
         data = self.data
         batch = next(iter(data.stream(self.shards))).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
-        uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution)
-        uncached.device = self.device
+        uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution, device=self.device)
         encode: dict[str, Callable[[RawBatch], Any]] = {"features": uncached.features, "latents": uncached.latents}
         options = {}
         for name, cache in self.caches.items():
@@ -111,10 +108,8 @@ class CacheFiller:
         return options
 
     def check(self, samples: int) -> dict[str, str]:
-        """One sentence for each cache: the space that ``samples`` samples need, the free space and the limit.
-
-        Raises:
-            ValueError: if they do not fit the disk, alone or together, or a cache's ``max_gb``.
+        """The sentence of ``EntryCache.estimate`` for each cache.
+        Raises ``ValueError`` if the entries do not fit the disk, alone or together, or a cache's ``max_gb``.
         """
         sentences = {name: cache.estimate(samples) for name, cache in self.caches.items()}
         for name, cache in self.caches.items():
@@ -122,41 +117,32 @@ class CacheFiller:
                 raise ValueError(f"data: the {name} would not fit: {sentences[name]}")
         needed = sum(cache.size(samples) for cache in self.caches.values())
         room = min(cache.available_bytes() for cache in self.caches.values())
+        limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
         paths = {str(cache.path.resolve()) for cache in self.caches.values()}
-        if len(paths) == 1 < len(self.caches):
-            limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
-            if needed > min(limit, room):
-                raise ValueError(
-                    f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the "
-                    f"limit is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both "
-                    "max_gb, or choose another path for one"
-                )
+        if len(paths) == 1 < len(self.caches) and needed > min(limit, room):
+            raise ValueError(
+                f"data: features and latents share {paths.pop()!r} and take {format_bytes(needed)} together, the limit "
+                f"is {format_bytes(limit)} and the disk has room for {format_bytes(room)}: raise both max_gb, or "
+                "choose another path for one"
+            )
         return sentences
 
     @torch.no_grad()
     def fill(self) -> Iterator[FillProgress]:
-        """Computes and writes missing entries; yields the progress after each batch.
-
-        Raises:
-            ValueError: if a cache is full.
-        """
+        """Computes and writes missing entries; yields the progress after each batch; ValueError if a cache is full."""
         workers = self.data.num_workers
         loader = DataLoader(self.stream, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
-        done = present = 0
-        skipped: dict[str, int] = {}
+        done, left_out = 0, Counter[str]()
         began = time.perf_counter()
         if self.data.cache is not None:
             self.data.null_features()
         for batch in loader:
-            for reason, count in batch.skipped.items():
-                if reason == CACHED:
-                    present += count
-                else:
-                    skipped[reason] = skipped.get(reason, 0) + count
+            left_out.update(batch.skipped)
             if len(batch):
                 self._store(batch.to(self.device))
                 done += len(batch)
-            yield FillProgress(done, present, dict(skipped), time.perf_counter() - began)
+            skipped = {reason: count for reason, count in left_out.items() if reason != CACHED}
+            yield FillProgress(done, left_out[CACHED], skipped, time.perf_counter() - began)
 
     def _store(self, batch: RawBatch) -> None:
         if self.data.cache is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -15,28 +15,15 @@ class DeepCompression(PublishedAutoencoder):
     Latents are scaled to about unit variance by the configuration's ``scaling_factor``.
 
     Args:
-        pretrained: see ``PublishedAutoencoder``, also for ``subfolder`` and ``dtype``.
-        tiling: decodes images beyond 512 px in overlapping tiles: less memory, slower, faint seams.
-
-    Raises:
-        ValueError: if the weights cannot be loaded.
+        pretrained: folder or hub name in diffusers' format; see ``PublishedAutoencoder`` for the other arguments.
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        subfolder: str | None = "vae",
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        tiling: bool = False,
-    ) -> None:
+    def __init__(self, pretrained: str, subfolder: str | None = "vae", **options: Any) -> None:
         from diffusers import AutoencoderDC
 
-        super().__init__(AutoencoderDC, pretrained, subfolder, dtype)
+        super().__init__(AutoencoderDC, pretrained, subfolder, **options)
         self.downsampling = self.model.spatial_compression_ratio
         self.scale = self.model.config.scaling_factor
-        if tiling:
-            self.model.enable_tiling()
 
     def _encode(self, images: Tensor) -> Tensor:
-        code: Tensor = self.model.encode(images, return_dict=False)[0]
-        return code
+        return self.model.encode(images, return_dict=False)[0]

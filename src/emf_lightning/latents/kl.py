@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -17,27 +17,17 @@ class KLAutoencoder(PublishedAutoencoder):
     small compared with the noise that training adds.
 
     Args:
-        pretrained: see ``PublishedAutoencoder``, also for ``subfolder`` and ``dtype``.
-        tiling: decodes large images in overlapping tiles: less memory, slower, faint seams.
+        pretrained: folder or hub name in diffusers' format; see ``PublishedAutoencoder`` for the other arguments.
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        subfolder: str | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        tiling: bool = False,
-    ) -> None:
+    def __init__(self, pretrained: str, subfolder: str | None = None, **options: Any) -> None:
         from diffusers import AutoencoderKL
 
-        super().__init__(AutoencoderKL, pretrained, subfolder, dtype)
+        super().__init__(AutoencoderKL, pretrained, subfolder, **options)
         config = self.model.config
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)
         self.scale = config.scaling_factor
         self.shift = config.shift_factor or 0.0
-        if tiling:
-            self.model.enable_tiling()
 
     def _encode(self, images: Tensor) -> Tensor:
-        mean: Tensor = self.model.encode(images).latent_dist.mode()
-        return mean
+        return self.model.encode(images).latent_dist.mode()

@@ -25,6 +25,7 @@ class PublishedAutoencoder(Autoencoder):
         pretrained: folder or hub name in diffusers' format.
         subfolder: ``vae`` in a pipeline's repository; null for an autoencoder's own repository.
         dtype: of weights and computation.
+        tiling: decodes large images (DC-AE: beyond 512 px) in overlapping tiles: less memory, slower, faint seams.
 
     Raises:
         ValueError: if the weights cannot be loaded.
@@ -34,12 +35,19 @@ class PublishedAutoencoder(Autoencoder):
     shift: float = 0.0
 
     def __init__(
-        self, kind: Any, pretrained: str, subfolder: str | None, dtype: Literal["float32", "bfloat16"]
+        self,
+        kind: Any,
+        pretrained: str,
+        subfolder: str | None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        tiling: bool = False,
     ) -> None:
         super().__init__()
         source = PretrainedWeights(pretrained, subfolder)
         self.model = load_pretrained(type(self).__name__, kind, source, frozen=True, dtype=dtype)
         self.channels = self.model.config.latent_channels
+        if tiling:
+            self.model.enable_tiling()
         self.eval()
 
     @abstractmethod

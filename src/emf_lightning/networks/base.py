@@ -66,13 +66,10 @@ class FlowMapNetwork(nn.Module, ABC):
 
     def refit_time(self, time_scale: float) -> float:
         """Fits the time embedding anew for inputs ``time_scale`` t, and returns the relative error of the fit.
-
-        Raises:
-            ValueError: for a network without an embedding of a scaled t.
+        Raises ``ValueError`` for a network without an embedding of a scaled t.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no time embedding to fit for time_scale={time_scale}; leave it out"
-        )
+        name = type(self).__name__
+        raise ValueError(f"{name} has no time embedding to fit for time_scale={time_scale}; leave it out")
 
     def forward(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None

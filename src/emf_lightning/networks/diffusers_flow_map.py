@@ -18,13 +18,11 @@ from emf_lightning.pretrained.loading import PretrainedWeights
 class DiffusersFlowMap(FlowMapNetwork):
     """A flow map on a model of diffusers, saved in its format, under its names.
 
-    ``config.json`` records the parametrization as ``_flow_*``, so that weights are not read with another one.
+    ``config.json`` records the parametrization as ``_flow_*``, so that weights are not read with another one. Raises
+    ``ValueError`` if both ``architecture`` and ``pretrained`` are given.
 
     Attributes:
         context_width_key: of the text features' width in the model's configuration; none if it reads no text.
-
-    Raises:
-        ValueError: if both ``architecture`` and ``pretrained`` are given.
     """
 
     context_width_key: str = ""

@@ -98,15 +98,12 @@ class _DownsamplingBlock(nn.Module):
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, out, 3, padding=1)
         self.skip = nn.Conv2d(channels, out, 1, bias=False)
+        self.downsample = nn.AvgPool2d(2, ceil_mode=True)
 
     def forward(self, h: Tensor) -> Tensor:
-        skip = self.skip(_downsample(h))
+        skip = self.skip(self.downsample(h))
         h = F.leaky_relu(self.first(F.leaky_relu(h, 0.2)), 0.2)
-        return (skip + _downsample(self.second(h))) * 0.5**0.5
-
-
-def _downsample(h: Tensor) -> Tensor:
-    return F.avg_pool2d(h, 2, ceil_mode=True)
+        return (skip + self.downsample(self.second(h))) * 0.5**0.5
 
 
 def minibatch_stddev(h: Tensor, group_size: int) -> Tensor:

@@ -25,23 +25,16 @@ class Finetuning:
     reset_text_projection: bool = False
 
     def freeze(self, caller: str, model: nn.Module) -> None:
-        """Turns off the gradients of all parameters of ``model`` that are not ``trainable``.
-
-        Raises:
-            ValueError: if a prefix fits no parameter.
-        """
+        """Freezes the parameters of ``model`` that are not ``trainable``; ValueError if a prefix fits no parameter."""
         if self.trainable is None:
             return
-        names = [name for name, _ in model.named_parameters()]
-        for prefix in self.trainable:
-            if not any(_has_prefix(name, prefix) for name in names):
+        names = [f"{name}." for name, _ in model.named_parameters()]
+        prefixes = tuple(f"{prefix}." for prefix in self.trainable)
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in names):
                 raise ValueError(
-                    f"{caller}: trainable={prefix!r} is the beginning of no parameter's name; there are "
+                    f"{caller}: trainable={prefix[:-1]!r} is the beginning of no parameter's name; there are "
                     f"{', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
                 )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(_has_prefix(name, prefix) for prefix in self.trainable))
-
-
-def _has_prefix(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
+            parameter.requires_grad_(f"{name}.".startswith(prefixes))

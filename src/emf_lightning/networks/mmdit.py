@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,9 +14,7 @@ from emf_lightning.networks.architecture_checks import (
     require_position_width,
     require_positive,
 )
-from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
-from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class MMDiTFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.mmdit import MMDiTArchitecture
@@ -70,33 +69,20 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         self,
         architecture: MMDiTArchitecture | None = None,
         *,
-        pretrained: str | PretrainedWeights | None = None,
-        prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
-        gradient_checkpointing: bool = False,
         latent_channels: int = 16,
         latent_size: int = 128,
         context_width: int = 4096,
+        **options: Any,
     ) -> None:
         from diffusers import SD3Transformer2DModel
 
         size = architecture or MMDiTArchitecture()
         width = size.num_attention_heads * size.attention_head_dim
-        super().__init__(
-            SD3Transformer2DModel,
-            asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width},
-            architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            gradient_checkpointing=gradient_checkpointing,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-        )
-        patch, most, pooled = (
-            self.model.config[name] for name in ("patch_size", "pos_embed_max_size", "pooled_projection_dim")
-        )
+        arguments = asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width}
+        shape = latent_channels, latent_size, context_width
+        super().__init__(SD3Transformer2DModel, arguments, architecture, *shape, **options)
+        config = self.model.config
+        patch, most, pooled = config.patch_size, config.pos_embed_max_size, config.pooled_projection_dim
         require_patches(self, latent_size, patch)
         rule = f"latents of side {latent_size} have more patches of {patch} along a side than pos_embed_max_size={most}"
         require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
@@ -111,11 +97,10 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         dtype, config = self.model.dtype, self.model.config
-        output: Tensor = self.model(
+        return self.model(
             z.to(dtype),
             encoder_hidden_states=context[:, 1:].to(dtype),
             pooled_projections=context[:, 0, : config.pooled_projection_dim].to(dtype),
             timestep=self.timestep(t),
             return_dict=False,
         )[0]
-        return output

@@ -18,9 +18,9 @@ from emf_lightning.networks.architecture_checks import (
     require_positive,
 )
 from emf_lightning.networks.base import describe
-from emf_lightning.networks.condition_embedding import no_guidance
 from emf_lightning.networks.diffusers_flow_map import DiffusersFlowMap
 from emf_lightning.networks.finetuning import Finetuning
+from emf_lightning.networks.guidance_conditioning import no_guidance
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput
 from emf_lightning.pretrained.loading import PretrainedWeights, unreadable
@@ -201,13 +201,10 @@ class SanaFlowMap(DiffusersFlowMap):
         return error
 
     def refit_time(self, time_scale: float) -> float:
-        """Fits the time embedding anew for inputs ``time_scale`` t (``IntervalEmbedding.refit``).
+        """Fits the time embedding anew for inputs ``time_scale`` t (``IntervalEmbedding.refit``); returns its error.
 
         The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet; a
         network that starts from it may have any rule for them.
-
-        Returns:
-            The relative error of the fit.
         """
         old_scale, self.time_scale = self.time_scale, time_scale
         error = self._refit(old_scale)
@@ -225,7 +222,7 @@ class SanaFlowMap(DiffusersFlowMap):
             conditions = no_guidance(t) if conditions is None else conditions
             guidance = torch.cat([guidance[:, None], conditions], dim=1)
         with sdpa_kernel(SDPBackend.MATH) if self.attention_backend == "math" else nullcontext():
-            output: Tensor = self.transformer(
+            return self.transformer(
                 z.to(dtype),
                 context.to(dtype),
                 timestep=self.timestep(t),
@@ -233,4 +230,3 @@ class SanaFlowMap(DiffusersFlowMap):
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]
-        return output

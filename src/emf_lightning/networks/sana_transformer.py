@@ -10,11 +10,11 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import nn
 
-from emf_lightning.networks.condition_embedding import GUIDANCE_CONDITIONS, ConditionEmbedding
+from emf_lightning.networks.architecture_checks import require
+from emf_lightning.networks.guidance_conditioning import GUIDANCE_CONDITIONS, ConditionEmbedding, VelocityHead
 from emf_lightning.networks.two_time.embedding import IntervalEmbedding
 from emf_lightning.networks.two_time.rules import IntervalInput
-from emf_lightning.networks.velocity_head import VelocityHead
-from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, has_blip3o_sana, read_blip3o_sana
+from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, blip3o_sana_tensors, has_blip3o_sana
 from emf_lightning.pretrained.loading import LoadedModel, PretrainedWeights, on_meta_device, read_model
 
 _PROJECTION = "caption_projection.linear_1.weight"
@@ -39,15 +39,9 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
     def from_flow(cls, weights: PretrainedWeights, context_width: int | None = None) -> IntervalSanaTransformer:
         """A model with published or own weights; parameters that a flow lacks start without an effect.
 
-        On the meta device only its configuration is read.
-
-        Args:
-            weights: in diffusers' format, or a whole BLIP3o-NEXT or EMF checkpoint.
-            context_width: of the text features, if their projection is to start anew.
-
-        Raises:
-            OSError: if there are no such weights.
-            ValueError: if they are not those of a SANA with their configuration.
+        The weights are in diffusers' format, or a whole BLIP3o-NEXT or EMF checkpoint; with a ``context_width`` the
+        projection of the text features starts anew. On the meta device only the configuration is read. Raises
+        ``OSError`` if there are no such weights, ``ValueError`` if they are not those of a SANA as configured.
         """
         try:
             loaded = cls._read(weights, context_width)
@@ -63,8 +57,7 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         for prefix, initialize in initializers.items():
             if any(key.startswith(prefix) for key in loaded.missing):
                 initialize()
-        trained: IntervalSanaTransformer = model.train()  # diffusers returns models in eval mode
-        return trained
+        return model.train()  # diffusers returns models in eval mode
 
     @classmethod
     def _read(cls, weights: PretrainedWeights, context_width: int | None) -> LoadedModel:
@@ -73,11 +66,11 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
             return read_model(cls, weights, **changes)
         if on_meta_device():
             return LoadedModel(cls.from_config(blip3o_sana_config(weights.path) | changes))
-        sana = read_blip3o_sana(weights.path)
-        model = cls.from_config(sana.config | changes)
+        tensors = blip3o_sana_tensors(weights.path)
+        model = cls.from_config(blip3o_sana_config(weights.path, tensors) | changes)
         if changes:
-            sana.tensors[_PROJECTION] = model.state_dict()[_PROJECTION]
-        missing, surplus = model.load_state_dict(sana.tensors, strict=False)
+            tensors[_PROJECTION] = model.state_dict()[_PROJECTION]
+        missing, surplus = model.load_state_dict(tensors, strict=False)
         return LoadedModel(model, missing, surplus=surplus)
 
     def initializers(self) -> dict[str, Callable[[], None]]:
@@ -85,18 +78,12 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
         return {"time_embed.interval.": self.time_embed.init_interval}
 
     def set_interval_rule(self, rule: IntervalInput) -> None:
-        """Sets how r and t are combined, once, after the weights were loaded.
-
-        Raises:
-            ValueError: if the rule is for more blocks than there are.
-        """
+        """Sets how r and t are combined, once, after the weights were loaded; ValueError for too few blocks."""
         self.time_embed.set_rule(rule)
         if rule.blocks_at_t is None:
             return
-        if rule.blocks_at_t > len(self.transformer_blocks):
-            raise ValueError(
-                f"{type(rule).__name__}: blocks={rule.blocks_at_t}, but the network has {len(self.transformer_blocks)}"
-            )
+        count = len(self.transformer_blocks)
+        require(rule, rule.blocks_at_t <= count, f"blocks={rule.blocks_at_t}, but the network has {count}")
         for i, block in enumerate(self.transformer_blocks):
             block.register_forward_pre_hook(functools.partial(_take_half, half=int(i >= rule.blocks_at_t)))
 

@@ -20,7 +20,7 @@ class SingleTimeFlowMap(DiffusersFlowMap):
     Args:
         kind: diffusers' class.
         size: its arguments for a model from scratch.
-        architecture: the settings that ``size`` was made from.
+        architecture: the settings that ``size`` was made from; None if they are the default ones.
         pretrained: the weights to start from instead, in diffusers' format: a local folder or hub name, or
             ``PretrainedWeights`` for a model inside a pipeline's repository.
         prediction: rule from the backbone's output to u.
@@ -40,15 +40,15 @@ class SingleTimeFlowMap(DiffusersFlowMap):
         self,
         kind: Any,
         size: dict[str, Any],
-        *,
         architecture: object | None,
-        pretrained: str | PretrainedWeights | None,
-        prediction: Prediction | None,
-        time_scale: float,
-        gradient_checkpointing: bool,
         latent_channels: int,
         latent_size: int,
         context_width: int,
+        *,
+        pretrained: str | PretrainedWeights | None = None,
+        prediction: Prediction | None = None,
+        time_scale: float = 1000.0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(architecture, pretrained, prediction, time_scale)
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width

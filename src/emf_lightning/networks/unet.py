@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,9 +12,7 @@ from torch.nn import functional as F
 from emf_lightning.networks.architecture_checks import require, require_positive
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
-from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.single_time import SingleTimeFlowMap
-from emf_lightning.pretrained.loading import PretrainedWeights
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class UNetArchitecture:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.channels) != len(self.attention):
-            raise ValueError(
-                f"UNetArchitecture: channels has {len(self.channels)} stages and attention {len(self.attention)}"
-            )
+        stages, attention = len(self.channels), len(self.attention)
+        require(self, stages == attention, f"channels has {stages} stages and attention {attention}")
         require(self, len(self.channels) > 0, "channels is empty; give the channels of at least one stage")
         require(self, 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
         require_positive(self, "layers", "heads", "groups")
@@ -62,14 +59,14 @@ class UNetArchitecture:
         wrong = [c for c in channels if c < 1 or c % divisor]
         require(self, not wrong, f"channels must be positive multiples of {name}={divisor}, got {wrong}")
 
-    def stages(self, down: str, up: str, plain_down: str, plain_up: str) -> dict[str, object]:
-        """diffusers' arguments, given its class names for stages with attention and for plain ones."""
+    def stages(self, prefix: str) -> dict[str, object]:
+        """diffusers' arguments; ``prefix`` begins its class names of stages with attention."""
         return {
             "block_out_channels": tuple(self.channels),
             "layers_per_block": self.layers,
             "norm_num_groups": self.groups,
-            "down_block_types": tuple(down if attends else plain_down for attends in self.attention),
-            "up_block_types": tuple(up if attends else plain_up for attends in reversed(self.attention)),
+            "down_block_types": tuple(f"{prefix * attends}DownBlock2D" for attends in self.attention),
+            "up_block_types": tuple(f"{prefix * attends}UpBlock2D" for attends in reversed(self.attention)),
         }
 
 
@@ -85,7 +82,7 @@ class UNetFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -99,41 +96,26 @@ class UNetFlowMap(SingleTimeFlowMap):
         self,
         architecture: UNetArchitecture | None = None,
         *,
-        pretrained: str | PretrainedWeights | None = None,
-        prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
-        gradient_checkpointing: bool = False,
         latent_channels: int = 3,
         latent_size: int = 32,
         context_width: int = 8,
+        **options: Any,
     ) -> None:
         from diffusers import UNet2DModel
 
         size = architecture or DDPM
         halvings = len(size.channels) - 1
         rule = f"latents of side {latent_size} do not halve {halvings} times, once between the stages of `channels`"
-        fits = pretrained is not None or latent_size % 2**halvings == 0
+        fits = options.get("pretrained") is not None or latent_size % 2**halvings == 0
         require(self, fits, f"{rule}; change the data's resolution or the number of stages")
-        super().__init__(
-            UNet2DModel,
-            size.stages("AttnDownBlock2D", "AttnUpBlock2D", "DownBlock2D", "UpBlock2D")
-            | {"attention_head_dim": size.head_channels, "dropout": size.dropout},
-            architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            gradient_checkpointing=gradient_checkpointing,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-        )
+        arguments = size.stages("Attn") | {"attention_head_dim": size.head_channels, "dropout": size.dropout}
+        super().__init__(UNet2DModel, arguments, architecture, latent_channels, latent_size, context_width, **options)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         """The UNet's output; it ignores ``context``."""
-        output: Tensor = self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
-        return output
+        return self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
 
 
 class TextUNetFlowMap(SingleTimeFlowMap):
@@ -144,7 +126,7 @@ class TextUNetFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        pretrained: see ``SingleTimeFlowMap``, as for the other arguments.
+        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -161,40 +143,26 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         self,
         architecture: UNetArchitecture | None = None,
         *,
-        pretrained: str | PretrainedWeights | None = None,
-        prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
-        gradient_checkpointing: bool = False,
         latent_channels: int = 4,
         latent_size: int = 64,
         context_width: int = 768,
+        **options: Any,
     ) -> None:
         from diffusers import UNet2DConditionModel
 
         size = architecture or STABLE_DIFFUSION
         size.require_multiples("heads", size.attending)
-        super().__init__(
-            UNet2DConditionModel,
-            size.stages("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
-            | {"attention_head_dim": size.heads, "cross_attention_dim": context_width},
-            architecture=architecture,
-            pretrained=pretrained,
-            prediction=prediction,
-            time_scale=time_scale,
-            gradient_checkpointing=gradient_checkpointing,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            context_width=context_width,
-        )
+        arguments = size.stages("CrossAttn") | {"attention_head_dim": size.heads, "cross_attention_dim": context_width}
+        shape = latent_channels, latent_size, context_width
+        super().__init__(UNet2DConditionModel, arguments, architecture, *shape, **options)
 
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
         dtype = self.model.dtype
-        output: Tensor = self.model(
+        return self.model(
             z.to(dtype), self.timestep(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False
         )[0]
-        return output
 
 
 class UNetDiscriminator(Discriminator):
@@ -239,5 +207,4 @@ class UNetDiscriminator(Discriminator):
             h = block(hidden_states=h, temb=embedded, **text)[0]
         h = self.mid_block(h, embedded, encoder_hidden_states=context, encoder_attention_mask=masked)
         h = F.silu(self.norm(self.conv(h)))
-        logits: Tensor = self.logit(h.mean((2, 3)))[:, 0]
-        return logits
+        return self.logit(h.mean((2, 3)))[:, 0]

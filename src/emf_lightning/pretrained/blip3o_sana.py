@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,21 +15,8 @@ PREFIX = "model.sana."
 
 _SIZE = CONFIGS["Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer"]
 
-EMF_PARAMETRIZATION = {"interval": "SummedInterval()", "prediction": "PredictVelocity()", "time_scale": 1.0}
+_EMF = {"_flow_interval": "SummedInterval()", "_flow_prediction": "PredictVelocity()", "_flow_time_scale": 1.0}
 """Parametrization of EMF's release: raw t, and the plain sum of two whole time embeddings (arXiv 2604.18168)."""
-
-
-@dataclass(frozen=True)
-class Blip3oSana:
-    """A SANA from such a checkpoint, with this package's names.
-
-    Attributes:
-        config: diffusers' configuration of the transformer.
-        tensors: its weights by name.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
 
 
 def has_blip3o_sana(name: str) -> bool:
@@ -41,27 +27,22 @@ def has_blip3o_sana(name: str) -> bool:
         return False
 
 
-def read_blip3o_sana(name: str) -> Blip3oSana:
-    """The SANA of a BLIP3o-NEXT checkpoint, or of an EMF one.
+def blip3o_sana_tensors(name: str) -> dict[str, Tensor]:
+    """The SANA's weights by this package's names; raises ValueError if there are none.
 
     EMF's has three time embeddings: ``time_embed_t`` becomes ours, ``time_embed_r``, which takes t - r, the interval's,
     and ``time_embed``, which its forward pass no longer reads, is left out.
-
-    Raises:
-        ValueError: if it holds no SANA.
     """
     tensors = tensors_of(name, PREFIX)
     if not tensors:
         raise ValueError(f"{name}: a BLIP3o checkpoint without {PREFIX}*, so without a SANA to start from")
-    config = blip3o_sana_config(name, tensors)
-    if any(key.startswith("time_embed_t.") for key in tensors):
-        tensors = {_ours(key): tensor for key, tensor in tensors.items() if not key.startswith("time_embed.")}
-        config |= {f"_flow_{key}": value for key, value in EMF_PARAMETRIZATION.items()}
-    return Blip3oSana(config, tensors)
-
-
-def _ours(key: str) -> str:
-    return key.replace("time_embed_t.", "time_embed.").replace("time_embed_r.", "time_embed.interval.")
+    if not any(key.startswith("time_embed_t.") for key in tensors):
+        return tensors
+    return {
+        key.replace("time_embed_t.", "time_embed.").replace("time_embed_r.", "time_embed.interval."): tensor
+        for key, tensor in tensors.items()
+        if not key.startswith("time_embed.")
+    }
 
 
 def blip3o_sana_config(name: str, tensors: Collection[str] = ()) -> dict[str, Any]:
@@ -69,14 +50,15 @@ def blip3o_sana_config(name: str, tensors: Collection[str] = ()) -> dict[str, An
 
     Args:
         name: of the checkpoint.
-        tensors: names of its SANA's tensors, for what they tell of its size; none for planning. Loading them into a
-            network of another size raises later.
+        tensors: names of ``blip3o_sana_tensors``, which tell its size and its parametrization; none for planning.
+            Loading them into a network of another size raises later.
     """
+    parametrization = _EMF if any(key.startswith("time_embed.interval.") for key in tensors) else {}
     try:
-        return config_of(config_of(name)["diffusion_name_or_path"], "transformer")
+        return config_of(config_of(name)["diffusion_name_or_path"], "transformer") | parametrization
     except (OSError, KeyError):
         if not tensors:
             return dict(_SIZE)
     blocks = {key.split(".")[1] for key in tensors if key.startswith("transformer_blocks.")}
-    normed = any(".attn1.norm_q." in key for key in tensors)
-    return _SIZE | {"num_layers": len(blocks), "qk_norm": "rms_norm_across_heads" if normed else None}
+    qk_norm = "rms_norm_across_heads" if any(".attn1.norm_q." in key for key in tensors) else None
+    return _SIZE | {"num_layers": len(blocks), "qk_norm": qk_norm} | parametrization

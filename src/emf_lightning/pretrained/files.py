@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
-    """The ``config.json`` of a folder or hub name, or its entry in ``CONFIGS`` if it cannot be read.
-
-    Raises:
-        OSError: if there is neither.
-    """
+    """The ``config.json`` of a folder or hub name, else its entry in ``CONFIGS``; OSError if there is neither."""
     try:
         config = json.loads(_file(name, "config.json", subfolder).read_text())
     except OSError:
@@ -33,16 +29,8 @@ def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
 def tensors_of(name: str, prefix: str, wanted: Container[str] | None = None) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it, from a folder's or hub name's safetensors.
 
-    Only the files that hold one of them are read, or downloaded.
-
-    Args:
-        name: local folder or hub name.
-        prefix: of the names.
-        wanted: names, without ``prefix``, of the tensors to read; by default all.
-
-    Raises:
-        OSError: if there are no safetensors.
-        ValueError: if a file is damaged.
+    Only the files that hold one of them are read, or downloaded. ``wanted`` are names without ``prefix``, by default
+    all. Raises ``OSError`` if there are no safetensors, ``ValueError`` if a file is damaged.
     """
     opened = ((key.removeprefix(prefix), key, file) for key, file in _opened(name, prefix))
     return {short: file.get_tensor(key) for short, key, file in opened if wanted is None or short in wanted}
@@ -78,11 +66,7 @@ def _weight_files(name: str, prefix: str) -> Iterator[Path]:
 
 
 def _file(name: str, file: str, subfolder: str | None = None) -> Path:
-    """Path of a file in a folder, or in the local cache of a hub repository, downloaded if need be.
-
-    Raises:
-        OSError: if it cannot be found or downloaded.
-    """
+    """Path of a file in a folder, or in the cache of a hub repository, downloaded if need be; OSError if it fails."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         path = folder / (subfolder or "") / file

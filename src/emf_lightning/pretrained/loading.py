@@ -38,11 +38,8 @@ class PretrainedWeights:
 class LoadedModel:
     """A model and the differences between its parameters and the weights that were read.
 
-    Attributes:
-        model: the model; parameters that the weights lack are newly initialised.
-        missing: names that the weights lack.
-        mismatched: names that the weights have in other shapes.
-        surplus: names that the model has not.
+    The weights lack the ``missing`` names, whose parameters are newly initialised, and have the ``mismatched`` ones in
+    other shapes; the model lacks the ``surplus`` ones.
     """
 
     model: Any
@@ -114,8 +111,7 @@ def read_model(
 ) -> LoadedModel:
     """A model of class ``kind`` with the weights that fit it, without a check; on the meta device its size alone.
 
-    Raises:
-        OSError, ValueError, RuntimeError: from the libraries, if there are no such files or they cannot be read.
+    Unreadable or missing files raise the libraries' ``OSError``, ``ValueError`` or ``RuntimeError``.
     """
     diffusers = _of_diffusers(kind)
     if on_meta_device():

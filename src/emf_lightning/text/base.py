@@ -1,15 +1,14 @@
-"""Base class of frozen text encoders, and the token features that they return."""
+"""Base class of frozen text encoders, the token features that they return, and the count of truncated captions."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from emf_lightning.text.truncation import Truncation
 
 NULL_CAPTION = ""
 """The caption of the unconditional half of classifier-free guidance."""
@@ -63,6 +62,28 @@ class TextFeatures:
     def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
         """The features of all parts, concatenated along the batch."""
         return TextFeatures(torch.cat([part.context for part in parts]), torch.cat([part.mask for part in parts]))
+
+
+@dataclass
+class Truncation:
+    """Counter of the captions that ``encoder``, a class name for the warning, has seen, and of those it truncated."""
+
+    encoder: str
+    length: int
+    captions: int = 0
+    truncated: int = 0
+
+    def add(self, captions: int, truncated: int) -> None:
+        """Counts a batch of ``captions``; warns at the first batch with a truncated one."""
+        self.captions += captions
+        if truncated and not self.truncated:
+            warnings.warn(
+                f"{self.encoder}: {truncated} of {self.captions:,} captions so far are longer than "
+                f"length={self.length} tokens and lose their end; raise `length` (counted from here on in `truncated`, "
+                "without a warning)",
+                stacklevel=3,
+            )
+        self.truncated += truncated
 
 
 class TextEncoder(nn.Module, ABC):

@@ -51,27 +51,26 @@ PUBLISHED_SHAPES = {
 
 
 class BLIP3oCheckpoint:
-    """Configuration, tensor names, shapes and values of a checkpoint.
+    """Configuration, tensor names, shapes and values of a checkpoint; for the arguments see ``BLIP3oNext``.
 
-    On the meta device a checkpoint that is not local has the published shapes and no values.
-
-    Args:
-        pretrained: name on the Hugging Face hub, or local folder with ``config.json``, safetensors and tokenizer.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        ValueError: if it is missing, is no BLIP3o-NEXT, or is not in safetensors.
+    On the meta device a checkpoint that is not local has the published shapes and no values. Raises ``ValueError`` if
+    it is missing, is no BLIP3o-NEXT, or is not in safetensors.
     """
 
     def __init__(self, pretrained: str, revision: str | None = None) -> None:
         self.pretrained = pretrained
+        self.config: dict[str, Any]
         self.planned = on_meta_device()
         if self.planned and not Path(pretrained).expanduser().is_dir():
-            self._plan()
+            try:
+                self.config = dict.fromkeys(FIELDS, 0) | config_of(pretrained)
+            except OSError as error:
+                raise self.fault(f"is not at hand, and of no published size ({error})") from error
+            self.shapes = dict(PUBLISHED_SHAPES)
             return
         self.folder = _folder(pretrained, revision)
         try:
-            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+            self.config = json.loads((self.folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise self.fault(f"has no readable config.json ({error})") from error
         if missing := [field for field in FIELDS if field not in self.config]:
@@ -80,13 +79,6 @@ class BLIP3oCheckpoint:
             self.shapes = shapes_of(str(self.folder))
         except (OSError, ValueError, KeyError) as error:
             raise self.fault(f"has no whole set of safetensors ({error})") from error
-
-    def _plan(self) -> None:
-        try:
-            self.config = dict.fromkeys(FIELDS, 0) | config_of(self.pretrained)
-        except OSError as error:
-            raise self.fault(f"is not at hand, and of no published size ({error})") from error
-        self.shapes = dict(PUBLISHED_SHAPES)
 
     def fault(self, what: str) -> ValueError:
         """An error about this checkpoint."""
@@ -97,9 +89,7 @@ class BLIP3oCheckpoint:
 
     def check(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Checks for all ``expected`` tensors and no others, but for ``optional`` ones and parts that are not loaded.
-
-        Raises:
-            ValueError: naming missing or unknown tensors.
+        Raises ``ValueError`` with the names of missing or unknown tensors.
         """
         wanted, known = set(expected), set(optional)
         present = {name for name in self.shapes if not name.startswith(OTHERS)}
@@ -109,11 +99,7 @@ class BLIP3oCheckpoint:
             raise self.fault(f"holds {_some(surplus)}, which no part of BLIP3o-NEXT is called")
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-        """Loads the tensors under ``prefix`` into ``module``, as ``dtype``.
-
-        Raises:
-            ValueError: naming the first tensor of another shape.
-        """
+        """Loads the tensors under ``prefix`` into ``module``, as ``dtype``; ValueError names one of another shape."""
         ours = module.state_dict()
         for name, tensor in ours.items():
             if (theirs := self.shapes[prefix + name]) != tuple(tensor.shape):

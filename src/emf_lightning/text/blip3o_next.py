@@ -10,19 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.blip3o_checkpoint import CONNECTOR, IMAGES, LANGUAGE, BLIP3oCheckpoint
 from emf_lightning.text.blip3o_parts import (
-    language_model,
     load_language_model,
     load_tokenizer,
     make_connector,
+    qwen_config,
     vision_config,
 )
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.ta_tok import TextAlignedTokenizer
 from emf_lightning.text.token_sampling import TokenSampler
-from emf_lightning.text.truncation import Truncation
 
 QUESTION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -114,16 +113,19 @@ class BLIP3oNext(TextEncoder):
         self.freeze()
 
     def _load_models(self, checkpoint: BLIP3oCheckpoint, image_size: int, image_heads: int) -> None:
+        from transformers import Qwen3ForCausalLM
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
         vision = vision_config(checkpoint, image_size, image_heads)
         width = checkpoint.shapes.get(f"{CONNECTOR}0.weight", (2304,))[0]
         code_width = checkpoint.shapes.get(f"{IMAGES}bottleneck.in_linear.weight", (1536,))[0]
         with torch.device("meta"):  # names and shapes first
-            language = language_model(checkpoint.config)
+            language = Qwen3ForCausalLM(qwen_config(checkpoint.config))
         self.images = TextAlignedTokenizer(vision, self.codes, code_width)
         self.connector = make_connector(checkpoint.config["hidden_size"], width)
         if checkpoint.planned:
             self.language = language
-            self.to(getattr(torch, self.dtype))
+            self.to(dtype)
             return
         last = f"{IMAGES}encoder.encoder.layers.{vision.num_hidden_layers - 1}."
         parts = {LANGUAGE: language, IMAGES: self.images, CONNECTOR: self.connector}
@@ -132,9 +134,9 @@ class BLIP3oNext(TextEncoder):
             optional=[name for name in checkpoint.shapes if name.startswith(last)]
             + ["lm_head.weight"] * checkpoint.config.get("tie_word_embeddings", False),
         )
-        self.language = load_language_model(checkpoint, language.config, getattr(torch, self.dtype))
-        checkpoint.fill(self.images, IMAGES, getattr(torch, self.dtype))
-        checkpoint.fill(self.connector, CONNECTOR, getattr(torch, self.dtype))
+        self.language = load_language_model(checkpoint, language.config, dtype)
+        checkpoint.fill(self.images, IMAGES, dtype)
+        checkpoint.fill(self.connector, CONNECTOR, dtype)
 
     @cached_property
     def fingerprint(self) -> str:

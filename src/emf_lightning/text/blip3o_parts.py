@@ -21,9 +21,7 @@ def make_connector(hidden: int, width: int) -> nn.Sequential:
 
 def vision_config(checkpoint: BLIP3oCheckpoint, image_size: int, heads: int) -> Any:
     """Configuration of the checkpoint's vision tower, inferred from its tensor shapes.
-
-    Raises:
-        ValueError: if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
+    Raises ``ValueError`` if there is no vision tower, or it does not fit ``image_size`` and ``heads``.
     """
     from transformers import SiglipVisionConfig
 
@@ -74,12 +72,6 @@ def qwen_config(config: dict[str, Any]) -> Any:
     from transformers import Qwen3Config
 
     return Qwen3Config.from_dict({**config, "model_type": "qwen3", "rope_scaling": None, "auto_map": None})
-
-
-def language_model(config: dict[str, Any]) -> Any:
-    from transformers import Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(qwen_config(config))
 
 
 def load_language_model(checkpoint: BLIP3oCheckpoint, config: Any, dtype: torch.dtype) -> Any:

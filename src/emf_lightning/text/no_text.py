@@ -15,8 +15,7 @@ class NoText(TextEncoder):
     def __init__(self) -> None:
         super().__init__()
         self.width, self.length = 8, 1
-        self.device_marker: torch.Tensor
-        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+        self.device_marker = torch.nn.Buffer(torch.empty(0), persistent=False)
         self.freeze()
 
     @property

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures
+from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
-from emf_lightning.text.truncation import Truncation
 
 
 class OpenClipTextEncoder(TextEncoder):

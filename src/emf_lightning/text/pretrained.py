@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, unreadable
-from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
-from emf_lightning.text.truncation import Truncation
 
 
 class PretrainedTextEncoder(TextEncoder):
@@ -109,15 +108,11 @@ class PretrainedTextEncoder(TextEncoder):
         if not self.chat:
             return text
         turns = [{"role": "user", "content": text}]
-        chat: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return chat
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def _ids(self, texts: list[str], length: int) -> list[list[int]]:
-        # the chat template contains the special tokens
-        special = not self.chat
-        return self.tokenizer(texts, truncation=True, max_length=length, padding=False, add_special_tokens=special)[
-            "input_ids"
-        ]
+        special = not self.chat  # the chat template contains them
+        return self.tokenizer(texts, truncation=True, max_length=length, add_special_tokens=special)["input_ids"]
 
     @property
     def _padding(self) -> int:
@@ -131,11 +126,7 @@ class PretrainedTextEncoder(TextEncoder):
         return self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``, float32.
-
-        Raises:
-            ValueError: for features that are not finite, as with T5 and Gemma in float16.
-        """
+        """Features ``[B, L, D]``, float32; ValueError if they are not finite, as with T5 and Gemma in float16."""
         states, mask = self._padded_states(self._tokenize(captions))
         padding = (0, self.length - mask.shape[1])
         return TextFeatures(nn.functional.pad(states, (0, 0, *padding)), nn.functional.pad(mask, padding))

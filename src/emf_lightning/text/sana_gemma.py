@@ -61,10 +61,8 @@ class SanaGemma(PretrainedTextEncoder):
     def _part(self, states: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first and the last L - 1 positions of a sequence padded to ``length``."""
         short = max(length - len(mask), 0)
-        states, mask = (
-            nn.functional.pad(states, (0, 0, 0, short))[:length],
-            nn.functional.pad(mask, (0, short))[:length],
-        )
+        states = nn.functional.pad(states, (0, 0, 0, short))[:length]
+        mask = nn.functional.pad(mask, (0, short))[:length]
         rest = slice(length - self.length + 1, length)
         return torch.cat([states[:1], states[rest]]), torch.cat([mask[:1], mask[rest]])
 

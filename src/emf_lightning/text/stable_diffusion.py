@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
-from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
-from emf_lightning.text.truncation import Truncation
 
-Precision = Literal["float32", "bfloat16", "float16"]
 CLIP_LENGTH = 77
 
 
@@ -33,13 +31,13 @@ class StableDiffusionTextEncoder(TextEncoder):
 
     builds_on_meta = True
 
-    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
-        from transformers import AutoTokenizer, CLIPTextModel
+    def __init__(self, pretrained: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
+        from transformers import CLIPTextModel
 
         super().__init__()
         self.dtype = dtype
         self.tower = _tower(self, CLIPTextModel, pretrained, "text_encoder", dtype)
-        self.tokenizer = _tokenizer(self, AutoTokenizer, pretrained, "tokenizer")
+        self.tokenizer = _tokenizer(self, pretrained, "tokenizer")
         self.width, self.length = self.tower.config.hidden_size, CLIP_LENGTH
         self._truncation = Truncation(type(self).__name__, CLIP_LENGTH)
         self.freeze()
@@ -78,19 +76,16 @@ class SD3TextEncoder(TextEncoder):
     def __init__(
         self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ) -> None:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
         super().__init__()
         if t5_length < 1:
             raise ValueError(f"SD3TextEncoder: t5_length must be at least 1, got {t5_length}")
         self.dtype = dtype
-        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-        names = ("", "_2", "_3")
-        self.towers = nn.ModuleList(
-            _tower(self, kind, pretrained, f"text_encoder{name}", dtype)
-            for kind, name in zip(kinds, names, strict=True)
-        )
-        self.tokenizers = [_tokenizer(self, AutoTokenizer, pretrained, f"tokenizer{name}") for name in names]
+        kinds = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection, "_3": T5EncoderModel}
+        towers = [_tower(self, kind, pretrained, f"text_encoder{name}", dtype) for name, kind in kinds.items()]
+        self.towers = nn.ModuleList(towers)
+        self.tokenizers = [_tokenizer(self, pretrained, f"tokenizer{name}") for name in kinds]
         self.t5_length = t5_length
         t5: Any = self.towers[2]
         self.width: int = t5.config.d_model
@@ -106,23 +101,20 @@ class SD3TextEncoder(TextEncoder):
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, 1 + 77 + t5_length, D]``, float32; no position is masked."""
         device = next(self.towers.parameters()).device
+        clip, clip_2, t5 = zip(self.tokenizers, self.towers, strict=True)
         pooled, states = [], []
         with torch.autocast(device.type, enabled=False):
-            for number in (0, 1):
-                truncation = self._clip_truncation if number == 0 else None
-                ids = _padded(self.tokenizers[number], captions, CLIP_LENGTH, truncation)
-                output = self.towers[number](ids.to(device), output_hidden_states=True)
-                pooled.append(output.text_embeds.float())
+            for (tokenizer, tower), truncation in ((clip, self._clip_truncation), (clip_2, None)):
+                ids = _padded(tokenizer, captions, CLIP_LENGTH, truncation)
+                output = tower(ids.to(device), output_hidden_states=True)
+                pooled.append(output.text_embeds.float()[:, None])
                 states.append(output.hidden_states[-2].float())
-            ids = _padded(self.tokenizers[2], captions, self.t5_length, self._truncation)
-            t5 = self.towers[2](ids.to(device)).last_hidden_state.float()
-        parts = [self._widen(torch.cat(pooled, dim=-1))[:, None], self._widen(torch.cat(states, dim=-1)), t5]
-        context = torch.cat(parts, dim=1)
+            ids = _padded(t5[0], captions, self.t5_length, self._truncation)
+            tokens = t5[1](ids.to(device)).last_hidden_state.float()
+        clips = [torch.cat(parts, dim=-1) for parts in (pooled, states)]
+        clips = [nn.functional.pad(features, (0, self.width - features.shape[-1])) for features in clips]
+        context = torch.cat([*clips, tokens], dim=1)
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
-
-    def _widen(self, features: Tensor) -> Tensor:
-        """``features`` padded with zeros to the width of T5."""
-        return nn.functional.pad(features, (0, self.width - features.shape[-1]))
 
 
 def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Truncation | None) -> Tensor:
@@ -130,10 +122,9 @@ def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Tr
     if truncation is not None:
         whole = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
         truncation.add(len(captions), sum(len(row) > length for row in whole))
-    ids: Tensor = tokenizer(
-        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )["input_ids"]
-    return ids
+    return tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
 
 
 def _tower(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str, dtype: str) -> Any:
@@ -141,11 +132,13 @@ def _tower(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str, dty
     return load_pretrained(type(encoder).__name__, kind, source, frozen=True, dtype=dtype)
 
 
-def _tokenizer(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str) -> Any:
+def _tokenizer(encoder: TextEncoder, pretrained: str, subfolder: str) -> Any:
+    from transformers import AutoTokenizer
+
     if on_meta_device():
         return None  # nothing is encoded there
     try:
-        return kind.from_pretrained(pretrained, subfolder=subfolder)
+        return AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise unreadable(type(encoder).__name__, PretrainedWeights(pretrained, subfolder), error) from error
 

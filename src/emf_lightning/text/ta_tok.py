@@ -13,12 +13,8 @@ class TextAlignedTokenizer(nn.Module):
     """SigLIP2 vision tower, linear bottleneck and codebook (TA-Tok, arXiv 2506.18898).
 
     Encodes only: the decoder, the last layer, the last norm and the pooling head of the published weights are left out.
-    Submodules have the published names.
-
-    Args:
-        vision: ``SiglipVisionConfig`` of the tower with the published number of layers.
-        codes: number of codebook entries.
-        code_width: channels of a codebook entry.
+    Submodules have the published names. ``vision`` is the ``SiglipVisionConfig`` of the tower with the published number
+    of layers; the codebook has ``codes`` entries of ``code_width`` channels.
     """
 
     def __init__(self, vision: Any, codes: int, code_width: int) -> None:

@@ -14,11 +14,8 @@ from torch import Tensor
 class TokenSampler:
     """Top-k, then top-p (nucleus) sampling; a caption's tokens do not depend on the rest of the batch.
 
-    Attributes:
-        top_k: number of the likeliest tokens that are kept.
-        top_p: of these, the smallest set of likeliest tokens with at least this share of the probability is kept.
-        temperature: divides the logits.
-        seed: of the random numbers; seed and caption fix them.
+    Of the ``top_k`` likeliest tokens, the smallest set of likeliest ones with at least the share ``top_p`` of the
+    probability is kept. ``temperature`` divides the logits. ``seed`` and caption fix the random numbers.
     """
 
     top_k: int = 1200

@@ -49,25 +49,17 @@ class WordEncoder(TextEncoder):
     ) -> None:
         super().__init__()
         if width < 8 or length < 1 or window < 0:
-            raise ValueError(
-                f"WordEncoder: needs width >= 8, length >= 1, window >= 0; got {width}, {length}, {window}"
-            )
-        self.width = width
-        self.length = length
-        self.window = window
-        self.decay = decay
-        self.position = position
-        self.shared = shared
-        self.seed = seed
+            sizes = f"{width}, {length}, {window}"
+            raise ValueError(f"WordEncoder: needs width >= 8, length >= 1, window >= 0; got {sizes}")
+        self.width, self.length, self.window = width, length, window
+        self.decay, self.position, self.shared, self.seed = decay, position, shared, seed
         self._vectors: dict[str, torch.Tensor] = {}
         order = torch.from_numpy(self._generator("permutation").permutation(width))
-        shifts = [torch.arange(width)]
+        self._forward_shifts = [torch.arange(width)]
         for _ in range(max(window, 1)):
-            shifts.append(shifts[-1][order])
-        self._forward_shifts = shifts
-        self._backward_shifts = [torch.argsort(shift) for shift in shifts]
-        self.device_marker: torch.Tensor
-        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+            self._forward_shifts.append(self._forward_shifts[-1][order])
+        self._backward_shifts = [torch.argsort(shift) for shift in self._forward_shifts]
+        self.device_marker = torch.nn.Buffer(torch.empty(0), persistent=False)
         self.freeze()
 
     @property
@@ -82,8 +74,7 @@ class WordEncoder(TextEncoder):
     def _vector(self, name: str) -> torch.Tensor:
         """Random vector ``[D]`` of unit variance for ``name``."""
         if name not in self._vectors:
-            vector = self._generator(name).standard_normal(self.width, np.float32)
-            self._vectors[name] = torch.from_numpy(vector)
+            self._vectors[name] = torch.from_numpy(self._generator(name).standard_normal(self.width, np.float32))
         return self._vectors[name]
 
     def _tokens(self, caption: str) -> torch.Tensor:

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import get_args, get_type_hints
 
+from jsonargparse import ArgumentParser
+
 from emf_lightning.renames import ARGUMENTS, CLASSES
 
 _KEY = re.compile(r'Parser key "(.+?)"')
@@ -103,8 +105,8 @@ def _suggestion(word: str, choices: Iterable[str]) -> str:
 
 def _options(kind: type) -> list[str]:
     """Names of the arguments of a class."""
-    parameters = inspect.signature(kind).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names: list[str] = ArgumentParser().add_class_arguments(kind, fail_untyped=False)
+    return names
 
 
 def _type_of(kind: type, parameter: str) -> type | None:

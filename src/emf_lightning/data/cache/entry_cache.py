@@ -83,11 +83,7 @@ class EntryCache(ABC, Generic[T]):
         return samples * each
 
     def estimate(self, samples: int) -> str:
-        """One sentence: the space that ``samples`` entries need at most, the free space and the limit.
-
-        Raises:
-            ValueError: if they do not fit the disk.
-        """
+        """Space for ``samples`` entries, free space and limit, as a sentence; ValueError if the disk is too small."""
         each, needed, limit, room = self.size(1), self.size(samples), self.max_gb * 1e9, self.available_bytes()
         sentence = (
             f"{samples:,} samples x {format_bytes(each)} = {format_bytes(needed)}; "
@@ -122,7 +118,6 @@ class EntryCache(ABC, Generic[T]):
 
     def holds(self, key: str) -> bool:
         """True if there is an entry of ``key``; does not read it, so that it may be damaged."""
-        assert self._format is not None
         with self._store.transaction() as transaction:
             return transaction.get(self._stored_key(key)) is not None
 

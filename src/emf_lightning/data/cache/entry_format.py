@@ -25,12 +25,9 @@ StoredDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """Converts tokens ``[L, D]`` and their mask ``[L]`` to bytes and back.
+    """Converts tokens ``[L, D]``, ``length`` x ``width``, and their mask ``[L]`` to bytes and back.
 
-    Attributes:
-        length: L.
-        width: D.
-        dtype: of the stored numbers; ``unpack`` returns it, or bfloat16 for float8, which represents it exactly.
+    ``dtype`` is that of the stored numbers; ``unpack`` returns it, or bfloat16 for float8, which represents it exactly.
     """
 
     length: int
@@ -49,8 +46,7 @@ class EntryFormat:
 
     @property
     def _unpacked_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
-        return dtype
+        return getattr(torch, "bfloat16" if self.dtype == "float8" else self.dtype)
 
     def rounded(self, context: Tensor) -> Tensor:
         """``context`` rounded to the stored dtype, as float32."""
@@ -72,13 +68,13 @@ class EntryFormat:
             rows = torch.cat([codes.view(torch.uint8), powers.to(torch.int8).view(torch.uint8)], dim=-1).numpy()
         else:  # bytes, because numpy has no bfloat16
             rows = context.to(self._unpacked_dtype).contiguous().view(torch.uint8).numpy()
-        return [self._pack_row(row, kept) for row, kept in zip(rows, mask.cpu().numpy(), strict=True)]
-
-    def _pack_row(self, row: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
-        tokens, bits = row[mask].data, np.packbits(mask).data
-        checksum = zlib.crc32(tokens, zlib.crc32(bits))
-        header = _HEADER.pack(_VERSION, _CODES[self.dtype], self.length, self.width, len(tokens), checksum)
-        return b"".join((header, bits, tokens))
+        entries = []
+        for row, kept in zip(rows, mask.cpu().numpy(), strict=True):
+            tokens, bits = row[kept].data, np.packbits(kept).data
+            checksum = zlib.crc32(tokens, zlib.crc32(bits))
+            header = _HEADER.pack(_VERSION, _CODES[self.dtype], self.length, self.width, len(tokens), checksum)
+            entries.append(b"".join((header, bits, tokens)))
+        return entries
 
     def is_intact(self, entry: memoryview | bytes) -> bool:
         """True if ``entry`` has this format and its checksum matches."""
@@ -94,24 +90,20 @@ class EntryFormat:
     def unpack(self, entries: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, L, D]``, zero where masked, and masks ``[B, L]`` of intact entries."""
         context = torch.empty(len(entries), self.length, self.width, dtype=self._unpacked_dtype)
-        mask = torch.empty(len(entries), self.length, dtype=torch.bool)
-        numbers, masks = context.view(torch.uint8).numpy(), mask.numpy()
-        for row, entry in enumerate(entries):
-            self._unpack_row(entry, numbers[row], masks[row])
-        return context, mask
-
-    def _unpack_row(self, entry: bytes, numbers: NDArray[np.uint8], mask: NDArray[np.bool_]) -> None:
-        bits = np.frombuffer(entry, np.uint8, -(-self.length // 8), _HEADER.size)
-        mask[:] = np.unpackbits(bits, count=self.length)
-        tokens = np.frombuffer(entry, np.uint8, offset=_HEADER.size + len(bits)).reshape(-1, self.token_bytes)
-        if self.dtype == "float8":
-            tokens = _from_float8(tokens)
-        if mask[: len(tokens)].all():  # the usual case needs no index
-            numbers[: len(tokens)] = tokens
-            numbers[len(tokens) :] = 0
-        else:
-            numbers[:] = 0
-            numbers[mask] = tokens
+        masks = torch.empty(len(entries), self.length, dtype=torch.bool)
+        for entry, numbers, mask in zip(entries, context.view(torch.uint8).numpy(), masks.numpy(), strict=True):
+            bits = np.frombuffer(entry, np.uint8, -(-self.length // 8), _HEADER.size)
+            mask[:] = np.unpackbits(bits, count=self.length)
+            tokens = np.frombuffer(entry, np.uint8, offset=_HEADER.size + len(bits)).reshape(-1, self.token_bytes)
+            if self.dtype == "float8":
+                tokens = _from_float8(tokens)
+            if mask[: len(tokens)].all():  # the usual case needs no index
+                numbers[: len(tokens)] = tokens
+                numbers[len(tokens) :] = 0
+            else:
+                numbers[:] = 0
+                numbers[mask] = tokens
+        return context, masks
 
 
 def _to_float8(context: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # the child). Hence one registry a process, emptied before any fork, and one transaction at a time.
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
-_fork_hooks_set = False
 
 MIN_FREE_BYTES = 1_000_000
 """Free bytes needed for a new folder: LMDB maps pages before it has them, and crashes on a full disk."""
@@ -26,26 +26,18 @@ MIN_FREE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class LmdbStore:
-    """A folder of key-value pairs, opened at the first use in each process.
+    """A folder of key-value pairs of at most ``map_size`` bytes, opened at the first use in each process.
 
     It survives ``kill -9`` at any moment, because LMDB writes pages before the page that points to them. Commits are
     flushed to disk (``sync``), but not the record of the commit (no ``metasync``): after a power failure the last
-    commit may be missing, which a cache can afford, and the rest is intact.
-
-    Attributes:
-        path: the folder, on a local disk (LMDB does not work on network file systems).
-        map_size: maximal size in bytes.
+    commit may be missing, which a cache can afford, and the rest is intact. LMDB does not work on network file systems.
     """
 
     path: str
     map_size: int
 
     def open(self) -> None:
-        """Creates the folder if it is missing.
-
-        Raises:
-            ValueError: if it cannot be created or written to, or does not hold an intact LMDB file.
-        """
+        """Creates the folder if it is missing; ValueError if it cannot be written to or holds no intact LMDB file."""
         with _LOCK:
             key = os.path.realpath(self.path)
             if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted since
@@ -109,12 +101,10 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
     return environment
 
 
+@cache  # once a process
 def _set_fork_hooks() -> None:
-    global _fork_hooks_set
-    if _fork_hooks_set or not hasattr(os, "register_at_fork"):
-        return
-    os.register_at_fork(before=_before_fork, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
-    _fork_hooks_set = True
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 def _before_fork() -> None:

@@ -21,7 +21,7 @@ class Lookup(Generic[T]):
 
     Args:
         keys: the B keys; None stands for a key of its own.
-        entries: the fetched entry of each key, None where there is none; without ``entries`` no key counts as found.
+        entries: the entry of each key in ``cache``, None where there is none; without ``entries`` no key is found.
         cache: the cache of ``entries``.
 
     Attributes:
@@ -49,12 +49,8 @@ class Lookup(Generic[T]):
         """All B values on ``device``: hits as float32, the missing elements encoded.
 
         Missing keys are looked up once more, because another batch may have stored them since. The rest is encoded in
-        one call, each key once, stored, and rounded as the cache returns it from then on.
-
-        Args:
-            encode: returns values of missing elements, given their indices among all missing elements.
-            cache: looked up and written to; None encodes all missing elements.
-            device: of the result.
+        one call, each key once, stored, and rounded as the cache returns it from then on. ``encode`` returns values of
+        missing elements, given their indices among all missing elements. Without ``cache`` it encodes all of them.
         """
         keys = self.missing(self.keys)
         if not keys:
@@ -83,5 +79,4 @@ class Lookup(Generic[T]):
             return parts[0]
         order = torch.cat([self.found.nonzero(), (~self.found).nonzero()]).flatten().argsort()
         cat: Any = TextFeatures.cat if isinstance(misses, TextFeatures) else torch.cat
-        merged: T = cat(parts)[order]
-        return merged
+        return cat(parts)[order]

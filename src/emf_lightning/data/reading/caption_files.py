@@ -17,13 +17,8 @@ class CaptionFiles:
     """Captions from JSON or JSON-lines files, by image name.
 
     A file applies to the shards in its folder and below, since many sets number their images from 0, e.g.
-    Echo-4o-Image's ``Instruction-Following-Image/*.jsonl`` to ``Instruction-Following-Image/images/*.tar.gz``.
-
-    Args:
-        files: their paths.
-
-    Raises:
-        ValueError: for a file that is missing, is not JSON, or holds no captions with images.
+    Echo-4o-Image's ``Instruction-Following-Image/*.jsonl`` to ``Instruction-Following-Image/images/*.tar.gz``. Raises
+    ``ValueError`` for a file that is missing, is not JSON, or holds no captions with images.
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path]) -> None:
@@ -62,8 +57,7 @@ def _captions(path: Path) -> dict[str, str]:
 def _records(path: Path) -> Iterable[Any]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".jsonl" and text.lstrip().startswith("["):
-        records: list[Any] = json.loads(text)
-        return records
+        return json.loads(text)
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

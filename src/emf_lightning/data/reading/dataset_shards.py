@@ -18,9 +18,7 @@ MANIFEST = "manifest.json"
 
 def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
     """A split of a data set: a hub name, a folder of parquet or image files, or one that ``save_to_disk`` wrote.
-
-    Raises:
-        ValueError: if it cannot be read.
+    Raises ``ValueError`` if it cannot be read.
     """
     from datasets import load_dataset, load_from_disk
 
@@ -40,9 +38,7 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
 
 def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
     """Function from a row to its caption: the column ``caption`` if there is one (class names), else that text.
-
-    Raises:
-        ValueError: for a column that holds neither text nor classes.
+    Raises ``ValueError`` for a column that holds neither text nor classes.
     """
     from datasets import ClassLabel, Value
 
@@ -57,11 +53,7 @@ def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], s
 
 
 def image_column(dataset: Any) -> str:
-    """Name of the one column that holds images.
-
-    Raises:
-        ValueError: unless there is exactly one.
-    """
+    """Name of the one column that holds images; ValueError unless there is exactly one."""
     from datasets import Image
 
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
@@ -93,7 +85,8 @@ def write_samples(
 ) -> Sequence[Path]:
     """Writes shards ``data-000000.tar`` of ``.txt`` captions and optional ``.png`` images; returns their paths.
 
-    A shard gets its name only when it is complete; a repeated call writes the missing shards.
+    A shard gets its name only when it is complete; a repeated call writes the missing shards. Raises ``ValueError`` if
+    the directory holds other samples, or there are no samples.
 
     Args:
         samples: (PNG bytes or None, caption).
@@ -101,9 +94,6 @@ def write_samples(
         identity: describes the samples; stored in the directory's ``manifest.json``.
         samples_per_shard: the last shard may have fewer.
         progress: called with the number of samples written so far.
-
-    Raises:
-        ValueError: if the directory holds other samples, or there are no samples.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")

@@ -25,9 +25,7 @@ class UnusableSampleError(Exception):
 
 def decode_caption(sample: TarSample) -> str:
     """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
-
-    Raises:
-        UnusableSampleError: for a missing or empty caption, broken JSON, or text that is not UTF-8.
+    Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
     """
     try:
         if sample.text is not None:
@@ -81,8 +79,7 @@ def stretch_to_square(image: Image, side: int) -> NDArray[np.uint8]:
 def image_key(sample: TarSample, flipped: bool) -> str:
     """Cache key of the sample's image, independent of its shard: digest of the image file, and a flag if mirrored.
 
-    Raises:
-        UnusableSampleError: for a missing image.
+    Raises ``UnusableSampleError`` for a missing image.
     """
     if sample.image is None:
         raise UnusableSampleError("missing image")
@@ -90,11 +87,7 @@ def image_key(sample: TarSample, flipped: bool) -> str:
 
 
 def decode_image(sample: TarSample) -> Image:
-    """The sample's image in RGB.
-
-    Raises:
-        UnusableSampleError: for a missing or corrupt image.
-    """
+    """The sample's image in RGB; UnusableSampleError for a missing or corrupt one."""
     from PIL import Image
 
     if sample.image is None:

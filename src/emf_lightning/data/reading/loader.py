@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ class ShardLoader:
         self.pin_memory = pin_memory
         self.skipped: Counter[str] = Counter()
         self._warned: set[tuple[str, str]] = set()
-        self._group: Any = None
         self._acknowledged = 0
         self._pending: deque[tuple[int, Callable[[], None]]] = deque()
         self._begin(0)
@@ -52,11 +52,7 @@ class ShardLoader:
         self._finished = False
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """The remaining batches of this pass, or those of the next pass if this one is over.
-
-        Raises:
-            ValueError: for a whole pass without a batch.
-        """
+        """The batches left of this pass, or those of the next if it is over; ValueError for a pass without a batch."""
         if self._finished:
             self._begin(self._epoch + 1)
         self._acknowledged = 0
@@ -70,12 +66,9 @@ class ShardLoader:
             raise ValueError(self._empty_pass())
         while self._pending and self._pending[-1][0] > count:  # a batch that some other rank had no counterpart for
             self._pending.pop()
-        self._after(count, self._finish)
+        self._after(count, partial(setattr, self, "_finished", True))
         if count == 0:  # resumed at the very end of a pass
             yield from self
-
-    def _finish(self) -> None:
-        self._finished = True
 
     def _batches(self) -> Iterator[RawBatch]:
         """All batches of this rank, numbered from 1."""
@@ -93,19 +86,15 @@ class ShardLoader:
             self._warn(batch)
             ticket += len(batch) > 0
             batch.ticket = ticket
-            self._after(ticket, self._advance(batch))
+            # not the batch itself, which would stay in memory
+            self._after(ticket, partial(self._advance, batch.lane, batch.position, batch.skipped))
             if len(batch):
                 yield batch
 
-    def _advance(self, batch: RawBatch) -> Callable[[], None]:
-        def apply() -> None:
-            self._positions[lane] = position
-            self._first = (lane + 1) % self.stream.lanes
-            self.skipped.update(skipped)
-
-        # not the batch itself: the closure would keep it in memory
-        lane, position, skipped = batch.lane, batch.position, batch.skipped
-        return apply
+    def _advance(self, lane: int, position: Position, skipped: dict[str, int]) -> None:
+        self._positions[lane] = position
+        self._first = (lane + 1) % self.stream.lanes
+        self.skipped.update(skipped)
 
     def _after(self, ticket: int, change: Callable[[], None]) -> None:
         """Applies ``change`` to the state once batch ``ticket`` is acknowledged."""
@@ -123,11 +112,11 @@ class ShardLoader:
     def _warn(self, batch: RawBatch) -> None:
         for reason, location in batch.examples.items():
             shard_fault = "shard" in reason
-            if (reason, location if shard_fault else "") in self._warned:
-                continue
-            self._warned.add((reason, location if shard_fault else ""))
+            kind = (reason, location if shard_fault else "")
             more = "the samples after it are lost" if shard_fault else "further ones are counted without a warning"
-            warnings.warn(f"{location}: {reason}; left out, {more}", stacklevel=2)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(f"{location}: {reason}; left out, {more}", stacklevel=2)
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 
@@ -135,10 +124,9 @@ class ShardLoader:
     def _distributed(self) -> bool:
         return self.stream.ranks > 1 and dist.is_available() and dist.is_initialized()
 
+    @cached_property
     def _cpu_group(self) -> Any:
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        return self._group
+        return dist.new_group(backend="gloo")
 
     def _while_all_ranks_have(self, batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
         """The batches as long as every rank has one: a rank that trains alone would wait for the others forever."""
@@ -152,7 +140,7 @@ class ShardLoader:
         if not self._distributed:
             return has_batch
         have = torch.tensor(int(has_batch))
-        dist.all_reduce(have, dist.ReduceOp.MIN, group=self._cpu_group())
+        dist.all_reduce(have, dist.ReduceOp.MIN, group=self._cpu_group)
         return bool(have)
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -181,7 +169,7 @@ class ShardLoader:
         everyone: list[Any] = [own]
         if self._distributed:
             everyone = [None] * self.stream.ranks
-            dist.all_gather_object(everyone, own, group=self._cpu_group())
+            dist.all_gather_object(everyone, own, group=self._cpu_group)
         return {"identity": self._identity(), "ranks": everyone}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -131,9 +131,7 @@ class ShardStream(IterableDataset[RawBatch]):
 
     def _load(self, sample: TarSample, flipped: bool) -> Sample:
         """Looks the sample up in the caches, and decodes its image if they lack its features or latents.
-
-        Raises:
-            UnusableSampleError: for a sample that is left out.
+        Raises ``UnusableSampleError`` for a sample that is left out.
         """
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)

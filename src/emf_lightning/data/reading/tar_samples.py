@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -53,13 +52,10 @@ def open_shard(path: str) -> BinaryIO:
     everything before.
     """
     if "://" not in path:
-        if path.endswith("gz"):
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        return open(path, "rb", buffering=1 << 18)
+        return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith("gz") else open(path, "rb", buffering=1 << 18)
     import fsspec
 
-    compression = "gzip" if path.endswith("gz") else None
-    return cast(BinaryIO, fsspec.open(path, "rb", compression=compression).open())
+    return fsspec.open(path, "rb", compression="gzip" if path.endswith("gz") else None).open()
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -188,8 +184,6 @@ def count_samples(path: str) -> int:
 
 def _size(path: str) -> int:
     """Bytes of the file, compressed or not."""
-    if "://" not in path:
-        return os.stat(path).st_size
     import fsspec
 
     system, inside = fsspec.core.url_to_fs(path)

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from emf_lightning.networks.condition_embedding import ConditionEmbedding
+from emf_lightning.networks.guidance_conditioning import ConditionEmbedding
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput, Modulation
 
 _SMOOTHEST, _STEEPEST, _RIDGE = 2.0, 16.0, 1e-4
@@ -37,14 +37,12 @@ class IntervalEmbedding(AdaLayerNormSingle):
 
     def embed_time(self, time: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m, the pretrained embedding, of ``time`` ``[B]``."""
-        value: Modulation = super().forward(time, hidden_dtype=dtype)
-        return value
+        return super().forward(time, hidden_dtype=dtype)
 
     def embed_length(self, length: Tensor, dtype: torch.dtype | None) -> Modulation:
         """m', the interval's embedding, of its ``length`` ``[B]``."""
         assert self.interval is not None
-        value: Modulation = self.interval(length, hidden_dtype=dtype)
-        return value
+        return self.interval(length, hidden_dtype=dtype)
 
     def set_rule(self, rule: IntervalInput) -> None:
         """Sets how r and t are combined, and drops m' if the rule does not use it."""
@@ -59,13 +57,9 @@ class IntervalEmbedding(AdaLayerNormSingle):
         batch_size: int | None = None,
         hidden_dtype: torch.dtype | None = None,
     ) -> Modulation:
-        """The modulation at t = ``timestep``, ``[B]``.
+        """The modulation at t = ``timestep``, ``[B]``, in the precision ``hidden_dtype``; SANA passes ``batch_size``.
 
-        Args:
-            timestep: ``[B]``.
-            guidance: r, ``[B]``, or r and K conditions, ``[B, 1 + K]``; without it r is t.
-            batch_size: unused; SANA passes it.
-            hidden_dtype: precision of the embeddings.
+        ``guidance`` is r, ``[B]``, or r and K conditions, ``[B, 1 + K]``; without it r is t.
         """
         r, *conditions = (timestep,) if guidance is None else guidance.reshape(len(timestep), -1).unbind(1)
         if self._ignores_interval:
@@ -87,19 +81,13 @@ class IntervalEmbedding(AdaLayerNormSingle):
 
     @torch.no_grad()
     def refit(self, old_scale: float, new_scale: float) -> float:
-        """Fits the embedding anew for inputs ``new_scale`` t, keeping its values at ``old_scale`` t.
+        """Fits the embedding, trained on ``old_scale`` t with t in [0, 1], anew for later inputs ``new_scale`` t.
 
         A network trained on 1000 t holds high frequencies in t that do not affect flow matching; MeanFlow's du/dt
         multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
         (arXiv 2511.23342 reports the same step as crucial). Only ``emb`` changes, and no data are needed: its first
         layer becomes smooth steps spread over t, its second the ridge regression of the old values on them.
-
-        Args:
-            old_scale: factor on t in [0, 1] during the module's training.
-            new_scale: factor on t in later calls.
-
-        Returns:
-            Root mean square error of the modulation, relative to its standard deviation over t.
+        Returns the root mean square error of the modulation, relative to its standard deviation over t.
         """
         generator = torch.Generator().manual_seed(0)
         embedder = self.emb.timestep_embedder
