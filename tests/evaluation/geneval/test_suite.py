@@ -133,7 +133,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
     for detection in detections:
         x0, y0, x1, y1 = (int(edge) for edge in detection.box)
         crop = np.where(detection.mask[..., None], image, GREY)[y0:y1, x0:x1]
-        vector = colours.model.encode_image(colours.transform(Image.fromarray(crop))[None])[0]
+        vector = colours.clip.model.encode_image(colours.clip.transform(Image.fromarray(crop))[None])[0]
         best = []
         for colour in COLOURS:
             texts = [
@@ -141,7 +141,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
                 f"a photo of a {colour}-colored cup",
                 f"a photo of a {colour} object",
             ]
-            vectors = colours.model.encode_text(colours.tokenizer(texts))
+            vectors = colours.clip.model.encode_text(colours.clip.tokenizer(texts))
             mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
             best.append(float(torch.nn.functional.cosine_similarity(vector, mean, dim=0)))
         expected.append(COLOURS[int(np.argmax(best))])
