@@ -48,8 +48,8 @@ def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> ND
             rho = x * x + y * y
             return (rho <= 1.15) & (rho >= 0.35)
         case "heart":
-            a, b = x / 1.0, -(y - 0.05) / 0.95 + 0.0
-            return (a * a + b * b - 0.72) ** 3 - 1.3 * a * a * b**3 <= 0
+            b = -(y - 0.05) / 0.95
+            return (x * x + b * b - 0.72) ** 3 - 1.3 * x * x * b**3 <= 0
     raise ValueError(f"unknown shape {shape!r}; known are circle, square, triangle, diamond, cross, star, ring, heart")
 
 
@@ -58,8 +58,7 @@ def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas:
     k = SUPERSAMPLING
     fine = (np.arange(canvas * k) + 0.5) / k
     x, y = np.meshgrid((fine - centre[0]) / radius, (fine - centre[1]) / radius)
-    mask = coverage(shape, x, y)
-    return mask.reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
+    return coverage(shape, x, y).reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
 
 
 def render(objects: list[tuple[str, str, tuple[float, float], float]], canvas: int) -> NDArray[np.uint8]:

@@ -52,8 +52,8 @@ class ClipScore(ImageMetric):
         super().__init__()
         self.name, self.title = "clip", f"CLIP score ({model})"
         self._clip = load_clip("ClipScore", model, pretrained, quick_gelu, device)
-        self.add_state("totals", torch.zeros(CLUSTERS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(CLUSTERS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_sum("totals", CLUSTERS)
+        self.add_sum("images", CLUSTERS, dtype=torch.int64)
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         from PIL import Image

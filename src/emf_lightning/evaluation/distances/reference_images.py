@@ -59,11 +59,11 @@ class ReferenceImages:
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
         if not self._is_kept("moments", device):
-            width, images = self.features.width, 0
+            width = self.features.width
             total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
             for batch in self._own_features():
                 rows = batch.double()
-                total, products, images = total + rows.sum(0), products + rows.T @ rows, images + len(rows)
+                total, products = total + rows.sum(0), products + rows.T @ rows
             sums = [torch.stack(gathered(part, device)).sum(0) for part in (total, products)]
             mu, sigma = gaussian(sums[0], sums[1], len(self.files))
             self._keep("moments", mu=mu.numpy(), sigma=sigma.numpy())
@@ -101,7 +101,7 @@ class ReferenceImages:
     def _is_kept(self, kind: str, device: torch.device) -> bool:
         """True if all ranks have the arrays, in memory or in a file."""
         here = kind in self._arrays or self._path(kind).is_file()
-        return all(bool(there) for there in gathered(torch.tensor([int(here)]), device))
+        return all(gathered(torch.tensor([int(here)]), device))
 
     def _load(self, kind: str) -> dict[str, NDArray[Any]]:
         if kind not in self._arrays:
@@ -137,9 +137,8 @@ def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> t
             mu, sigma = (torch.from_numpy(np.asarray(content[name], np.float64)) for name in ("mu", "sigma"))
             about = {name: content[name].item() for name in ("features", "resolution") if name in content}
     except OSError as error:
-        raise ValueError(
-            f"FrechetDistance: cannot read reference {path}; give a folder of images or an .npz"
-        ) from error
+        remedy = "give a folder of images or an .npz"
+        raise ValueError(f"FrechetDistance: cannot read reference {path}; {remedy}") from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"FrechetDistance: {path} holds no mu and sigma ({error})") from error
     width = features.width

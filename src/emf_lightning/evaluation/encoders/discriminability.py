@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.features import Array, Features, feature_variants, normalise
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.evaluation.encoders.estimate import RESAMPLES, Estimate
+from emf_lightning.evaluation.bootstrap import RESAMPLES, Estimate
 from emf_lightning.evaluation.encoders.features import Array, Progress, feature_variants, pooled_features, truncations
 from emf_lightning.text.base import TextEncoder
 

@@ -25,12 +25,7 @@ RESULTS = "results.jsonl"
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank and world size of this process.
-
-    Attributes:
-        number: rank; rank 0 writes the results.
-        count: number of processes.
-    """
+    """Rank of this process, ``number``, of which rank 0 writes the results, and number of processes, ``count``."""
 
     number: int = 0
     count: int = 1
@@ -131,31 +126,24 @@ class _Progress:
                 "before, or give another directory"
             )
         if self.path.is_file():
-            self._load(directory)
-        self._drop_unsaved_rows()
-
-    def _load(self, directory: Path) -> None:
-        saved = torch.load(self.path, weights_only=True)
-        if saved["key"] != self.key:
-            raise ValueError(
-                f"out: {directory} holds the beginnings of other images or another score than this; empty it or give "
-                "another directory"
-            )
-        for name, value in saved["state"].items():
-            setattr(self.metric, name, value)
-        self.metric._update_count = 1
-        self.done = saved["done"]
-
-    def _drop_unsaved_rows(self) -> None:
-        """Removes rows written after the last save; their images are scored again."""
+            saved = torch.load(self.path, weights_only=True)
+            if saved["key"] != self.key:
+                raise ValueError(
+                    f"out: {directory} holds the beginnings of other images or another score than this; empty it or "
+                    "give another directory"
+                )
+            for name, value in saved["state"].items():
+                setattr(metric, name, value)
+            metric._update_count = 1
+            self.done = saved["done"]
+        # rows written after the last save: their images are scored again
         lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
         write_atomic(self.results, "".join(lines[: self.done]))
 
     def save(self) -> None:
         """Writes the progress file; a killed process leaves the old one or the new one."""
         partial = self.path.with_suffix(".partial")
-        state = {name: getattr(self.metric, name) for name in self.metric._defaults}
-        torch.save({"key": self.key, "done": self.done, "state": state}, partial)
+        torch.save({"key": self.key, "done": self.done, "state": self.metric.metric_state}, partial)
         os.replace(partial, self.path)
 
 

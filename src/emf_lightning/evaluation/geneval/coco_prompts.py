@@ -22,14 +22,10 @@ CLASSES = (
 """COCO's 80 thing classes in its order, which numbers a detector's labels; three have GenEval's names."""
 
 
-def geneval_prompts(per_task: int = 100, seed: int = 43) -> list[Prompt]:
-    """The records of GenEval's ``evaluation_metadata.jsonl``, in its order; 553 of them with the defaults.
+def geneval_prompts() -> list[Prompt]:
+    """The 553 records of GenEval's ``evaluation_metadata.jsonl``, in its order.
 
     The class "person" never gets a colour. The published scores use 4 images of each prompt, 2,212 in all.
-
-    Args:
-        per_task: prompts sampled for each task except single objects.
-        seed: of numpy's default generator.
     """
-    prompts = sample_prompts(CLASSES, COLOURS, per_task, seed, colourless=1)
+    prompts = sample_prompts(CLASSES, COLOURS, per_task=100, seed=43, colourless=1)
     return list({repr(prompt): prompt for prompt in prompts}.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,33 +71,21 @@ class ShapeTemplates:
         positions = 2 * int(np.ceil(2 * 4.4 / mean)) + 1  # fine enough that half a step is .025 of the radius
         self.offsets = ((np.arange(positions) + 0.5) / positions - 0.5).astype(np.float32)
         blurs = [relative * mean for relative in RELATIVE_BLURS]
+        places = list(product(self.radii, self.offsets, self.offsets))
         stacks = []
         for shape in world.shapes:
             dx, dy = _centroid(shape)
-            alphas = np.stack(
-                [
-                    object_alpha(shape, (reach + 0.5 + ox - r * dx, reach + 0.5 + oy - r * dy), r, self.window)
-                    for r in self.radii
-                    for ox in self.offsets
-                    for oy in self.offsets
-                ]
-            )
+            placed = [(r, reach + 0.5 + ox - r * dx, reach + 0.5 + oy - r * dy) for r, ox, oy in places]
+            alphas = np.stack([object_alpha(shape, (x, y), r, self.window) for r, x, y in placed])
             stacks.append(np.stack([binomial(gaussian(alphas, sigma)) for sigma in blurs], axis=1))
-        flat = np.stack(stacks).reshape(len(world.shapes), RADII, positions, positions, len(blurs), -1)
-        self.area = (flat.sum(-1) ** 2 / (flat**2).sum(-1)).mean((2, 3))
-        self.alpha = flat
+        self.alpha = np.stack(stacks).reshape(len(world.shapes), RADII, positions, positions, len(blurs), -1)
+        self.area = (self.alpha.sum(-1) ** 2 / (self.alpha**2).sum(-1)).mean((2, 3))
 
-    def match(
-        self,
-        alphas: NDArray[np.float32],
-        known: NDArray[np.bool_],
-        offset: NDArray[np.floating],
-        area: NDArray[np.floating],
-    ) -> TemplateMatch:
+    def match(self, alphas: NDArray, known: NDArray[np.bool_], offset: NDArray, area: NDArray) -> TemplateMatch:
         """The best template for each region among those of its subpixel position and effective area.
 
         Args:
-            alphas: ``[K, window, window]``, with the pixel of the centroid in the middle.
+            alphas: ``[K, window, window]``, fp32, with the pixel of the centroid in the middle.
             known: ``[K, window, window]``; False where the region's alpha is unknown, next to other regions.
             offset: ``[K, 2]``, x and y of the centroid relative to that pixel's centre, in [-.5, .5].
             area: effective areas in pixels.
