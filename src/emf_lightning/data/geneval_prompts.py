@@ -110,14 +110,8 @@ def sample_prompts(
 ) -> list[Prompt]:
     """GenEval's prompt list for any classes, with duplicates: the published generator's random numbers in its order.
 
-    One prompt for each class, then ``per_task`` of each further task.
-
-    Args:
-        classes: object names.
-        colours: colour names.
-        per_task: prompts sampled for each task except single objects.
-        seed: of numpy's default generator.
-        colourless: number of classes, from the first, that never get a colour.
+    One prompt for each class, then ``per_task`` of each further task. The first ``colourless`` classes never get a
+    colour; ``seed`` is that of numpy's default generator.
     """
     rng = np.random.default_rng(seed)
     coloured, times = classes[colourless:], range(per_task)

@@ -13,13 +13,7 @@ RESAMPLES = 1000
 
 
 def bootstrap_means(totals: NDArray, weights: NDArray, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Weighted means of resampled prompts, ``[RESAMPLES]``.
-
-    Args:
-        totals: ``[P]``, sum of each prompt's values.
-        weights: ``[P]``, number of values in each sum.
-        rng: draws the prompts.
-    """
+    """Means over resampled prompts, ``[RESAMPLES]``, from each prompt's sum of values and their number, ``[P]``."""
     n = len(totals)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return (counts @ totals) / (counts @ weights)

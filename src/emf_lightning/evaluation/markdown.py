@@ -6,11 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, without a final newline.
-
-    Args:
-        columns: headings.
-        rows: cells of each row, as many as ``columns``.
+    """A Markdown table of headings and rows, without a final newline.
 
     Raises:
         ValueError: for a row of another length than ``columns``.

@@ -9,9 +9,10 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from emf_lightning.data.geneval_prompts import PALETTE
 from emf_lightning.data.shapes.rendering import render
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, COLOURS, geneval_prompts
+from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, geneval_prompts
 from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
 from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, preprocess
 from emf_lightning.evaluation.geneval.suite import GenEvalSuite
@@ -135,7 +136,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
         crop = np.where(detection.mask[..., None], image, GREY)[y0:y1, x0:x1]
         vector = colours.clip.model.encode_image(colours.clip.transform(Image.fromarray(crop))[None])[0]
         best = []
-        for colour in COLOURS:
+        for colour in PALETTE:
             texts = [
                 f"a photo of a {colour} cup",
                 f"a photo of a {colour}-colored cup",
@@ -144,7 +145,7 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
             vectors = colours.clip.model.encode_text(colours.clip.tokenizer(texts))
             mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
             best.append(float(torch.nn.functional.cosine_similarity(vector, mean, dim=0)))
-        expected.append(COLOURS[int(np.argmax(best))])
+        expected.append(list(PALETTE)[int(np.argmax(best))])
     assert colours(image, detections, "cup") == expected
     assert colours(image, [], "cup") == []
 

@@ -11,15 +11,10 @@ SUPERSAMPLING = 4
 
 
 def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Mask of the points that the unit ``shape`` covers.
+    """Mask, like ``x``, of the points that a shape out of ``world.SHAPES`` covers.
 
-    Args:
-        shape: a name out of ``world.SHAPES``.
-        x: abscissas in units of the object's radius, to the right; any shape.
-        y: ordinates in units of the radius, downwards (as image rows run).
-
-    Returns:
-        A mask like ``x``. Every shape lies within 1.21 radii of its origin in both axes.
+    Coordinates are in units of the object's radius, x to the right and y downwards (as image rows run). Every shape
+    lies within 1.21 radii of its origin in both axes.
 
     Raises:
         ValueError: for a name that is not a shape.

@@ -75,15 +75,10 @@ def load_clip(
     OpenAI's weights need QuickGELU; without it features are plausible and wrong. It is used for tags that ask for it
     and for OpenAI's own file, a TorchScript archive, whatever the name of the architecture.
 
-    Args:
-        caller: class name at the beginning of error messages.
-        model: name of the architecture.
-        pretrained: path or tag of the weights.
-        quick_gelu: use QuickGELU also for other files, which do not tell their activation.
-        device: ``cuda``, ``cpu``; by default the process's own GPU where there is one.
+    Other files do not tell their activation: ``quick_gelu`` asks for it. By default the device is ``device_of(None)``.
 
     Raises:
-        ValueError: if the model cannot be loaded.
+        ValueError: if the model cannot be loaded; the message begins with ``caller``.
     """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg

@@ -175,12 +175,10 @@ def tiles_of(image: NDArray[np.uint8], tile: int | None) -> list[NDArray[np.uint
 
 
 def read_items(path: Path, official: bool = False) -> list[Item]:
-    """The benchmark's prompts with their questions.
+    """The benchmark's prompts with their questions, from ``dpg_bench.csv``.
 
-    Args:
-        path: of ``dpg_bench.csv``.
-        official: drop the first question of the table as the published script does; its prompt stays, but is not
-            complete if another question depends on it.
+    ``official`` drops the first question of the table as the published script does; its prompt stays, but is not
+    complete if another question depends on it.
 
     Raises:
         ValueError: for a missing file, missing columns, or questions whose parents do not exist.

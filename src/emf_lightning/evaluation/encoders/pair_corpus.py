@@ -103,11 +103,7 @@ class CocoPairs(PairCorpus):
 
 
 class Dinov3:
-    """The pooled feature of a DINOv3 ViT, of unit length.
-
-    Args:
-        model: hub name or local folder in transformers' format.
-        device: see ``CocoPairs``.
+    """The pooled feature of a DINOv3 ViT, of unit length; ``model`` is a hub name or folder in transformers' format.
 
     Raises:
         ValueError: if the model cannot be loaded, or its weights are not all of a DINOv3 ViT's.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from emf_lightning.data.geneval_prompts import PALETTE, Prompt, sample_prompts
 
-COLOURS = tuple(PALETTE)
-"""GenEval's ten colour words, in the order that fixes their indices."""
-
 # fmt: off
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -27,5 +24,5 @@ def geneval_prompts() -> list[Prompt]:
 
     The class "person" never gets a colour. The published scores use 4 images of each prompt, 2,212 in all.
     """
-    prompts = sample_prompts(CLASSES, COLOURS, per_task=100, seed=43, colourless=1)
+    prompts = sample_prompts(CLASSES, tuple(PALETTE), per_task=100, seed=43, colourless=1)
     return list({repr(prompt): prompt for prompt in prompts}.values())

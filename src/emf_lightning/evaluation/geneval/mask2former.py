@@ -75,12 +75,9 @@ class Mask2FormerDetector(ObjectDetector):
 def preprocess(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
     """The network's input ``[1, 3, H', W']``, and the height and width of the image in it, without the padding.
 
-    As in mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, padded with zeros to
-    the right and below.
-
-    Args:
-        pixels: ``[H, W, 3]``, 8-bit RGB.
-        short_side: of the result, unless the longer side would exceed 1333.
+    As in mmdetection's test pipeline: ``pixels`` ``[H, W, 3]``, 8-bit RGB, are scaled to ``short_side``, unless the
+    longer side would exceed 1333, bilinear without antialiasing to 8-bit values, normalised, padded with zeros to the
+    right and below.
     """
     height, width = pixels.shape[:2]
     scale = min(LONG_SIDE * short_side / SHORT_SIDE / max(height, width), short_side / min(height, width))

@@ -75,13 +75,9 @@ class TaskScores:
 
     @classmethod
     def of_counts(cls, prompts: Sequence[Prompt], images: NDArray, correct: NDArray, strict: NDArray) -> TaskScores:
-        """The scores of counts per prompt.
+        """The scores of counts per prompt: images, correct and strictly correct ones, each ``[P]``.
 
-        Args:
-            prompts: P prompts; their order determines that of the tasks.
-            images: ``[P]``, images of each prompt.
-            correct: ``[P]``, correct ones among them.
-            strict: ``[P]``, strictly correct ones.
+        The order of the P prompts determines that of the tasks.
         """
         tags = np.array([prompt.tag for prompt in prompts])
         unseen = np.array([prompt.held_out for prompt in prompts], bool)

@@ -102,10 +102,8 @@ def step_count_figure(
 ) -> Figure:
     """Score against the number of steps: overall with its standard error, and a small panel for each task.
 
-    Args:
-        series: name -> steps -> scores; the first series has the strongest line, e.g. "MeanFlow", then "its parent".
-        ceiling: scores of perfect images.
-        chance: scores of images of other prompts of the same task.
+    ``series`` is name -> steps -> scores; the first one has the strongest line, e.g. "MeanFlow", then "its parent".
+    ``ceiling`` and ``chance`` are those of the prompt suite.
     """
     strokes: list[dict[str, Any]] = [
         {"color": "#1f8a83", "marker": "o"},
@@ -141,8 +139,8 @@ def training_curves(
 
     Args:
         curves: steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
-        ceiling: scores of perfect images.
-        chance: scores of images of other prompts of the same task.
+        ceiling: see ``PromptSuite``.
+        chance: see ``PromptSuite``.
         reference: steps -> scores of another model, plotted as dashed level lines in the colour of the step count.
         reference_name: name of that model in the legend.
     """

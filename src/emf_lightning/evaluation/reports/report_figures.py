@@ -75,9 +75,7 @@ def steps_figure(report: Report) -> Figure:
 def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str) -> Figure:
     """Score against optimiser steps, a colour for each step count, a line style for each run: the paper's Figure 4.
 
-    Args:
-        curves: run -> network steps -> (optimiser step, score) points in order.
-        title: title of the score.
+    ``curves`` is run -> network steps -> (optimiser step, score) points in order.
     """
     from matplotlib.figure import Figure
 

@@ -16,9 +16,6 @@ def connected_components(classes: NDArray[np.integer]) -> NDArray[np.int64]:
 
     Two pixels are connected if they share an edge, an image and a class. Numbers are unique in the batch and ascend
     with its images, and within an image with the last pixel of the component.
-
-    Args:
-        classes: ``[N, H, W]``; pixels of negative class belong to no component.
     """
     labels, count = np.zeros(classes.shape, np.int64), 0
     for value in range(classes.max(initial=-1) + 1):
