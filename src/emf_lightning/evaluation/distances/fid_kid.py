@@ -18,10 +18,7 @@ from emf_lightning.evaluation.image_metric import ImageMetric
 
 
 class _Distance(ImageMetric):
-    """Base of FID and KID: features, reference images, and the number of images of the protocol.
-
-    The features of the reference are computed for the first distance; all fresh copies share them.
-    """
+    """Base of FID and KID; the reference's features are computed for the first distance, and fresh copies share them."""
 
     higher_is_better = False
     needs_prompts = False

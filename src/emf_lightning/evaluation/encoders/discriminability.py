@@ -17,6 +17,8 @@ from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 
 QUANTUM = 1e-9
 """Cosines this close are equal: float64's rounding, and far below the differences of nearly parallel features."""
+SHOWN = 6
+"""Queries whose retrieved pairs are kept."""
 
 Ids = NDArray[np.int64]
 
@@ -26,7 +28,7 @@ class Discriminability:
     """Mean similarity of the retrieved images to the query's.
 
     Attributes:
-        score: mean similarity by variant of the features.
+        score: by variant of the features.
         shuffled: mean similarity with the features assigned to other captions at random: chance, by the same code.
         chance: mean similarity of random images; NaN where that is costly.
         best: mean similarity of the most similar images in the corpus; NaN where that is costly.
@@ -41,13 +43,7 @@ class Discriminability:
 
 
 def discriminability(
-    features: Features,
-    corpus: PairCorpus,
-    queries: int = 1000,
-    k: int = 2,
-    seed: int = 0,
-    shown: int = 6,
-    limits: bool = True,
+    features: Features, corpus: PairCorpus, queries: int = 1000, k: int = 2, limits: bool = True
 ) -> Discriminability:
     """Mean similarity of the images of the ``k`` nearest captions of each of ``queries`` random ones.
 
@@ -59,15 +55,13 @@ def discriminability(
         corpus: caption-image pairs.
         queries: number of queries; all captions where there are fewer.
         k: captions retrieved for each query.
-        seed: seed of the queries, the ties and the shuffle.
-        shown: queries whose retrieved pairs are kept.
         limits: whether to compute chance and the best possible score, where the corpus makes that cheap.
 
     Raises:
         ValueError: for a ``k`` above the number of captions that a query may retrieve.
     """
     check_retrieval(corpus, k)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n, ids = len(corpus.captions), _image_and_caption_ids(corpus)
     asked = rng.permutation(n)[: min(queries, n)]
     order = rng.permutation(n)
@@ -76,7 +70,7 @@ def discriminability(
         found = _nearest(variant, asked, ids, k, order)
         scores[name] = Estimate.from_samples(_similarities(corpus, asked, found))
         if name == "raw":
-            retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:shown])}
+            retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:SHOWN])}
     shuffled = _nearest(normalise(features[rng.permutation(n)].astype(np.float64)), asked, ids, k, order)
     chance = best = float("nan")
     if corpus.exhaustive and limits:

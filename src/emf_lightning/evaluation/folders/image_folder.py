@@ -70,9 +70,7 @@ def generated_images(
     return [GeneratedImage(path, prompts.get(path, "")) for path in paths]
 
 
-def _prompts(
-    folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, dict[str, Any]]
-) -> dict[Path, str]:
+def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, Any]) -> dict[Path, str]:
     """The prompts of the paths for which a layout knows one."""
     metadata = cache(_metadata)  # one file for all images of a prompt
 
@@ -102,10 +100,9 @@ def _metadata(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))["prompt"]
+        return str(json.loads(path.read_text(encoding="utf-8"))["prompt"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} is no record of GenEval's ({error})") from error
-    return str(prompt)
 
 
 def _check_complete(listed: Mapping[str, Any], names: Sequence[str], files: str) -> None:

@@ -21,6 +21,8 @@ from emf_lightning.files import write_atomic
 
 SCORES = "scores.json"
 RESULTS = "results.jsonl"
+STATE, ROWS = ".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"
+"""Files of one rank while the scoring runs, by rank and number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,16 @@ def score_images(
     if here.count > 1:
         dist.barrier()
     if here.number == 0:
-        _join(directory, here.count, len(images))
+        states, results = (
+            [directory / pattern.format(n, here.count) for n in range(here.count)] for pattern in (STATE, ROWS)
+        )
+        rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
+        in_order = (rows[n % here.count][n // here.count] + "\n" for n in range(len(images)))
+        write_atomic(directory / RESULTS, "".join(in_order))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
-        _clear(directory, here.count)  # last: a run killed before this line finds its progress
+        # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
+        for file in (*states, *results):
+            file.unlink(missing_ok=True)
     if here.count > 1:
         dist.barrier()
     return scores
@@ -113,8 +122,8 @@ class _Progress:
 
     def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: Rank) -> None:
         self.metric = metric
-        self.path = directory / f".progress-{rank.number}-of-{rank.count}.pt"
-        self.results = directory / f".results-{rank.number}-of-{rank.count}.jsonl"
+        self.path = directory / STATE.format(rank.number, rank.count)
+        self.results = directory / ROWS.format(rank.number, rank.count)
         self.done = 0
         identity = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -145,18 +154,3 @@ class _Progress:
         partial = self.path.with_suffix(".partial")
         torch.save({"key": self.key, "done": self.done, "state": self.metric.metric_state}, partial)
         os.replace(partial, self.path)
-
-
-def _join(directory: Path, ranks: int, images: int) -> None:
-    """Writes ``results.jsonl``: the rows of all ranks in the order of the images."""
-    parts = [
-        (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
-    ]
-    write_atomic(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
-
-
-def _clear(directory: Path, ranks: int) -> None:
-    """Removes the progress files, states first: a state without its rows could not be resumed."""
-    for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
-        for number in range(ranks):
-            (directory / pattern.format(number, ranks)).unlink(missing_ok=True)

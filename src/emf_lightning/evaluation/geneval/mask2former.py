@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
-from emf_lightning.evaluation.geneval.detector import ObjectDetector
+from emf_lightning.evaluation.geneval.detector import CLASSES, ObjectDetector
 from emf_lightning.evaluation.geneval.verdict import THRESHOLD, Detection
 from emf_lightning.pretrained.loading import load_pretrained
 from emf_lightning.text.fingerprint import weights_digest
@@ -120,9 +119,7 @@ def instances(
         mask = logits > 0
         score *= float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
         if score > THRESHOLD:
-            rows, columns = (torch.where(mask.any(axis))[0] for axis in (1, 0))
-            box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-            found.append(Detection(CLASSES[label], score, box, mask.cpu().numpy()))
+            found.append(Detection.of_mask(CLASSES[label], score, mask.cpu().numpy()))
     return sorted(found, key=lambda detection: -detection.score)
 
 

@@ -94,16 +94,14 @@ def convert_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
                 f'that way; if you trust it, write its weights alone into another: python -c "import torch; '
                 f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], '{alone}')\""
             ) from error
-        raise ValueError(
-            f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({type(error).__name__}); {remedy}"
-        ) from error
+        kind = type(error).__name__
+        raise ValueError(f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({kind}); {remedy}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     try:
         return configuration(weights), rename_weights(weights)
     except KeyError as error:
-        raise ValueError(
-            f"Mask2FormerDetector: {path} is no Mask2Former of mmdetection 2, it has {error.args[0]}; {remedy}"
-        ) from error
+        reason = f"is no Mask2Former of mmdetection 2, it has {error.args[0]}"
+        raise ValueError(f"Mask2FormerDetector: {path} {reason}; {remedy}") from error
 
 
 def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,13 +158,10 @@ def configuration(weights: dict[str, Tensor]) -> Any:
         return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
     stages = count(r"backbone\.stages\.(\d+)\.")
-    tables = [
-        shape(f"backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table") for i in range(max(stages, 1))
-    ]
+    attention = "blocks.0.attn.w_msa.relative_position_bias_table"
+    tables = [shape(f"backbone.stages.{i}.{attention}") for i in range(max(stages, 1))]
     width = shape("backbone.patch_embed.projection.weight")[0]
     classes, hidden = shape("panoptic_head.cls_embed.weight")
-    decoder = rf"{LAYERS}\.(\d+)\."
-    encoder = rf"{ENCODER}\.(\d+)\."
     offsets = shape("panoptic_head.pixel_decoder.encoder.layers.0.attentions.0.sampling_offsets.weight")[0]
     return Mask2FormerConfig(
         backbone_config=SwinConfig(
@@ -184,8 +179,8 @@ def configuration(weights: dict[str, Tensor]) -> Any:
         feature_size=shape("panoptic_head.pixel_decoder.level_encoding.weight")[1],
         mask_feature_size=shape("panoptic_head.pixel_decoder.mask_feature.weight")[0],
         num_attention_heads=offsets // (3 * 4 * 2),  # three levels, four points, two coordinates
-        encoder_layers=count(encoder),
-        decoder_layers=count(decoder) + 1,  # transformers counts the first mask prediction, too
+        encoder_layers=count(rf"{ENCODER}\.(\d+)\."),
+        decoder_layers=count(rf"{LAYERS}\.(\d+)\.") + 1,  # transformers counts the first mask prediction, too
         encoder_feedforward_dim=shape("panoptic_head.pixel_decoder.encoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dim_feedforward=shape("panoptic_head.transformer_decoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dropout=0.0,

@@ -137,12 +137,9 @@ def training_curves(
 ) -> Figure:
     """Score against training: a line for each step count, overall and in a small panel for each task.
 
-    Args:
-        curves: steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
-        ceiling: see ``PromptSuite``.
-        chance: see ``PromptSuite``.
-        reference: steps -> scores of another model, plotted as dashed level lines in the colour of the step count.
-        reference_name: name of that model in the legend.
+    ``curves`` is steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
+    ``ceiling`` and ``chance`` are those of the prompt suite. The scores of another model, ``reference`` (steps ->
+    scores), are dashed level lines in the colour of the step count.
     """
     with paper_style():
         figure, panels = _panels([name for lines in curves.values() for name in lines if name in HEADINGS])

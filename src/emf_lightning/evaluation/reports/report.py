@@ -234,12 +234,10 @@ def plain_table(rows: Sequence[ReportRow]) -> str:
     """Every number of a metric by model and steps, with published FIDs of the same resolution and number of images."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
-    lines = [
-        row.cells
-        | {name: f"{value:.4g}" for name, value in row.scores.items()}
-        | dict.fromkeys(spread, f"{row.seed_spread:.2g}")
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = {name: f"{value:.4g}" for name, value in row.scores.items()}
+        lines.append(row.cells | cells | {"± seeds": f"{row.seed_spread:.2g}"})
     if rows[0].metric == "fid":
         protocol = rows[0].settings.get("resolution"), rows[0].settings.get("count")
         for known in PUBLISHED_FID.get(protocol, ()):

@@ -82,9 +82,6 @@ class ShapesDetector:
     A pixel's alpha is its projection on the ray from the border's grey to the nearest palette colour. Connected pixels
     of one colour are a region. A region is an object if its alpha matches an analytic template of the same centroid and
     area; otherwise its label is ``UNKNOWN``.
-
-    Args:
-        world: determines the vocabulary and the sizes.
     """
 
     def __init__(self, world: World) -> None:
@@ -241,18 +238,10 @@ class ShapesDetector:
             plane = np.zeros((side + 2 * window,) * 2, bool)
             plane[y : y + window, x : x + window] = regions.mask[i]
             mask = plane[window:-window, window:-window].repeat(self._stride, 0).repeat(self._stride, 1)
-            columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            if not columns.size:
-                continue
-            seen[regions.plane[i]].append(
-                Detection(
-                    label=self.world.shapes[regions.shape[i]] if known[i] else UNKNOWN,
-                    score=float(scores[i]),
-                    box=(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)),
-                    mask=mask,
-                    colour=colours[regions.colour[i]],
-                )
-            )
+            if mask.any():
+                label = self.world.shapes[regions.shape[i]] if known[i] else UNKNOWN
+                detection = Detection.of_mask(label, float(scores[i]), mask, colours[regions.colour[i]])
+                seen[regions.plane[i]].append(detection)
         return seen
 
 
