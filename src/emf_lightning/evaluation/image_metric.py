@@ -133,15 +133,11 @@ class PromptMeans(ImageMetric):
         means = self._scale * totals / np.maximum(images, 1)
         counted = present[self._places]
         values = torch.from_numpy(means[self._places])
-        weights = np.bincount(self._places, minlength=len(images))
-        numbers = {"score": values[counted].mean(), "se": standard_error(means[present], weights[present])}
+        weights = np.bincount(self._places, minlength=len(images))[present]
+        error = np.nan
+        if len(weights) > 1:
+            error = bootstrap_means(weights * means[present], weights, np.random.default_rng(0)).std(ddof=1)
+        numbers = {"score": values[counted].mean(), "se": torch.tensor(error, dtype=torch.float64)}
         for group in dict.fromkeys(self._groups[counted].tolist() if len(self._groups) else []):
             numbers[group] = values[counted & (self._groups == group)].mean()
         return numbers
-
-
-def standard_error(means: NDArray[np.float64], weights: NDArray[np.integer]) -> Tensor:
-    """Standard error of the mean of ``means`` ``[P]`` with ``weights`` ``[P]``, by bootstrap over the P prompts."""
-    if len(means) < 2:
-        return torch.tensor(float("nan"), dtype=torch.float64)
-    return torch.tensor(bootstrap_means(weights * means, weights, np.random.default_rng(0)).std(ddof=1))

@@ -18,7 +18,7 @@ from emf_lightning.evaluation.image_metric import ImageMetric
 
 
 class _Distance(ImageMetric):
-    """Base of FID and KID; the reference's features are computed for the first distance, and fresh copies share them."""
+    """Base of FID and KID. The reference's features are computed for the first distance; fresh copies share them."""
 
     higher_is_better = False
     needs_prompts = False

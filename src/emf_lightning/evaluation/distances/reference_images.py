@@ -23,6 +23,8 @@ from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
+Arrays = dict[str, NDArray[Any]]
+
 BATCH = 64
 """Images in one batch of features."""
 
@@ -43,7 +45,7 @@ class ReferenceImages:
     def __init__(self, caller: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
         self.caller, self.folder, self.features, self.resolution = caller, folder, features, resolution
         self.files = image_files(folder, f"{caller}: reference")
-        self._arrays: dict[str, dict[str, NDArray[Any]]] = {}
+        self._arrays: dict[str, Arrays] = {}
 
     def check(self) -> None:
         """Raises a ``ValueError`` for images that cannot be read, unless their features are in a file already."""
@@ -53,7 +55,7 @@ class ReferenceImages:
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
 
-        def compute() -> dict[str, NDArray[Any]]:
+        def compute() -> Arrays:
             width = self.features.width
             total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
             for batch in self._own_features():
@@ -69,7 +71,7 @@ class ReferenceImages:
     def feature_matrix(self, device: torch.device) -> Tensor:
         """Features ``[N, D]`` in the order of ``files``. All ranks must call it, see ``gathered``."""
 
-        def compute() -> dict[str, NDArray[Any]]:
+        def compute() -> Arrays:
             parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._own_features()]), device)
             rows = torch.zeros(len(self.files), self.features.width)
             for rank, part in enumerate(parts):
@@ -96,9 +98,7 @@ class ReferenceImages:
         folder = self.folder.resolve()
         return folder.with_name(f"{folder.name}-statistics") / f"{kind}-{self._key}.npz"
 
-    def _kept(
-        self, kind: str, compute: Callable[[], dict[str, NDArray[Any]]], device: torch.device
-    ) -> dict[str, NDArray[Any]]:
+    def _kept(self, kind: str, compute: Callable[[], Arrays], device: torch.device) -> Arrays:
         """Arrays in memory or in a file; all ranks compute and keep them unless each has them."""
         path = self._path(kind)
         here = kind in self._arrays or path.is_file()

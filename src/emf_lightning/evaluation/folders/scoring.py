@@ -102,9 +102,8 @@ def score_images(
     if here.count > 1:
         dist.barrier()
     if here.number == 0:
-        states, results = (
-            [directory / pattern.format(n, here.count) for n in range(here.count)] for pattern in (STATE, ROWS)
-        )
+        ranks = [(number, here.count) for number in range(here.count)]
+        states, results = ([directory / pattern.format(*rank) for rank in ranks] for pattern in (STATE, ROWS))
         rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
         in_order = (rows[n % here.count][n // here.count] + "\n" for n in range(len(images)))
         write_atomic(directory / RESULTS, "".join(in_order))

@@ -13,6 +13,7 @@ SWIN = "model.pixel_level_module.encoder.encoder.layers"
 BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)"
 PIXELS = "model.pixel_level_module.decoder"
 QUERIES = "model.transformer_module"
+MASKS = f"{QUERIES}.decoder.mask_predictor"
 LAYERS = r"panoptic_head\.transformer_decoder\.layers"
 ENCODER = r"panoptic_head\.pixel_decoder\.encoder\.layers"
 
@@ -52,10 +53,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"panoptic_head\.query_embed", f"{QUERIES}.queries_embedder"),
     (r"panoptic_head\.query_feat", f"{QUERIES}.queries_features"),
     (r"panoptic_head\.level_embed", f"{QUERIES}.level_embed"),
-    *(
-        (rf"panoptic_head\.mask_embed\.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
-        for i in range(3)
-    ),
+    *((rf"panoptic_head\.mask_embed\.{2 * i}", f"{MASKS}.mask_embedder.{i}.0") for i in range(3)),
     (r"panoptic_head\.cls_embed", "class_predictor"),
 )
 """Patterns of mmdetection 2's names -> names in transformers; .weight and .bias follow."""

@@ -26,6 +26,7 @@ class PublishedRow:
         return {"model": self.model, "steps": str(self.steps)}
 
 
+Scores = tuple[float, ...] | float
 _TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "score")
 _KINDS = ("score", "global", "entity", "attribute", "relation", "other")
 _STYLES = ("anime", "concept-art", "paintings", "photo", "score")
@@ -38,13 +39,7 @@ _EMF_DPG = {
 """Network steps -> EMF's scores on DPG-Bench, Table 6."""
 
 
-def _row(
-    model: str,
-    steps: int,
-    geneval: tuple[float, ...] | float = (),
-    dpg: tuple[float, ...] | float = (),
-    hps: tuple[float, ...] = (),
-) -> PublishedRow:
+def _row(model: str, steps: int, geneval: Scores = (), dpg: Scores = (), hps: Scores = ()) -> PublishedRow:
     """A row; a bare number of GenEval or DPG-Bench is the score."""
     scores: dict[str, dict[str, float]] = {}
     for metric, names, values in (("geneval", _TASKS, geneval), ("dpg", _KINDS, dpg), ("hps", _STYLES, hps)):
