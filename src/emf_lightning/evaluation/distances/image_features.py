@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,11 +130,9 @@ class _RandomConvolutions(nn.Module):
     def __init__(self, widths: Sequence[int], seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        channels = 3
-        for number, width in enumerate(widths):
+        for number, (channels, width) in enumerate(pairwise((3, *widths))):
             weight = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
             self.register_buffer(f"weight{number}", weight)
-            channels = width
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

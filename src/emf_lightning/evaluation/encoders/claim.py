@@ -179,7 +179,8 @@ class Claim:
 
     def _line(self, axes: Axes, values: list[float], steps: int) -> None:
         """Plots a line through the graded encoders' means at ``steps``, and the controls as hollow markers."""
-        scale, controls = [], []
+        scale: list[tuple[float, float, float]] = []
+        controls: list[tuple[float, float, float]] = []
         for numbers in self._by_grade():
             run = self.runs[numbers[0]]
             point = run.discriminability.mean, *_mean_and_error([values[i] for i in numbers])

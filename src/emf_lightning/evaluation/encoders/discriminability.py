@@ -102,7 +102,8 @@ def _nearest(features: Array, asked: Ids, ids: Ids, k: int, order: Ids) -> Ids:
     """
     vectors, places, numbers = (torch.from_numpy(part) for part in (features, order, ids))
     found = []
-    for part in torch.from_numpy(asked).split(128):
+    for first in range(0, len(asked), 128):
+        part = torch.from_numpy(asked[first : first + 128])
         # integers that hold the rounded cosine, then the place: equal cosines are ordered by place
         ranks = (vectors[part] @ vectors.T / QUANTUM).round().long() * len(places) - places
         ranks[(numbers[:, None] == numbers[:, part, None]).any(0)] = torch.iinfo(torch.int64).min

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,13 @@ STATE, ROWS = ".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"
 """Files of one rank while the scoring runs, by rank and number of ranks."""
 
 
-@dataclass(frozen=True)
-class Rank:
-    """Rank of this process, ``number``, of which rank 0 writes the results, and number of processes, ``count``."""
-
-    number: int = 0
-    count: int = 1
-
-
 def score_images(
     images: Sequence[GeneratedImage],
     metric: ImageMetric,
     directory: Path,
     *,
-    rank: Rank | None = None,
+    rank: int = 0,
+    ranks: int = 1,
     batch_size: int = 16,
     save_seconds: float = 30.0,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -52,7 +44,8 @@ def score_images(
         images: all of them, the same on every rank.
         metric: in its initial state.
         directory: for results; made if missing.
-        rank: of this process; several ranks need an initialised process group.
+        rank: of this process; rank 0 writes the results.
+        ranks: number of processes; several need an initialised process group.
         batch_size: images in memory at once.
         save_seconds: time between two saves.
         report: called with (estimated images done by all ranks, images in all).
@@ -64,14 +57,13 @@ def score_images(
         ValueError: if ``directory`` holds the progress of another scoring, or for a file that is no image; the progress
             before that file is saved.
     """
-    here = rank or Rank()
     metric.check_count(len(images))
     directory.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(directory, metric, images, here)
-    mine = images[here.number :: here.count]
+    progress = _Progress(directory, metric, images, rank, ranks)
+    mine = images[rank::ranks]
     began, saved, before = time.perf_counter(), time.perf_counter(), progress.done
     with progress.results.open("a", encoding="utf-8") as lines:
-        report(min(progress.done * here.count, len(images)), len(images))
+        report(min(progress.done * ranks, len(images)), len(images))
         while progress.done < len(mine):
             batch = mine[progress.done : progress.done + batch_size]
             try:
@@ -87,7 +79,7 @@ def score_images(
             if time.perf_counter() - saved > save_seconds:
                 progress.save()
                 saved = time.perf_counter()
-            report(min(progress.done * here.count, len(images)), len(images))
+            report(min(progress.done * ranks, len(images)), len(images))
     progress.save()
     values = {name: float(value) for name, value in metric.compute().items()}  # synchronises all ranks
     scores = {
@@ -97,21 +89,20 @@ def score_images(
         "images": len(images),
         "settings": metric.settings(),
         "seconds": round(time.perf_counter() - began, 1),
-        "resumed_at": before * here.count,
+        "resumed_at": before * ranks,
     }
-    if here.count > 1:
+    if ranks > 1:
         dist.barrier()
-    if here.number == 0:
-        ranks = [(number, here.count) for number in range(here.count)]
-        states, results = ([directory / pattern.format(*rank) for rank in ranks] for pattern in (STATE, ROWS))
+    if rank == 0:
+        states, results = ([directory / name.format(n, ranks) for n in range(ranks)] for name in (STATE, ROWS))
         rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
-        in_order = (rows[n % here.count][n // here.count] + "\n" for n in range(len(images)))
+        in_order = (rows[n % ranks][n // ranks] + "\n" for n in range(len(images)))
         write_atomic(directory / RESULTS, "".join(in_order))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
         # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
         for file in (*states, *results):
             file.unlink(missing_ok=True)
-    if here.count > 1:
+    if ranks > 1:
         dist.barrier()
     return scores
 
@@ -119,18 +110,20 @@ def score_images(
 class _Progress:
     """Progress of one rank on disk; the constructor restores the metric's state from it."""
 
-    def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: Rank) -> None:
+    def __init__(
+        self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: int, ranks: int
+    ) -> None:
         self.metric = metric
-        self.path = directory / STATE.format(rank.number, rank.count)
-        self.results = directory / ROWS.format(rank.number, rank.count)
+        self.path = directory / STATE.format(rank, ranks)
+        self.results = directory / ROWS.format(rank, ranks)
         self.done = 0
         identity = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{rank.count}.pt")]
+        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{ranks}.pt")]
         if others:
             count = others[0].stem.rpartition("-")[2]
             raise ValueError(
-                f"out: {directory} was begun by {count} processes, this is one of {rank.count}: start as many as "
+                f"out: {directory} was begun by {count} processes, this is one of {ranks}: start as many as "
                 "before, or give another directory"
             )
         if self.path.is_file():

@@ -59,7 +59,7 @@ class ClipColours:
         """Classifier weights ``[D, 10]``: for each colour the normalised mean of its captions' unit vectors."""
         if label not in self._classifiers:
             texts = [t.format(colour=colour, label=label) for colour in PALETTE for t in TEMPLATES]
-            means = self.clip.text_features(texts).unflatten(0, (len(PALETTE), len(TEMPLATES))).mean(1)
+            means = self.clip.text_features(texts).view(len(PALETTE), len(TEMPLATES), -1).mean(1)
             self._classifiers[label] = (means / means.norm(dim=1, keepdim=True)).T
         return self._classifiers[label]
 
