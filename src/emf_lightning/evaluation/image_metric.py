@@ -121,9 +121,9 @@ class PromptMeans(ImageMetric):
         for prompt in prompts:
             if prompt not in self._index:
                 raise ValueError(f"{self.title}: {prompt!r} is none of its {len(self._texts)} prompts")
-        values = self.values(images, prompts)
-        self.rows = [{"prompt": prompt, self.name: value} for prompt, value in zip(prompts, values, strict=True)]
-        for prompt, value in zip(prompts, values, strict=True):
+        self.rows = []
+        for prompt, value in zip(prompts, self.values(images, prompts), strict=True):
+            self.rows.append({"prompt": prompt, self.name: value})
             self.images[self._index[prompt]] += 1
             self.totals[self._index[prompt]] += value
 

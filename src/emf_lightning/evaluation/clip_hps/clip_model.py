@@ -27,7 +27,6 @@ class ClipModel:
         model: on ``device``, in eval mode; ``encode_image`` and ``encode_text`` take ``normalize``.
         transform: maps a PIL image to the model's input ``[3, H, W]``.
         tokenizer: maps texts to token ids.
-        device: device of the model.
     """
 
     name: str

@@ -27,7 +27,6 @@ class Question:
         number: within the prompt, from 1.
         parents: numbers of the questions that must be answered with yes for this one to count.
         category: e.g. ``entity - whole``: the coarse category, a dash, the fine one.
-        text: the question.
     """
 
     number: int
@@ -86,9 +85,7 @@ class DpgBench(PromptMeans):
         self._of_name = {item.name: item.text for item in items}
         items = [item for item in items if item.is_complete]
         super().__init__([item.text for item in items], scale=100.0)
-        self._items: dict[str, list[Item]] = {}
-        for item in items:
-            self._items.setdefault(item.text, []).append(item)
+        self._items = {text: [item for item in items if item.text == text] for text in self._texts}
         questions = [question for item in items for question in item.questions]
         self._categories = tuple(dict.fromkeys([q.coarse for q in questions] + [q.category for q in questions]))
         self.vqa_model, self.tile, self.official = vqa_model, tile, official

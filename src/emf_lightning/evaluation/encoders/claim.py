@@ -41,7 +41,6 @@ class ClaimRun:
     """One encoder and one training seed.
 
     Attributes:
-        grade: name of the encoder's grade.
         graded: whether the encoder belongs to the scale; otherwise it is a control.
         discriminability: discriminability of the encoder's raw features.
         flow_matching: network steps -> score of the parent.

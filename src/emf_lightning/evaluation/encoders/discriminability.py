@@ -50,12 +50,8 @@ def discriminability(
     Retrieval leaves out the query's own image and captions equal to the query's, which any encoder finds. Ties are
     broken at random, so that captions of equal features score chance.
 
-    Args:
-        features: ``[N, D]``, pooled features of the corpus's captions.
-        corpus: caption-image pairs.
-        queries: number of queries; all captions where there are fewer.
-        k: captions retrieved for each query.
-        limits: whether to compute chance and the best possible score, where the corpus makes that cheap.
+    All captions are queries where there are fewer than ``queries``. ``features`` ``[N, D]`` are pooled. ``limits`` asks
+    for chance and the best possible score, where the corpus makes them cheap.
 
     Raises:
         ValueError: for a ``k`` above the number of captions that a query may retrieve.

@@ -49,14 +49,8 @@ def disentanglement(
 ) -> Disentanglement:
     """Cosines between the features of prompts and those after the removal of a share of words or sentences.
 
-    Args:
-        encoder: text encoder.
-        prompts: P prompts; those with fewer than two units are left out.
-        unit: ``word`` or ``sentence``.
-        fraction: share of the units that is removed, at least one and never all.
-        seeds: seeds of the removals; each removes other units.
-        batch_size: prompts encoded at once.
-        on_progress: called with (texts encoded, texts in all).
+    ``fraction`` is the share of units, ``word`` or ``sentence``, that is removed, at least one and never all; prompts
+    with fewer than two are left out. Each of ``seeds`` removes other units.
 
     Raises:
         ValueError: for fewer than two prompts of two or more units.

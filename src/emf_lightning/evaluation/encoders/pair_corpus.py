@@ -21,7 +21,6 @@ class PairCorpus(ABC):
 
     Attributes:
         name: name in reports.
-        captions: N captions.
         owners: ``[N]``, number of each pair's image; pairs of one image have the same number.
         exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are computed.
         matches_paper: whether EMF's Table 1 (arXiv 2604.18168) uses these pairs.

@@ -49,7 +49,6 @@ class EncoderStudy:
     """The numbers of several encoders on one corpus.
 
     Attributes:
-        encoders: in the order of the table.
         about: facts common to all encoders.
         paper_corpus: whether the corpus is that of the paper's Table 1, whose values are then added.
         paper_prompts: whether the prompts are those of the paper's Table 2, whose values are then added.

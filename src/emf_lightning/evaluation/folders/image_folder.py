@@ -18,10 +18,6 @@ PROMPTS = "prompts.jsonl"
 """The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
 SAMPLING = ("steps", "guidance")
 """Sampling settings in a line of ``prompts.jsonl``; images of different settings have no common score."""
-LAYOUTS = (
-    f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl and "
-    "00012/samples/0003.png; or a text file beside each image"
-)
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,11 @@ def generated_images(
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
     prompts = _prompts(folder, paths, metric, listed)
-    without = [path for path in paths if path not in prompts]
-    if without and metric.needs_prompts:
+    if metric.needs_prompts and (without := [path for path in paths if path not in prompts]):
         raise ValueError(
-            f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known "
-            f"layouts: {LAYOUTS}"
+            f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known layouts: "
+            f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl "
+            "and 00012/samples/0003.png; or a text file beside each image"
         )
     if metric.prompts():
         _check_prompts({path: prompts.get(path, "") for path in paths}, metric, partial)

@@ -29,11 +29,7 @@ PERSON_SHARE = (0.2, 0.9)
 
 
 class ObjectDetector(ABC):
-    """Finds the instances of GenEval's 80 classes, under GenEval's names.
-
-    Attributes:
-        name: as reports show it.
-    """
+    """Finds the instances of GenEval's 80 classes, under GenEval's names; ``name`` is the detector's own in reports."""
 
     name: str
 

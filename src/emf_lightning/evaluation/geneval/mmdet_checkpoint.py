@@ -118,17 +118,14 @@ def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if match := re.fullmatch(rf"{BLOCK}\.attn\.w_msa\.qkv\.(weight|bias)", name):
             stem = f"{SWIN}.{match[1]}.blocks.{match[2]}.attention.self"
-            for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
-                result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
-            continue
-        new = _new_name(name)
-        if ".downsample." in new:
-            weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3).contiguous()
-        if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new):
-            for part, rows in zip("qkv", weight.chunk(3), strict=True):
-                result[f"{match[1]}.{part}_proj.{match[2]}"] = rows.contiguous()
-            continue
-        result[new] = weight
+            names = [f"{stem}.{part}.{match[3]}" for part in ("query", "key", "value")]
+        else:
+            new = _new_name(name)
+            if ".downsample." in new:
+                weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
+            match = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new)
+            names = [f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv"] if match else [new]
+        result |= {new: part.contiguous() for new, part in zip(names, weight.chunk(len(names)), strict=True)}
     return result
 
 

@@ -10,7 +10,6 @@ class PublishedRow:
     """One line of a published table.
 
     Attributes:
-        model: name of the model in the table.
         steps: network steps; the papers do not give the number of evaluations.
         scores: metric's name -> number's name -> value, shares for GenEval, per cent for DPG and HPS; some models have
             the ``score`` alone.

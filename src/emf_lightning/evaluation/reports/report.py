@@ -33,7 +33,6 @@ class ReportRow:
 
     Attributes:
         run: name of the checkpoint.
-        title: title of the metric in tables.
         weights: ``averaged`` or ``trained``.
         step: optimiser steps taken.
         steps: network steps.

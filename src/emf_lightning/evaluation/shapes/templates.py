@@ -36,8 +36,7 @@ class TemplateMatch:
     """The best template of each of K regions; arrays over K.
 
     Attributes:
-        shape: index of the shape.
-        radius: index of the radius.
+        shape, radius: indices of both.
         correlation: normalised correlation with the template.
         margin: ``correlation`` minus the best one of any other shape.
         contrast: scale of the region's alpha relative to the template's.
