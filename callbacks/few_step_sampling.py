@@ -23,8 +23,8 @@ from emf_lightning.callbacks.scores.score_board import ReferenceScores, ScoreBoa
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation, evaluate_suite
 from emf_lightning.callbacks.step_sweep import StepSweep
-from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.modules.flow_map import FlowMapModule
 

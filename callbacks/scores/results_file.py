@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.data.geneval_prompts import Prompt
+from emf_lightning.evaluation.geneval.prompt_suite import PromptImage
 from emf_lightning.evaluation.geneval.suite_score import result_row, sample_path
 from emf_lightning.evaluation.geneval.verdict import Verdict
-from emf_lightning.evaluation.geneval.prompt_suite import PromptImage
 from emf_lightning.files import write_atomic
 
 

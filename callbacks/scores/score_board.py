@@ -13,8 +13,8 @@ import numpy as np
 from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.suite_evaluation import SuiteEvaluation
-from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
 from emf_lightning.evaluation.reports.figures import contact_sheet, step_count_figure, training_curves
 from emf_lightning.evaluation.sampling_config import step_name
 

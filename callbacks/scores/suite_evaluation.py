@@ -13,10 +13,10 @@ from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import datamodule_of, generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.results_file import EvaluatedImage
+from emf_lightning.evaluation.geneval.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.evaluation.geneval.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
 

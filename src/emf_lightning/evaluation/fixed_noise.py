@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def fixed_noise(seed: int, prompt: str, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of ``shape``, fp32, on the CPU; it depends on the four arguments alone.
+    """Standard normal noise of ``shape``, ``(C, H, W)`` of latents, fp32, on the CPU; a function of the arguments.
 
     It is the same for all step counts, checkpoints, ranks and batch sizes. The global generators are not used. ``seed``
     is that of a whole evaluation, ``index`` the number of the image among those of the prompt.
