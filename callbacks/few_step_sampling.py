@@ -23,8 +23,7 @@ from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreReco
 from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
-from emf_lightning.evaluation.geneval.result_rows import sample_path
-from emf_lightning.evaluation.geneval.suite_score import SuiteScore
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore, sample_path
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines

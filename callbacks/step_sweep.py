@@ -18,8 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.scored_images import sample_and_score
-from emf_lightning.evaluation.geneval.result_rows import sample_path
-from emf_lightning.evaluation.geneval.suite_score import SuiteScore
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore, sample_path
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure

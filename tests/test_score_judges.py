@@ -15,8 +15,9 @@ from transformers import BlipForQuestionAnswering, BlipProcessor, Mask2FormerFor
 from emf_lightning.cli import main
 from emf_lightning.evaluation.dpg.dpg_bench import COLUMNS
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, geneval_prompts
+from emf_lightning.evaluation.geneval.detector import CLASSES
 from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector
+from emf_lightning.evaluation.geneval.suite import geneval_prompts
 from tests.evaluation.tiny_blip import save_tiny_blip
 from tests.evaluation.tiny_clip import save_tiny_clip
 from tests.evaluation.tiny_detector import save_tiny

@@ -14,9 +14,9 @@ from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, without_base
 from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim, ClaimRun
 from emf_lightning.evaluation.encoders.discriminability import discriminability
-from emf_lightning.evaluation.encoders.estimate import Estimate
 from emf_lightning.evaluation.encoders.features import pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.evaluation.folders.image_folder import generated_images
-from emf_lightning.evaluation.folders.scoring import Rank, score_images
+from emf_lightning.evaluation.folders.scoring import score_images
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 import_classes("evaluation")
@@ -46,22 +46,22 @@ def score(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     images = generated_images(folder, metric, files, partial)
-    rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if rank.count > 1 and not dist.is_initialized():
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and not dist.is_initialized():
         # gloo: ranks sum a few numbers on the CPU; one with simple images may wait hours for the others
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # words of the pattern
     name = f"{metric.name}-{selected}" if selected else metric.name
     directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
-    with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank.number > 0) as bar:
+    with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank > 0) as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.n)
 
-        found = score_images(images, metric, directory, rank=rank, batch_size=batch_size, report=show)
-    if rank.number == 0:
+        found = score_images(images, metric, directory, rank=rank, ranks=ranks, batch_size=batch_size, report=show)
+    if rank == 0:
         print(f"{found['title']}, {found['images']:,} images: {directory}")
         for name, value in found["scores"].items():
             print(f"  {name:<14} {value:.4f}")
-    if rank.count > 1:
+    if ranks > 1:
         dist.destroy_process_group()

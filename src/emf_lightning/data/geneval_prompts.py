@@ -110,32 +110,24 @@ def sample_prompts(
 ) -> list[Prompt]:
     """GenEval's prompt list for any classes, with duplicates: the published generator's random numbers in its order.
 
-    One prompt for each class, then ``per_task`` of each further task.
-
-    Args:
-        classes: object names.
-        colours: colour names.
-        per_task: prompts sampled for each task except single objects.
-        seed: of numpy's default generator.
-        colourless: number of classes, from the first, that never get a colour.
+    One prompt for each class, then ``per_task`` of each further task. The first ``colourless`` classes never get a
+    colour; ``seed`` is that of numpy's default generator.
     """
     rng = np.random.default_rng(seed)
-    n, coloured = len(classes), classes[colourless:]
-    prompts = [single_object(classes[i]) for i in rng.choice(n, size=n, replace=False)]
-    for _ in range(per_task):
-        a, b = rng.choice(n, size=2, replace=False)
-        prompts.append(two_object(classes[a], classes[b]))
-    for _ in range(per_task):
-        label = classes[rng.choice(n)]
-        prompts.append(counting(label, int(rng.integers(2, 4, endpoint=True))))
-    for _ in range(per_task):
-        label = coloured[rng.choice(len(coloured))]
-        prompts.append(colors(colours[rng.choice(len(colours))], label))
-    for _ in range(per_task):
-        a, b = rng.choice(n, size=2, replace=False)
-        prompts.append(position(classes[a], RELATIONS[rng.choice(len(RELATIONS))], classes[b]))
-    for _ in range(per_task):
-        a, b = rng.choice(len(coloured), size=2, replace=False)
-        i, j = rng.choice(len(colours), size=2, replace=False)
-        prompts.append(color_attr((colours[i], coloured[a]), (colours[j], coloured[b])))
+    coloured, times = classes[colourless:], range(per_task)
+
+    def one(names: Sequence[str]) -> str:
+        return names[rng.choice(len(names))]
+
+    def several(names: Sequence[str], count: int = 2) -> list[str]:
+        return [names[i] for i in rng.choice(len(names), size=count, replace=False)]
+
+    prompts = [single_object(label) for label in several(classes, len(classes))]
+    prompts += [two_object(*several(classes)) for _ in times]
+    prompts += [counting(one(classes), int(rng.integers(2, 4, endpoint=True))) for _ in times]
+    prompts += [colors(label=one(coloured), colour=one(colours)) for _ in times]
+    pairs = [(several(classes), one(RELATIONS)) for _ in times]
+    prompts += [position(a, relation, b) for (a, b), relation in pairs]
+    painted = [(several(coloured), several(colours)) for _ in times]
+    prompts += [color_attr((i, a), (j, b)) for (a, b), (i, j) in painted]
     return prompts

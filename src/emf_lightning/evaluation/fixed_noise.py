@@ -9,15 +9,10 @@ from torch import Tensor
 
 
 def fixed_noise(seed: int, prompt: str, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of ``shape``, fp32, on the CPU; it depends on the four arguments alone.
+    """Standard normal noise of ``shape``, ``(C, H, W)`` of latents, fp32, on the CPU; a function of the arguments.
 
-    It is the same for all step counts, checkpoints, ranks and batch sizes. The global generators are not used.
-
-    Args:
-        seed: of a whole evaluation.
-        prompt: the caption.
-        index: number of the image among those of the prompt.
-        shape: ``(C, H, W)`` of the latents.
+    It is the same for all step counts, checkpoints, ranks and batch sizes. The global generators are not used. ``seed``
+    is that of a whole evaluation, ``index`` the number of the image among those of the prompt.
     """
     digest = hashlib.sha256(f"{seed}\0{index}\0{prompt}".encode()).digest()
     # manual_seed takes 64 bits; drop the top one, which it reads as a sign

@@ -41,9 +41,17 @@ class ImageMetric(Metric):
         super().__init__()
         self.rows: list[dict[str, Any]] = []
 
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """Adds a state of zeros, summed over ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
     @abstractmethod
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Adds ``images``, each ``[H, W, 3]``, 8-bit RGB, generated from ``prompts``."""
+        """Adds ``images``, each ``[H, W, 3]``, 8-bit RGB, generated from ``prompts``.
+
+        Raises:
+            ValueError: for a prompt that is none of the benchmark's.
+        """
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
@@ -68,19 +76,15 @@ class ImageMetric(Metric):
         """A copy in the initial state that shares the networks."""
         other = copy.copy(self)
         other._defaults = dict(self._defaults)  # moving a metric moves these, too
-        for name, default in self._defaults.items():
-            setattr(other, name, [] if isinstance(default, list) else default.detach().clone().to(self.device))
+        for name in self._defaults:
+            setattr(other, name, copy.copy(getattr(self, name)))  # resetting a list empties it
+        other.reset()
         other.rows = []
-        other._computed, other._update_count = None, 0
         return other
 
     def merge(self: Self, other: Self) -> None:
         """Adds the state of ``other``, which is on the same rank."""
-        for name, default in self._defaults.items():
-            if isinstance(default, list):
-                getattr(self, name).extend(getattr(other, name))
-            else:
-                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._reduce_states(other.metric_state)
         self._computed, self._update_count = None, self._update_count + other._update_count
 
 
@@ -103,8 +107,8 @@ class PromptMeans(ImageMetric):
         self._index = {text: index for index, text in enumerate(self._texts)}
         self._places = np.array([self._index[text] for text in texts])
         self._groups = np.array(groups if groups is not None else [])
-        self.add_state("images", torch.zeros(len(self._texts), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("totals", torch.zeros(len(self._texts), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("images", len(self._texts), dtype=torch.int64)
+        self.add_sum("totals", len(self._texts))
 
     def prompts(self) -> Sequence[str]:
         return self._texts
@@ -114,17 +118,12 @@ class PromptMeans(ImageMetric):
         """The value of each image."""
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Adds images of the benchmark's prompts.
-
-        Raises:
-            ValueError: for a prompt that is not one of ``prompts()``.
-        """
         for prompt in prompts:
             if prompt not in self._index:
                 raise ValueError(f"{self.title}: {prompt!r} is none of its {len(self._texts)} prompts")
-        values = self.values(images, prompts)
-        self.rows = [{"prompt": prompt, self.name: value} for prompt, value in zip(prompts, values, strict=True)]
-        for prompt, value in zip(prompts, values, strict=True):
+        self.rows = []
+        for prompt, value in zip(prompts, self.values(images, prompts), strict=True):
+            self.rows.append({"prompt": prompt, self.name: value})
             self.images[self._index[prompt]] += 1
             self.totals[self._index[prompt]] += value
 
@@ -133,20 +132,12 @@ class PromptMeans(ImageMetric):
         present = images > 0
         means = self._scale * totals / np.maximum(images, 1)
         counted = present[self._places]
-        values = means[self._places]
-        weights = np.bincount(self._places, minlength=len(images))
-        numbers = {"score": _mean(values[counted]), "se": standard_error(means[present], weights[present])}
+        values = torch.from_numpy(means[self._places])
+        weights = np.bincount(self._places, minlength=len(images))[present]
+        error = np.nan
+        if len(weights) > 1:
+            error = bootstrap_means(weights * means[present], weights, np.random.default_rng(0)).std(ddof=1)
+        numbers = {"score": values[counted].mean(), "se": torch.tensor(error, dtype=torch.float64)}
         for group in dict.fromkeys(self._groups[counted].tolist() if len(self._groups) else []):
-            numbers[group] = _mean(values[counted & (self._groups == group)])
+            numbers[group] = values[counted & (self._groups == group)].mean()
         return numbers
-
-
-def _mean(values: NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(values).mean()
-
-
-def standard_error(means: NDArray[np.float64], weights: NDArray[np.integer], seed: int = 0) -> Tensor:
-    """Standard error of the mean of ``means`` ``[P]`` with ``weights`` ``[P]``, by bootstrap over the P prompts."""
-    if len(means) < 2:
-        return torch.tensor(float("nan"), dtype=torch.float64)
-    return torch.tensor(bootstrap_means(weights * means, weights, np.random.default_rng(seed)).std(ddof=1))

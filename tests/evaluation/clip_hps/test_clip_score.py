@@ -32,11 +32,16 @@ def benchmark(folder, texts):
     return folder
 
 
-def cosine(scorer, pixels, prompt) -> float:
+def cosine(clip, pixels, prompt) -> float:
     with torch.no_grad():
-        image = scorer.model.encode_image(pixels[None])
-        text = scorer.model.encode_text(scorer.tokenizer([prompt]))
+        image = clip.model.encode_image(pixels[None])
+        text = clip.model.encode_text(clip.tokenizer([prompt]))
     return float(torch.nn.functional.cosine_similarity(image, text))
+
+
+def normalisation(metric) -> tuple[torch.Tensor, torch.Tensor]:
+    config = metric._clip.model.visual.preprocess_cfg
+    return tuple(torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
 
 
 def test_clip_score_is_a_hundred_times_the_mean_cosine_whatever_the_batches(weights, images):
@@ -44,8 +49,8 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_whatever_the_batches(weig
     whole.update(images, PROMPTS)
     split.update(images[:1], PROMPTS[:1])
     split.update(images[1:], PROMPTS[1:])
-    batch = [whole._scorer.transform(Image.fromarray(image)) for image in images]
-    values = [100 * cosine(whole._scorer, p, t) for p, t in zip(batch, PROMPTS, strict=True)]
+    batch = [whole._clip.transform(Image.fromarray(image)) for image in images]
+    values = [100 * cosine(whole._clip, p, t) for p, t in zip(batch, PROMPTS, strict=True)]
 
     assert whole.compute()["score"].item() == pytest.approx(np.mean(values), rel=1e-5)
     assert whole.compute()["se"].item() == pytest.approx(np.std(values, ddof=1) / 3**0.5, rel=1e-4)
@@ -59,7 +64,7 @@ def test_a_twin_shares_the_network_and_has_seen_nothing(weights, images):
     copy = metric.fresh_copy()
     copy.update(images[:1], PROMPTS[:1])
 
-    assert copy._scorer is metric._scorer
+    assert copy._clip is metric._clip
     assert (int(metric.images.sum()), int(copy.images.sum())) == (3, 1)
     assert copy.compute()["score"].item() == pytest.approx(metric.rows[0]["clip"], abs=1e-3)
 
@@ -85,10 +90,10 @@ def test_images_of_one_prompt_are_one_cluster_of_the_standard_error_on_any_rank(
 
 def taught(metric, batch):
     """``metric`` after its texts were turned by hand to where the images of the same number lie."""
-    model = metric._scorer.model
+    model = metric._clip.model
     with torch.no_grad():
         seen = model.encode_image(torch.stack(batch), normalize=True).double()
-        read = model.encode_text(metric._scorer.tokenizer(PROMPTS)).double()
+        read = model.encode_text(metric._clip.tokenizer(PROMPTS)).double()
         model.text_projection.copy_(model.text_projection.double() @ torch.linalg.pinv(read) @ seen)
     return metric
 
@@ -97,8 +102,8 @@ def test_the_right_prompts_score_higher_than_permuted_ones(weights, tmp_path):
     images = [np.full((32, 32, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0))]
     clip = ClipScore("emf-tiny-clip", weights, "cpu")
     hps = HpsScore(weights, benchmark(tmp_path, {"anime": PROMPTS}), model="emf-tiny-clip", device="cpu")
-    mean, std = (value[:, None, None] for value in (hps._scorer.mean, hps._scorer.std))
-    taught(clip, [clip._scorer.transform(Image.fromarray(image)) for image in images])
+    mean, std = normalisation(hps)
+    taught(clip, [clip._clip.transform(Image.fromarray(image)) for image in images])
     taught(hps, [(fit_to_square(image, 32, False) - mean) / std for image in images])
     for metric in (clip, hps):
         right, permuted = metric.fresh_copy(), metric.fresh_copy()
@@ -112,11 +117,10 @@ def test_hps_means_styles_and_places_in_the_benchmarks_layout(weights, images, t
     folder = benchmark(tmp_path, {"anime": PROMPTS[:2], "photo": PROMPTS[2:]})
     metric = HpsScore(weights, folder, model="emf-tiny-clip", device="cpu")
     metric.update([images[0], images[0], images[1], images[2]], [PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[2]])
-    scorer = metric._scorer
+    mean, std = normalisation(metric)
 
     def value(image, prompt):
-        pixels = (fit_to_square(image, 32, False) - scorer.mean[:, None, None]) / scorer.std[:, None, None]
-        return 100 * cosine(scorer, pixels, prompt)
+        return 100 * cosine(metric._clip, (fit_to_square(image, 32, False) - mean) / std, prompt)
 
     anime = [
         value(images[0], PROMPTS[0]),

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.claim import Claim, ClaimRun
-from emf_lightning.evaluation.encoders.estimate import Estimate
 
 QUALITY = {"noise=0": 0.4, "noise=1": 0.3, "noise=2": 0.2}
 

@@ -16,7 +16,7 @@ from PIL import Image
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage, generated_images
-from emf_lightning.evaluation.folders.scoring import Rank, score_images
+from emf_lightning.evaluation.folders.scoring import score_images
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from tests.evaluation.folders.test_image_folder import PROMPTS, SUITE, write_listed
@@ -179,13 +179,13 @@ def test_the_beginnings_of_something_else_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds the beginnings of other images or another score"):
         score_images(generated_images(folder, metric)[:10], metric, tmp_path)
     with pytest.raises(ValueError, match=r"was begun by 1 processes, this is one of 2"):
-        score_images(generated_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=Rank(1, 2))
+        score_images(generated_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=1, ranks=2)
 
 
 def _worker(number: int, folder: str, out: str, port_file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
     torch.set_num_threads(1)
-    found = run(Path(folder), Path(out), rank=Rank(number, 2))
+    found = run(Path(folder), Path(out), rank=number, ranks=2)
     (Path(out) / f"of-{number}.json").write_text(json.dumps(found["scores"]))
     dist.destroy_process_group()
 
@@ -201,7 +201,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     assert rows(tmp_path / "two") == rows(tmp_path / "alone")
 
 
-def _distances(folder, out, rank=None) -> list[dict]:
+def _distances(folder, out, **ranks) -> list[dict]:
     """FID and KID of the folder's first half against its second."""
     features = RandomFeatures(width=8)
     found = []
@@ -210,14 +210,14 @@ def _distances(folder, out, rank=None) -> list[dict]:
         KernelDistance(features, folder / "reference", subsets=3, subset_size=7),
     ):
         images = generated_images(folder / "generated", metric)
-        found.append(score_images(images, metric, out / metric.name, rank=rank, batch_size=4)["scores"])
+        found.append(score_images(images, metric, out / metric.name, **ranks, batch_size=4)["scores"])
     return found
 
 
 def _distance_worker(number: int, folder: str, out: str, port_file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
     torch.set_num_threads(1)
-    (Path(out) / f"of-{number}.json").write_text(json.dumps(_distances(Path(folder), Path(out), Rank(number, 2))))
+    (Path(out) / f"of-{number}.json").write_text(json.dumps(_distances(Path(folder), Path(out), rank=number, ranks=2)))
     dist.destroy_process_group()
 
 

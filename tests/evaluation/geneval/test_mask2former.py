@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
+from emf_lightning.evaluation.geneval.detector import CLASSES
 from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, instances, preprocess
 from tests.evaluation.tiny_detector import save_tiny
 

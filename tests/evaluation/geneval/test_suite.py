@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,12 +11,12 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from emf_lightning.data.geneval_prompts import PALETTE
 from emf_lightning.data.shapes.rendering import render
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES, COLOURS, geneval_prompts
-from emf_lightning.evaluation.geneval.detector import ObjectDetector, check_detector
+from emf_lightning.evaluation.geneval.detector import CLASSES, ObjectDetector, check_detector
 from emf_lightning.evaluation.geneval.mask2former import Mask2FormerDetector, preprocess
-from emf_lightning.evaluation.geneval.suite import GenEvalSuite
+from emf_lightning.evaluation.geneval.suite import GenEvalSuite, geneval_prompts
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Detection
@@ -133,18 +135,18 @@ def test_colours_are_those_of_the_nearest_mean_sentence_about_the_object_on_grey
     for detection in detections:
         x0, y0, x1, y1 = (int(edge) for edge in detection.box)
         crop = np.where(detection.mask[..., None], image, GREY)[y0:y1, x0:x1]
-        vector = colours.model.encode_image(colours.transform(Image.fromarray(crop))[None])[0]
+        vector = colours.clip.model.encode_image(colours.clip.transform(Image.fromarray(crop))[None])[0]
         best = []
-        for colour in COLOURS:
+        for colour in PALETTE:
             texts = [
                 f"a photo of a {colour} cup",
                 f"a photo of a {colour}-colored cup",
                 f"a photo of a {colour} object",
             ]
-            vectors = colours.model.encode_text(colours.tokenizer(texts))
+            vectors = colours.clip.model.encode_text(colours.clip.tokenizer(texts))
             mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
             best.append(float(torch.nn.functional.cosine_similarity(vector, mean, dim=0)))
-        expected.append(COLOURS[int(np.argmax(best))])
+        expected.append(list(PALETTE)[int(np.argmax(best))])
     assert colours(image, detections, "cup") == expected
     assert colours(image, [], "cup") == []
 
@@ -251,3 +253,61 @@ def test_the_pipeline_runs_with_real_networks_and_reports_genevals_details(detec
     assert all(len(row) == 5 and row[4] > 0.3 for row in verdict.boxes[thing])
     assert verdict.correct or f"expected {prompt.include[0]['color']} {thing}>=1, found" in verdict.reason
     json.dumps(verdict.boxes)
+
+
+PROMPTS = geneval_prompts()
+
+
+def test_the_553_records_are_the_published_ones_byte_by_byte():
+    records = [{k: v for k, v in prompt.metadata().items() if k != "held_out"} for prompt in PROMPTS]
+    file = "".join(json.dumps(record) + "\n" for record in records)
+
+    assert len(records) == 553
+    # the digest of GenEval's evaluation_metadata.jsonl
+    assert hashlib.sha256(file.encode()).hexdigest() == (
+        "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    )
+
+
+def test_prompts_known_from_publications_have_their_numbers():
+    # a number out of 553 and its prompt, as papers and other evaluators show them
+    known = {
+        16: "a photo of a skateboard",
+        88: "a photo of a horse and a computer keyboard",
+        344: "a photo of a red backpack",
+        368: "a photo of a baseball glove below an umbrella",
+        393: "a photo of a hair drier left of a toilet",
+        504: "a photo of a yellow pizza and a green oven",
+        552: "a photo of a blue pizza and a yellow baseball glove",
+    }
+    assert {number: PROMPTS[number].prompt for number in known} == known
+
+
+def test_tasks_have_the_published_sizes_and_every_text_is_one_record():
+    assert Counter(prompt.tag for prompt in PROMPTS) == {
+        "single_object": 80,
+        "two_object": 99,
+        "counting": 80,
+        "colors": 94,
+        "position": 100,
+        "color_attr": 100,
+    }
+    assert len({prompt.prompt for prompt in PROMPTS}) == 553
+
+
+def test_no_person_has_a_colour():
+    coloured = [item["class"] for prompt in PROMPTS for item in prompt.include if "color" in item]
+    assert len(coloured) == 94 + 200
+    assert "person" not in coloured
+
+
+def test_classes_are_cocos_things_under_genevals_names():
+    assert len(set(CLASSES)) == 80
+    assert [CLASSES[i] for i in (0, 63, 64, 65, 66, 79)] == [
+        "person",
+        "laptop",
+        "computer mouse",
+        "tv remote",
+        "computer keyboard",
+        "toothbrush",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from emf_lightning.data.geneval_prompts import TASKS
+from emf_lightning.data.geneval_prompts import TASKS, single_object
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
-from emf_lightning.evaluation.geneval.suite_score import SuiteScore
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore, result_row, sample_path
+from emf_lightning.evaluation.geneval.verdict import Verdict
 from tests.evaluation.geneval.test_task_scores import PROMPTS, RIGHT, evaluated
 
 
@@ -84,3 +86,14 @@ def test_strange_prompts_are_errors():
         SuiteScore(Fixed([PROMPTS[0], PROMPTS[0]]))
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         metric.count(PROMPTS[:2], [RIGHT])
+
+
+def test_a_row_has_the_fields_of_genevals_results():
+    row = result_row(single_object("dog"), Verdict(True, False, "", {"dog": [[0.0, 1.0, 2.0, 3.0, 0.9]]}))
+    assert list(row) == ["tag", "prompt", "correct", "strict", "reason", "metadata", "details"]
+    assert json.loads(row["metadata"])["include"] == [{"class": "dog", "count": 1}]
+    assert json.loads(row["details"]) == {"dog": [[0.0, 1.0, 2.0, 3.0, 0.9]]}
+
+
+def test_files_are_numbered_by_prompt_and_image():
+    assert sample_path(12, 3) == "00012/samples/0003.png"

@@ -13,16 +13,17 @@ from emf_lightning.data.shapes.world import World
 
 def mark_held_out(world: World, prompt: Prompt) -> Prompt:
     """``prompt`` with ``held_out`` set where no training image of ``world`` shows its composition."""
-    objects = [(item.get("color"), item["class"]) for item in prompt.include]
-    return replace(prompt, held_out=world.is_held_out(objects))
+    pairs = {(item.get("color"), item["class"]) for item in prompt.include}
+    shapes = frozenset(shape for _, shape in pairs)
+    return replace(prompt, held_out=not world.held_out_pairs.isdisjoint(pairs) or shapes in world.held_out_shape_pairs)
 
 
-def evaluation_prompts(world: World, per_task: int = 100, seed: int = 43) -> list[Prompt]:
+def evaluation_prompts(world: World, per_task: int = 100) -> list[Prompt]:
     """GenEval's prompt list with the world's shapes in place of COCO's classes; see ``sample_prompts``.
 
     Of duplicates the last stays, unlike in GenEval's list: a task may have fewer than ``per_task`` prompts.
     """
-    prompts = geneval.sample_prompts(world.shapes, world.colours, per_task, seed)
+    prompts = geneval.sample_prompts(world.shapes, world.colours, per_task, seed=43)
     unique = list({prompt.prompt: prompt for prompt in reversed(prompts)}.values())[::-1]
     return [mark_held_out(world, prompt) for prompt in unique]
 

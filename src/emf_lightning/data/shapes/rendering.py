@@ -11,15 +11,10 @@ SUPERSAMPLING = 4
 
 
 def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Mask of the points that the unit ``shape`` covers.
+    """Mask, like ``x``, of the points that a shape out of ``world.SHAPES`` covers.
 
-    Args:
-        shape: a name out of ``world.SHAPES``.
-        x: abscissas in units of the object's radius, to the right; any shape.
-        y: ordinates in units of the radius, downwards (as image rows run).
-
-    Returns:
-        A mask like ``x``. Every shape lies within 1.21 radii of its origin in both axes.
+    Coordinates are in units of the object's radius, x to the right and y downwards (as image rows run). Every shape
+    lies within 1.21 radii of its origin in both axes.
 
     Raises:
         ValueError: for a name that is not a shape.
@@ -48,8 +43,8 @@ def coverage(shape: str, x: NDArray[np.floating], y: NDArray[np.floating]) -> ND
             rho = x * x + y * y
             return (rho <= 1.15) & (rho >= 0.35)
         case "heart":
-            a, b = x / 1.0, -(y - 0.05) / 0.95 + 0.0
-            return (a * a + b * b - 0.72) ** 3 - 1.3 * a * a * b**3 <= 0
+            b = -(y - 0.05) / 0.95
+            return (x * x + b * b - 0.72) ** 3 - 1.3 * x * x * b**3 <= 0
     raise ValueError(f"unknown shape {shape!r}; known are circle, square, triangle, diamond, cross, star, ring, heart")
 
 
@@ -58,8 +53,7 @@ def object_alpha(shape: str, centre: tuple[float, float], radius: float, canvas:
     k = SUPERSAMPLING
     fine = (np.arange(canvas * k) + 0.5) / k
     x, y = np.meshgrid((fine - centre[0]) / radius, (fine - centre[1]) / radius)
-    mask = coverage(shape, x, y)
-    return mask.reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
+    return coverage(shape, x, y).reshape(canvas, k, canvas, k).mean(axis=(1, 3), dtype=np.float32)
 
 
 def render(objects: list[tuple[str, str, tuple[float, float], float]], canvas: int) -> NDArray[np.uint8]:

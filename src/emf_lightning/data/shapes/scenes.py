@@ -52,22 +52,11 @@ def _cells(world: World, count: int, relation: str | None, rng: np.random.Genera
     Objects stand side by side in the caption's order, four of them in a square. ``relation`` is that of the first
     object to the second. Only the place of the whole group is random.
     """
-    if relation in ("above", "below"):
-        columns, rows = 1, count
-    else:
-        columns = 2 if count == 4 else count
-        rows = count // columns
+    columns = 1 if relation in ("above", "below") else 2 if count == 4 else count
+    rows = count // columns
     left, top = (int(rng.integers(world.grid - extent + 1)) for extent in (columns, rows))
     cells = [(left + i % columns, top + i // columns) for i in range(count)]
     return cells[::-1] if relation in ("right of", "below") else cells
-
-
-def _place(world: World, colour: str, shape: str, cell: tuple[int, int], rng: np.random.Generator) -> SceneObject:
-    """An object of random radius at a random place within ``cell``."""
-    radius = float(rng.uniform(*world.radius)) * world.cell
-    margin = max(world.cell / 2 - 1.21 * radius, 0.0)
-    x, y = ((index + 0.5) * world.cell + float(rng.uniform(-margin, margin)) for index in cell)
-    return SceneObject(colour, shape, (x, y), radius)
 
 
 def scene_for(world: World, prompt: Prompt, rng: np.random.Generator) -> Scene:
@@ -86,7 +75,10 @@ def scene_for(world: World, prompt: Prompt, rng: np.random.Generator) -> Scene:
         if colour is None:
             open_colours = [c for c in world.colours if (c, shape) not in world.held_out_pairs]
             colour = open_colours[rng.integers(len(open_colours))]
-        objects.append(_place(world, colour, shape, cell, rng))
+        radius = float(rng.uniform(*world.radius)) * world.cell
+        margin = max(world.cell / 2 - 1.21 * radius, 0.0)
+        x, y = ((index + 0.5) * world.cell + float(rng.uniform(-margin, margin)) for index in cell)
+        objects.append(SceneObject(colour, shape, (x, y), radius))
     return Scene(prompt, tuple(objects))
 
 

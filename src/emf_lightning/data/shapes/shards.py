@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,10 +32,6 @@ class _ShardSpec:
     samples_per_shard: int
     task_weights: dict[str, float]
 
-    @property
-    def shards(self) -> int:
-        return -(-self.count // self.samples_per_shard)
-
     def manifest(self) -> dict[str, Any]:
         world = asdict(self.world) | {
             "held_out_pairs": sorted(self.world.held_out_pairs),
@@ -50,7 +47,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _write_shard(spec: _ShardSpec, index: int, path: Path) -> None:
+def _write_shard(spec: _ShardSpec, index: int, path: Path) -> Path:
     from PIL import Image
 
     rng = np.random.default_rng([spec.seed, index])
@@ -66,6 +63,7 @@ def _write_shard(spec: _ShardSpec, index: int, path: Path) -> None:
             _add(tar, f"{number:09d}.txt", scene.prompt.prompt.encode())
             _add(tar, f"{number:09d}.json", json.dumps(record).encode())
     os.replace(partial, path)  # a killed process leaves no part of a shard under its name
+    return path
 
 
 def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
@@ -98,7 +96,7 @@ def write_shards(
     samples_per_shard: int = 2000,
     task_weights: Mapping[str, float] = TASK_WEIGHTS,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Path, ...]:
     """Writes ``count`` training samples as shards ``shapes-000000.tar``: ``{key}.png``, ``.txt``, ``.json`` each.
 
@@ -121,29 +119,20 @@ def write_shards(
     Raises:
         ValueError: for counts below 1, or a directory that holds another world, seed or size.
     """
-    for name, value in (("count", count), ("samples_per_shard", samples_per_shard)):
+    for name, value in {"count": count, "samples_per_shard": samples_per_shard}.items():
         if value < 1:
             raise ValueError(f"write_shards: {name} must be at least 1, got {value}")
     directory = Path(directory)
     spec = _ShardSpec(world, seed, count, samples_per_shard, dict(task_weights))
     _ensure_manifest(directory, spec)
-    paths = tuple(directory / f"shapes-{index:06d}.tar" for index in range(spec.shards))
+    paths = tuple(directory / f"shapes-{index:06d}.tar" for index in range(-(-count // samples_per_shard)))
     missing = [index for index, path in enumerate(paths) if not path.exists()]
-    done = len(paths) - len(missing)
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
+    jobs = [(spec, index, paths[index]) for index in missing]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else nullcontext() as pool:
+        if pool is None:
+            written = (_write_shard(*job) for job in jobs)
+        else:
+            written = (future.result() for future in as_completed([pool.submit(_write_shard, *job) for job in jobs]))
+        for done, _ in enumerate(written, len(paths) - len(missing) + 1):
             progress(done, len(paths))
-
-    if workers == 0:
-        for index in missing:
-            _write_shard(spec, index, paths[index])
-            one_more()
-        return paths
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_write_shard, spec, index, paths[index]) for index in missing]):
-            future.result()
-            one_more()
     return paths

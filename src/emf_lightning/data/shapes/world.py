@@ -38,12 +38,6 @@ class World:
         """Side of one cell in pixels."""
         return self.canvas // self.grid
 
-    def is_held_out(self, objects: list[tuple[str | None, str]]) -> bool:
-        """True if these (colour or None, shape) objects of one caption form a held-out composition."""
-        if any((colour, shape) in self.held_out_pairs for colour, shape in objects if colour is not None):
-            return True
-        return frozenset(shape for _, shape in objects) in self.held_out_shape_pairs
-
 
 SMALL = World(
     name="small",

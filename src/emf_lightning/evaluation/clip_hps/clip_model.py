@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from emf_lightning.evaluation.devices import device_of
 from emf_lightning.text.fingerprint import weights_digest
 
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A frozen OpenCLIP model.
+    """A frozen OpenCLIP model, whose features are normalised and computed in fp32.
 
     Attributes:
         name: OpenCLIP's name of the architecture.
         pretrained: tag or file name of the weights.
-        model: in eval mode; ``encode_image`` and ``encode_text`` take ``normalize``.
+        model: on ``device``, in eval mode; ``encode_image`` and ``encode_text`` take ``normalize``.
         transform: maps a PIL image to the model's input ``[3, H, W]``.
         tokenizer: maps texts to token ids.
     """
@@ -29,6 +34,7 @@ class ClipModel:
     model: Any
     transform: Any
     tokenizer: Any
+    device: torch.device
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -42,21 +48,36 @@ class ClipModel:
             "weights": weights_digest(self.model)[:12],
         }
 
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Unit vectors ``[B, D]`` of preprocessed images ``[B, 3, H, W]``."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.encode_image(pixels.to(self.device), normalize=True)  # type: ignore[no-any-return]
 
-def load_clip(caller: str, model: str, pretrained: str, quick_gelu: bool = False) -> ClipModel:
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors ``[B, D]`` of texts."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
+
+    def cosines(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosines ``[B]`` of preprocessed images ``[B, 3, H, W]`` and their texts, fp64."""
+        return (self.image_features(pixels) * self.text_features(texts)).sum(1).double()
+
+
+def load_clip(
+    caller: str, model: str, pretrained: str, quick_gelu: bool = False, device: str | None = None
+) -> ClipModel:
     """OpenCLIP's ``model`` with the weights ``pretrained``, a path or one of OpenCLIP's tags.
 
     OpenAI's weights need QuickGELU; without it features are plausible and wrong. It is used for tags that ask for it
     and for OpenAI's own file, a TorchScript archive, whatever the name of the architecture.
 
-    Args:
-        caller: class name at the beginning of error messages.
-        model: name of the architecture.
-        pretrained: path or tag of the weights.
-        quick_gelu: use QuickGELU also for other files, which do not tell their activation.
+    Other files do not tell their activation: ``quick_gelu`` asks for it. By default the device is ``device_of(None)``.
 
     Raises:
-        ValueError: if the model cannot be loaded.
+        ValueError: if the model cannot be loaded; the message begins with ``caller``.
     """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
@@ -79,8 +100,8 @@ def load_clip(caller: str, model: str, pretrained: str, quick_gelu: bool = False
             f"{caller}: cannot load model={model!r} with pretrained={pretrained!r} ({reason}); give a name of "
             "open_clip.list_models() and the path of its weights, or a tag while online"
         ) from error
-    name = Path(pretrained).name
-    return ClipModel(model, name, network.eval().requires_grad_(False), transform, tokenizer)
+    network = network.to(device_of(device)).eval().requires_grad_(False)
+    return ClipModel(model, Path(pretrained).name, network, transform, tokenizer, device_of(device))
 
 
 def _is_script(path: str) -> bool:

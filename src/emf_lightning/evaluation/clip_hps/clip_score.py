@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emf_lightning.evaluation.clip_hps.clip_model import ClipModel, load_clip
-from emf_lightning.evaluation.devices import device_of
+from emf_lightning.evaluation.clip_hps.clip_model import load_clip
 from emf_lightning.evaluation.image_metric import ImageMetric, PromptMeans
 from emf_lightning.text.fingerprint import fingerprint
 
@@ -52,15 +51,15 @@ class ClipScore(ImageMetric):
     ) -> None:
         super().__init__()
         self.name, self.title = "clip", f"CLIP score ({model})"
-        self._scorer = _Cosine(load_clip("ClipScore", model, pretrained, quick_gelu), device)
-        self.add_state("totals", torch.zeros(CLUSTERS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(CLUSTERS, dtype=torch.int64), dist_reduce_fx="sum")
+        self._clip = load_clip("ClipScore", model, pretrained, quick_gelu, device)
+        self.add_sum("totals", CLUSTERS)
+        self.add_sum("images", CLUSTERS, dtype=torch.int64)
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         from PIL import Image
 
-        pixels = torch.stack([self._scorer.transform(Image.fromarray(image)) for image in images])
-        values = 100 * self._scorer(pixels, prompts).double().to(self.totals.device)
+        pixels = torch.stack([self._clip.transform(Image.fromarray(image)) for image in images])
+        values = 100 * self._clip.cosines(pixels, prompts).to(self.totals.device)
         self.rows = [{"prompt": p, "clip": round(v, 4)} for p, v in zip(prompts, values.tolist(), strict=True)]
         clusters = torch.tensor([zlib.crc32(prompt.encode()) % CLUSTERS for prompt in prompts], device=values.device)
         self.totals.index_add_(0, clusters, values)
@@ -74,7 +73,7 @@ class ClipScore(ImageMetric):
         return {"score": mean, "se": deviation * (clusters / (clusters - 1)).sqrt()}  # NaN for a single prompt
 
     def settings(self) -> dict[str, Any]:
-        return self._scorer.settings
+        return self._clip.settings
 
 
 class HpsScore(PromptMeans):
@@ -109,21 +108,21 @@ class HpsScore(PromptMeans):
         self._styles = styles
         self.name, self.title = "hps", "HPS v2.1"
         self.antialias = antialias
-        self._scorer = _Cosine(load_clip("HpsScore", model, str(weights)), device)
+        self._clip = load_clip("HpsScore", model, str(weights), device=device)
 
     def prompt_of(self, path: PurePath) -> str | None:
         texts = self._styles.get(path.parts[0], []) if len(path.parts) == 2 else []
         return texts[int(path.stem)] if path.stem.isdigit() and int(path.stem) < len(texts) else None
 
     def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
-        size, mean, std = self._scorer.size, self._scorer.mean, self._scorer.std
-        pixels = torch.stack([fit_to_square(image, size, self.antialias) for image in images])
-        pixels = (pixels - mean[:, None, None]) / std[:, None, None]
-        return self._scorer(pixels, prompts).double().tolist()
+        visual = self._clip.model.visual
+        pixels = torch.stack([fit_to_square(image, visual.image_size[0], self.antialias) for image in images])
+        mean, std = (torch.tensor(visual.preprocess_cfg[name])[:, None, None] for name in ("mean", "std"))
+        return self._clip.cosines((pixels - mean) / std, prompts).tolist()
 
     def settings(self) -> dict[str, Any]:
         prompts = {"prompts": len(self._places), "benchmark": fingerprint(prompts=self._styles)[:12]}
-        return {**self._scorer.settings, "antialias": self.antialias, **prompts}
+        return {**self._clip.settings, "antialias": self.antialias, **prompts}
 
 
 def fit_to_square(image: NDArray[np.uint8], size: int, antialias: bool) -> Tensor:
@@ -136,25 +135,6 @@ def fit_to_square(image: NDArray[np.uint8], size: int, antialias: bool) -> Tenso
         pixels = nn.functional.interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=antialias)
     above, left = (size - shape[0]) // 2, (size - shape[1]) // 2
     return nn.functional.pad(pixels[0], (left, size - shape[1] - left, above, size - shape[0] - above))
-
-
-class _Cosine:
-    """Cosine of OpenCLIP's image and text features, in fp32."""
-
-    def __init__(self, clip: ClipModel, device: str | None) -> None:
-        self.device = device_of(device)
-        self.settings = clip.settings
-        self.model, self.transform, self.tokenizer = clip.model.to(self.device), clip.transform, clip.tokenizer
-        self.size: int = clip.model.visual.image_size[0]
-        self.mean, self.std = (torch.tensor(clip.model.visual.preprocess_cfg[name]) for name in ("mean", "std"))
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines ``[B]`` of preprocessed images ``[B, 3, H, W]`` and their prompts."""
-        with torch.autocast(self.device.type, enabled=False):
-            images = self.model.encode_image(pixels.to(self.device), normalize=True)
-            texts = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device), normalize=True)
-        return (images * texts).sum(1)
 
 
 def _prompts_of(path: Path) -> list[str]:

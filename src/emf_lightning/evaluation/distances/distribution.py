@@ -39,13 +39,9 @@ class Distribution:
 def distribution(
     generated: NDArray[np.uint8], real: NDArray[np.uint8], images_per_prompt: int, features: ImageFeatures
 ) -> Distribution:
-    """The distances between two sets of images.
+    """The distances between ``generated`` and ``real``, both ``[P * images_per_prompt, H, W, 3]``, 8-bit RGB.
 
-    Args:
-        generated: ``[P * images_per_prompt, H, W, 3]``, 8-bit RGB, the images of a prompt one after another.
-        real: likewise, for the same prompts in the same order.
-        images_per_prompt: at least 2.
-        features: e.g. ``RandomFeatures()``.
+    The images of a prompt, at least 2, stand one after another; both sets have the same prompts in the same order.
     """
     ours, theirs = features(list(generated)), features(list(real))
     kid = kernel_distances(theirs, ours, SUBSETS, min(SUBSET_SIZE, len(ours) // 2))

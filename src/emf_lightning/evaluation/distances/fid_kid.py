@@ -18,10 +18,7 @@ from emf_lightning.evaluation.image_metric import ImageMetric
 
 
 class _Distance(ImageMetric):
-    """Base of FID and KID: features, reference images, and the number of images of the protocol.
-
-    The features of the reference are computed for the first distance; all fresh copies share them.
-    """
+    """Base of FID and KID. The reference's features are computed for the first distance; fresh copies share them."""
 
     higher_is_better = False
     needs_prompts = False
@@ -91,9 +88,9 @@ class FrechetDistance(_Distance):
     ) -> None:
         super().__init__(features, reference, resolution, count)
         width = features.width
-        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("products", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_sum("total", width)
+        self.add_sum("products", width, width)
+        self.add_sum("images", dtype=torch.int64)
         if self._images is None:
             self._statistics = statistics(self.reference, features, resolution)
         elif len(self._images.files) < 2:
@@ -176,7 +173,9 @@ class KernelDistance(_Distance):
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         assert isinstance(self.features, list) and isinstance(self.keys, list)
         self.features.append(self.features_of(images).to(self.device))
-        self.keys.append(torch.tensor([_key(image) for image in images], device=self.device))
+        digests = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest() for image in images]
+        keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+        self.keys.append(torch.tensor(keys, device=self.device))
         self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
@@ -191,22 +190,16 @@ class KernelDistance(_Distance):
         return {"score": distances.mean(), "spread": distances.std(unbiased=False)}
 
 
-def kernel_distances(real: Tensor, generated: Tensor, subsets: int, subset_size: int, seed: int = 0) -> Tensor:
+def kernel_distances(real: Tensor, generated: Tensor, subsets: int, subset_size: int) -> Tensor:
     """KID x 1000 of random subsets of two sets of features ``[N, D]`` and ``[M, D]``, ``[subsets]``, fp64."""
     from torchmetrics.image.kid import poly_mmd
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def subset(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=generator)[:subset_size]].double()
 
     return 1000 * torch.stack([poly_mmd(subset(real), subset(generated)) for _ in range(subsets)])
-
-
-def _key(image: NDArray[np.uint8]) -> int:
-    """Digest of the pixels."""
-    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
 
 
 def frechet(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,9 +88,8 @@ class InceptionFeatures(ImageFeatures):
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat(
-                [self._features(batch.to(self.device)).float().cpu() for batch in _batches_by_size(images)]
-            )
+            batches = (batch.to(self.device) for batch in _batches_by_size(images))
+            return torch.cat([self._features(batch).float().cpu() for batch in batches])
 
     def _features(self, batch: Tensor) -> Tensor:
         if self.resize == "tensorflow":
@@ -130,11 +130,9 @@ class _RandomConvolutions(nn.Module):
     def __init__(self, widths: Sequence[int], seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        channels = 3
-        for number, width in enumerate(widths):
+        for number, (channels, width) in enumerate(pairwise((3, *widths))):
             weight = torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
             self.register_buffer(f"weight{number}", weight)
-            channels = width
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -148,9 +146,5 @@ class _RandomConvolutions(nn.Module):
 
 def _batches_by_size(images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
     """Batches ``[B, 3, H, W]``, 8-bit, of consecutive images of one size."""
-    batches: list[list[NDArray[np.uint8]]] = []
-    for image in images:
-        if not batches or batches[-1][0].shape != image.shape:
-            batches.append([])
-        batches[-1].append(image)
-    return [torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2) for batch in batches]
+    batches = groupby(images, key=lambda image: image.shape)
+    return [torch.from_numpy(np.stack(list(batch))).permute(0, 3, 1, 2) for _, batch in batches]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
+Arrays = dict[str, NDArray[Any]]
+
 BATCH = 64
 """Images in one batch of features."""
 
@@ -36,20 +38,14 @@ class ReferenceImages:
     Attributes:
         files: paths of the images, sorted.
 
-    Args:
-        caller: class name at the beginning of error messages.
-        folder: of the images.
-        features: the feature network.
-        resolution: see ``resize``.
-
     Raises:
-        ValueError: for a missing folder, or one without images.
+        ValueError: for a missing folder, or one without images; messages begin with ``caller``.
     """
 
     def __init__(self, caller: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
         self.caller, self.folder, self.features, self.resolution = caller, folder, features, resolution
         self.files = image_files(folder, f"{caller}: reference")
-        self._arrays: dict[str, dict[str, NDArray[Any]]] = {}
+        self._arrays: dict[str, Arrays] = {}
 
     def check(self) -> None:
         """Raises a ``ValueError`` for images that cannot be read, unless their features are in a file already."""
@@ -58,27 +54,31 @@ class ReferenceImages:
 
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
-        if not self._is_kept("moments", device):
-            width, images = self.features.width, 0
+
+        def compute() -> Arrays:
+            width = self.features.width
             total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
             for batch in self._own_features():
                 rows = batch.double()
-                total, products, images = total + rows.sum(0), products + rows.T @ rows, images + len(rows)
+                total, products = total + rows.sum(0), products + rows.T @ rows
             sums = [torch.stack(gathered(part, device)).sum(0) for part in (total, products)]
             mu, sigma = gaussian(sums[0], sums[1], len(self.files))
-            self._keep("moments", mu=mu.numpy(), sigma=sigma.numpy())
-        moments = self._load("moments")
+            return {"mu": mu.numpy(), "sigma": sigma.numpy()}
+
+        moments = self._kept("moments", compute, device)
         return torch.from_numpy(moments["mu"]), torch.from_numpy(moments["sigma"])
 
     def feature_matrix(self, device: torch.device) -> Tensor:
         """Features ``[N, D]`` in the order of ``files``. All ranks must call it, see ``gathered``."""
-        if not self._is_kept("features", device):
+
+        def compute() -> Arrays:
             parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._own_features()]), device)
             rows = torch.zeros(len(self.files), self.features.width)
             for rank, part in enumerate(parts):
                 rows[rank :: len(parts)] = part
-            self._keep("features", rows=rows.numpy())
-        return torch.from_numpy(self._load("features")["rows"])
+            return {"rows": rows.numpy()}
+
+        return torch.from_numpy(self._kept("features", compute, device)["rows"])
 
     def _own_features(self) -> Iterator[Tensor]:
         """Batches of features of this rank's share of the images."""
@@ -98,22 +98,18 @@ class ReferenceImages:
         folder = self.folder.resolve()
         return folder.with_name(f"{folder.name}-statistics") / f"{kind}-{self._key}.npz"
 
-    def _is_kept(self, kind: str, device: torch.device) -> bool:
-        """True if all ranks have the arrays, in memory or in a file."""
-        here = kind in self._arrays or self._path(kind).is_file()
-        return all(bool(there) for there in gathered(torch.tensor([int(here)]), device))
-
-    def _load(self, kind: str) -> dict[str, NDArray[Any]]:
-        if kind not in self._arrays:
-            with np.load(self._path(kind)) as content:
-                self._arrays[kind] = {name: content[name] for name in content.files}
-        return self._arrays[kind]
-
-    def _keep(self, kind: str, **arrays: NDArray[Any]) -> None:
-        self._arrays[kind] = arrays
-        if _is_distributed() and dist.get_rank() > 0:
-            return
+    def _kept(self, kind: str, compute: Callable[[], Arrays], device: torch.device) -> Arrays:
+        """Arrays in memory or in a file; all ranks compute and keep them unless each has them."""
         path = self._path(kind)
+        here = kind in self._arrays or path.is_file()
+        if all(gathered(torch.tensor([int(here)]), device)):
+            if kind not in self._arrays:
+                with np.load(path) as content:
+                    self._arrays[kind] = dict(content)
+            return self._arrays[kind]
+        arrays = self._arrays[kind] = compute()
+        if _is_distributed() and dist.get_rank() > 0:
+            return arrays
         partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same file
         about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
         try:
@@ -123,6 +119,7 @@ class ReferenceImages:
             os.replace(partial, path)
         except OSError as error:  # the folder may be read-only
             log.info("%s: cannot keep the features of %s (%s)", self.caller, self.folder, error)
+        return arrays
 
 
 def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> tuple[Tensor, Tensor]:
@@ -137,9 +134,8 @@ def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> t
             mu, sigma = (torch.from_numpy(np.asarray(content[name], np.float64)) for name in ("mu", "sigma"))
             about = {name: content[name].item() for name in ("features", "resolution") if name in content}
     except OSError as error:
-        raise ValueError(
-            f"FrechetDistance: cannot read reference {path}; give a folder of images or an .npz"
-        ) from error
+        remedy = "give a folder of images or an .npz"
+        raise ValueError(f"FrechetDistance: cannot read reference {path}; {remedy}") from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"FrechetDistance: {path} holds no mu and sigma ({error})") from error
     width = features.width

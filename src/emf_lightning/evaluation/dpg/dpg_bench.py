@@ -10,7 +10,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +27,6 @@ class Question:
         number: within the prompt, from 1.
         parents: numbers of the questions that must be answered with yes for this one to count.
         category: e.g. ``entity - whole``: the coarse category, a dash, the fine one.
-        text: the question.
     """
 
     number: int
@@ -87,20 +85,17 @@ class DpgBench(PromptMeans):
         self._of_name = {item.name: item.text for item in items}
         items = [item for item in items if item.is_complete]
         super().__init__([item.text for item in items], scale=100.0)
-        self._items: dict[str, list[Item]] = {}
-        for item in items:
-            self._items.setdefault(item.text, []).append(item)
+        self._items = {text: [item for item in items if item.text == text] for text in self._texts}
         questions = [question for item in items for question in item.questions]
         self._categories = tuple(dict.fromkeys([q.coarse for q in questions] + [q.category for q in questions]))
         self.vqa_model, self.tile, self.official = vqa_model, tile, official
-        model = vqa_model.name
-        self.name = "_".join(["dpg", *([model] if model else []), *(["official"] if official else [])])
-        remarks = [f"{model} as judge"] if model else []
-        remarks += ["counted as the published script does"] if official else []
-        self.title = f"DPG-Bench ({', '.join(remarks)})" if remarks else "DPG-Bench"
+        remarks = {vqa_model.name: f"{vqa_model.name} as judge"} if vqa_model.name else {}
+        remarks |= {"official": "counted as the published script does"} if official else {}
+        self.name = "_".join(["dpg", *remarks])
+        self.title = f"DPG-Bench ({', '.join(remarks.values())})" if remarks else "DPG-Bench"
         self._benchmark = hashlib.sha256(Path(benchmark).read_bytes()).hexdigest()[:12]
         for name in ("asked", "yes"):
-            self.add_state(name, torch.zeros(len(self._categories), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_sum(name, len(self._categories))
 
     def prompts(self) -> Sequence[str]:
         """All prompts of the table, including the one that ``official`` drops: folders have an image of it."""
@@ -111,10 +106,10 @@ class DpgBench(PromptMeans):
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         left_out = set(self._all).difference(self._items)
-        scored = [(image, text) for image, text in zip(images, prompts, strict=True) if text not in left_out]
-        super().update([image for image, _ in scored], [text for _, text in scored])
-        rows = iter(self.rows)
-        self.rows = [{"prompt": text, self.name: None} if text in left_out else next(rows) for text in prompts]
+        scored = [i for i, text in enumerate(prompts) if text not in left_out]
+        super().update([images[i] for i in scored], [prompts[i] for i in scored])
+        rows = dict(zip(scored, self.rows, strict=True))
+        self.rows = [rows.get(i, {"prompt": text, self.name: None}) for i, text in enumerate(prompts)]
 
     def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
         return [self._value(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
@@ -155,8 +150,7 @@ def gate(questions: Sequence[Question], answers: dict[int, bool]) -> dict[int, b
     """Answers with a no wherever a parent's gated answer is no; questions are taken in the order of their numbers."""
     gated = dict(answers)
     for question in sorted(questions, key=lambda question: question.number):
-        if not all(gated[parent] for parent in question.parents):
-            gated[question.number] = False
+        gated[question.number] &= all(gated[parent] for parent in question.parents)
     return gated
 
 
@@ -178,12 +172,10 @@ def tiles_of(image: NDArray[np.uint8], tile: int | None) -> list[NDArray[np.uint
 
 
 def read_items(path: Path, official: bool = False) -> list[Item]:
-    """The benchmark's prompts with their questions.
+    """The benchmark's prompts with their questions, from ``dpg_bench.csv``.
 
-    Args:
-        path: of ``dpg_bench.csv``.
-        official: drop the first question of the table as the published script does; its prompt stays, but is not
-            complete if another question depends on it.
+    ``official`` drops the first question of the table as the published script does; its prompt stays, but is not
+    complete if another question depends on it.
 
     Raises:
         ValueError: for a missing file, missing columns, or questions whose parents do not exist.
@@ -193,8 +185,7 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"DpgBench: cannot read benchmark {path} ({error.strerror}); give dpg_bench.csv") from error
-    absent = [column for column in COLUMNS if not rows or column not in rows[0]]
-    if absent:
+    if absent := [column for column in COLUMNS if not rows or column not in rows[0]]:
         raise ValueError(f"DpgBench: {path} has no column {absent[0]!r}; give DPG-Bench's own dpg_bench.csv")
     found: dict[str, list[Question]] = {}
     texts: dict[str, str] = {}
@@ -202,9 +193,8 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
         try:
             number, parents = int(row["proposition_id"]), [int(number) for number in row["dependency"].split(",")]
         except ValueError as error:
-            raise ValueError(
-                f"DpgBench: {path}: a question of {row['item_id']} has no whole numbers ({error})"
-            ) from error
+            name = row["item_id"]
+            raise ValueError(f"DpgBench: {path}: a question of {name} has no whole numbers ({error})") from error
         category = row["tuple"].split("(")[0].strip()
         question = Question(number, tuple(n for n in parents if n), category, row["question_natural_language"])
         texts.setdefault(row["item_id"], row["text"])
@@ -212,7 +202,6 @@ def read_items(path: Path, official: bool = False) -> list[Item]:
         if line > 0 or not official:
             questions.append(question)
     items = [Item(n, texts[n], tuple(sorted(q, key=lambda question: question.number))) for n, q in found.items()]
-    orphans = [] if official else [item for item in items if not item.is_complete]
-    if orphans:
-        raise ValueError(f"DpgBench: {path}: a question of {orphans[0].name} depends on one that is not there")
+    if not official and (orphans := [item.name for item in items if not item.is_complete]):
+        raise ValueError(f"DpgBench: {path}: a question of {orphans[0]} depends on one that is not there")
     return items

@@ -40,10 +40,9 @@ class _TransformersVqa(VqaModel):
 
     def _load(self, model: str, processor: Any, network: Any, device: str | None, dtype: str | None = None) -> None:
         caller = type(self).__name__
-        self.device = device_of(device)
-        self._model = Path(model).name
-        self.network = load_pretrained(caller, network, model, frozen=True, dtype=dtype, argument="model")
-        self.network.to(self.device)
+        self.device, self._model = device_of(device), Path(model).name
+        loaded = load_pretrained(caller, network, model, frozen=True, dtype=dtype, argument="model")
+        self.network = loaded.to(self.device)
         try:
             self.processor = processor.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -87,12 +86,8 @@ class BlipVqa(_TransformersVqa):
         answers = [""] * len(questions)
         for batch in _of_one_length(tokens, self.batch_size):
             ids = torch.tensor([tokens[i] for i in batch], device=self.device)
-            found = self.network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.expand(len(batch), -1, -1, -1),
-                max_new_tokens=8,
-            )
+            images, mask = pixels.expand(len(batch), -1, -1, -1), torch.ones_like(ids)
+            found = self.network.generate(input_ids=ids, attention_mask=mask, pixel_values=images, max_new_tokens=8)
             for i, answer in zip(batch, self.processor.batch_decode(found, skip_special_tokens=True), strict=True):
                 answers[i] = _plain(answer)
         return answers
@@ -129,9 +124,8 @@ class QwenVqa(_TransformersVqa):
         answers = []
         for question in questions:
             content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer yes or no, in one word."}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+            chat = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
             inputs = self.processor(text=[text], images=[Image.fromarray(image)], return_tensors="pt").to(self.device)
             ids = self.network.generate(**inputs, max_new_tokens=4, do_sample=False)
             answers += self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -177,12 +171,9 @@ def _of_one_length(tokens: Sequence[Sequence[int]], size: int) -> Iterator[list[
 
     BLIP's decoder does not mask the padding of questions: there must be none.
     """
-    by_length: dict[int, list[int]] = {}
-    for i, question in enumerate(tokens):
-        by_length.setdefault(len(question), []).append(i)
-    for indices in by_length.values():
-        for first in range(0, len(indices), size):
-            yield indices[first : first + size]
+    for length in dict.fromkeys(map(len, tokens)):
+        indices = [i for i, question in enumerate(tokens) if len(question) == length]
+        yield from (indices[first : first + size] for first in range(0, len(indices), size))
 
 
 def _plain(answer: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.reports.figures import paper_style, step_colour
 from emf_lightning.evaluation.sampling_config import step_name
@@ -41,9 +41,7 @@ class ClaimRun:
     """One encoder and one training seed.
 
     Attributes:
-        grade: name of the encoder's grade.
         graded: whether the encoder belongs to the scale; otherwise it is a control.
-        seed: seed of the training.
         discriminability: discriminability of the encoder's raw features.
         flow_matching: network steps -> score of the parent.
         meanflow: network steps -> score of the model adapted from the parent.
@@ -67,13 +65,11 @@ class Slope:
     """Change of the share kept at ``steps`` with discriminability.
 
     Attributes:
-        steps: network steps.
         relative_to: model whose many-step score the share is relative to.
         mean: mean of the seeds' least-squares slopes: share kept per unit of discriminability.
         standard_error: standard error over seeds; NaN for one seed.
         margin: half of the 95 % interval around the mean, by Student's t over the seeds: 4.3 standard errors for three
             seeds.
-        verdict: result of the test in words.
     """
 
     steps: int
@@ -106,8 +102,7 @@ class Claim:
             if {run.grade for run in mine} == grades and len(mine) > 1:
                 x, y = [r.discriminability.mean for r in mine], [r.kept(steps, relative_to) for r in mine]
                 slopes.append(float(np.polyfit(x, y, 1)[0]))
-        mean = float(np.mean(slopes)) if slopes else math.nan
-        error = float(np.std(slopes, ddof=1) / len(slopes) ** 0.5) if len(slopes) > 1 else math.nan
+        mean, error = _mean_and_error(slopes)
         margin = error * float(student_t.ppf(0.975, len(slopes) - 1)) if len(slopes) > 1 else math.nan
         return Slope(steps, relative_to, mean, error, margin, _verdict(mean, margin))
 
@@ -121,19 +116,17 @@ class Claim:
 
     def markdown(self) -> str:
         """Tables of all encoders, the slopes and the verdicts."""
-        lines = ["# Does few-step quality need better text features than many-step quality?", "", "Scores:", ""]
         counts = (*FEW_STEPS, MANY_STEPS)
         scores = {
-            f"{objective}, {step_name(n)}": [getattr(run, field).get(n, math.nan) for run in self.runs]
-            for objective, field in (("flow matching", "flow_matching"), ("MeanFlow", "meanflow"))
-            for n in counts
+            f"flow matching, {step_name(n)}": [run.flow_matching.get(n, math.nan) for run in self.runs] for n in counts
         }
-        lines += [self._table(scores)]
-        shares = [(whose, n) for whose in (PARENT, OWN) for n in FEW_STEPS]
-        lines += ["", f"Shares that MeanFlow keeps of a {MANY_STEPS}-step score:", ""]
-        kept = {f"{_whose(w)}, {step_name(n)}": [run.kept(n, w) for run in self.runs] for w, n in shares}
-        lines += [self._table(kept)]
-        lines += ["", "± is the standard error over training seeds. Share kept per unit of discriminability:", ""]
+        scores |= {f"MeanFlow, {step_name(n)}": [run.meanflow.get(n, math.nan) for run in self.runs] for n in counts}
+        shares = [(model, n) for model in (PARENT, OWN) for n in FEW_STEPS]
+        kept = {f"{_whose(model)}, {step_name(n)}": [run.kept(n, model) for run in self.runs] for model, n in shares}
+        lines = ["# Does few-step quality need better text features than many-step quality?", "", "Scores:", ""]
+        lines += [self._table(scores), "", f"Shares that MeanFlow keeps of a {MANY_STEPS}-step score:", ""]
+        lines += [self._table(kept), ""]
+        lines += ["± is the standard error over training seeds. Share kept per unit of discriminability:", ""]
         for slope in self.slopes():
             value = f"{slope.mean:+.2f}" if not math.isnan(slope.mean) else "not known"
             if not math.isnan(slope.margin):
@@ -148,8 +141,11 @@ class Claim:
         for numbers in self._by_grade():
             run = self.runs[numbers[0]]
             name = run.grade if run.graded else f"{run.grade} (control)"
-            values = (_mean_and_error([column[i] for i in numbers]) for column in columns.values())
-            rows.append([name, str(run.discriminability), str(len(numbers)), *values])
+            cells = []
+            for column in columns.values():
+                mean, error = _mean_and_error([column[i] for i in numbers if not math.isnan(column[i])])
+                cells.append("" if math.isnan(mean) else f"{mean:.3f}" + f" ± {error:.3f}" * (not math.isnan(error)))
+            rows.append([name, str(run.discriminability), str(len(numbers)), *cells])
         return markdown_table(["encoder", "discriminability", "seeds", *columns], rows)
 
     def figure(self) -> Figure:
@@ -162,10 +158,10 @@ class Claim:
             parents, models, kept = figure.subplots(1, 3)
             models.sharey(parents)
             for n in (*FEW_STEPS, MANY_STEPS):
-                self._line(parents, [run.flow_matching[n] for run in self.runs], step_colour(n), step_name(n))
-                self._line(models, [run.meanflow[n] for run in self.runs], step_colour(n), step_name(n))
+                self._line(parents, [run.flow_matching[n] for run in self.runs], n)
+                self._line(models, [run.meanflow[n] for run in self.runs], n)
             for n in FEW_STEPS:
-                self._line(kept, [run.kept(n) for run in self.runs], step_colour(n), step_name(n))
+                self._line(kept, [run.kept(n) for run in self.runs], n)
             parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
             models.set(title="MeanFlow from it")
             kept.set(title=f"MeanFlow, share of the parent's {MANY_STEPS} steps", ylim=(-0.02, None))
@@ -173,29 +169,29 @@ class Claim:
             if any(run.graded for run in self.runs):
                 models.legend(loc="best", handlelength=1.8, labelspacing=0.3)
             names = dict.fromkeys(run.grade for run in self.runs if not run.graded)
-            marks = [
-                Line2D([], [], marker=marker, color="#555555", mfc="none", ls="none", label=name)
-                for name, marker in zip(names, CONTROLS, strict=False)
-            ]
-            if marks:
+            style: dict[str, Any] = {"color": "#555555", "mfc": "none", "ls": "none"}
+            controls = zip(names, CONTROLS, strict=False)
+            if marks := [Line2D([], [], marker=marker, label=name, **style) for name, marker in controls]:
                 kept.legend(handles=marks, loc="best", title="controls", title_fontsize=7.0, labelspacing=0.3)
             figure.supxlabel("discriminability of the encoder", fontsize="medium")
         return figure
 
-    def _line(self, axes: Axes, values: list[float], colour: str, label: str) -> None:
-        """Plots a line through the graded encoders' means, and the controls as hollow markers."""
-        points = []
+    def _line(self, axes: Axes, values: list[float], steps: int) -> None:
+        """Plots a line through the graded encoders' means at ``steps``, and the controls as hollow markers."""
+        scale: list[tuple[float, float, float]] = []
+        controls: list[tuple[float, float, float]] = []
         for numbers in self._by_grade():
-            of_grade, run = [values[i] for i in numbers], self.runs[numbers[0]]
-            error = float(np.std(of_grade, ddof=1) / len(numbers) ** 0.5) if len(numbers) > 1 else math.nan
-            points.append((run.discriminability.mean, float(np.mean(of_grade)), error, run.graded))
-        scale = sorted(point[:3] for point in points if point[3])
-        lines: list[tuple[Any, dict[str, Any]]] = [(scale, {"marker": "o", "label": label})] if scale else []
-        controls = [[point[:3]] for point in points if not point[3]]
-        lines += [(one, {"marker": m, "mfc": "none", "ls": "none"}) for one, m in zip(controls, CONTROLS, strict=False)]
-        for chosen, style in lines:
-            x, y, errors = zip(*chosen, strict=True)
-            axes.errorbar(x, y, yerr=errors, color=colour, capsize=2, elinewidth=0.8, **style)
+            run = self.runs[numbers[0]]
+            point = run.discriminability.mean, *_mean_and_error([values[i] for i in numbers])
+            (scale if run.graded else controls).append(point)
+        lines: list[tuple[Any, dict[str, Any]]] = []
+        if scale:
+            lines += [(sorted(scale), {"marker": "o", "label": step_name(steps)})]
+        for point, marker in zip(controls, CONTROLS, strict=False):
+            lines += [([point], {"marker": marker, "mfc": "none", "ls": "none"})]
+        for points, style in lines:
+            x, y, errors = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=errors, color=step_colour(steps), capsize=2, elinewidth=0.8, **style)
 
     def _by_grade(self) -> list[list[int]]:
         """The indices of the runs of each grade."""
@@ -220,9 +216,7 @@ def _whose(model: str) -> str:
     return "of its parent's" if model == PARENT else "of its own"
 
 
-def _mean_and_error(values: Sequence[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return ""
-    error = f" ± {np.std(known, ddof=1) / len(known) ** 0.5:.3f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.3f}{error}"
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN for no value, and for the error of one."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return float(np.mean(values)) if values else math.nan, error

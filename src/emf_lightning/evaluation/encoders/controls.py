@@ -24,10 +24,8 @@ class ConstantEncoder(TextEncoder):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the width."""
         return hashlib.sha256(f"{type(self).__name__} {self.width}".encode()).hexdigest()
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Ones, ``[B, 1, D]``."""
         mask = torch.ones(len(captions), 1, dtype=torch.bool)
         return TextFeatures(torch.ones(len(captions), 1, self.width), mask)

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emf_lightning.evaluation.encoders.estimate import Estimate
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.features import Array, Features, feature_variants, normalise
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 
 QUANTUM = 1e-9
 """Cosines this close are equal: float64's rounding, and far below the differences of nearly parallel features."""
+SHOWN = 6
+"""Queries whose retrieved pairs are kept."""
 
 Ids = NDArray[np.int64]
 
@@ -26,7 +28,7 @@ class Discriminability:
     """Mean similarity of the retrieved images to the query's.
 
     Attributes:
-        score: mean similarity by variant of the features.
+        score: by variant of the features.
         shuffled: mean similarity with the features assigned to other captions at random: chance, by the same code.
         chance: mean similarity of random images; NaN where that is costly.
         best: mean similarity of the most similar images in the corpus; NaN where that is costly.
@@ -41,33 +43,21 @@ class Discriminability:
 
 
 def discriminability(
-    features: Features,
-    corpus: PairCorpus,
-    queries: int = 1000,
-    k: int = 2,
-    seed: int = 0,
-    shown: int = 6,
-    limits: bool = True,
+    features: Features, corpus: PairCorpus, queries: int = 1000, k: int = 2, limits: bool = True
 ) -> Discriminability:
     """Mean similarity of the images of the ``k`` nearest captions of each of ``queries`` random ones.
 
     Retrieval leaves out the query's own image and captions equal to the query's, which any encoder finds. Ties are
     broken at random, so that captions of equal features score chance.
 
-    Args:
-        features: ``[N, D]``, pooled features of the corpus's captions.
-        corpus: caption-image pairs.
-        queries: number of queries; all captions where there are fewer.
-        k: captions retrieved for each query.
-        seed: seed of the queries, the ties and the shuffle.
-        shown: queries whose retrieved pairs are kept.
-        limits: whether to compute chance and the best possible score, where the corpus makes that cheap.
+    All captions are queries where there are fewer than ``queries``. ``features`` ``[N, D]`` are pooled. ``limits`` asks
+    for chance and the best possible score, where the corpus makes them cheap.
 
     Raises:
         ValueError: for a ``k`` above the number of captions that a query may retrieve.
     """
     check_retrieval(corpus, k)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n, ids = len(corpus.captions), _image_and_caption_ids(corpus)
     asked = rng.permutation(n)[: min(queries, n)]
     order = rng.permutation(n)
@@ -76,7 +66,7 @@ def discriminability(
         found = _nearest(variant, asked, ids, k, order)
         scores[name] = Estimate.from_samples(_similarities(corpus, asked, found))
         if name == "raw":
-            retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:shown])}
+            retrieved = {int(q): found[i].tolist() for i, q in enumerate(asked[:SHOWN])}
     shuffled = _nearest(normalise(features[rng.permutation(n)].astype(np.float64)), asked, ids, k, order)
     chance = best = float("nan")
     if corpus.exhaustive and limits:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.evaluation.encoders.estimate import RESAMPLES, Estimate
+from emf_lightning.evaluation.bootstrap import RESAMPLES, Estimate
 from emf_lightning.evaluation.encoders.features import Array, Progress, feature_variants, pooled_features, truncations
 from emf_lightning.text.base import TextEncoder
 
@@ -49,14 +49,8 @@ def disentanglement(
 ) -> Disentanglement:
     """Cosines between the features of prompts and those after the removal of a share of words or sentences.
 
-    Args:
-        encoder: text encoder.
-        prompts: P prompts; those with fewer than two units are left out.
-        unit: ``word`` or ``sentence``.
-        fraction: share of the units that is removed, at least one and never all.
-        seeds: seeds of the removals; each removes other units.
-        batch_size: prompts encoded at once.
-        on_progress: called with (texts encoded, texts in all).
+    ``fraction`` is the share of units, ``word`` or ``sentence``, that is removed, at least one and never all; prompts
+    with fewer than two are left out. Each of ``seeds`` removes other units.
 
     Raises:
         ValueError: for fewer than two prompts of two or more units.
@@ -65,21 +59,17 @@ def disentanglement(
     if len(usable) < 2:
         raise ValueError(f"disentanglement: fewer than two of {len(prompts)} prompts have two {unit}s or more")
     truncated_before = truncations(encoder)
-    total, done = len(usable) * (1 + len(seeds)), 0
+    total = len(usable) * (1 + len(seeds))
 
-    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
-        nonlocal done
-        start = done
-        features = pooled_features(encoder, texts, batch_size, lambda n, _: on_progress(start + n, total))
-        done += len(texts)
-        return features
+    def encode(texts: Sequence[str], done: int) -> NDArray[np.float32]:
+        return pooled_features(encoder, texts, batch_size, lambda n, _: on_progress(done + n, total))
 
-    whole = encode(usable)
+    whole = encode(usable, 0)
     truncated = (truncations(encoder) - truncated_before) / len(usable)
-    ablated_features = [
-        encode([remove_units(p, unit, fraction, np.random.default_rng((s, i))) for i, p in enumerate(usable)])
-        for s in seeds
-    ]
+    ablated_features = []
+    for number, s in enumerate(seeds, 1):
+        texts = [remove_units(p, unit, fraction, np.random.default_rng((s, i))) for i, p in enumerate(usable)]
+        ablated_features.append(encode(texts, number * len(usable)))
     # the same texts in other batches: the batch's shape changes features by rounding
     again = usable[: max(min(len(usable) // 2, 16), 1)]
     rounding = np.median(_relative_change(whole[: len(again)], pooled_features(encoder, again, batch_size)))
@@ -113,13 +103,13 @@ def _relative_change(features: NDArray[np.float32], others: NDArray[np.float32])
     return np.linalg.norm(others - features, axis=1) / np.maximum(np.linalg.norm(features, axis=1), 1e-12)
 
 
-def _contrast(cosines: Array, features: Array, seed: int = 0) -> tuple[Estimate, Estimate, Estimate]:
+def _contrast(cosines: Array, features: Array) -> tuple[Estimate, Estimate, Estimate]:
     """The mean of ``cosines`` ``[P]``, that of every two different ``features`` ``[P, D]``, and their contrast.
 
     The bootstrap resamples prompts, for all three numbers at once; a prompt that is drawn twice makes no pair with
     itself.
     """
-    n, rng, lengths = len(features), np.random.default_rng(seed), np.square(features).sum(1)
+    n, rng, lengths = len(features), np.random.default_rng(0), np.square(features).sum(1)
 
     def numbers(counts: Array) -> Array:
         """All three numbers of R bootstrap samples, given how often each prompt is in each, ``[R, P]``."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.folders.image_files import read_image
-from emf_lightning.pretrained.loading import load_pretrained
+from emf_lightning.pretrained.loading import load_pretrained, unreadable
 
 
 class PairCorpus(ABC):
@@ -21,7 +21,6 @@ class PairCorpus(ABC):
 
     Attributes:
         name: name in reports.
-        captions: N captions.
         owners: ``[N]``, number of each pair's image; pairs of one image have the same number.
         exhaustive: whether the similarity to all images is cheap, so that chance and the best possible are computed.
         matches_paper: whether EMF's Table 1 (arXiv 2604.18168) uses these pairs.
@@ -79,13 +78,12 @@ class CocoPairs(PairCorpus):
             raise ValueError(f"CocoPairs: cannot read {file} ({error.strerror}); root is COCO's folder") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"CocoPairs: {file} is no COCO caption file ({error})") from error
-        kept = [(n, sorted(of_image[n])[caption][1]) for n in sorted(names) if len(of_image.get(n, ())) > caption]
-        kept = kept[:limit]
+        chosen = [n for n in sorted(names) if len(of_image.get(n, ())) > caption][:limit]
+        kept = [(n, sorted(of_image[n])[caption][1]) for n in chosen]
         if len(kept) < 2:
             raise ValueError(f"CocoPairs: {file} has fewer than two images with {caption + 1} captions")
         self._paths = [Path(root) / split / names[number] for number, _ in kept]
-        absent = next((path for path in self._paths if not path.is_file()), None)
-        if absent is not None:
+        if absent := next((path for path in self._paths if not path.is_file()), None):
             raise ValueError(f"CocoPairs: no image {absent}; unpack {split}.zip into {root}")
         self.name = f"COCO {split}, {len(kept):,} pairs, caption {caption}, {Path(dinov3).name}"
         self.matches_paper = split == "train2017" and limit is None
@@ -95,23 +93,16 @@ class CocoPairs(PairCorpus):
         self._vectors: dict[int, NDArray[np.float64]] = {}
 
     def similarity(self, query: int, others: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.stack([self._vector(int(other)) for other in others]) @ self._vector(query)
-
-    def _vector(self, pair: int) -> NDArray[np.float64]:
-        if pair not in self._vectors:
+        for pair in {int(query), *others.tolist()}.difference(self._vectors):
             self._vectors[pair] = self._embed(self.image(pair))
-        return self._vectors[pair]
+        return np.stack([self._vectors[other] for other in others.tolist()]) @ self._vectors[int(query)]
 
     def image(self, pair: int) -> NDArray[np.uint8]:
         return read_image(self._paths[pair])
 
 
 class Dinov3:
-    """The pooled feature of a DINOv3 ViT, of unit length.
-
-    Args:
-        model: hub name or local folder in transformers' format.
-        device: see ``CocoPairs``.
+    """The pooled feature of a DINOv3 ViT, of unit length; ``model`` is a hub name or folder in transformers' format.
 
     Raises:
         ValueError: if the model cannot be loaded, or its weights are not all of a DINOv3 ViT's.
@@ -127,8 +118,7 @@ class Dinov3:
         try:
             self.processor = AutoImageProcessor.from_pretrained(model)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"Dinov3: cannot load the processor of model={model!r} ({reason}); {remedy}") from error
+            raise unreadable("Dinov3", model, error, "the processor of model", remedy) from error
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:

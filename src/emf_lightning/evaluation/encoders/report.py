@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.discriminability import Discriminability
 from emf_lightning.evaluation.encoders.disentanglement import Disentanglement
-from emf_lightning.evaluation.encoders.estimate import Estimate
 from emf_lightning.evaluation.encoders.features import VARIANTS
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.markdown import markdown_table
@@ -36,14 +36,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class StudiedEncoder:
-    """One encoder's numbers.
-
-    Attributes:
-        name: name of the encoder.
-        discriminability: discriminability on the corpus.
-        disentanglement: disentanglement of the prompts.
-        truncated: share of the corpus's captions that the encoder truncated; NaN where it does not count them.
-    """
+    """One encoder's numbers; ``truncated`` is the share of the corpus's captions that it truncated, NaN if unknown."""
 
     name: str
     discriminability: Discriminability
@@ -56,7 +49,6 @@ class EncoderStudy:
     """The numbers of several encoders on one corpus.
 
     Attributes:
-        encoders: encoders in the order of the table.
         about: facts common to all encoders.
         paper_corpus: whether the corpus is that of the paper's Table 1, whose values are then added.
         paper_prompts: whether the prompts are those of the paper's Table 2, whose values are then added.
@@ -106,9 +98,8 @@ class EncoderStudy:
         with paper_style():
             figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = figure.subplots(1, 2)
-            for axes, name, title in zip(
-                panels, VARIANTS[:2], ("as published", "without the common direction"), strict=True
-            ):
+            titles = {"raw": "as published", "centred": "without the common direction"}
+            for axes, (name, title) in zip(panels, titles.items(), strict=True):
                 for number, encoder in enumerate(self.encoders):
                     x = encoder.discriminability.score[name]
                     part = encoder.disentanglement
@@ -128,8 +119,8 @@ class EncoderStudy:
         """The images that each encoder retrieves: a row for each query, its own image first."""
         from matplotlib.figure import Figure
 
-        queries = list(self.encoders[0].discriminability.retrieved)
-        k = max(len(found) for found in self.encoders[0].discriminability.retrieved.values())
+        first = self.encoders[0].discriminability.retrieved
+        queries, k = list(first), max(map(len, first.values()))
         columns = 1 + k * len(self.encoders)
         with paper_style():
             figure = Figure(figsize=(1.6 + 0.7 * columns, 0.85 * len(queries) + 0.3), layout="constrained")

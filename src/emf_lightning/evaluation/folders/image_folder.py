@@ -1,34 +1,28 @@
-"""Folders of generated images with their prompts, in the layouts of common benchmarks."""
+"""Folders of generated images with their prompts, in the layouts of common benchmarks, checked before scoring."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from emf_lightning.evaluation.folders.checks import check_complete, check_prompts, check_same_sampling
 from emf_lightning.evaluation.folders.image_files import check_readable, image_files
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 PROMPTS = "prompts.jsonl"
 """The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
-LAYOUTS = (
-    f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl and "
-    "00012/samples/0003.png; or a text file beside each image"
-)
+SAMPLING = ("steps", "guidance")
+"""Sampling settings in a line of ``prompts.jsonl``; images of different settings have no common score."""
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A generated image in a folder.
-
-    Attributes:
-        path: of the file.
-        prompt: that it was generated from; empty if it has none and the metric needs none.
-    """
+    """A generated image and its prompt, empty if the image has none and the metric needs none."""
 
     path: Path
     prompt: str
@@ -57,26 +51,24 @@ def generated_images(
     listed = _listed(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
     names = [str(path.relative_to(folder)) for path in paths]
     if not partial:
-        check_complete(listed, names, files, PROMPTS)
-    check_same_sampling(listed, names, PROMPTS)
+        _check_complete(listed, names, files)
+    _check_same_sampling(listed, names)
     prompts = _prompts(folder, paths, metric, listed)
-    without = [path for path in paths if path not in prompts]
-    if without and metric.needs_prompts:
+    if metric.needs_prompts and (without := [path for path in paths if path not in prompts]):
         raise ValueError(
-            f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known "
-            f"layouts: {LAYOUTS}"
+            f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known layouts: "
+            f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl "
+            "and 00012/samples/0003.png; or a text file beside each image"
         )
     if metric.prompts():
-        check_prompts({path: prompts.get(path, "") for path in paths}, metric, partial)
+        _check_prompts({path: prompts.get(path, "") for path in paths}, metric, partial)
     check_readable(paths, "folder")
     return [GeneratedImage(path, prompts.get(path, "")) for path in paths]
 
 
-def _prompts(
-    folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, dict[str, Any]]
-) -> dict[Path, str]:
+def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, Any]) -> dict[Path, str]:
     """The prompts of the paths for which a layout knows one."""
-    of_folder: dict[Path, str | None] = {}
+    metadata = cache(_metadata)  # one file for all images of a prompt
 
     def prompt(path: Path) -> str | None:
         relative = PurePath(path.relative_to(folder))
@@ -85,13 +77,8 @@ def _prompts(
         beside = path.with_suffix(".txt")
         if beside.is_file():
             return beside.read_text(encoding="utf-8").strip()
-        metadata = path.parent.parent / "metadata.jsonl"
-        if path.parent.name == "samples":
-            if metadata not in of_folder:
-                of_folder[metadata] = _metadata(metadata)
-            if of_folder[metadata] is not None:
-                return of_folder[metadata]
-        return metric.prompt_of(relative)
+        text = metadata(path.parent.parent / "metadata.jsonl") if path.parent.name == "samples" else None
+        return metric.prompt_of(relative) if text is None else text
 
     return {path: text for path in paths if (text := prompt(path)) is not None}
 
@@ -109,7 +96,75 @@ def _metadata(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))["prompt"]
+        return str(json.loads(path.read_text(encoding="utf-8"))["prompt"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} is no record of GenEval's ({error})") from error
-    return str(prompt)
+
+
+def _check_complete(listed: Mapping[str, Any], names: Sequence[str], files: str) -> None:
+    """Raises a ``ValueError`` if ``prompts.jsonl`` lists images that match ``files`` and are not among ``names``."""
+    wanted = [file for file in listed if fnmatch(file, files)]
+    there = set(names)
+    if absent := [file for file in wanted if file not in there]:
+        raise ValueError(
+            f"folder: {len(absent):,} of the {len(wanted):,} images that {PROMPTS} lists are missing, {absent[0]} "
+            "first; generate them, or give --partial true for a score that is not comparable"
+        )
+
+
+def _check_same_sampling(listed: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises a ``ValueError`` if ``prompts.jsonl`` lists the images ``names`` with different sampling settings."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        if name in listed and any(field in listed[name] for field in SAMPLING):
+            groups.setdefault(tuple(listed[name].get(field) for field in SAMPLING), []).append(name)
+    if len(groups) < 2:
+        return
+    fields = [field for n, field in enumerate(SAMPLING) if len({values[n] for values in groups}) > 1]
+    patterns = [pattern for group in groups.values() if (pattern := _pattern_of(group, names))]
+    choices = f"one of --files {', '.join(map(repr, patterns))}" if patterns else "--files"
+    raise ValueError(
+        f"folder: the {len(names):,} images were sampled with {len(groups)} different settings of "
+        f"{' and '.join(fields)}, by {PROMPTS}, and have no score in common; choose with {choices}"
+    )
+
+
+def _pattern_of(group: Sequence[str], names: Sequence[str]) -> str | None:
+    """A pattern that only the files of ``group`` match, for names like ``00012-4step_cfg2-1.png``; None without one."""
+    _, dash, rest = PurePath(group[0]).stem.partition("-")
+    label = rest.partition("-")[0]
+    for pattern in (f"*-{label}[-.]*", f"*-{label}.[!0-9]*") if dash else ():
+        if [name for name in names if fnmatch(name, pattern)] == list(group):
+            return pattern
+    return None
+
+
+def _check_prompts(prompts: Mapping[Path, str], metric: ImageMetric, partial: bool) -> None:
+    """Raises a ``ValueError`` for images of prompts that the metric does not have.
+
+    Unless ``partial``, also for prompts without images or with fewer than most have, which would weigh less.
+    """
+    known = set(metric.prompts())
+    if unknown := [path for path, prompt in prompts.items() if prompt not in known]:
+        raise ValueError(
+            f"folder: {len(unknown):,} of {len(prompts):,} images are for prompts that {metric.title} does not "
+            f"have, {unknown[0]} for {prompts[unknown[0]]!r} among them; choose with files=, or score with "
+            "the suite of these prompts"
+        )
+    if partial:
+        return
+    counts = Counter(prompts.values())
+    if missing := [prompt for prompt in metric.prompts() if prompt not in counts]:
+        raise ValueError(
+            f"folder: {len(missing):,} of {metric.title}'s {len(known):,} prompts have no image, {missing[0]!r} among "
+            "them; generate them, or give --partial true for a score that is not comparable"
+        )
+    # prompts that a benchmark lists twice have more images than the others
+    times = Counter(counts.values())
+    usual = max(times, key=lambda count: (times[count], count))
+    if short := [prompt for prompt in metric.prompts() if counts[prompt] < usual]:
+        raise ValueError(
+            f"folder: {len(short):,} of {metric.title}'s {len(known):,} prompts have fewer images than the others' "
+            f"{usual}, {short[0]!r} with {counts[short[0]]} among them; generate them, or give --partial true for a "
+            "score that is not comparable"
+        )

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,8 @@ from emf_lightning.files import write_atomic
 
 SCORES = "scores.json"
 RESULTS = "results.jsonl"
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Rank and world size of this process.
-
-    Attributes:
-        number: rank; rank 0 writes the results.
-        count: number of processes.
-    """
-
-    number: int = 0
-    count: int = 1
+STATE, ROWS = ".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"
+"""Files of one rank while the scoring runs, by rank and number of ranks."""
 
 
 def score_images(
@@ -41,7 +29,8 @@ def score_images(
     metric: ImageMetric,
     directory: Path,
     *,
-    rank: Rank | None = None,
+    rank: int = 0,
+    ranks: int = 1,
     batch_size: int = 16,
     save_seconds: float = 30.0,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -55,7 +44,8 @@ def score_images(
         images: all of them, the same on every rank.
         metric: in its initial state.
         directory: for results; made if missing.
-        rank: of this process; several ranks need an initialised process group.
+        rank: of this process; rank 0 writes the results.
+        ranks: number of processes; several need an initialised process group.
         batch_size: images in memory at once.
         save_seconds: time between two saves.
         report: called with (estimated images done by all ranks, images in all).
@@ -67,14 +57,13 @@ def score_images(
         ValueError: if ``directory`` holds the progress of another scoring, or for a file that is no image; the progress
             before that file is saved.
     """
-    here = rank or Rank()
     metric.check_count(len(images))
     directory.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(directory, metric, images, here)
-    mine = images[here.number :: here.count]
+    progress = _Progress(directory, metric, images, rank, ranks)
+    mine = images[rank::ranks]
     began, saved, before = time.perf_counter(), time.perf_counter(), progress.done
     with progress.results.open("a", encoding="utf-8") as lines:
-        report(min(progress.done * here.count, len(images)), len(images))
+        report(min(progress.done * ranks, len(images)), len(images))
         while progress.done < len(mine):
             batch = mine[progress.done : progress.done + batch_size]
             try:
@@ -90,7 +79,7 @@ def score_images(
             if time.perf_counter() - saved > save_seconds:
                 progress.save()
                 saved = time.perf_counter()
-            report(min(progress.done * here.count, len(images)), len(images))
+            report(min(progress.done * ranks, len(images)), len(images))
     progress.save()
     values = {name: float(value) for name, value in metric.compute().items()}  # synchronises all ranks
     scores = {
@@ -100,15 +89,20 @@ def score_images(
         "images": len(images),
         "settings": metric.settings(),
         "seconds": round(time.perf_counter() - began, 1),
-        "resumed_at": before * here.count,
+        "resumed_at": before * ranks,
     }
-    if here.count > 1:
+    if ranks > 1:
         dist.barrier()
-    if here.number == 0:
-        _join(directory, here.count, len(images))
+    if rank == 0:
+        states, results = ([directory / name.format(n, ranks) for n in range(ranks)] for name in (STATE, ROWS))
+        rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
+        in_order = (rows[n % ranks][n // ranks] + "\n" for n in range(len(images)))
+        write_atomic(directory / RESULTS, "".join(in_order))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
-        _clear(directory, here.count)  # last: a run killed before this line finds its progress
-    if here.count > 1:
+        # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
+        for file in (*states, *results):
+            file.unlink(missing_ok=True)
+    if ranks > 1:
         dist.barrier()
     return scores
 
@@ -116,59 +110,39 @@ def score_images(
 class _Progress:
     """Progress of one rank on disk; the constructor restores the metric's state from it."""
 
-    def __init__(self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: Rank) -> None:
+    def __init__(
+        self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: int, ranks: int
+    ) -> None:
         self.metric = metric
-        self.path = directory / f".progress-{rank.number}-of-{rank.count}.pt"
-        self.results = directory / f".results-{rank.number}-of-{rank.count}.jsonl"
+        self.path = directory / STATE.format(rank, ranks)
+        self.results = directory / ROWS.format(rank, ranks)
         self.done = 0
         identity = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{rank.count}.pt")]
+        others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{ranks}.pt")]
         if others:
             count = others[0].stem.rpartition("-")[2]
             raise ValueError(
-                f"out: {directory} was begun by {count} processes, this is one of {rank.count}: start as many as "
+                f"out: {directory} was begun by {count} processes, this is one of {ranks}: start as many as "
                 "before, or give another directory"
             )
         if self.path.is_file():
-            self._load(directory)
-        self._drop_unsaved_rows()
-
-    def _load(self, directory: Path) -> None:
-        saved = torch.load(self.path, weights_only=True)
-        if saved["key"] != self.key:
-            raise ValueError(
-                f"out: {directory} holds the beginnings of other images or another score than this; empty it or give "
-                "another directory"
-            )
-        for name, value in saved["state"].items():
-            setattr(self.metric, name, value)
-        self.metric._update_count = 1
-        self.done = saved["done"]
-
-    def _drop_unsaved_rows(self) -> None:
-        """Removes rows written after the last save; their images are scored again."""
+            saved = torch.load(self.path, weights_only=True)
+            if saved["key"] != self.key:
+                raise ValueError(
+                    f"out: {directory} holds the beginnings of other images or another score than this; empty it or "
+                    "give another directory"
+                )
+            for name, value in saved["state"].items():
+                setattr(metric, name, value)
+            metric._update_count = 1
+            self.done = saved["done"]
+        # rows written after the last save: their images are scored again
         lines = self.results.read_text(encoding="utf-8").splitlines(keepends=True) if self.results.is_file() else []
         write_atomic(self.results, "".join(lines[: self.done]))
 
     def save(self) -> None:
         """Writes the progress file; a killed process leaves the old one or the new one."""
         partial = self.path.with_suffix(".partial")
-        state = {name: getattr(self.metric, name) for name in self.metric._defaults}
-        torch.save({"key": self.key, "done": self.done, "state": state}, partial)
+        torch.save({"key": self.key, "done": self.done, "state": self.metric.metric_state}, partial)
         os.replace(partial, self.path)
-
-
-def _join(directory: Path, ranks: int, images: int) -> None:
-    """Writes ``results.jsonl``: the rows of all ranks in the order of the images."""
-    parts = [
-        (directory / f".results-{n}-of-{ranks}.jsonl").read_text(encoding="utf-8").splitlines() for n in range(ranks)
-    ]
-    write_atomic(directory / RESULTS, "".join(parts[n % ranks][n // ranks] + "\n" for n in range(images)))
-
-
-def _clear(directory: Path, ranks: int) -> None:
-    """Removes the progress files, states first: a state without its rows could not be resumed."""
-    for pattern in (".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"):
-        for number in range(ranks):
-            (directory / pattern.format(number, ranks)).unlink(missing_ok=True)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE
 from emf_lightning.evaluation.clip_hps.clip_model import load_clip
-from emf_lightning.evaluation.devices import device_of
-from emf_lightning.evaluation.geneval.coco_prompts import COLOURS
 from emf_lightning.evaluation.geneval.verdict import Detection
 
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
@@ -42,32 +40,26 @@ class ClipColours:
         device: str | None = None,
         quick_gelu: bool = False,
     ) -> None:
-        self.device = device_of(device)
-        clip = self._clip = load_clip("ClipColours", model, pretrained, quick_gelu)
-        self.model = clip.model.to(self.device)
-        self.transform, self.tokenizer = clip.transform, clip.tokenizer
+        self.clip = load_clip("ClipColours", model, pretrained, quick_gelu, device)
         self._classifiers: dict[str, Tensor] = {}
 
     def settings(self) -> dict[str, Any]:
         """Everything that comparable colours must share: model, activation and a digest of the weights."""
-        return {f"colours_{name}": value for name, value in self._clip.settings.items()}
+        return {f"colours_{name}": value for name, value in self.clip.settings.items()}
 
-    @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8], detections: Sequence[Detection], label: str) -> list[str]:
         """The colour of each of ``detections``, all of class ``label``, in ``image`` ``[H, W, 3]``, 8-bit RGB."""
         if not detections:
             return []
-        crops = torch.stack([self.transform(_masked_crop(image, detection)) for detection in detections])
-        with torch.autocast(self.device.type, enabled=False):
-            features = self.model.encode_image(crops.to(self.device), normalize=True)
-        return [COLOURS[i] for i in (features @ self._classifier(label)).argmax(1).tolist()]
+        crops = torch.stack([self.clip.transform(_masked_crop(image, detection)) for detection in detections])
+        logits = self.clip.image_features(crops) @ self._classifier(label)
+        return [list(PALETTE)[i] for i in logits.argmax(1).tolist()]
 
     def _classifier(self, label: str) -> Tensor:
         """Classifier weights ``[D, 10]``: for each colour the normalised mean of its captions' unit vectors."""
         if label not in self._classifiers:
-            texts = [t.format(colour=colour, label=label) for colour in COLOURS for t in TEMPLATES]
-            vectors = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
-            means = vectors.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1)
+            texts = [t.format(colour=colour, label=label) for colour in PALETTE for t in TEMPLATES]
+            means = self.clip.text_features(texts).view(len(PALETTE), len(TEMPLATES), -1).mean(1)
             self._classifiers[label] = (means / means.norm(dim=1, keepdim=True)).T
         return self._classifiers[label]
 
@@ -90,8 +82,8 @@ def check_colours(classify: ClipColours) -> None:
     fine = (np.arange(4 * 224) + 0.5) / 4 - 112  # 4 x 4 samples a pixel
     alpha = (fine**2 + fine[:, None] ** 2 <= 90**2).reshape(224, 4, 224, 4).mean((1, 3))[..., None]
     right = 0
-    for colour in COLOURS:
-        image = np.rint(alpha * PALETTE[colour] + (1 - alpha) * BACKGROUND).astype(np.uint8)
+    for colour, rgb in PALETTE.items():
+        image = np.rint(alpha * rgb + (1 - alpha) * BACKGROUND).astype(np.uint8)
         disc = Detection("sports ball", 1.0, (22.0, 22.0, 202.0, 202.0), (image != BACKGROUND).any(-1))
         right += classify(image, [disc], "sports ball") == [colour]
     if right < 6:

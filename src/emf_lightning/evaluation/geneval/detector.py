@@ -10,16 +10,26 @@ from numpy.typing import NDArray
 
 from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Detection
 
+# fmt: off
+CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+# fmt: on
+"""COCO's 80 thing classes in its order, which numbers a detector's labels; three have GenEval's names."""
+
 PERSON_SHARE = (0.2, 0.9)
 """Least and largest share of the sample photograph in the person's mask; she fills about half of it."""
 
 
 class ObjectDetector(ABC):
-    """Finds the instances of GenEval's 80 classes, under GenEval's names.
-
-    Attributes:
-        name: as reports show it.
-    """
+    """Finds the instances of GenEval's 80 classes, under GenEval's names; ``name`` is the detector's own in reports."""
 
     name: str
 

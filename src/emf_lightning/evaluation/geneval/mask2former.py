@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.evaluation.geneval.coco_prompts import CLASSES
-from emf_lightning.evaluation.geneval.detector import ObjectDetector
+from emf_lightning.evaluation.geneval.detector import CLASSES, ObjectDetector
 from emf_lightning.evaluation.geneval.verdict import THRESHOLD, Detection
 from emf_lightning.pretrained.loading import load_pretrained
 from emf_lightning.text.fingerprint import weights_digest
@@ -64,34 +64,24 @@ class Mask2FormerDetector(ObjectDetector):
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> list[Detection]:
-        pixels = torch.tensor(image, device=self.device)
-        inputs, (height, width) = preprocess(pixels, self.short_side)
+        inputs, resized = preprocess(torch.tensor(image, device=self.device), self.short_side)
         with torch.autocast(self.device.type, enabled=False):
             output = self.network(pixel_values=inputs)
-        return instances(
-            output.class_queries_logits[0].float(),
-            output.masks_queries_logits[0].float(),
-            padded=(inputs.shape[2], inputs.shape[3]),
-            resized=(height, width),
-            original=(image.shape[0], image.shape[1]),
-        )
+        sizes = {"padded": inputs.shape[2:], "resized": resized, "original": image.shape[:2]}
+        return instances(output.class_queries_logits[0].float(), output.masks_queries_logits[0].float(), **sizes)
 
 
 def preprocess(pixels: Tensor, short_side: int = SHORT_SIDE) -> tuple[Tensor, tuple[int, int]]:
     """The network's input ``[1, 3, H', W']``, and the height and width of the image in it, without the padding.
 
-    As in mmdetection's test pipeline: bilinear without antialiasing to 8-bit values, normalised, padded with zeros to
-    the right and below.
-
-    Args:
-        pixels: ``[H, W, 3]``, 8-bit RGB.
-        short_side: of the result, unless the longer side would exceed 1333.
+    As in mmdetection's test pipeline: ``pixels`` ``[H, W, 3]``, 8-bit RGB, are scaled to ``short_side``, unless the
+    longer side would exceed 1333, bilinear without antialiasing to 8-bit values, normalised, padded with zeros to the
+    right and below.
     """
     height, width = pixels.shape[:2]
     scale = min(LONG_SIDE * short_side / SHORT_SIDE / max(height, width), short_side / min(height, width))
     size = int(height * scale + 0.5), int(width * scale + 0.5)
-    image = pixels.permute(2, 0, 1)[None].float()
-    image = nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False).round()
+    image = _bilinear(pixels.permute(2, 0, 1)[None].float(), size).round()
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     padding = (0, -size[1] % DIVISOR, 0, -size[0] % DIVISOR)
     return nn.functional.pad((image - mean) / std, padding), size
@@ -101,12 +91,11 @@ def instances(
     class_logits: Tensor,
     mask_logits: Tensor,
     *,
-    padded: tuple[int, int],
-    resized: tuple[int, int],
-    original: tuple[int, int],
-    threshold: float = THRESHOLD,
+    padded: Sequence[int],
+    resized: Sequence[int],
+    original: Sequence[int],
 ) -> list[Detection]:
-    """The instances of one image, best first, as in mmdetection's ``instance_postprocess``.
+    """The instances of one image, best first, as in mmdetection's ``instance_postprocess``, above GenEval's threshold.
 
     The 100 (query, class) pairs of the highest class probability are kept. A pair's score is that probability times
     the mean probability of its mask's pixels; its box is that of the mask. Masks are resized as logits.
@@ -117,27 +106,25 @@ def instances(
         padded: height and width of the network's input.
         resized: height and width of the image in it.
         original: height and width of the original image.
-        threshold: instances with scores above it are returned.
     """
     scores = class_logits.softmax(-1)[:, :-1].flatten()
     scores, pairs = scores.topk(min(MAX_INSTANCES, len(scores)))
-    pairs = pairs[scores > threshold]  # a mask's probability is at most 1
-    scores = scores[scores > threshold]
+    kept = scores > THRESHOLD  # a mask's probability is at most 1
+    scores, pairs = scores[kept], pairs[kept]
     queries, labels = pairs // (class_logits.shape[1] - 1), pairs % (class_logits.shape[1] - 1)
     found = []
     for score, query, label in zip(scores.tolist(), queries.tolist(), labels.tolist(), strict=True):
-        logits = mask_logits[None, None, query]
-        logits = nn.functional.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
-        logits = logits[..., : resized[0], : resized[1]]
-        logits = nn.functional.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0, 0]
+        logits = _bilinear(mask_logits[None, None, query], padded)[..., : resized[0], : resized[1]]
+        logits = _bilinear(logits, original)[0, 0]
         mask = logits > 0
         score *= float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
-        if score <= threshold:
-            continue
-        rows, columns = (torch.where(mask.any(axis))[0] for axis in (1, 0))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        found.append(Detection(CLASSES[label], score, box, mask.cpu().numpy()))
+        if score > THRESHOLD:
+            found.append(Detection.of_mask(CLASSES[label], score, mask.cpu().numpy()))
     return sorted(found, key=lambda detection: -detection.score)
+
+
+def _bilinear(images: Tensor, size: Sequence[int]) -> Tensor:
+    return nn.functional.interpolate(images, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _load(model: str) -> Any:
@@ -146,18 +133,17 @@ def _load(model: str) -> Any:
 
     from emf_lightning.evaluation.geneval.mmdet_checkpoint import convert_checkpoint
 
-    arguments: dict[str, Any] = {}
+    download = f"download it first with `hf download {model}`"
+    arguments: dict[str, Any] = {
+        "remedy": f"give mmdetection's .pth, a folder in transformers' format, or {download}",
+        "argument": "model",
+        "unused": UNUSED,
+        "frozen": True,
+    }
     if model.endswith(".pth"):
         arguments["config"], arguments["state_dict"] = convert_checkpoint(model)
-    remedy = (
-        f"give mmdetection's .pth, a folder in transformers' format, or download it first with `hf download {model}`"
-    )
-    arguments |= {"argument": "model", "remedy": remedy, "unused": UNUSED}
-    network = load_pretrained(
-        "Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, frozen=True, **arguments
-    )
-    labels = network.config.num_labels
-    if labels != len(CLASSES):
+    network = load_pretrained("Mask2FormerDetector", Mask2FormerForUniversalSegmentation, model, **arguments)
+    if (labels := network.config.num_labels) != len(CLASSES):
         raise ValueError(
             f"Mask2FormerDetector: model={model!r} knows {labels} classes, not COCO's 80 things; take a coco-instance "
             "checkpoint"

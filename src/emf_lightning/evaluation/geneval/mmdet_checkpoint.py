@@ -13,6 +13,7 @@ SWIN = "model.pixel_level_module.encoder.encoder.layers"
 BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)"
 PIXELS = "model.pixel_level_module.decoder"
 QUERIES = "model.transformer_module"
+MASKS = f"{QUERIES}.decoder.mask_predictor"
 LAYERS = r"panoptic_head\.transformer_decoder\.layers"
 ENCODER = r"panoptic_head\.pixel_decoder\.encoder\.layers"
 
@@ -52,10 +53,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"panoptic_head\.query_embed", f"{QUERIES}.queries_embedder"),
     (r"panoptic_head\.query_feat", f"{QUERIES}.queries_features"),
     (r"panoptic_head\.level_embed", f"{QUERIES}.level_embed"),
-    *(
-        (rf"panoptic_head\.mask_embed\.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
-        for i in range(3)
-    ),
+    *((rf"panoptic_head\.mask_embed\.{2 * i}", f"{MASKS}.mask_embedder.{i}.0") for i in range(3)),
     (r"panoptic_head\.cls_embed", "class_predictor"),
 )
 """Patterns of mmdetection 2's names -> names in transformers; .weight and .bias follow."""
@@ -94,16 +92,14 @@ def convert_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
                 f'that way; if you trust it, write its weights alone into another: python -c "import torch; '
                 f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], '{alone}')\""
             ) from error
-        raise ValueError(
-            f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({type(error).__name__}); {remedy}"
-        ) from error
+        kind = type(error).__name__
+        raise ValueError(f"Mask2FormerDetector: {path} cannot be read as a checkpoint ({kind}); {remedy}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     try:
         return configuration(weights), rename_weights(weights)
     except KeyError as error:
-        raise ValueError(
-            f"Mask2FormerDetector: {path} is no Mask2Former of mmdetection 2, it has {error.args[0]}; {remedy}"
-        ) from error
+        reason = f"is no Mask2Former of mmdetection 2, it has {error.args[0]}"
+        raise ValueError(f"Mask2FormerDetector: {path} {reason}; {remedy}") from error
 
 
 def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,17 +118,14 @@ def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if match := re.fullmatch(rf"{BLOCK}\.attn\.w_msa\.qkv\.(weight|bias)", name):
             stem = f"{SWIN}.{match[1]}.blocks.{match[2]}.attention.self"
-            for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
-                result[f"{stem}.{part}.{match[3]}"] = rows.contiguous()
-            continue
-        new = _new_name(name)
-        if ".downsample." in new:
-            weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3).contiguous()
-        if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new):
-            for part, rows in zip("qkv", weight.chunk(3), strict=True):
-                result[f"{match[1]}.{part}_proj.{match[2]}"] = rows.contiguous()
-            continue
-        result[new] = weight
+            names = [f"{stem}.{part}.{match[3]}" for part in ("query", "key", "value")]
+        else:
+            new = _new_name(name)
+            if ".downsample." in new:
+                weight = weight.reshape(*weight.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
+            match = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", new)
+            names = [f"{match[1]}.{part}_proj.{match[2]}" for part in "qkv"] if match else [new]
+        result |= {new: part.contiguous() for new, part in zip(names, weight.chunk(len(names)), strict=True)}
     return result
 
 
@@ -160,13 +153,10 @@ def configuration(weights: dict[str, Tensor]) -> Any:
         return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
     stages = count(r"backbone\.stages\.(\d+)\.")
-    tables = [
-        shape(f"backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table") for i in range(max(stages, 1))
-    ]
+    attention = "blocks.0.attn.w_msa.relative_position_bias_table"
+    tables = [shape(f"backbone.stages.{i}.{attention}") for i in range(max(stages, 1))]
     width = shape("backbone.patch_embed.projection.weight")[0]
     classes, hidden = shape("panoptic_head.cls_embed.weight")
-    decoder = rf"{LAYERS}\.(\d+)\."
-    encoder = rf"{ENCODER}\.(\d+)\."
     offsets = shape("panoptic_head.pixel_decoder.encoder.layers.0.attentions.0.sampling_offsets.weight")[0]
     return Mask2FormerConfig(
         backbone_config=SwinConfig(
@@ -184,8 +174,8 @@ def configuration(weights: dict[str, Tensor]) -> Any:
         feature_size=shape("panoptic_head.pixel_decoder.level_encoding.weight")[1],
         mask_feature_size=shape("panoptic_head.pixel_decoder.mask_feature.weight")[0],
         num_attention_heads=offsets // (3 * 4 * 2),  # three levels, four points, two coordinates
-        encoder_layers=count(encoder),
-        decoder_layers=count(decoder) + 1,  # transformers counts the first mask prediction, too
+        encoder_layers=count(rf"{ENCODER}\.(\d+)\."),
+        decoder_layers=count(rf"{LAYERS}\.(\d+)\.") + 1,  # transformers counts the first mask prediction, too
         encoder_feedforward_dim=shape("panoptic_head.pixel_decoder.encoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dim_feedforward=shape("panoptic_head.transformer_decoder.layers.0.ffns.0.layers.0.0.weight")[0],
         dropout=0.0,

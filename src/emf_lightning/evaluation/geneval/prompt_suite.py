@@ -63,11 +63,8 @@ class PromptSuite(ABC):
 
         In each task, the images for a smaller number are the first of those for a larger one.
         """
-        by_task: dict[str, list[Prompt]] = {}
-        for prompt in self.prompts():
-            by_task.setdefault(prompt.tag, []).append(prompt)
-        return [
-            PromptImage(prompts[i % len(prompts)], i // len(prompts))
-            for prompts in by_task.values()
-            for i in range(images_per_task)
-        ]
+        images = []
+        for task in dict.fromkeys(prompt.tag for prompt in self.prompts()):
+            prompts = [prompt for prompt in self.prompts() if prompt.tag == task]
+            images += [PromptImage(prompts[i % len(prompts)], i // len(prompts)) for i in range(images_per_task)]
+        return images

@@ -1,7 +1,8 @@
-"""A suite of prompts as a metric."""
+"""A suite of prompts as a metric, and the lines of GenEval's ``results.jsonl``, which its summary script reads."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
-from emf_lightning.evaluation.geneval.result_rows import result_row
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.image_metric import ImageMetric
@@ -44,7 +44,7 @@ class SuiteScore(ImageMetric):
         if len(self._prompts) < len(suite.prompts()):
             raise ValueError(f"SuiteScore: the prompts of {suite.name} must differ: their texts tell them apart")
         for name in ("images", "correct", "strict"):
-            self.add_state(name, torch.zeros(len(self._prompts), dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_sum(name, len(self._prompts), dtype=torch.int64)
 
     def prompts(self) -> Sequence[str]:
         return list(self._prompts)
@@ -56,11 +56,6 @@ class SuiteScore(ImageMetric):
         return None
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        """Evaluates and counts images of the suite's prompts.
-
-        Raises:
-            ValueError: for another prompt.
-        """
         asked = [self._prompt(text) for text in prompts]
         verdicts = [self.suite.evaluate(image, prompt) for image, prompt in zip(images, asked, strict=True)]
         self.count(asked, verdicts)
@@ -99,3 +94,21 @@ class SuiteScore(ImageMetric):
     def _counted(self) -> TaskScores:
         images, correct, strict = (count.cpu().numpy() for count in (self.images, self.correct, self.strict))
         return TaskScores.of_counts(list(self._prompts.values()), images, correct, strict)
+
+
+def result_row(prompt: Prompt, verdict: Verdict) -> dict[str, Any]:
+    """GenEval's fields for one image except ``filename``, and whether it is strictly correct."""
+    return {
+        "tag": prompt.tag,
+        "prompt": prompt.prompt,
+        "correct": verdict.correct,
+        "strict": verdict.strict,
+        "reason": verdict.reason,
+        "metadata": json.dumps(prompt.metadata()),
+        "details": json.dumps(verdict.boxes),
+    }
+
+
+def sample_path(prompt: int, image: int) -> str:
+    """GenEval's file name for the ``image``-th image of the ``prompt``-th prompt: ``00012/samples/0003.png``."""
+    return f"{prompt:05d}/samples/{image:04d}.png"

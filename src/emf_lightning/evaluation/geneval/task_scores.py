@@ -74,25 +74,16 @@ class TaskScores:
         return cls.of_counts([*prompts.values()], images, correct, strict)
 
     @classmethod
-    def of_counts(
-        cls, prompts: Sequence[Prompt], images: NDArray, correct: NDArray, strict: NDArray, seed: int = 0
-    ) -> TaskScores:
-        """The scores of counts per prompt.
+    def of_counts(cls, prompts: Sequence[Prompt], images: NDArray, correct: NDArray, strict: NDArray) -> TaskScores:
+        """The scores of counts per prompt: images, correct and strictly correct ones, each ``[P]``.
 
-        Args:
-            prompts: P prompts; their order determines that of the tasks.
-            images: ``[P]``, images of each prompt.
-            correct: ``[P]``, correct ones among them.
-            strict: ``[P]``, strictly correct ones.
-            seed: of the bootstrap.
+        The order of the P prompts determines that of the tasks.
         """
         tags = np.array([prompt.tag for prompt in prompts])
         unseen = np.array([prompt.held_out for prompt in prompts], bool)
-        rng = np.random.default_rng(seed)
-        tasks: dict[str, NDArray] = {}
-        for tag in dict.fromkeys(tags.tolist()):
-            if images[tags == tag].any():
-                tasks[tag] = (tags == tag) & (images > 0)
+        rng = np.random.default_rng(0)
+        shown = [tag for tag in dict.fromkeys(tags.tolist()) if images[tags == tag].any()]
+        tasks = {tag: (tags == tag) & (images > 0) for tag in shown}
 
         def shares(counts: NDArray, kept: NDArray, names: Iterable[str]) -> dict[str, float]:
             return {name: float(counts[tasks[name] & kept].sum() / images[tasks[name] & kept].sum()) for name in names}

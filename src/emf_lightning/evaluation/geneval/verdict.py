@@ -27,7 +27,6 @@ class Detection:
     """One detected object.
 
     Attributes:
-        label: its class.
         score: the detector's confidence in [0, 1].
         box: (x0, y0, x1, y1) in pixels, the far edges exclusive.
         mask: ``[H, W]``, bool, True on the object.
@@ -39,6 +38,13 @@ class Detection:
     box: Box
     mask: NDArray[np.bool_]
     colour: str | None = None
+
+    @classmethod
+    def of_mask(cls, label: str, score: float, mask: NDArray[np.bool_], colour: str | None = None) -> Detection:
+        """The detection whose box is that of ``mask``, which has at least one pixel."""
+        columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+        return cls(label, score, box, mask, colour)
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,8 @@ def evaluate(
     """GenEval's verdict on one image.
 
     Of each class, at most 16 detections above the threshold count, overlapping ones too. Objects that the prompt does
-    not name are ignored, except in counting. Colour and position are those of the detections with the highest scores.
-
-    Args:
-        detections: in any order; those of classes that the prompt does not name matter to ``strict`` only.
-        prompt: the requirements.
-        classify_colours: names the colours of detections of one class.
+    not name are ignored, except in counting and in ``strict``. Colour and position are those of the detections with the
+    highest scores; detections come in any order.
     """
     threshold = COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD
     ranked = sorted(detections, key=lambda detection: (-detection.score, detection.box))

@@ -88,10 +88,9 @@ def methods_table(runs: Sequence[Run]) -> list[list[str]]:
     titles = list(dict.fromkeys(title for run in runs for title in run.scores))
     rows = [["method", *titles, "minutes", "training steps", "GB", "seeds"]]
     for method, seeds in _by_method(runs).items():
+        seconds, steps, memory = (_mean([run.summary[n] for run in seeds]) for n in ("seconds", "steps", "memory_gb"))
         scores = [_score(seeds, title) for title in titles]
-        cost = [_mean([run.summary[name] for run in seeds]) for name in ("seconds", "steps", "memory_gb")]
-        costs = [f"{cost[0] / 60:.1f}", f"{cost[1]:.0f}", f"{cost[2]:.2f}"]
-        rows.append([method, *scores, *costs, str(len(seeds))])
+        rows.append([method, *scores, f"{seconds / 60:.1f}", f"{steps:.0f}", f"{memory:.2f}", str(len(seeds))])
     return rows
 
 
@@ -120,8 +119,7 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
             points = np.array(run.curves.get(title, []), float).reshape(-1, 2)
             minutes = points[:, 0] * run.summary["step_seconds"] / 60
             panel.plot(minutes, points[:, 1], label=run.method, color=f"C{number}", marker=".")
-        panel.set(title=title, xlabel="minutes of training")
-        panel.set_ylim(0, 1)
+        panel.set(title=title, xlabel="minutes of training", ylim=(0, 1))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("GenEval-style score, shapes world")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)

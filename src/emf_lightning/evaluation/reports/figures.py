@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +102,8 @@ def step_count_figure(
 ) -> Figure:
     """Score against the number of steps: overall with its standard error, and a small panel for each task.
 
-    Args:
-        series: name -> steps -> scores; the first series has the strongest line, e.g. "MeanFlow", then "its parent".
-        ceiling: scores of perfect images.
-        chance: scores of images of other prompts of the same task.
+    ``series`` is name -> steps -> scores; the first one has the strongest line, e.g. "MeanFlow", then "its parent".
+    ``ceiling`` and ``chance`` are those of the prompt suite.
     """
     strokes: list[dict[str, Any]] = [
         {"color": "#1f8a83", "marker": "o"},
@@ -123,12 +121,10 @@ def step_count_figure(
                 values = [scores[count].values()[name] for count in counts]
                 errors = [scores[count].standard_error for count in counts] if name == "overall" else None
                 axes.errorbar(counts, values, yerr=errors, label=label, capsize=2, elinewidth=0.8, **stroke)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(steps, [str(count) for count in steps])
-            axes.minorticks_off()
+            set_step_axis(axes, steps)
             axes.margins(x=0.08)
         panels["overall"].set_xlabel("network steps")
-        _legend(panels["overall"])
+        panels["overall"].legend(loc="best", handlelength=1.8, labelspacing=0.3)
     return figure
 
 
@@ -141,12 +137,9 @@ def training_curves(
 ) -> Figure:
     """Score against training: a line for each step count, overall and in a small panel for each task.
 
-    Args:
-        curves: steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
-        ceiling: scores of perfect images.
-        chance: scores of images of other prompts of the same task.
-        reference: steps -> scores of another model, plotted as dashed level lines in the colour of the step count.
-        reference_name: name of that model in the legend.
+    ``curves`` is steps -> "overall" or task -> (optimiser step, score) points in order; tasks may be left out.
+    ``ceiling`` and ``chance`` are those of the prompt suite. The scores of another model, ``reference`` (steps ->
+    scores), are dashed level lines in the colour of the step count.
     """
     with paper_style():
         figure, panels = _panels([name for lines in curves.values() for name in lines if name in HEADINGS])
@@ -172,17 +165,22 @@ def training_curves(
             label = f"{reference_name}, {step_name(steps)}"
             overall.plot([], [], color=step_colour(steps), linewidth=1, linestyle=DASHES, label=label)
         overall.set_xlabel("optimiser steps")
-        _legend(overall)
+        overall.legend(loc="best", handlelength=1.8, labelspacing=0.3)
     return figure
 
 
-@contextmanager
-def paper_style() -> Iterator[None]:
+def paper_style() -> AbstractContextManager[None]:
     """Context of matplotlib's settings for one figure; the caller's settings do not change."""
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
-        yield
+    return matplotlib.rc_context(STYLE)
+
+
+def set_step_axis(axes: Axes, counts: Sequence[int]) -> None:
+    """Makes the x axis logarithmic, with a tick at each of the step ``counts``."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
@@ -210,15 +208,13 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
 def _plot_levels(axes: Axes, name: str, ceiling: TaskScores | None, chance: TaskScores | None) -> None:
     """Plots ceiling and chance as level lines."""
     for scores, label in ((ceiling, "ceiling"), (chance, "chance")):
-        if scores is None or name not in (values := scores.values()):
-            continue
-        axes.axhline(values[name], color="#999999", linewidth=0.8, linestyle=":", zorder=1)
-        if name == "overall":
-            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            offset: dict[str, Any] = {"xytext": (-2, 1.5), "textcoords": "offset points"}
-            axes.annotate(label, (1, values[name]), fontsize=6.5, color="#777777", **place, **offset)
+        if scores is not None and name in (values := scores.values()):
+            axes.axhline(values[name], color="#999999", linewidth=0.8, linestyle=":", zorder=1)
+            if name == "overall":
+                label_level(axes, label, values[name], xytext=(-2, 1.5), textcoords="offset points")
 
 
-def _legend(axes: Axes) -> None:
-    """A legend at the place where it covers least."""
-    axes.legend(loc="best", handlelength=1.8, labelspacing=0.3)
+def label_level(axes: Axes, label: str, level: float, **arguments: Any) -> None:
+    """Writes ``label`` above the right end of a level line; ``arguments`` are those of ``annotate``."""
+    style: dict[str, Any] = {"fontsize": 6.5, "color": "#777777", "ha": "right", "va": "bottom"}
+    axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), **style, **arguments)

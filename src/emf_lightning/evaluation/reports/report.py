@@ -11,7 +11,7 @@ from typing import Any
 
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.published import PUBLISHED, PUBLISHED_FID, PublishedRow
+from emf_lightning.evaluation.reports.published import PUBLISHED, PUBLISHED_FID
 from emf_lightning.files import to_json, write_atomic
 
 REPORT = "report.json"
@@ -33,8 +33,6 @@ class ReportRow:
 
     Attributes:
         run: name of the checkpoint.
-        metric: name of the metric.
-        title: title of the metric in tables.
         weights: ``averaged`` or ``trained``.
         step: optimiser steps taken.
         steps: network steps.
@@ -70,6 +68,11 @@ class ReportRow:
         """Name of the checkpoint in tables: the run, and weights and guidance scale unless they are the usual ones."""
         name = self.run if self.weights == "averaged" else f"{self.run}, not averaged"
         return name if self.guidance_scale == 1 else f"{name}, guidance {self.guidance_scale:g}"
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Cells that every table begins with."""
+        return {"model": self.model, "steps": str(self.steps), "NFE": str(self.nfe)}
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,7 @@ class Report:
 
     def markdown(self) -> str:
         """All tables: tasks as in the paper's Table 3, other metrics, DPG-Bench and HPS as in its Tables 4 and 6."""
-        parts = ["# Scores\n"]
-        parts += [f"- {name}: {value}" for name, value in self.about.items()]
-        parts.append("")
+        parts = ["# Scores\n", *(f"- {name}: {value}" for name, value in self.about.items()), ""]
         in_table_4 = []
         for rows in self.groups():
             if rows[0].metric.partition("_")[0] in TABLE_4:
@@ -155,20 +156,17 @@ def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, flo
     columns += [SPLIT[name] for name in split]
     lines = []
     for row in rows:
-        cells = {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe), "± seeds": _number(row.seed_spread)}
-        lines.append(cells | _shares(row.scores, tasks, split, ours))
+        lines.append(row.cells | {"± seeds": _number(row.seed_spread)} | _shares(row.scores, tasks, split, ours))
     for name, scores in levels.items():
         lines.append({"model": LEVELS[name]} | _shares(scores, tasks, split, ours))
-    if published:
-        theirs = "overall" if ours == "overall" else "overall (published, its own detector)"
-        if theirs not in columns:
-            columns.append(theirs)
-        for known in published:
-            scores = known.scores[family]
-            cells = {"model": known.model, "steps": str(known.steps), theirs: f"{scores['score']:.2f}"}
-            form = "{:.2f}" if theirs == ours else "({:.2f})"
-            cells |= {HEADINGS[task]: form.format(scores[task]) for task in tasks if task in scores}
-            lines.append(cells)
+    theirs, form = ours, "{:.2f}"
+    if published and family != rows[0].metric:
+        theirs, form = "overall (published, its own detector)", "({:.2f})"
+        columns.append(theirs)
+    for known in published:
+        scores = known.scores[family]
+        cells = {HEADINGS[task]: form.format(scores[task]) for task in tasks if task in scores}
+        lines.append(known.cells | cells | {theirs: f"{scores['score']:.2f}"})
     return _table(columns, lines)
 
 
@@ -181,15 +179,15 @@ def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[s
 def preference_table(rows: Sequence[ReportRow]) -> str:
     """DPG-Bench and HPS by model and steps, as Table 4; DPG scores of another judge or count have their own column."""
     titles = {row.metric: row.title for row in rows if row.metric.startswith("dpg")}
+    official = titles.get(OFFICIAL, "DPG-Bench (published, mPLUG)")
     has_hps = any(row.metric == "hps" for row in rows)
     columns = ["model", "steps", "NFE", *titles.values()]
-    if OFFICIAL not in titles and titles:
-        columns.append("DPG-Bench (published, mPLUG)")
+    columns += [official] if titles and OFFICIAL not in titles else []
     columns += [f"HPS {name}" for name in STYLES.values()] if has_hps else []
     lines: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
-        cells = lines.setdefault((row.model, row.steps), {"model": row.model, "steps": str(row.steps)})
-        cells["NFE"] = str(row.nfe)
+        cells = lines.setdefault((row.model, row.steps), {})
+        cells |= row.cells
         error = f" ± {row.scores['se']:.2f}" if "se" in row.scores else ""
         error += "" if math.isnan(row.seed_spread) else f" (seeds ± {row.seed_spread:.2f})"
         if row.metric == "hps":
@@ -197,21 +195,14 @@ def preference_table(rows: Sequence[ReportRow]) -> str:
             cells[f"HPS {STYLES['score']}"] += error
         else:
             cells[row.title] = f"{row.scores['score']:.2f}{error}"
+    published = []
     for known in PUBLISHED:
-        cells = _published_preferences(known, titles, has_hps)
+        cells = {official: f"{known.scores['dpg']['score']:.2f}"} if titles and "dpg" in known.scores else {}
+        if has_hps:
+            cells |= {f"HPS {STYLES[name]}": f"{value:.2f}" for name, value in known.scores.get("hps", {}).items()}
         if cells:
-            lines[f"{known.model} ", known.steps] = {"model": known.model, "steps": str(known.steps), **cells}
-    return _table(columns, list(lines.values()))
-
-
-def _published_preferences(row: PublishedRow, titles: Mapping[str, str], has_hps: bool) -> dict[str, str]:
-    cells = {}
-    if titles and "dpg" in row.scores:
-        column = titles.get(OFFICIAL, "DPG-Bench (published, mPLUG)")
-        cells[column] = f"{row.scores['dpg']['score']:.2f}"
-    if has_hps and "hps" in row.scores:
-        cells |= {f"HPS {STYLES[name]}": f"{value:.2f}" for name, value in row.scores["hps"].items()}
-    return cells
+            published.append(known.cells | cells)
+    return _table(columns, [*lines.values(), *published])
 
 
 CATEGORIES = """\
@@ -221,17 +212,12 @@ Published categories were counted by mPLUG over the last of four images alone, i
 
 def categories_table(rows: Sequence[ReportRow], categories: Sequence[str]) -> str:
     """DPG-Bench's question categories by model and steps, as Table 6."""
-    alike = all(row.metric == OFFICIAL for row in rows)
-    form = "{:.2f}" if alike else "({:.2f})"
-    lines = [
-        {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
-        | {name: f"{row.scores[name]:.2f}" for name in categories if name in row.scores}
-        for row in rows
-    ]
+    form = "{:.2f}" if all(row.metric == OFFICIAL for row in rows) else "({:.2f})"
+    lines = [row.cells | {name: f"{row.scores[name]:.2f}" for name in categories if name in row.scores} for row in rows]
     for known in PUBLISHED:
         scores = known.scores.get("dpg", {})
         if cells := {name: form.format(scores[name]) for name in categories if name in scores}:
-            lines.append({"model": known.model, "steps": str(known.steps), **cells})
+            lines.append(known.cells | cells)
     return _table(["model", "steps", "NFE", *categories], lines)
 
 
@@ -247,17 +233,15 @@ def plain_table(rows: Sequence[ReportRow]) -> str:
     """Every number of a metric by model and steps, with published FIDs of the same resolution and number of images."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
-    lines = [
-        {"model": row.model, "steps": str(row.steps), "NFE": str(row.nfe)}
-        | {name: f"{value:.4g}" for name, value in row.scores.items()}
-        | dict.fromkeys(spread, f"{row.seed_spread:.2g}")
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = {name: f"{value:.4g}" for name, value in row.scores.items()}
+        lines.append(row.cells | cells | {"± seeds": f"{row.seed_spread:.2g}"})
     if rows[0].metric == "fid":
         protocol = rows[0].settings.get("resolution"), rows[0].settings.get("count")
         for known in PUBLISHED_FID.get(protocol, ()):
-            score = f"{known.scores['fid']['score']:.4g}"
-            lines.append({"model": f"{known.model} (published)", "steps": str(known.steps), "score": score})
+            cells = {"model": f"{known.model} (published)", "score": f"{known.scores['fid']['score']:.4g}"}
+            lines.append(known.cells | cells)
     return _table(["model", "steps", "NFE", *names, *spread], lines)
 
 
@@ -272,12 +256,11 @@ def _facts(rows: Sequence[ReportRow]) -> str:
 def _row(content: dict[str, Any]) -> ReportRow:
     """The row that was written as ``content``; earlier versions wrote ``guidance`` for ``guidance_scale``."""
     renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in content.items()}
-    spread = _numbers({"": content["seed_spread"]})[""]
-    changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"]), "seed_spread": spread}
-    return ReportRow(**{**renamed, **changed})
+    changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"])}
+    return ReportRow(**_numbers(renamed) | changed)
 
 
-def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
+def _numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
     """``scores`` with NaN in place of null."""
     return {name: math.nan if value is None else value for name, value in scores.items()}
 

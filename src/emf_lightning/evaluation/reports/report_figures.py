@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, paper_style, step_colour
+from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, label_level, paper_style, set_step_axis, step_colour
 from emf_lightning.evaluation.reports.published import PUBLISHED
-from emf_lightning.evaluation.reports.report import FAMILIES, Report, ReportRow
+from emf_lightning.evaluation.reports.report import FAMILIES, Report
 from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def steps_figure(report: Report) -> Figure:
         for axes, group in zip(panels, groups, strict=False):
             name, title = group[0].metric, group[0].title
             counts = sorted({row.steps for row in group})
-            for model, rows in _lines(group).items():
+            by_steps = sorted(group, key=lambda row: row.steps)
+            for model in dict.fromkeys(row.model for row in by_steps):
+                rows = [row for row in by_steps if row.model == model]
                 axes.errorbar(
                     [row.steps for row in rows],
                     [row.scores["score"] for row in rows],
@@ -51,21 +53,16 @@ def steps_figure(report: Report) -> Figure:
                 )
             family = FAMILIES.get(name, name)
             for model, marker in (("EMF", "o"), ("BLIP3o-NEXT 3B", "s")):
-                known = [
-                    (r.steps, r.scores[family]["score"]) for r in PUBLISHED if r.model == model and family in r.scores
-                ]
-                if known:
+                published = [row for row in PUBLISHED if row.model == model and family in row.scores]
+                if known := sorted((row.steps, row.scores[family]["score"]) for row in published):
                     label = f"{model} (published{', its own detector' if family != name else ''})"
                     style = {"color": "#aaaaaa", "linestyle": ":", "marker": marker, "markersize": 3}
-                    axes.plot(*zip(*sorted(known), strict=True), label=label, **style)
+                    axes.plot(*zip(*known, strict=True), label=label, **style)
                     counts = sorted({*counts, *(steps for steps, _ in known)})
             for level, scores in report.levels.get(name, {}).items():
                 axes.axhline(scores["score"], color="#999999", linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
-                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                axes.annotate(level, (1, scores["score"]), fontsize=6.5, color="#777777", **place)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(counts, [str(count) for count in counts])
-            axes.minorticks_off()
+                label_level(axes, level, scores["score"])
+            set_step_axis(axes, counts)
             axes.set(title=fill(title, 44), xlabel="network steps", ylabel="score")
         # one legend for all panels, outside them: most panels show the same runs
         shown = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -78,9 +75,7 @@ def steps_figure(report: Report) -> Figure:
 def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str) -> Figure:
     """Score against optimiser steps, a colour for each step count, a line style for each run: the paper's Figure 4.
 
-    Args:
-        curves: run -> network steps -> (optimiser step, score) points in order.
-        title: title of the score.
+    ``curves`` is run -> network steps -> (optimiser step, score) points in order.
     """
     from matplotlib.figure import Figure
 
@@ -98,11 +93,3 @@ def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]
         axes.set(title=title, xlabel="optimiser steps", ylabel="score", ylim=(-0.02, 1.04))
         axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
     return figure
-
-
-def _lines(rows: Sequence[ReportRow]) -> dict[str, list[ReportRow]]:
-    """Model -> the rows of its line, fewest steps first."""
-    lines: dict[str, list[ReportRow]] = {}
-    for row in sorted(rows, key=lambda row: row.steps):
-        lines.setdefault(row.model, []).append(row)
-    return lines

@@ -52,18 +52,20 @@ SMALLEST_AREA = 2.2
 LARGEST_AREA = 3.2
 """Areas in squared radii of the triangle, the smallest shape, and of the square, the largest."""
 
+Ids = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class _Regions:
     """K connected regions; every field is an array over K."""
 
-    number: NDArray[np.int64]  # value of its pixels in the map of owners
-    plane: NDArray[np.int64]  # image of the batch
-    colour: NDArray[np.int64]  # index; the number of colours means a blend
-    shape: NDArray[np.int64]
+    number: Ids  # value of its pixels in the map of owners
+    plane: Ids  # image of the batch
+    colour: Ids  # index; the number of colours means a blend
+    shape: Ids
     misfit: NDArray[np.float64]  # largest measurement relative to its limit; below 1 the region is an object
     area: NDArray[np.float64]
-    corner: NDArray[np.int64]  # [K, 2]: x, y of the window's first pixel
+    corner: Ids  # [K, 2]: x, y of the window's first pixel
     mask: NDArray[np.bool_]  # [K, window, window]
 
     def __getitem__(self, rows: NDArray[np.bool_]) -> _Regions:
@@ -80,9 +82,6 @@ class ShapesDetector:
     A pixel's alpha is its projection on the ray from the border's grey to the nearest palette colour. Connected pixels
     of one colour are a region. A region is an object if its alpha matches an analytic template of the same centroid and
     area; otherwise its label is ``UNKNOWN``.
-
-    Args:
-        world: determines the vocabulary and the sizes.
     """
 
     def __init__(self, world: World) -> None:
@@ -117,7 +116,9 @@ class ShapesDetector:
             )
         k, n = self._stride, len(images)
         pixels = images.reshape(n, side // k, k, side // k, k, 3).mean((2, 4), dtype=np.float32)
-        background = np.median(_border(pixels), axis=1)
+        border = np.ones(pixels.shape[1:3], bool)  # the two outermost rows and columns on each side
+        border[2:-2, 2:-2] = False
+        background = np.median(pixels[:, border], axis=1)
         grey = np.flatnonzero((abs(background - GREY) <= BACKGROUND_TOLERANCE).all(1))
         seen: list[list[Detection]] = [[] for _ in range(n)]
         for start in range(0, len(grey), CHUNK):
@@ -146,22 +147,16 @@ class ShapesDetector:
         labels = np.where(kept, np.cumsum(kept), 0)[labels]  # renumbered from 1
         colours = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
         colours[labels] = classes
-        owner: NDArray[np.int64] = labels
-        for _ in range(EDGE):
-            owner = _grow(owner)
+        owner: Ids = labels
+        for _ in range(EDGE):  # each free pixel joins a neighbour's region
+            owner = np.where(owner > 0, owner, _neighbours(owner).max(0))
         edge = (owner > 0) & (labels == 0)
         regions = self._measure(owner, edge, colours[1:], alphas)
         for parts in PARTS:
             regions = self._split(regions, parts, owner, edge, alphas)
         return self._report(regions, len(excess))
 
-    def _measure(
-        self,
-        owner: NDArray[np.int64],
-        edge: NDArray[np.bool_],
-        colour: NDArray[np.int64],
-        alphas: NDArray[np.float32],
-    ) -> _Regions:
+    def _measure(self, owner: Ids, edge: NDArray[np.bool_], colour: Ids, alphas: NDArray[np.float32]) -> _Regions:
         """Matches the regions, numbered from 1 in ``owner`` ``[N, H, W]``, with the templates."""
         templates, k = self._templates, len(colour)
         number = np.arange(1, k + 1)
@@ -208,12 +203,7 @@ class ShapesDetector:
         )
 
     def _split(
-        self,
-        regions: _Regions,
-        parts: int,
-        owner: NDArray[np.int64],
-        edge: NDArray[np.bool_],
-        alphas: NDArray[np.float32],
+        self, regions: _Regions, parts: int, owner: Ids, edge: NDArray[np.bool_], alphas: NDArray[np.float32]
     ) -> _Regions:
         """Replaces each region that fits no shape by its ``parts`` compact parts if all of those fit."""
         least, most = (parts * area for area in self._areas)
@@ -248,40 +238,20 @@ class ShapesDetector:
             plane = np.zeros((side + 2 * window,) * 2, bool)
             plane[y : y + window, x : x + window] = regions.mask[i]
             mask = plane[window:-window, window:-window].repeat(self._stride, 0).repeat(self._stride, 1)
-            columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            if not columns.size:
-                continue
-            seen[regions.plane[i]].append(
-                Detection(
-                    label=self.world.shapes[regions.shape[i]] if known[i] else UNKNOWN,
-                    score=float(scores[i]),
-                    box=(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)),
-                    mask=mask,
-                    colour=colours[regions.colour[i]],
-                )
-            )
+            if mask.any():
+                label = self.world.shapes[regions.shape[i]] if known[i] else UNKNOWN
+                detection = Detection.of_mask(label, float(scores[i]), mask, colours[regions.colour[i]])
+                seen[regions.plane[i]].append(detection)
         return seen
 
 
-def _border(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels ``[N, P, 3]`` of the two outermost rows and columns on each side."""
-    inner = images[:, 2:-2]
-    frame = (images[:, :2], images[:, -2:], inner[:, :, :2], inner[:, :, -2:])
-    return np.concatenate([side.reshape(len(images), -1, 3) for side in frame], 1)
-
-
-def _neighbours(owner: NDArray[np.int64]) -> NDArray[np.int64]:
+def _neighbours(owner: Ids) -> Ids:
     """The owners ``[4, N, H, W]`` of the pixels above, below, left and right; 0 beyond the border."""
     padded = np.pad(owner, ((0, 0), (1, 1), (1, 1)))
     return np.stack([padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]])
 
 
-def _grow(owner: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``owner`` with each free pixel assigned to a neighbour's region."""
-    return np.where(owner > 0, owner, _neighbours(owner).max(0))
-
-
-def _disputed(owner: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _disputed(owner: Ids) -> NDArray[np.bool_]:
     """Mask of the pixels with a neighbour in another region."""
     beside = _neighbours(owner)
     return ((beside != owner) & (beside > 0)).any(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +45,8 @@ class ShapesPairs(PairCorpus):
     def _facts(self) -> NDArray[np.int64]:
         """Count of each fact in each scene, ``[N, facts]``."""
         counts = [facts_of(scene) for scene in self.scenes]
-        column = {fact: i for i, fact in enumerate(dict.fromkeys(fact for count in counts for fact in count))}
-        table = np.zeros((len(counts), len(column)), np.int64)
-        for row, count in enumerate(counts):
-            for fact, number in count.items():
-                table[row, column[fact]] = number
-        return table
+        facts = dict.fromkeys(fact for count in counts for fact in count)
+        return np.array([[count[fact] for fact in facts] for count in counts])
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:
@@ -73,8 +70,7 @@ def facts_of(scene: Scene) -> Counter[tuple[str, ...]]:
         facts.update([("shape", item.shape), ("colour", item.colour), ("object", item.colour, item.shape)])
         (x, y), r = item.centre, item.radius
         boxes.append((x - r, y - r, x + r, y + r))
-    for i, a in enumerate(scene.objects):
-        for j, b in enumerate(scene.objects):
-            found = relations(boxes[i], boxes[j]) & {"left of", "above"} if i != j else set()
-            facts.update([("relation", a.shape, relation, b.shape) for relation in found])
+    for (a, box), (b, other_box) in permutations(zip(scene.objects, boxes, strict=True), 2):
+        found = relations(box, other_box) & {"left of", "above"}
+        facts.update([("relation", a.shape, relation, b.shape) for relation in found])
     return facts

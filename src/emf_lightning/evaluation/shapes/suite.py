@@ -42,8 +42,7 @@ class ShapesSuite(PromptSuite):
         self.scenes_per_task = scenes_per_task
         self._prompts = tuple(evaluation_prompts(self.world, per_task))
         self._detector = ShapesDetector(self.world)
-        self._ceiling: TaskScores | None = None
-        self._chance: TaskScores | None = None
+        self._scene_scores: dict[bool, TaskScores] = {}
 
     def prompts(self) -> Sequence[Prompt]:
         return self._prompts
@@ -61,26 +60,23 @@ class ShapesSuite(PromptSuite):
 
     def ceiling(self) -> TaskScores:
         """Scores of rendered scenes of each prompt: the errors of the detector."""
-        if self._ceiling is None:
-            self._ceiling = self._scores_of_scenes(of_other_prompts=False)
-        return self._ceiling
+        return self._scores_of_scenes(of_other_prompts=False)
 
     def chance(self) -> TaskScores:
         """Scores of rendered scenes of another prompt of the task: those of a model that ignores the caption."""
-        if self._chance is None:
-            self._chance = self._scores_of_scenes(of_other_prompts=True)
-        return self._chance
+        return self._scores_of_scenes(of_other_prompts=True)
 
     def _scores_of_scenes(self, of_other_prompts: bool) -> TaskScores:
+        if of_other_prompts in self._scene_scores:
+            return self._scene_scores[of_other_prompts]
         rng = np.random.default_rng(0)
-        by_task: dict[str, list[Prompt]] = {}
-        for prompt in self._prompts:
-            by_task.setdefault(prompt.tag, []).append(prompt)
         evaluated = []
         for asked in self.images(self.scenes_per_task):
-            prompt, task = asked.prompt, by_task[asked.prompt.tag]
+            prompt = asked.prompt
+            task = [other for other in self._prompts if other.tag == prompt.tag]
             # any other prompt of the task
             other = task[(task.index(prompt) + int(rng.integers(1, len(task)))) % len(task)]
             image = scene_for(self.world, other if of_other_prompts else prompt, rng).render(self.world)
             evaluated.append((prompt, self.evaluate(image, prompt)))
-        return TaskScores.of(evaluated)
+        self._scene_scores[of_other_prompts] = TaskScores.of(evaluated)
+        return self._scene_scores[of_other_prompts]

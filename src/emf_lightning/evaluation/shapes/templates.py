@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from emf_lightning.data.shapes.rendering import coverage, object_alpha
 from emf_lightning.data.shapes.world import World
@@ -20,22 +22,13 @@ RELATIVE_BLURS = (0.0, 0.11, 0.2)
 def binomial(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """``images`` ``[..., H, W]`` after a 3 x 3 binomial filter, edges repeated; it scales white noise by .375."""
     for axis in (-2, -1):
-        last = images.shape[axis] - 1
-        before = np.take(images, np.r_[0, 0:last], axis)
-        after = np.take(images, np.r_[1 : last + 1, last], axis)
-        images = 0.5 * images + 0.25 * (before + after)
+        images = ndimage.convolve1d(images, (0.25, 0.5, 0.25), axis, mode="nearest")
     return images
 
 
 def gaussian(images: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
     """``images`` ``[..., H, W]`` after a Gaussian filter, zeros beyond the edge."""
-    if sigma == 0:
-        return images
-    side = images.shape[-1]
-    distance = np.subtract.outer(np.arange(side), np.arange(side))
-    kernel = np.exp(-0.5 * (distance / sigma) ** 2)
-    kernel = (kernel / np.exp(-0.5 * (np.arange(-side, side + 1) / sigma) ** 2).sum()).astype(np.float32)
-    return kernel @ images @ kernel.T
+    return ndimage.gaussian_filter(images, sigma, axes=(-2, -1), mode="constant", truncate=8.0)
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,7 @@ class TemplateMatch:
     """The best template of each of K regions; arrays over K.
 
     Attributes:
-        shape: index of the shape.
-        radius: index of the radius.
+        shape, radius: indices of both.
         correlation: normalised correlation with the template.
         margin: ``correlation`` minus the best one of any other shape.
         contrast: scale of the region's alpha relative to the template's.
@@ -78,33 +70,21 @@ class ShapeTemplates:
         positions = 2 * int(np.ceil(2 * 4.4 / mean)) + 1  # fine enough that half a step is .025 of the radius
         self.offsets = ((np.arange(positions) + 0.5) / positions - 0.5).astype(np.float32)
         blurs = [relative * mean for relative in RELATIVE_BLURS]
+        places = list(product(self.radii, self.offsets, self.offsets))
         stacks = []
         for shape in world.shapes:
             dx, dy = _centroid(shape)
-            alphas = np.stack(
-                [
-                    object_alpha(shape, (reach + 0.5 + ox - r * dx, reach + 0.5 + oy - r * dy), r, self.window)
-                    for r in self.radii
-                    for ox in self.offsets
-                    for oy in self.offsets
-                ]
-            )
+            placed = [(r, reach + 0.5 + ox - r * dx, reach + 0.5 + oy - r * dy) for r, ox, oy in places]
+            alphas = np.stack([object_alpha(shape, (x, y), r, self.window) for r, x, y in placed])
             stacks.append(np.stack([binomial(gaussian(alphas, sigma)) for sigma in blurs], axis=1))
-        flat = np.stack(stacks).reshape(len(world.shapes), RADII, positions, positions, len(blurs), -1)
-        self.area = (flat.sum(-1) ** 2 / (flat**2).sum(-1)).mean((2, 3))
-        self.alpha = flat
+        self.alpha = np.stack(stacks).reshape(len(world.shapes), RADII, positions, positions, len(blurs), -1)
+        self.area = (self.alpha.sum(-1) ** 2 / (self.alpha**2).sum(-1)).mean((2, 3))
 
-    def match(
-        self,
-        alphas: NDArray[np.float32],
-        known: NDArray[np.bool_],
-        offset: NDArray[np.floating],
-        area: NDArray[np.floating],
-    ) -> TemplateMatch:
+    def match(self, alphas: NDArray, known: NDArray[np.bool_], offset: NDArray, area: NDArray) -> TemplateMatch:
         """The best template for each region among those of its subpixel position and effective area.
 
         Args:
-            alphas: ``[K, window, window]``, with the pixel of the centroid in the middle.
+            alphas: ``[K, window, window]``, fp32, with the pixel of the centroid in the middle.
             known: ``[K, window, window]``; False where the region's alpha is unknown, next to other regions.
             offset: ``[K, 2]``, x and y of the centroid relative to that pixel's centre, in [-.5, .5].
             area: effective areas in pixels.
