@@ -15,7 +15,7 @@ def bootstrap_means(totals: NDArray, weights: NDArray, rng: np.random.Generator)
     Args:
         totals: ``[P]``, sum of each prompt's values.
         weights: ``[P]``, number of values in each sum.
-        rng: draws the prompts.
+        rng: resamples the prompts.
     """
     n = len(totals)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
