@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -36,6 +37,13 @@ def test_the_committed_notebook_has_been_executed_and_shows_no_warning_and_no_ma
         text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
         assert not re.search(r"(^|[\s'\"=(])/\w|[Ww]arning", text), text
     assert (root / "docs/tutorial.ipynb").stat().st_size < 400_000
+
+
+def test_all_names_that_the_notebook_imports_exist(notebook):
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    imports = [node for node in ast.parse(first.replace("%", "#")).body if isinstance(node, ast.ImportFrom)]
+    assert len(imports) > 10
+    exec(compile(ast.Module(imports, []), "imports", "exec"), {})
 
 
 @pytest.mark.slow
