@@ -55,6 +55,6 @@ def test_two_minutes_of_meanflow_give_images_in_one_step(root, notebook):
     client.execute(env=os.environ | {"OMP_NUM_THREADS": THREADS})
 
     before, after = json.loads(notebook.cells[-1].outputs[0].text)
-    assert after["1"] > before["1"] + 0.2
+    assert after["1"] > before["1"] + 0.4
     assert after["2"] > before["2"]
     assert after["4"] > before["4"] - 0.08
