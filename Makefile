@@ -38,7 +38,7 @@ $(READY): requirements.lock pyproject.toml
 	$$install -r requirements.lock && $$install --no-deps -e .
 	@touch $@
 
-demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to draw in 1, 2 and 4 steps (15 minutes on 2 cores)
+demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (15 minutes on 2 cores)
 	$(BIN)/emf fit --config experiments/shapes/demo.yaml $(ARGS)
 
 shards: $(SHARDS) ## write the small shapes world's caption-image shards

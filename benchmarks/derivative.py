@@ -203,20 +203,20 @@ class Bench:
         self.half.zero_grad(set_to_none=True)
 
 
-def seconds(bench: Bench, step: Callable[[], None], clock: Callable[[], float]) -> float:
+def seconds(bench: Bench, step: Callable[[], None], timer: Callable[[], float]) -> float:
     def wait() -> None:
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)
 
     bench.clear()
     wait()
-    began = clock()
+    began = timer()
     step()
     wait()
-    return clock() - began
+    return timer() - began
 
 
-def measure(bench: Bench, rounds: int, clock: Callable[[], float]) -> dict[str, Measured]:
+def measure(bench: Bench, rounds: int, timer: Callable[[], float]) -> dict[str, Measured]:
     """Every step's cost; the steps take turns in each round, so that a busy machine slows all alike."""
     steps = bench.steps()
     measured = {name: Measured() for name in steps}
@@ -228,7 +228,7 @@ def measure(bench: Bench, rounds: int, clock: Callable[[], float]) -> dict[str, 
         measured[name].bytes = peak_bytes(step, bench.device)
     for _ in range(rounds):
         for name, step in steps.items():
-            measured[name].seconds.append(seconds(bench, step, clock))
+            measured[name].seconds.append(seconds(bench, step, timer))
     return measured
 
 
@@ -324,12 +324,12 @@ def section(size: Size, precision: str, measured: dict[str, Measured]) -> list[s
 
 
 def bounds(name: str, precision: str, measured: dict[str, Measured]) -> list[list[str]]:
-    """ForwardMode's operations and time over the least, and its peak over flow matching's, a row for each share."""
+    """ForwardMode's operations and time ratios the least, and its peak ratios flow matching's, a row for each share."""
     rows = []
     for share in SHARES:
         operations, median, _, peak = ratios(measured, f"ForwardMode {share}")
-        over = [operations / least(share), median / least(share), peak]
-        rows.append([f"{name}, {precision}", str(share), *(f"{value:.3f}" for value in over)])
+        relative = [operations / least(share), median / least(share), peak]
+        rows.append([f"{name}, {precision}", str(share), *(f"{value:.3f}" for value in relative)])
     return rows
 
 
@@ -362,7 +362,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(1)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    timer = time.process_time if device.type == "cpu" else time.perf_counter
     place = "one thread of a CPU, process time" if device.type == "cpu" else torch.cuda.get_device_name()
     results = Path(__file__).parents[1] / "docs" / "results"
     out = options.out or results / f"derivative{'_cuda' * (device.type == 'cuda')}.md"
@@ -370,7 +370,7 @@ def main() -> None:
     sections, bound_rows, released_rows, loads = [], [], [], [os.getloadavg()[0]]
     for name in options.sizes:
         for precision in options.precisions:
-            measured = measure(Bench(SIZES[name], device, precision), options.rounds, clock)
+            measured = measure(Bench(SIZES[name], device, precision), options.rounds, timer)
             loads.append(os.getloadavg()[0])
             sections += section(SIZES[name], precision, measured)
             bound_rows += bounds(name, precision, measured)

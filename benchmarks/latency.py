@@ -1,4 +1,4 @@
-"""Measures drawing at full size by its parts: network steps and decoding; and a training step with the derivative.
+"""Measures sampling at full size by its parts: network steps and decoding; and a training step with the derivative.
 
 Writes docs/results/latency.md; `python -m benchmarks.latency --help` names the options. Weights are random: time and
 memory do not depend on them. `benchmarks.token_sampling` measures the generation of BLIP3o-NEXT's image tokens, which
@@ -36,8 +36,8 @@ TRAINED = ("transformer_blocks", "time_embed", "scale_shift_table")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A network and what it is given.
+class Workload:
+    """A network and the size of its inputs.
 
     Attributes:
         architecture: of the network.
@@ -58,10 +58,10 @@ def _published(size: str) -> SanaArchitecture:
     return SanaArchitecture(**{name: value for name, value in config.items() if name in names})
 
 
-SETTINGS = {
-    "1.6B": Setting(_published("1.6B"), 32, 730, 2304),
-    "4.8B": Setting(_published("4.8B"), 32, 730, 2304),
-    "small": Setting(SanaArchitecture(patch_size=1), 8, 30, 64),
+WORKLOADS = {
+    "1.6B": Workload(_published("1.6B"), 32, 730, 2304),
+    "4.8B": Workload(_published("4.8B"), 32, 730, 2304),
+    "small": Workload(SanaArchitecture(patch_size=1), 8, 30, 64),
 }
 
 
@@ -69,32 +69,32 @@ class Latency:
     """Times of one network on one device.
 
     Args:
-        setting: what to build.
+        workload: the network to build and the size of its inputs.
         device: where.
-        dtype: of the weights when drawing.
-        batch: pictures at once.
+        dtype: of the weights when sampling.
+        batch: images at once.
         compiled: whether blocks are compiled.
         repeats: of each measurement, after one to warm up.
     """
 
     def __init__(
-        self, setting: Setting, device: torch.device, dtype: torch.dtype, batch: int, compiled: bool, repeats: int
+        self, workload: Workload, device: torch.device, dtype: torch.dtype, batch: int, compiled: bool, repeats: int
     ) -> None:
-        self.setting, self.device, self.batch, self.repeats = setting, device, batch, repeats
+        self.workload, self.device, self.batch, self.repeats = workload, device, batch, repeats
         with device:
             self.net = SanaFlowMap(
-                setting.architecture,
+                workload.architecture,
                 time_scale=1,
                 finetuning=Finetuning(trainable=list(TRAINED)),
                 compile=compiled,
                 latent_channels=32,
-                latent_size=setting.side,
-                context_width=setting.width,
+                latent_size=workload.side,
+                context_width=workload.width,
             )
-            self.context = torch.randn(batch, setting.tokens, setting.width)
-            self.noise = torch.randn(batch, 32, setting.side, setting.side)
+            self.context = torch.randn(batch, workload.tokens, workload.width)
+            self.noise = torch.randn(batch, 32, workload.side, workload.side)
         self.net.eval().to(dtype)
-        self.text = TextFeatures(self.context, torch.ones(batch, setting.tokens, dtype=torch.bool, device=device))
+        self.text = TextFeatures(self.context, torch.ones(batch, workload.tokens, dtype=torch.bool, device=device))
 
     def seconds(self, run: Callable[[], object]) -> float:
         """The median time of ``run``."""
@@ -112,7 +112,7 @@ class Latency:
             torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def drawing(self, steps: int, guidance: bool) -> float:
+    def sampling(self, steps: int, guidance: bool) -> float:
         """Seconds of ``steps`` network steps, with or without guidance."""
         u = AverageVelocity(self.net, (self.text.context, self.text.mask))
         velocity = guided(u, AverageVelocity(self.net, (self.text.context, self.text.mask)), 2.0) if guidance else u
@@ -134,12 +134,12 @@ class Latency:
         if checkpointing:
             self.net.transformer.enable_gradient_checkpointing()
         adam = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-5)
-        setting, n = self.setting, round(share * rows)
+        workload, n = self.workload, round(share * rows)
         with self.device:
-            z, v = (torch.randn(rows, 32, setting.side, setting.side) for _ in range(2))
+            z, v = (torch.randn(rows, 32, workload.side, workload.side) for _ in range(2))
             t = torch.linspace(0.1, 0.9, rows)
             text = TextFeatures(
-                torch.randn(rows, setting.tokens, setting.width), torch.ones(rows, setting.tokens, dtype=torch.bool)
+                torch.randn(rows, workload.tokens, workload.width), torch.ones(rows, workload.tokens, dtype=torch.bool)
             )
         times = Times(torch.cat([0.5 * t[:n], t[n:]]), t, n)
         objective, weighting = MeanFlow(), AdaptiveWeighting()
@@ -163,7 +163,7 @@ class Latency:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--size", choices=SETTINGS, default="1.6B" if cuda else "small")
+    parser.add_argument("--size", choices=WORKLOADS, default="1.6B" if cuda else "small")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the network's blocks")
@@ -175,10 +175,10 @@ def main() -> None:
     options = parser.parse_args()
 
     device, dtype = torch.device(options.device), torch.bfloat16
-    latency = Latency(SETTINGS[options.size], device, dtype, options.batch, options.compile, options.repeats)
+    latency = Latency(WORKLOADS[options.size], device, dtype, options.batch, options.compile, options.repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     compared = options.size == "1.6B"
-    compiled, tokens = ", blocks compiled" if options.compile else "", SETTINGS[options.size].tokens
+    compiled, tokens = ", blocks compiled" if options.compile else "", WORKLOADS[options.size].tokens
     conditions = (
         f"SANA {options.size} with random weights on {name}, bf16, batch {options.batch}{compiled}, {tokens} text "
         f"tokens, torch {torch.__version__}; medians of {options.repeats}. Written by `python -m benchmarks.latency`."
@@ -192,7 +192,7 @@ def main() -> None:
         "|---|---|---|" + "---|" * compared,
     ]
     for steps in STEPS:
-        plain, told = (latency.drawing(steps, guidance) for guidance in (False, True))
+        plain, told = (latency.sampling(steps, guidance) for guidance in (False, True))
         lines.append(f"| {steps} | {plain:.3f} | {told:.3f} |" + f" {PAPER[steps]:.2f} |" * compared)
     if "decoding" not in options.skip:
         lines += ["", f"Decoding (DC-AE f32c32): {latency.decoding(dtype):.3f} s."]

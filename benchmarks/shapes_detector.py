@@ -191,8 +191,8 @@ def measure(world: World, per_task: int) -> list[str]:
     by_task = {tag: [prompt for prompt in suite if prompt.tag == tag] for tag in TASKS}
     asked = [by_task[tag][i % len(by_task[tag])] for tag in TASKS for i in range(per_task)]
     garbage_rows = []
-    for name, pictures in garbage(world, per_task, rng).items():
-        seen = detector.detect_batch(pictures)
+    for name, images in garbage(world, per_task, rng).items():
+        seen = detector.detect_batch(images)
         values = rates(seen * len(TASKS), asked)
         objects = sum(d.label in world.shapes for found in seen for d in found) / len(seen)
         garbage_rows.append([name, *shares(values), f"{values.mean():.4f}", f"{objects:.3f}"])
@@ -200,9 +200,9 @@ def measure(world: World, per_task: int) -> list[str]:
     values = rates(detector.detect_batch(other_ground), prompts)
     garbage_rows.append(["right objects on another ground", *shares(values), f"{values.mean():.4f}", ""])
 
-    def score(drawn: list[Prompt]) -> TaskScores:
-        pictures = np.stack([scene_for(world, prompt, rng).render(world) for prompt in drawn])
-        seen = detector.detect_batch(pictures)
+    def score(sampled: list[Prompt]) -> TaskScores:
+        images = np.stack([scene_for(world, prompt, rng).render(world) for prompt in sampled])
+        seen = detector.detect_batch(images)
         return TaskScores.of((prompt, evaluate(d, prompt)) for prompt, d in zip(asked, seen, strict=True))
 
     others = []

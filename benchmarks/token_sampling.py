@@ -1,4 +1,4 @@
-"""Measures how long BLIP3o-NEXT takes to condition: tokenizing pictures, reading tokens (training), writing them.
+"""Measures how long BLIP3o-NEXT takes to condition: tokenizing images, reading tokens (training), writing them.
 
 Weights are random: time does not depend on them. Writes docs/results/token_sampling.md; `python -m
 benchmarks.token_sampling --help` names the options.
@@ -34,7 +34,7 @@ class Size:
         language: changes to the published configuration.
         vision: likewise.
         context: width of the connector's output.
-        image_size: side of the pictures, which are cut into patches of 14.
+        image_size: side of the images, which are cut into patches of 14.
     """
 
     name: str
@@ -145,7 +145,7 @@ def measure(
             codes = torch.randint(encoder.codes, (rows, encoder.length - 1), device=device)
             calls = {"tokens written, compiled" if fixed else "tokens written": partial(encoder.generate, captions)}
             if not fixed:
-                calls["pictures tokenized"] = partial(encoder.images, views)
+                calls["images tokenized"] = partial(encoder.images, views)
                 calls["tokens read"] = partial(encoder.hidden_states, captions, codes)
             for what, call in calls.items():
                 yield Measured(what, rows, seconds(call, device, repeats))

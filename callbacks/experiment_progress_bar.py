@@ -21,7 +21,7 @@ SHOWN = {
     "train/mse_r_equals_t": "mse r=t",
     "train/mse_r_below_t": "mse r<t",
     "train/velocity_gap": "|u-v|^2",
-    "train/online_flow_mse": "critic mse",
+    "train/online_flow_mse": "online flow mse",
     "train/consistency": "consistency",
     "train/discriminator_accuracy": "discriminator",
 }

@@ -50,7 +50,7 @@ class TrainingLog(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)  # Lightning clips after this hook
-            name = "gradient_norm" if optimizer is trainer.optimizers[0] else "critic_gradient_norm"
+            name = "gradient_norm" if optimizer is trainer.optimizers[0] else "auxiliary_gradient_norm"
             pl_module.log(f"train/{name}", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(

@@ -51,7 +51,7 @@ def vae(folder: Path, **settings):
 
 
 def stable_diffusion_15(folder: Path) -> Path:
-    """unet, vae, text_encoder and tokenizer: latents of 4 channels, half as large as pictures."""
+    """unet, vae, text_encoder and tokenizer: latents of 4 channels, half as large as images."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -114,13 +114,13 @@ def celeba_hq(folder: Path, rows: int = 16, side: int = 20) -> Path:
 
 def _dataset(folder: Path, rows: int, side: int, column: str, classes: list[str]) -> Path:
     from datasets import ClassLabel, Dataset, Features, Image
-    from PIL import Image as Pictures
+    from PIL import Image as PilImage
 
     rng = np.random.default_rng(0)
     (folder / "data").mkdir(parents=True)
     for split, count in (("train", rows), ("test", rows // 2)):
-        pictures = [Pictures.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
-        columns = {column: pictures, "label": [i % len(classes) for i in range(count)]}
+        images = [PilImage.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
+        columns = {column: images, "label": [i % len(classes) for i in range(count)]}
         features = Features({column: Image(), "label": ClassLabel(names=classes)})
         made = Dataset.from_dict(columns, features=features)
         made.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))

@@ -108,7 +108,7 @@ def whole(state: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
 
 
 class Found(Callback):
-    """What a run leaves: the first gradient, the last weights and averages, and what the averages draw."""
+    """What a run leaves: the first gradient, the last weights and averages, and latents sampled from the averages."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class Found(Callback):
         self.values["weights"] = whole(module.net.named_parameters())
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
         with sampling_context(trainer, module):  # rank 0's first rows come first in the joined batch, too
-            self.values["drawn"] = module.sample_latents(batch.text, batch.null, noise, 2)[: ROWS // 2]
+            self.values["latents"] = module.sample_latents(batch.text, batch.null, noise, 2)[: ROWS // 2]
         with averaged_weights(trainer, module) as there:
             if there:
                 self.values["averages"] = whole(module.net.named_parameters())
@@ -229,7 +229,7 @@ class Odd(ShapesSuite):
 
 
 def stream(out: Path, name: str, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> None:
-    """The real thing: captions and pictures from shards, noise and times by (seed, rank, step), AdamW."""
+    """The real thing: captions and images from shards, noise and times by (seed, rank, step), AdamW."""
     found = Found()
     enabled = {"enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks)}
     trainer = tiny.trainer(out / name, *callbacks, found, **enabled, **settings)
@@ -362,13 +362,13 @@ def refused(rank: int, out: Path) -> None:
     (out / "prompts.txt").write_text("a red circle\na blue square\n")
     data = tiny.data(out / "shards", prompts=out / "prompts.txt")
     apart = ShardedByItself(tiny.network())
-    drawing = tiny.trainer(out / "drawing", SampleWriter(), **sharded(2))
+    predicting = tiny.trainer(out / "predicting", SampleWriter(), **sharded(2))
     said = {
         "auto": complaint(lambda: train(out, "auto", OWN[rank], **auto())),
         "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
         "alternating": complaint(lambda: in_turn(out, "alternating", OWN[rank], fgm(), **sharded(2))),
-        "prediction": complaint(lambda: drawing.predict(tiny.meanflow(), datamodule=data)),
+        "prediction": complaint(lambda: predicting.predict(tiny.meanflow(), datamodule=data)),
     }
     if rank == 0:
         (out / "refused.json").write_text(json.dumps(said))

@@ -96,7 +96,7 @@ def test_the_saved_network_is_whole_and_averaged(out, name):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_a_sharded_network_generates_the_images_of_a_whole_one(out, name):
-    assert difference({"x": found(out, name)["drawn"]}, {"x": found(out, "alone")["drawn"]}) < 1e-5
+    assert difference({"x": found(out, name)["latents"]}, {"x": found(out, "alone")["latents"]}) < 1e-5
 
 
 def test_few_step_sampling_leaves_sharded_training_as_it_was(out):

@@ -11,7 +11,7 @@ def test_writing_tokens_is_measured_beside_reading_them():
     size, cpu = token_sampling.SIZES["tiny"], torch.device("cpu")
     found = list(token_sampling.measure(size, cpu, [1, 2], compiled=False, repeats=1))
     assert [(each.what, each.rows) for each in found] == [
-        (what, rows) for rows in (1, 2) for what in ("tokens written", "pictures tokenized", "tokens read")
+        (what, rows) for rows in (1, 2) for what in ("tokens written", "images tokenized", "tokens read")
     ]
     assert all(each.seconds > 0 for each in found)
     text = token_sampling.report(size, cpu, found)

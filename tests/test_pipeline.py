@@ -1,4 +1,4 @@
-"""An exported run draws what `emf predict` drew."""
+"""An exported run generates the images of `emf predict`."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = f"runs/{name}/version_0"
             last = f"{run}/checkpoints/last.ckpt"
             options = ["--config", f"{run}/config.yaml", "--ckpt_path", last, "--data.prompts", "prompts.txt"]
-            main(["predict", *options, "--trainer.logger.init_args.version", "drawn"])
+            main(["predict", *options, "--trainer.logger.init_args.version", "predicted"])
             main(["export", "--run", run, "--out", f"{name}"])
     return path
 
 
 def predicted(world: Path, run: str, steps: int) -> np.ndarray:
     """Images of both prompts, two each, as `emf predict` wrote them."""
-    folder = world / f"runs/{run}/drawn/samples"
+    folder = world / f"runs/{run}/predicted/samples"
     names = [f"{prompt:05d}-{steps}step{'-1' * image}.png" for prompt in range(2) for image in range(2)]
     return np.stack([np.asarray(Image.open(folder / name)) for name in names])
 
@@ -120,16 +120,16 @@ def pipelines(world: Path) -> dict[str, EMFPipeline]:
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_the_pipeline_draws_what_predict_drew(world, pipelines, run, steps):
+def test_the_pipeline_generates_the_images_of_predict(world, pipelines, run, steps):
     output = pipelines[run](PROMPTS, num_inference_steps=steps, num_images_per_prompt=2, seed=3)
     images = np.stack([np.asarray(image) for image in output.images])
     expected = predicted(world, run, steps)
     assert np.array_equal(images, expected)
-    assert expected.std() > 3, "nothing would be shown by blank pictures"
+    assert expected.std() > 3, "nothing would be shown by blank images"
     assert output.nfe == steps * (2 if run == "guided" else 1)
 
 
-def test_a_prompts_picture_is_the_same_alone_and_from_its_own_noise(pipelines):
+def test_a_prompts_image_is_the_same_alone_and_from_its_own_noise(pipelines):
     pipe = pipelines["meanflow"]
     both = pipe(PROMPTS, num_inference_steps=2, output_type="pt").images
     alone = pipe(PROMPTS[1], num_inference_steps=2, output_type="pt").images
@@ -141,8 +141,8 @@ def test_noise_may_come_from_a_generator_or_be_given(pipelines):
     pipe = pipelines["meanflow"]
     noise = torch.randn(1, 3, 36, 36, generator=torch.Generator().manual_seed(7))
     given = pipe(PROMPTS[0], latents=noise, output_type="latent").images
-    drawn = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(7), output_type="latent").images
-    assert torch.equal(given, drawn)
+    sampled = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(7), output_type="latent").images
+    assert torch.equal(given, sampled)
     with pytest.raises(ValueError, match=r"latents must be \[1, 3, 36, 36\], got \[2, 3, 36, 36\]"):
         pipe(PROMPTS[0], latents=noise.expand(2, -1, -1, -1))
 
@@ -166,7 +166,7 @@ def test_the_bar_counts_evaluations(pipelines, capsys):
 
 
 @pytest.mark.parametrize("arguments", [{"prompt": []}, {"prompt": "a", "num_inference_steps": 0}])
-def test_nothing_to_draw_is_refused(pipelines, arguments):
+def test_no_prompt_is_refused(pipelines, arguments):
     with pytest.raises(ValueError, match="nothing to generate"):
         pipelines["meanflow"](**arguments)
 
@@ -204,7 +204,7 @@ def test_the_network_is_in_diffusers_format(world):
     assert index["_class_name"] == "EMFPipeline"
 
 
-def test_the_card_says_what_it_is_and_how_well_it_draws(world):
+def test_the_card_says_what_it_is_and_how_well_it_generates(world):
     card = (world / "guided/README.md").read_text()
     assert "| objective | FlowMatching |" in card
     assert "| shapes | 2 | 4 | 2.5 | " in card
@@ -240,7 +240,7 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
         return SanaFlowMap(SIZE, context_width=16, **settings).eval()
 
     parts = {name: part for name, part in pipelines["meanflow"].components.items() if name != "transformer"}
-    noise, drawn = torch.randn(1, 3, 36, 36), []
+    noise, outputs = torch.randn(1, 3, 36, 36), []
     conditioned = ImprovedMeanFlow(sampling_interval=(0.2, 0.7))
     for module in (
         FGM(network(), FlowGeneratorMatching(generator_time=0.8)),
@@ -258,11 +258,11 @@ def test_every_objectives_own_sampler_is_kept(pipelines):
         )
         pipe.set_progress_bar_config(disable=True)
         torch.manual_seed(2)
-        drawn.append(pipe(PROMPTS[0], num_inference_steps=2, latents=noise, output_type="latent"))
+        outputs.append(pipe(PROMPTS[0], num_inference_steps=2, latents=noise, output_type="latent"))
         text = [parts["text_encoder"].part(captions) for captions in ([PROMPTS[0]], [""])]
         torch.manual_seed(2)
-        assert torch.equal(drawn[-1].images, module.sample_latents(*text, noise, 2)), kind
-    assert [output.nfe for output in drawn] == [2, 2, 2]
+        assert torch.equal(outputs[-1].images, module.sample_latents(*text, noise, 2)), kind
+    assert [output.nfe for output in outputs] == [2, 2, 2]
 
 
 def test_an_unconditional_unet_over_a_kl_autoencoder_is_exported_too(tmp_path, pipelines):

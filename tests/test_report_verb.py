@@ -52,7 +52,7 @@ def test_runs_stand_in_one_table_with_the_names_that_tell_them_apart(tmp_path, c
     }
 
 
-def test_a_training_alone_bears_the_title_that_says_which_detector_judged(tmp_path, capsys):
+def test_a_training_alone_bears_the_title_that_says_which_detector_scored(tmp_path, capsys):
     main(["report", str(trained(tmp_path / "run", 0.5, "geneval_hf")), "--out", str(tmp_path / "out")])
     assert "## GenEval (HF detector)\n" in capsys.readouterr().out
 

@@ -153,7 +153,7 @@ def test_further_metrics_of_several_benchmarks_have_tables_of_their_own(shards, 
     assert "## FID (random features), images of DPG-Bench (scripted as judge)\n" in text
 
 
-def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_drawn(shards, reference, tmp_path):
+def test_a_number_of_images_that_any_benchmark_lacks_is_said_before_the_first_is_sampled(shards, reference, tmp_path):
     class Idle(Oracle):
         def sample_latents(self, *arguments, **options):
             raise AssertionError("sampled an image")

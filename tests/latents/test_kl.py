@@ -21,7 +21,7 @@ def test_latents_are_the_scaled_mean_and_decode_as_the_stock_model_does(case):
         z = latents.encode(images)
         assert z.shape == (2, latents.channels, 16 // latents.downsampling, 16 // latents.downsampling)
         assert torch.allclose(z, (mean - shift) * scale, atol=1e-6)
-        assert torch.equal(latents.encode(images), z), "a picture has one latent"
+        assert torch.equal(latents.encode(images), z), "an image has one latent"
         assert torch.allclose(latents.decode(z), stock.decode(mean).sample.clamp(-1, 1), atol=1e-4)
 
 

@@ -82,13 +82,13 @@ def test_loss_and_gradient_are_the_releases(both, batch, step):
     loss = module.compute_loss(batch)
     loss.backward()
 
-    # sections 1.2 and 1.4 of the method's description, with the same draws
+    # sections 1.2 and 1.4 of the method's description, with the same random numbers
     torch.manual_seed(3)
     p = step / 100
     dropped = torch.rand(ROWS) < 0.3
     s1, s2 = (torch.sigmoid(-0.5 + p + (1 + p) * torch.randn(ROWS)) for _ in range(2))
     t, r = torch.maximum(s1, s2), torch.minimum(s1, s2)
-    n = round((0.25 + 0.5 * p) * ROWS)  # a count here where the release draws each row
+    n = round((0.25 + 0.5 * p) * ROWS)  # a count here where the release samples it for each row
     r = torch.cat([r[:n], t[n:]])
     x, e = batch.latents, torch.randn(batch.latents.shape)
     wide = t.view(-1, 1, 1, 1)
@@ -117,7 +117,7 @@ def test_samples_are_the_releases(both, batch, steps):
     u, ours, _ = both
     module = FlowMapModule(ours.eval(), guidance_scale=2.0)
     noise = torch.randn(ROWS, 4, 4, 4)
-    drawn = module.sample_latents(batch.text, batch.null, noise, steps)
+    latents = module.sample_latents(batch.text, batch.null, noise, steps)
     grid, z = torch.linspace(1, 0, steps + 1), noise
     with torch.no_grad():
         for now, then in zip(grid, grid[1:], strict=False):
@@ -125,7 +125,7 @@ def test_samples_are_the_releases(both, batch, steps):
             context = torch.cat([batch.null.context.expand(ROWS, -1, -1), batch.text.context])
             null, text = u(torch.cat([z, z]), t, r, context).chunk(2)
             z = z - (now - then) * (null + 2.0 * (text - null))
-    assert torch.allclose(drawn, z, atol=1e-4)
+    assert torch.allclose(latents, z, atol=1e-4)
     assert not torch.allclose(
-        module.sample_latents(batch.text, batch.null, noise, steps, guidance_scale=1.0), drawn, atol=1e-3
+        module.sample_latents(batch.text, batch.null, noise, steps, guidance_scale=1.0), latents, atol=1e-3
     )

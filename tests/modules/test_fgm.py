@@ -52,12 +52,12 @@ class Watch(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         networks = {"net": module.net, "online_flow": module.online_flow}
-        own = "net" if optimizer is trainer.optimizers[0] else "online_flow"
-        self.steps.append(own)
+        active = "net" if optimizer is trainer.optimizers[0] else "online_flow"
+        self.steps.append(active)
         self.others.append(
-            any(p.grad is not None for name, n in networks.items() if name != own for p in n.parameters())
+            any(p.grad is not None for name, n in networks.items() if name != active for p in n.parameters())
         )
-        self.norms.append(float(torch.nn.utils.get_total_norm(p.grad for p in networks[own].parameters())))
+        self.norms.append(float(torch.nn.utils.get_total_norm(p.grad for p in networks[active].parameters())))
 
     def on_train_batch_end(self, trainer, module, *rest):
         self.rates.append(tuple(optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers))
@@ -107,7 +107,7 @@ def test_each_networks_gradient_has_a_norm_of_its_own_in_the_log(tmp_path, net, 
     watch = Watch()
     fit = trainer(tmp_path, max_steps=2, callbacks=[watch, TrainingLog()])
     fit.fit(FGM(net, FlowGeneratorMatching(times=ALWAYS, generator_time=0.7), optimization=Optimization(adam)), loader)
-    logged = [float(fit.callback_metrics[f"train/{name}"]) for name in ("critic_gradient_norm", "gradient_norm")]
+    logged = [float(fit.callback_metrics[f"train/{name}"]) for name in ("auxiliary_gradient_norm", "gradient_norm")]
     assert logged == pytest.approx(watch.norms[-2:])  # of its first batch, Lightning forgets all but the last hook's
 
 
@@ -217,7 +217,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
             assert same(one["state"][number], state)
 
 
-def test_few_steps_are_drawn_with_noise_of_the_row_alone(net):
+def test_few_steps_are_sampled_with_noise_of_the_row_alone(net):
     model = FGM(net, FlowGeneratorMatching(steps=4, generator_time=0.7))
     batch = Batches(1)[0]
     noise = torch.randn(8, 3, 8, 8)

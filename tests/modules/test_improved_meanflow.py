@@ -105,7 +105,7 @@ def test_rows_without_a_caption_are_not_guided(heads, loader):
     assert plain[dropped].all()
 
 
-def test_teachers_velocity_is_guided_by_the_drawn_scale(heads, loader):
+def test_teachers_velocity_is_guided_by_the_sampled_scale(heads, loader):
     batch = next(iter(loader))
     seen = watched(heads, batch, velocity=TeacherVelocity(), caption_dropout=0.0)
     z, t, conditions = seen["z"], seen["t"], seen["heads"].conditions["conditions"]

@@ -64,7 +64,7 @@ def _names(runs: list[Path]) -> list[str]:
 
 
 def _common_levels(all_levels: list[Levels]) -> Levels:
-    """The ceilings and chances that are equal in all reports that have them: these used the same prompts and judge."""
+    """The ceilings and chances that are equal in all reports that have them: of the same prompts and detector."""
     metrics = dict.fromkeys(metric for levels in all_levels for metric in levels)
     found = {metric: [levels[metric] for levels in all_levels if metric in levels] for metric in metrics}
     return {metric: levels[0] for metric, levels in found.items() if all(other == levels[0] for other in levels)}

@@ -112,7 +112,7 @@ def broken_shard(path: Path) -> str:
             "e.json": b"{broken",
             "f.png": noise_image(1),
             "f.json": b'{"prompt": 3}',
-            "g.txt": b"no picture",
+            "g.txt": b"no image",
             "h.png": noise_image(1),
             "h.txt": b"\xff\xfe\xff",
         },

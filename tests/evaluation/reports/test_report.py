@@ -109,7 +109,7 @@ def test_table_4_has_a_line_for_each_model_and_step_count():
     assert theirs["DPG-Bench (blip as judge)"] == ""
 
 
-def test_the_published_judge_shares_its_column():
+def test_the_published_vqa_model_shares_its_column():
     table = section(Report((row("dpg_official", title="DPG-Bench", scores={"score": 70.0}),)), "DPG-Bench and HPS v2.1")
     assert cells(table, "EMF", 8)["DPG-Bench"] == "81.94"
 

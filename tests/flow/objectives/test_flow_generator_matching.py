@@ -17,7 +17,7 @@ from emf_lightning.flow.objectives.flow_generator_matching import (
 M, S = 0.7, 0.4
 """The teacher's data are N(M, S^2)."""
 A, B = 0.9, -0.3
-"""The generator draws A z + B."""
+"""The generator samples A z + B."""
 ROWS = 200_000
 WEIGHT = TimeWeight(2.0, 1.0)
 

@@ -106,7 +106,7 @@ def _relative_change(features: NDArray[np.float32], others: NDArray[np.float32])
 def _contrast(cosines: Array, features: Array) -> tuple[Estimate, Estimate, Estimate]:
     """The mean of ``cosines`` ``[P]``, that of every two different ``features`` ``[P, D]``, and their contrast.
 
-    The bootstrap resamples prompts, for all three numbers at once; a prompt that is drawn twice makes no pair with
+    The bootstrap resamples prompts, for all three numbers at once; a prompt that is sampled twice makes no pair with
     itself.
     """
     n, rng, lengths = len(features), np.random.default_rng(0), np.square(features).sum(1)

@@ -17,7 +17,7 @@ from emf_lightning.files import to_json, write_atomic
 REPORT = "report.json"
 
 FAMILIES = {"geneval_hf": "geneval"}
-"""Metric -> published metric of the same tasks with another judge: the two get separate columns of overall scores."""
+"""Metric -> published metric of the same tasks with another detector; their overall scores have separate columns."""
 TABLE_4 = ("dpg", "hps")
 OFFICIAL = "dpg_official"
 """DPG-Bench as published: mPLUG's answers, counted as its script counts them."""
@@ -144,7 +144,7 @@ class Report:
 def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, float]]) -> str:
     """GenEval's tasks and their mean by model and steps, as Table 3, with published rows of the same tasks.
 
-    Published shares are in the same columns; the published mean of another judge has its own column. The rows of
+    Published shares are in the same columns; the published mean of another detector has its own column. The rows of
     ``levels``, ceiling and chance, follow ours.
     """
     family = FAMILIES.get(rows[0].metric, rows[0].metric)
@@ -177,7 +177,7 @@ def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[s
 
 
 def preference_table(rows: Sequence[ReportRow]) -> str:
-    """DPG-Bench and HPS by model and steps, as Table 4; DPG scores of another judge or count have their own column."""
+    """DPG-Bench and HPS by model and steps, as Table 4; another VQA model or count of DPG has its own column."""
     titles = {row.metric: row.title for row in rows if row.metric.startswith("dpg")}
     official = titles.get(OFFICIAL, "DPG-Bench (published, mPLUG)")
     has_hps = any(row.metric == "hps" for row in rows)

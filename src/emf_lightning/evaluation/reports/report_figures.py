@@ -24,7 +24,7 @@ def steps_figure(report: Report) -> Figure:
     """Score against network steps, a panel for each metric, a line for each run, weights and guidance.
 
     A run has a colour, each of its guidance scales a marker; weights without averaging are dashed. The paper's EMF and
-    its parent are grey, in panels of the same tasks; the legend says where another detector judged them.
+    its parent are grey, in panels of the same tasks; the legend says where another detector scored them.
     """
     from matplotlib.figure import Figure
 

@@ -31,12 +31,12 @@ def write_images(folder: Path, prompts: list[str], names: list[str]) -> list[np.
     rng = np.random.default_rng(0)
     # half noise, half a plain colour
     plain = rng.integers(0, 256, (len(prompts), 1, 1, 3))
-    pictures = [(rng.integers(0, 256, (64, 64, 3)) // 2 + p // 2).astype(np.uint8) for p in plain]
-    for name, picture in zip(names, pictures, strict=True):
-        Image.fromarray(picture).save(folder / name)
+    images = [(rng.integers(0, 256, (64, 64, 3)) // 2 + p // 2).astype(np.uint8) for p in plain]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(folder / name)
     rows = [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return pictures
+    return images
 
 
 def scored(folder: Path, metric: dict, *options: str) -> tuple[dict, list[dict]]:
@@ -64,21 +64,21 @@ def test_geneval_is_the_mean_of_what_its_rule_says_about_detector_and_colours(de
     prompts = [p for p in geneval_prompts() if p.tag == "single_object"][:2]
     for tag in ("single_object", "two_object", "counting", "colors", "color_attr"):
         prompts += [p for p in geneval_prompts() if p.tag == tag and any(i["class"] in SEEN for i in p.include)][:3]
-    pictures = write_images(
+    images = write_images(
         tmp_path / "images", [p.prompt for p in prompts], [f"{n:02d}.png" for n in range(len(prompts))]
     )
     weights = save_tiny_clip(tmp_path)
     see, read = Mask2FormerDetector(detector, short_side=64), ClipColours("emf-tiny-clip", weights)
     shares: dict[str, list[bool]] = {}
-    for picture, prompt in zip(pictures, prompts, strict=True):
+    for image, prompt in zip(images, prompts, strict=True):
         good = True
         for item in prompt.include:
-            found = [d for d in see(picture) if d.label == item["class"]]
+            found = [d for d in see(image) if d.label == item["class"]]
             found = [d for d in found if d.score > (0.9 if prompt.tag == "counting" else 0.3)][:16]
             if prompt.tag == "counting":
                 good &= len(found) == item["count"]
             elif "color" in item:
-                good &= item["color"] in read(picture, found[: item["count"]], item["class"])
+                good &= item["color"] in read(image, found[: item["count"]], item["class"])
             else:
                 good &= len(found) >= item["count"]
         shares.setdefault(prompt.tag, []).append(good)
@@ -114,7 +114,7 @@ TABLE = [
 
 
 @pytest.fixture
-def judge(tmp_path) -> str:
+def vqa_model(tmp_path) -> str:
     """A network that was taught to say yes to dogs and no to cats."""
     (tmp_path / "judge").mkdir()
     folder = save_tiny_blip(tmp_path / "judge", 1.0)
@@ -133,24 +133,27 @@ def judge(tmp_path) -> str:
     return folder
 
 
-def test_dpg_bench_is_the_mean_of_gated_answers_of_its_judge(judge, tmp_path):
+def test_dpg_bench_is_the_mean_of_gated_answers_of_its_vqa_model(vqa_model, tmp_path):
     with (tmp_path / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *TABLE])
     prompts, names = ["a dog", "a dog", "a cat", "a cat"], ["a.png", "b.png", "c.png", "d.png"]
-    pictures = write_images(tmp_path / "images", prompts, names)
-    network, processor = BlipForQuestionAnswering.from_pretrained(judge).eval(), BlipProcessor.from_pretrained(judge)
+    images = write_images(tmp_path / "images", prompts, names)
+    network, processor = (
+        BlipForQuestionAnswering.from_pretrained(vqa_model).eval(),
+        BlipProcessor.from_pretrained(vqa_model),
+    )
     shares: dict[str, list[float]] = {"a dog": [], "a cat": []}
-    for picture, prompt in zip(pictures, prompts, strict=True):
+    for image, prompt in zip(images, prompts, strict=True):
         said: dict[int, bool] = {0: True}
         for _, text, number, parent, _, question in TABLE:
             if text == prompt:
-                ids = network.generate(**processor(picture, question, return_tensors="pt"), max_new_tokens=8)
+                ids = network.generate(**processor(image, question, return_tensors="pt"), max_new_tokens=8)
                 yes = processor.decode(ids[0], skip_special_tokens=True).strip().lower().rstrip(".") == "yes"
                 said[number] = yes and said[int(parent)]
         shares[prompt].append(sum(list(said.values())[1:]) / 3)
     init = {
         "benchmark": str(tmp_path / "table.csv"),
-        "vqa_model": {"class_path": "BlipVqa", "init_args": {"model": judge}},
+        "vqa_model": {"class_path": "BlipVqa", "init_args": {"model": vqa_model}},
     }
     scores, rows = scored(tmp_path / "images", {"class_path": "DpgBench", "init_args": init})
 
