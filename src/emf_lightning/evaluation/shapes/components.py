@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.cluster.vq import kmeans2
+from scipy.cluster import vq
 
 SHARED_EDGES = ndimage.generate_binary_structure(3, 1) & (np.arange(3) == 1)[:, None, None]
 """Neighbourhood of a pixel: the four that share an edge with it, in the same image."""
@@ -35,4 +35,4 @@ def compact_parts(points: NDArray[np.floating], parts: int) -> NDArray[np.int64]
     for _ in range(1, parts):
         nearest = ((points[:, None] - centres) ** 2).sum(2).min(1)
         centres = np.concatenate([centres, points[[nearest.argmax()]]])
-    return kmeans2(points.astype(float), centres.astype(float), iter=8, minit="matrix")[1]
+    return vq.kmeans2(points.astype(float), centres.astype(float), iter=8, minit="matrix")[1]
