@@ -280,3 +280,12 @@ def test_the_fused_derivative_and_gradient_checkpointing_are_refused_together(ne
     net.gradient_checkpointing = True
     with pytest.raises(ValueError, match="take ForwardMode, or set net"):
         FlowMapModule(net, MeanFlow(derivative=Fused()))
+
+
+def test_a_network_that_ignores_r_is_refused_when_the_module_is_built():
+    from emf_lightning.networks.unet import UNetArchitecture, UNetFlowMap
+
+    unet = UNetFlowMap(UNetArchitecture([8, 8], [False, True], layers=1, groups=4), latent_size=8)
+    with pytest.raises(ValueError, match="u of UNetFlowMap ignores r: take a network with a second time input"):
+        FlowMapModule(unet, MeanFlow())
+    assert FlowMapModule(unet, FlowMatching()).nfe(4) == 4
