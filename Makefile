@@ -17,7 +17,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench objectives lock clean
+.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench reliability objectives lock clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -101,6 +101,9 @@ docs: $(READY) ## build the documentation site into docs/_build/html; a broken l
 	@rm -rf docs/api/generated  # pages of modules that are gone
 	$(BIN)/python -m sphinx -b html --fresh-env -W --keep-going --quiet docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+reliability: $(READY) ## plant a thousand faults into runs and data, write docs/reliability.md (half an hour; ARGS='--tries 0.1 --no-page')
+	$(BIN)/python -m benchmarks.reliability $(ARGS)
 
 format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)

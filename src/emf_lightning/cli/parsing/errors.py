@@ -37,7 +37,7 @@ def user_message(error: BaseException) -> str | None:
             f"the checkpoint belongs to another configuration: {first_difference(error)}; "
             "give the config.yaml that lies beside it in its run directory, or another --ckpt_path"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = error.filename or "a disk that is written to"
         return f"{where}: {os.strerror(error.errno).lower()}; make room, or write elsewhere"
     if isinstance(error, OSError) and error.filename is not None:
