@@ -38,7 +38,9 @@ def migrate_part(spec: Any) -> Any:
         return spec
     if "class_path" not in spec:
         return {key: migrate_part(value) for key, value in spec.items()}
-    module, _, name = spec["class_path"].rpartition(".")
+    if not isinstance(spec.get("init_args") or {}, dict):
+        return spec
+    module, _, name = str(spec["class_path"]).rpartition(".")
     arguments: Spec = {}
     for argument, value in (spec.get("init_args") or {}).items():
         renamed = _ARGUMENTS.get((name, argument))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,16 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from emf_lightning.data.cache.entry_format import EntryFormat
-from emf_lightning.earlier_exports import migrate_part, sampling_of_model
+from emf_lightning.earlier_exports import sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise
+from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found, kept, read_part
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
+from emf_lightning.part_classes import Spec, build, check_spec, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 
-Spec = dict[str, Any]
-"""A class and its arguments in the form of experiment files: ``class_path`` and ``init_args``."""
-
-_FILE = "part.json"
-_HERE = "."
 _TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
 """Arguments of a network that concern its training or its start, which a saved network does not need."""
-
-
-def build(spec: Any) -> Any:
-    """The object that ``spec`` describes, its arguments built alike; values that are no spec stay as they are."""
-    if isinstance(spec, list):
-        return [build(item) for item in spec]
-    if not isinstance(spec, dict):
-        return spec
-    if "class_path" not in spec:
-        return {key: build(value) for key, value in spec.items()}
-    module, _, name = spec["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
 
 
 class PipelinePart(ModelMixin):
@@ -79,39 +62,28 @@ class PipelinePart(ModelMixin):
         if callable(save):
             save(folder)
             arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
-            arguments["pretrained"] = _HERE
+            arguments["pretrained"] = HERE
             if "subfolder" in self.spec.get("init_args", {}):
                 arguments["subfolder"] = None
         else:
-            arguments = {name: _kept(value, folder / name) for name, value in arguments.items()}
+            arguments = {name: kept(value, folder / name) for name, value in arguments.items()}
         spec = {"class_path": self.spec["class_path"], "init_args": arguments}
-        (folder / _FILE).write_text(json.dumps(spec, indent=2) + "\n")
+        (folder / PART).write_text(json.dumps(spec, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> PipelinePart:
-        """The part saved in ``folder``; ``torch_dtype`` applies to parts without a precision of their own."""
-        spec = migrate_part(json.loads((Path(folder) / _FILE).read_text()))
+        """The part saved in ``folder``; ``torch_dtype`` applies to parts without a precision of their own.
+
+        Raises:
+            ValueError: for a folder that names a class from outside this package, see ``check_spec``.
+        """
+        spec = read_part(Path(folder) / PART)
         arguments = spec["init_args"]
-        spec["init_args"] = {name: _found(value, Path(folder)) for name, value in arguments.items()}
+        spec["init_args"] = {name: found(value, Path(folder)) for name, value in arguments.items()}
         part = build(spec)
         if torch_dtype is not None and "dtype" not in arguments:
             nn.Module.to(part, dtype=torch_dtype)
         return cls(part.eval(), spec)
-
-
-def _kept(value: Any, folder: Path) -> Any:
-    """An argument as a saved part names it; a folder is copied."""
-    if not isinstance(value, str) or not Path(value).expanduser().is_dir():
-        return value
-    shutil.copytree(Path(value).expanduser(), folder, dirs_exist_ok=True)
-    return f"{_HERE}/{folder.name}"
-
-
-def _found(value: Any, folder: Path) -> Any:
-    """The inverse of ``_kept``."""
-    if value == _HERE or (isinstance(value, str) and value.startswith(f"{_HERE}/")):
-        return str(folder / value)
-    return value
 
 
 class EMFPipelineOutput(BaseOutput):
@@ -181,8 +153,34 @@ class EMFPipeline(DiffusionPipeline):
             model=None,
         )
         self.image_processor = VaeImageProcessor()
+        check_spec(sampler, (Sampler,), f"{INDEX}: sampler")
+        check_spec(guidance, (SamplingGuidance,), f"{INDEX}: guidance")
         self._sampler: Sampler = build(sampler)
         self._guidance: SamplingGuidance = build(guidance)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, trust_remote_code: bool = False, **options: Any
+    ) -> Any:
+        """The pipeline in an exported folder, or in a repository of the hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the repository's name.
+            trust_remote_code: whether its files may name classes from outside this package: to load those runs code.
+            **options: of diffusers' ``from_pretrained``.
+
+        Raises:
+            ValueError: for files that name another class, unless they are trusted.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            places = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+            given = {name: options[name] for name in places if name in options}
+            folder = Path(cls.download(str(pretrained_model_name_or_path), **given))
+        if not trust_remote_code:
+            check_folder(folder)
+        with trusting(trust_remote_code):
+            return super().from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
 
     @torch.no_grad()
     def __call__(

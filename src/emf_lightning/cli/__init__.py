@@ -23,6 +23,7 @@ Options override its values:    emf fit --config FILE --trainer.max_steps 1000
 All options of a verb:          emf VERB --help
 Options of a part:              emf fit --config FILE --model.net.architecture.help
 EMF_DEBUG=1 shows the traceback of an error.
+Classes of your own:            emf fit builds them; other verbs only with --trust_remote_code
 """
 
 
@@ -57,18 +58,25 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     from emf_lightning.cli.parsing.experiment_files import expand
+    from emf_lightning.part_classes import FLAG, trusting
 
+    flag = f"--{FLAG}"
+    with trusting(verb == "fit" or flag in arguments):
+        _call(verb, expand([argument for argument in arguments if argument != flag]))
+
+
+def _call(verb: str, arguments: list[str]) -> None:
     if verb in TRAINER_VERBS:
         from emf_lightning.cli.parsing.emf_cli import EMFCLI
         from emf_lightning.cli.parsing.nested_help import with_classes
 
-        EMFCLI.run(with_classes(expand(arguments)))
+        EMFCLI.run(with_classes(arguments))
     elif verb in EXPERIMENT_VERBS:
-        getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(expand(arguments)[1:])
+        getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(arguments[1:])
     elif verb in FUNCTION_VERBS:
         from emf_lightning.cli.parsing.function_verb import call
 
-        call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), expand(arguments))
+        call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), arguments)
     else:
         raise ValueError(
             f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS))}"

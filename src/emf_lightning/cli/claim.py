@@ -11,7 +11,7 @@ import yaml
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
-from emf_lightning.cli.parsing.experiment_files import config_files, without_base
+from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
 from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.bootstrap import Estimate
@@ -146,6 +146,6 @@ def _final_scores(run: Path) -> dict[int, float]:
 
 def _measure_discriminability(run: Path, corpus: PairCorpus) -> Estimate:
     """Discriminability on ``corpus`` of the encoder that ``run`` was trained with."""
-    config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    config: dict[str, Any] = read_yaml(run / "config.yaml")
     encoder = build_part(config["data"]["text"], TextEncoder)
     return discriminability(pooled_features(encoder, corpus.captions), corpus, limits=False).score["raw"]

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.import_policy import known_classes_only
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.pretrained.files import config_of
@@ -59,7 +60,8 @@ def build_part(spec: dict[str, Any], kind: type, **arguments: Any) -> Any:
     spec.setdefault("init_args", {}).update(arguments)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=kind)
-    return parser.instantiate_classes(parser.parse_object({"part": spec})).part
+    with known_classes_only():
+        return parser.instantiate_classes(parser.parse_object({"part": spec})).part
 
 
 def encoder_size(part: Namespace) -> EncoderSize:

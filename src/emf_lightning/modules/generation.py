@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from emf_lightning.pipeline import EMFPipeline, PipelinePart, Spec
+from emf_lightning.part_classes import Spec, trusting
+from emf_lightning.pipeline import EMFPipeline, PipelinePart
 
 if TYPE_CHECKING:
     from emf_lightning.data.datamodule import CaptionImageData
@@ -26,17 +27,18 @@ def pipeline_of(
         specs: of the parts ``net``, ``autoencoder`` and ``text``; without them the pipeline cannot be saved.
     """
     specs = specs or {}
-    return EMFPipeline(
-        transformer=PipelinePart(module.net, specs.get("net", {})),
-        vae=PipelinePart(data.autoencoder, specs.get("autoencoder", {})),
-        text_encoder=PipelinePart(data.text, specs.get("text", {})),
-        sampler=spec_of(module.objective.sampler),
-        guidance=spec_of(module.objective.sampling_guidance),
-        guidance_scale=module.guidance_scale,
-        latent_size=data.latent_size,
-        autocast=_AUTOCAST.get(precision),
-        features=data.cache.dtype if data.cache is not None else None,
-    )
+    with trusting(True):  # the classes of objects that are there already
+        return EMFPipeline(
+            transformer=PipelinePart(module.net, specs.get("net", {})),
+            vae=PipelinePart(data.autoencoder, specs.get("autoencoder", {})),
+            text_encoder=PipelinePart(data.text, specs.get("text", {})),
+            sampler=spec_of(module.objective.sampler),
+            guidance=spec_of(module.objective.sampling_guidance),
+            guidance_scale=module.guidance_scale,
+            latent_size=data.latent_size,
+            autocast=_AUTOCAST.get(precision),
+            features=data.cache.dtype if data.cache is not None else None,
+        )
 
 
 def attached_pipeline(module: Any) -> EMFPipeline:

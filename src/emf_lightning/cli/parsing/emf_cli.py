@@ -19,6 +19,7 @@ from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.import_policy import known_classes_only
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 
@@ -67,6 +68,11 @@ class EMFCLI(LightningCLI):
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
         for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
+        with known_classes_only():
+            return cls._parse_and_run(arguments)
+
+    @classmethod
+    def _parse_and_run(cls: type[CLI], arguments: list[str]) -> CLI:
         return cls(
             FlowMapModule,
             CaptionImageData,

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 KEY = "base"
+_MERGE = "tag:yaml.org,2002:merge"
 _OPTIONS = ("--config", "-c")
 
 
@@ -46,12 +48,7 @@ def _collect(file: Path, children: tuple[Path, ...], files: list[Path]) -> None:
 
 
 def _bases(file: Path) -> list[str]:
-    try:
-        settings = yaml.safe_load(file.read_text())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no YAML: it is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; an experiment is made of `key: value` lines")
     value = settings.get(KEY, [])
@@ -59,6 +56,46 @@ def _bases(file: Path) -> list[str]:
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: `base:` must be a file name or a list of file names, got {value!r}")
     return names
+
+
+def read_yaml(file: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: for a file that is no YAML, or has a key twice: the parser would drop the first.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        check_keys(text, str(file))
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no YAML: it is not UTF-8 text") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def check_keys(text: str, name: str) -> None:
+    """Raises a ``ValueError`` for a key that one mapping of the YAML ``text``, called ``name``, has twice."""
+    nodes: list[yaml.Node | None] = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    seen: set[int] = set()  # an alias is the node of its anchor, and may hold itself
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                line, same = key.start_mark.line + 1, (key.tag, str(key.value))
+                if isinstance(key, yaml.ScalarNode) and same in lines and key.tag != _MERGE:
+                    raise ValueError(
+                        f"{name}: the key {key.value!r} is there twice, in line {lines[same]} and in line {line}, and "
+                        "the first would be lost; make one of them"
+                    )
+                lines[same] = line
+                nodes += [key, value]
 
 
 def without_base(text: str) -> str:
@@ -81,7 +118,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     given: list[Path] = []
     for option, value in _pairs(arguments):
-        if option is None or "\n" in value or value.lstrip().startswith("{"):
+        if option is not None and _is_text(value):
+            check_keys(value, option)
+        if option is None or _is_text(value):
             expanded += [value] if option is None else [option, value]
             continue
         if not Path(value).is_file():
@@ -91,6 +130,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
             expanded += [option, str(file)]
             given.append(file.resolve())
     return expanded
+
+
+def _is_text(value: str) -> bool:
+    """True for a YAML text in place of a file."""
+    return "\n" in value or value.lstrip().startswith("{")
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str | None, str]]:

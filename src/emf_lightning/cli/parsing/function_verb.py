@@ -10,6 +10,8 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from emf_lightning.import_policy import known_classes_only
+
 
 def call(function: Callable[..., Any], arguments: list[str]) -> Any:
     """Calls ``function`` with parsed ``arguments``: its parameters are the options, its docstring their help.
@@ -28,6 +30,7 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=f"emf {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")
     parser.add_function_arguments(function, as_group=False)
-    namespace = parser.instantiate(parser.parse_args(options))
+    with known_classes_only():
+        namespace = parser.instantiate(parser.parse_args(options))
     namespace.pop("config", None)
     return function(**namespace.as_dict())

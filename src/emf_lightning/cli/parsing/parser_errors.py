@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from emf_lightning.import_policy import refusal
 from emf_lightning.renames import ARGUMENTS, CLASSES
 
 _KEY = re.compile(r'Parser key "(.+?)"')
@@ -38,6 +39,8 @@ _TYPE_NAMES = {"trainer": "lightning.pytorch.Trainer", "data": "emf_lightning.da
 
 def parser_error(text: str) -> str:
     """One line for jsonargparse's indented tree of alternatives: the first one with a definite error."""
+    if refused := refusal(text):  # before the search for a class, which would import it
+        return refused
     path: list[str] = []  # as in YAML, with init_args
     owner: type | None = None
     for line in map(str.strip, text.splitlines()):

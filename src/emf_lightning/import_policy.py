@@ -1,0 +1,96 @@
+"""The classes that YAML may name where a stranger may have written it: every verb but `emf fit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+import emf_lightning
+from emf_lightning.part_classes import FLAG, trusted
+
+PACKAGES = ("callbacks", "data", "evaluation", "flow", "latents", "modules", "networks", "text")
+"""Packages of ``emf_lightning`` all of whose classes YAML may name."""
+
+_LIBRARIES = {
+    "lightning.pytorch.callbacks": ("Callback",),
+    "lightning.pytorch.loggers": ("Logger",),
+    "lightning.pytorch.profilers": ("Profiler",),
+    "lightning.pytorch.strategies": ("Strategy",),
+    "lightning.pytorch.accelerators": ("Accelerator",),
+    "lightning.pytorch.plugins": ("Precision", "CheckpointIO", "ClusterEnvironment", "LayerSync"),
+    "lightning.pytorch.plugins.environments": ("ClusterEnvironment",),
+    "lightning.pytorch.plugins.io": ("CheckpointIO",),
+    "lightning.pytorch.plugins.precision": ("Precision",),
+    "torch.optim": ("Optimizer",),
+    "torch.optim.lr_scheduler": ("LRScheduler",),
+    "timm.optim": ("torch.optim.Optimizer",),
+}
+"""Modules of other libraries, and the bases of those of their classes that YAML may name."""
+
+_SETTINGS = ("import_path_verdicts", "import_paths_enforced", "instantiate_subclass_spec_in_any")
+
+
+@contextmanager
+def known_classes_only() -> Iterator[None]:
+    """A context in which the parser imports no class but those of this package and of ``_LIBRARIES``.
+
+    It decides by the name, before it imports anything, and again by the place where the object is defined. Functions
+    are none of these; a place without a type builds nothing. Inside ``trusting(True)`` nothing changes.
+    """
+    if trusted():
+        yield
+        return
+    from jsonargparse import _common, set_parsing_settings
+
+    # jsonargparse's settings are global, and it has no public way back
+    before = {name: _common.parsing_settings[name] for name in _SETTINGS}
+    try:
+        set_parsing_settings(
+            import_path_denylist=["*"],
+            import_path_allowlist=sorted(_known()),
+            instantiate_subclass_spec_in_any=False,
+        )
+        yield
+    finally:
+        _common.parsing_settings.update(before)
+
+
+def refusal(text: str) -> str | None:
+    """The message for a class that the parser refused to import, if its error ``text`` is about one."""
+    _, found, rest = text.partition("Importing '")
+    path, _, reason = rest.partition("' is not allowed")
+    if not found or not reason:
+        return None
+    return (
+        f"{path} is no class of emf_lightning, nor a part of lightning.pytorch, torch.optim or timm.optim: building it "
+        f"may run any code; if you trust who wrote the files, add --{FLAG}"
+    )
+
+
+def _known() -> set[str]:
+    """Paths of the known classes: where they are defined, and where their packages show them."""
+    ours = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("emf_lightning.") and name.split(".")[1] in PACKAGES and isinstance(module, ModuleType)
+    ]
+    found = {path for module in ours for path in _classes(module, "emf_lightning", object)}
+    found |= {f"emf_lightning.{name}" for name in emf_lightning.__all__}
+    for name, bases in _LIBRARIES.items():
+        module = import_module(name)
+        for base in bases:
+            owner, _, base_name = base.rpartition(".")
+            kind = getattr(import_module(owner or name), base_name)
+            found |= _classes(module, name.partition(".")[0], kind)
+    return found
+
+
+def _classes(module: ModuleType, package: str, base: type) -> set[str]:
+    found = set()
+    for name, value in vars(module).items():
+        if isinstance(value, type) and issubclass(value, base) and value.__module__.partition(".")[0] == package:
+            found |= {f"{module.__name__}.{name}", f"{value.__module__}.{value.__qualname__}"}
+    return found

@@ -1,0 +1,130 @@
+"""The classes that a file from elsewhere may name: decided before any of them is imported or called."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
+
+Spec = dict[str, Any]
+"""A class and its arguments in the form of experiment files: ``class_path`` and ``init_args``."""
+
+PACKAGES = ("flow", "latents", "networks", "text")
+"""Packages below ``emf_lightning`` whose classes the parts of an exported folder may be of."""
+
+_MODULES = tuple(f"{__package__}.{name}." for name in PACKAGES)
+
+FLAG = "trust_remote_code"
+
+_trusted: ContextVar[bool] = ContextVar(FLAG, default=False)
+
+
+def trusted() -> bool:
+    """Whether the user said that the files being read are trusted."""
+    return _trusted.get()
+
+
+@contextmanager
+def trusting(trust: bool) -> Iterator[None]:
+    """A context in which files may name any class, if ``trust``, or only those that are known to be safe."""
+    token = _trusted.set(trust)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def build(spec: Any) -> Any:
+    """The object that ``spec`` describes, its arguments built alike; values that are no spec stay as they are.
+
+    It calls what ``spec`` names: ``check_spec`` comes first.
+    """
+    if isinstance(spec, list):
+        return [build(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "class_path" not in spec:
+        return {key: build(value) for key, value in spec.items()}
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
+
+
+def check_spec(spec: Any, kinds: tuple[type, ...], place: str) -> None:
+    """Checks every class that ``spec`` names, at any depth, without importing a module from outside this package.
+
+    The class of ``spec`` must be a subclass of one of ``kinds``, those of its arguments subclasses of what the
+    parameters are annotated with. Nothing is checked inside ``trusting(True)``.
+
+    Args:
+        spec: ``class_path`` and ``init_args``, or any other value, which may hold such specs.
+        kinds: the classes that ``place`` takes; none where it takes plain values.
+        place: the file and the key, for messages.
+
+    Raises:
+        ValueError: for a class from outside this package, or one that does not fit its place.
+    """
+    if trusted():
+        return
+    if isinstance(spec, (list, tuple)):
+        for item in spec:
+            check_spec(item, kinds, place)
+    elif isinstance(spec, dict) and "class_path" in spec:
+        kind = _class(spec["class_path"], kinds, place)
+        arguments = spec.get("init_args") or {}
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{place}: init_args must be names and values, got {_short(arguments)}")
+        for name, value in arguments.items():
+            check_spec(value, _parameter_kinds(kind, name), f"{place}: {name}")
+    elif isinstance(spec, dict):
+        for name, value in spec.items():
+            check_spec(value, kinds, f"{place}: {name}")
+
+
+def _class(path: Any, kinds: tuple[type, ...], place: str) -> type:
+    """The class of this package that ``path`` names, a subclass of one of ``kinds``."""
+    module, _, name = str(path).rpartition(".")
+    public = module == __package__ and name in import_module(__package__).__all__
+    if not public and not module.startswith(_MODULES):
+        raise ValueError(
+            f"{place}: class_path {_short(path)} is from outside {__package__}'s {', '.join(PACKAGES)}, and loading it "
+            f"may run any code; if you trust who wrote the file, say so with {FLAG}"
+        )
+    try:
+        # a module's own names: no way through to the names of a module that it imports
+        found = getattr(import_module(module), name) if public else vars(import_module(module)).get(name)
+    except ImportError:
+        found = None
+    if not isinstance(found, type) or not f"{found.__module__}.".startswith(_MODULES):
+        raise ValueError(f"{place}: class_path {_short(path)} names no class of {', '.join(PACKAGES)}")
+    if not issubclass(found, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds) or "plain values, not classes"
+        raise ValueError(f"{place}: takes {wanted}, but its class_path is {_short(path)}")
+    return found
+
+
+def _parameter_kinds(kind: type, name: str) -> tuple[type, ...]:
+    """The classes of this package with which the parameter ``name`` of a class, or of its bases, is annotated."""
+    for base in kind.__mro__:
+        init = vars(base).get("__init__")
+        if init is not None and name in inspect.signature(init).parameters:
+            try:
+                hint = get_type_hints(init, vars(sys.modules[base.__module__])).get(name)
+            except NameError:  # a name for type checkers alone
+                return ()
+            return tuple(one for one in _classes(hint) if one.__module__.partition(".")[0] == __package__)
+    return ()
+
+
+def _classes(hint: Any) -> Iterator[type]:
+    if inspect.isclass(hint):
+        yield hint
+    for inner in get_args(hint):
+        yield from _classes(inner)
+
+
+def _short(value: Any) -> str:
+    return ascii(value) if len(ascii(value)) <= 80 else f"{ascii(value)[:77]}..."
