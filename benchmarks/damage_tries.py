@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
 from tests.data.tars import noise_image, write_numbered
 
@@ -133,6 +134,7 @@ def export_try(table: Table, place: Path, rng: random.Random, world: Path) -> No
 
 def sample(folder: Path) -> list[bytes]:
     """Pixels of one image of an exported folder."""
+    logging.disable_progress_bar()
     pipeline = EMFPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(["a photo of a red circle"], num_inference_steps=2, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
+from emf_lightning.digests import write_digests
 from emf_lightning.modules.flow_map import FlowMapModule
 
 
@@ -36,3 +37,4 @@ class SaveNetwork(Callback):
         if self.time_scale is not None:
             net.refit_time(self.time_scale)
         net.save_pretrained(Path(run) / self.folder)
+        write_digests(Path(run) / self.folder)

@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from emf_lightning.data.cache.entry_format import EntryFormat
+from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found, kept, read_part
@@ -170,17 +171,23 @@ class EMFPipeline(DiffusionPipeline):
             **options: of diffusers' ``from_pretrained``.
 
         Raises:
-            ValueError: for files that name another class, unless they are trusted.
+            ValueError: for files that name another class, unless they are trusted; for damaged files.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             places = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
             given = {name: options[name] for name in places if name in options}
             folder = Path(cls.download(str(pretrained_model_name_or_path), **given))
+        check_digests(folder)
         if not trust_remote_code:
             check_folder(folder)
         with trusting(trust_remote_code):
             return super().from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Writes the folder that ``from_pretrained`` loads, with the digests of its files."""
+        super().save_pretrained(str(save_directory), **options)
+        write_digests(Path(save_directory))
 
     @torch.no_grad()
     def __call__(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from emf_lightning.digests import check_digests
 from emf_lightning.pretrained.files import config_of
 
 
@@ -118,6 +120,7 @@ def read_model(
         config = config_of(weights.path, weights.subfolder) | arguments
         model = kind.from_config(config) if diffusers else kind(kind.config_class(**config))
         return LoadedModel(model if dtype is None else nn.Module.to(model, dtype=dtype))  # diffusers' own `to` warns
+    check_digests(Path(weights.path))
     arguments |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
     arguments |= {} if weights.subfolder is None else {"subfolder": weights.subfolder}
     arguments |= {} if dtype is None else {"torch_dtype" if diffusers else "dtype": dtype}

@@ -42,6 +42,8 @@ def user_message(error: BaseException) -> str | None:
         return f"{where}: {os.strerror(error.errno).lower()}; make room, or write elsewhere"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
+    if "SafetensorError" in kinds and re.search(r"os error (28|122|27)\b", str(error)):
+        return "the disk of the weights is full, or a quota is reached; make room, or write elsewhere"
     if isinstance(error, FileNotFoundError):
         return _one_line(str(error))
     if isinstance(error, ValueError) and (worker := _WORKER.search(str(error))):
