@@ -115,7 +115,7 @@ lock: $(READY) ## renew requirements.lock: exact versions, with hashes, for Pyth
 		--no-annotate --no-header --no-emit-index-url --generate-hashes --quiet --output-file requirements.lock
 
 audit: $(READY) ## look for known vulnerabilities in requirements.lock
-	@status=0; said=$$($(BIN)/uv tool run $(AUDIT) --require-hashes --disable-pip -r requirements.lock 2>&1) || status=$$?; \
+	@status=0; said=$$($(BIN)/uv tool run $(AUDIT) --strict --require-hashes --disable-pip -r requirements.lock 2>&1) || status=$$?; \
 	if [ $$status -ne 0 ] && ! grep -q "^Found" <<< "$$said"; then \
 		echo "make: no audit: the tool or its advisory source cannot be reached ($$(tail -n 1 <<< "$$said"))" >&2; exit 2; \
 	fi; echo "$$said"; exit $$status
