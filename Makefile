@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHARDS := data/shapes/small/.complete
+AUDIT := pip-audit@2.10.1
 ARGS ?=
 # parts/ are what experiments build on, devices/ overlays; encoders/ and scores/ are for other verbs
 EXPERIMENTS := $(filter-out parts/% devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
@@ -17,7 +18,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench reliability objectives lock clean
+.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench reliability objectives lock audit clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -30,12 +31,12 @@ venv: $(READY) ## install everything into .venv (about a minute, 6 GB)
 $(READY): requirements.lock pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "make: needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; fi
 	@[ -x $(BIN)/python ] || { echo "Setting up $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
-	@# uv installs in a minute what takes pip five
-	@command -v uv >/dev/null || [ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet uv || true
-	@uv=$$(command -v uv || echo $(BIN)/uv); \
-	if [ -x "$$uv" ]; then install="$$uv pip install --quiet --python $(BIN)/python"; \
+	@# uv installs in a minute what takes pip five; it is the lock's own
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --require-hashes -r $(VENV)/uv.lock || true
+	@if [ -x $(BIN)/uv ]; then install="$(BIN)/uv pip install --quiet --python $(BIN)/python"; \
 	else install="$(BIN)/python -m pip install --quiet"; fi; \
-	$$install -r requirements.lock && $$install --no-deps -e .
+	$$install --require-hashes -r requirements.lock && $$install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (15 minutes on 2 cores)
@@ -112,10 +113,15 @@ format: $(READY) ## put the sources into shape
 bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/results/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
-lock: ## renew requirements.lock: exact versions for Python 3.10 and newer
-	@command -v uv >/dev/null || { echo "make: needs uv; pip install uv" >&2; exit 2; }
-	uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.10 --upgrade \
-		--no-annotate --no-header --no-emit-index-url --quiet --output-file requirements.lock
+lock: $(READY) ## renew requirements.lock: exact versions, with hashes, for Python 3.10 and newer
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.10 --upgrade \
+		--no-annotate --no-header --no-emit-index-url --generate-hashes --quiet --output-file requirements.lock
+
+audit: $(READY) ## look for known vulnerabilities in requirements.lock
+	@status=0; said=$$($(BIN)/uv tool run $(AUDIT) --strict --require-hashes --disable-pip -r requirements.lock 2>&1) || status=$$?; \
+	if [ $$status -ne 0 ] && ! grep -q "^Found" <<< "$$said"; then \
+		echo "make: no audit: the tool or its advisory source cannot be reached ($$(tail -n 1 <<< "$$said"))" >&2; exit 2; \
+	fi; echo "$$said"; exit $$status
 
 clean: ## remove the environment and all caches; runs/ and data/ stay
 	rm -rf $(VENV) docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info

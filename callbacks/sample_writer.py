@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
+from emf_lightning.evaluation.fixed_noise import noise_indices
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -21,8 +22,9 @@ from emf_lightning.modules.sharding import is_sharded
 class SampleWriter(Callback):
     """Writes an image of each prompt at each step count, ``00012-4step.png``, and lists them in ``prompts.jsonl``.
 
-    The noise is that of ``FewStepSampling`` with the same seed. Lightning's ``BasePredictionWriter`` takes the images
-    from ``predict_step``; here this callback samples them, one step count after the other.
+    The noise is that of ``FewStepSampling`` with the same seed; a line that repeats an earlier one goes on with the
+    next image of that prompt. Lightning's ``BasePredictionWriter`` takes the images from ``predict_step``; here this
+    callback samples them, one step count after the other.
 
     Args:
         steps: network steps from noise to data.
@@ -53,6 +55,8 @@ class SampleWriter(Callback):
         if is_sharded(pl_module):  # ranks with different numbers of prompts would wait for each other's weights
             raise ValueError("SampleWriter: sample with an unsharded network: --trainer.strategy auto, or ddp")
         self._rows.clear()
+        prompts = trainer.predict_dataloaders.dataset.prompts  # the whole list, whichever part this rank has
+        self._occurrences = noise_indices([(prompt, 0) for prompt in prompts])
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
 
@@ -65,7 +69,7 @@ class SampleWriter(Callback):
         numbers, captions = [int(number) for number in batch[0]], list(batch[1])
         with sampling_context(trainer, pl_module):
             for index in range(self.images_per_prompt):
-                indices = [index] * len(captions)
+                indices = [self._occurrences[number] * self.images_per_prompt + index for number in numbers]
                 for generated in generate_images(trainer, pl_module, captions, indices, self.configs, self.seed):
                     config, suffix = generated.config.resolve(pl_module.guidance_scale), f"-{index}" if index else ""
                     for number, caption, image in zip(numbers, captions, generated.images, strict=True):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LOCKED = re.compile(r"[a-z0-9][a-z0-9-]*==[\w.+!]+( ; [\w\s.*'<>=!()]+)?")
+LOCKED = re.compile(r"[a-z0-9][a-z0-9-]*==[\w.+!]+( ; [\w\s.*'<>=!()]+)?( --hash=sha256:[0-9a-f]{64})+")
 
 
 def test_callbacks_are_linked_into_the_package(root: Path) -> None:
@@ -19,10 +19,23 @@ def test_callbacks_are_linked_into_the_package(root: Path) -> None:
     assert (link / "__init__.py").is_file()
 
 
-def test_lock_holds_names_and_exact_versions_only(root: Path) -> None:
-    lines = (root / "requirements.lock").read_text().splitlines()
+def test_lock_holds_names_exact_versions_and_hashes_only(root: Path) -> None:
+    text = (root / "requirements.lock").read_text()
+    entries = text.replace(" \\\n    ", " ").splitlines()
 
-    assert [line for line in lines if not LOCKED.fullmatch(line)] == []
+    assert len(entries) > 100
+    assert [entry for entry in entries if not LOCKED.fullmatch(entry)] == []
+
+
+def test_make_installs_only_what_the_hashes_match(root: Path) -> None:
+    makefile = (root / "Makefile").read_text()
+
+    files = re.findall(r"(.*) -r \S*\.lock", makefile)
+    assert len(files) == 3  # uv, everything, the audit
+    assert all("--require-hashes" in line for line in files)
+    assert "--no-deps --no-build-isolation -e ." in makefile
+    assert re.search(r"^AUDIT := pip-audit@[\d.]+$", makefile, re.MULTILINE)
+    assert re.search(r"^uv==", (root / "requirements.lock").read_text(), re.MULTILINE)
 
 
 def test_lock_covers_every_direct_dependency(root: Path) -> None:

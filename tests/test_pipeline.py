@@ -137,6 +137,17 @@ def test_a_prompts_image_is_the_same_alone_and_from_its_own_noise(pipelines):
     assert not torch.equal(pipe(PROMPTS[1], num_inference_steps=2, output_type="pt", seed=1).images, alone)
 
 
+def test_a_repeated_prompt_takes_the_next_noise(pipelines):
+    pipe = pipelines["meanflow"]
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    several = pipe(PROMPTS[0], num_images_per_prompt=4, **options).images
+    assert torch.allclose(pipe([PROMPTS[0]] * 4, **options).images, several, atol=1e-5)
+    assert torch.allclose(pipe([PROMPTS[0]] * 2, num_images_per_prompt=2, **options).images, several, atol=1e-5)
+    mixed = pipe([PROMPTS[0], PROMPTS[1], PROMPTS[0]], **options).images
+    assert torch.allclose(mixed[::2], several[:2], atol=1e-5)
+    assert len({image.numpy().tobytes() for image in several}) == 4
+
+
 def test_noise_may_come_from_a_generator_or_be_given(pipelines):
     pipe = pipelines["meanflow"]
     noise = torch.randn(1, 3, 36, 36, generator=torch.Generator().manual_seed(7))

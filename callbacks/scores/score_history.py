@@ -113,7 +113,7 @@ class ScoreHistory:
             return cls.from_rows(json.loads(line) for line in path.read_text().splitlines())
         except OSError as error:
             raise ValueError(f"{argument}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{argument}: {str(path)!r} holds no scores ({error}); {remedy}") from error
 
     @classmethod

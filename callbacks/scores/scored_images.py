@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
+from emf_lightning.evaluation.fixed_noise import noise_indices
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -79,13 +80,15 @@ def sample_and_score(
         kept: those of ``requested`` whose pixels are kept.
     """
     device, ranks = trainer.strategy.root_device, trainer.world_size
-    mine, share = requested[trainer.global_rank :: ranks], math.ceil(len(requested) / ranks)
+    numbered = list(zip(requested, noise_indices(requested), strict=True))
+    mine, share = numbered[trainer.global_rank :: ranks], math.ceil(len(requested) / ranks)
     results = [ScoredImages(config, [metric.fresh_copy().to(device) for metric in metrics]) for config in configs]
     done, total = 0, len(requested) * len(configs)
     for first in range(0, share, batch_size):  # the same for all ranks: of a sharded network each has a part
         batch = mine[first : first + batch_size]
         # a rank without images left samples one, for the other ranks' collectives
-        captions, indices = zip(*(batch or requested[:1]), strict=True)
+        captions = [prompt for (prompt, _), _ in batch or numbered[:1]]
+        indices = [index for _, index in batch or numbered[:1]]
         generated_images = generate_images(trainer, module, captions, indices, configs, seed)
         for result, generated in zip(results, generated_images, strict=True):
             if not batch:
@@ -93,7 +96,7 @@ def sample_and_score(
             began = time.perf_counter()
             for metric in result.metrics:
                 metric.update(list(generated.images), captions)
-            for request, row, image in zip(batch, result.metrics[0].rows, generated.images, strict=True):
+            for (request, _), row, image in zip(batch, result.metrics[0].rows, generated.images, strict=True):
                 result.images.append(ScoredImage(*request, row, image if request in kept else None))
             result.seconds += generated.seconds + time.perf_counter() - began
             done += len(batch) * ranks

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from emf_lightning.earlier_exports import migrate_part
+from emf_lightning.files import read_json
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.part_classes import FLAG, check_spec
@@ -30,7 +30,7 @@ def check_folder(folder: Path) -> None:
         ValueError: naming the file, the key and the class that is not.
     """
     file = folder / INDEX
-    index = _read_json(file)
+    index = read_json(file, _REMEDY)
     if index.get("_class_name") != _PIPELINE:
         raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, not {_PIPELINE}; {_REMEDY}")
     for name, value in index.items():
@@ -51,21 +51,11 @@ def read_part(file: Path, kinds: tuple[type, ...] = tuple(_KINDS.values())) -> d
     Raises:
         ValueError: for another file, and for a class that ``check_spec`` refuses.
     """
-    spec = migrate_part(_read_json(file))
+    spec = migrate_part(read_json(file, _REMEDY))
     if "class_path" not in spec or not isinstance(spec["init_args"], dict):
         raise ValueError(f"{file}: names no class_path with init_args; {_REMEDY}")
     check_spec(spec, kinds, str(file))
     return dict(spec)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error}); {_REMEDY}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no names and values; {_REMEDY}")
-    return content
 
 
 def kept(value: Any, folder: Path) -> Any:

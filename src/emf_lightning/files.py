@@ -23,6 +23,22 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: for a file that cannot be read or holds something else; the message ends with ``remedy``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"{path} cannot be read as JSON ({reason}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; {remedy}")
+    return content
+
+
 def to_json(content: Any) -> str:
     """Indented standard JSON of ``content``, with a final newline. Numbers that are not finite become null."""
     return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
-from emf_lightning.evaluation.fixed_noise import fixed_noise
+from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
 from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found, kept, read_part
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
@@ -211,6 +211,7 @@ class EMFPipeline(DiffusionPipeline):
                 network evaluations, unless the network takes guidance as a condition.
             num_images_per_prompt: each from its own noise.
             seed: of the noise, a function of (seed, prompt, image index): the same as in `emf predict`, in any batch.
+                A prompt that comes again in ``prompt`` goes on with the image index.
             generator: generates the noise instead.
             latents: the noise itself, ``[B, C, H, W]``.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
@@ -276,8 +277,9 @@ class EMFPipeline(DiffusionPipeline):
             return latents
         if generator is not None:
             return torch.randn(shape, generator=generator, device=generator.device)
-        rows = zip(captions, indices, strict=True)
-        return torch.stack([fixed_noise(seed, caption, index, shape[1:]) for caption, index in rows])
+        rows = list(zip(captions, indices, strict=True))
+        numbers = zip(captions, noise_indices(rows), strict=True)
+        return torch.stack([fixed_noise(seed, caption, index, shape[1:]) for caption, index in numbers])
 
     @contextmanager
     def _progress(self, nfe: int) -> Iterator[None]:

@@ -59,3 +59,26 @@ def test_guidance_scales_beyond_the_first_are_in_the_names(data, tmp_path):
         ("1step.png", 1),
         ("1step_cfg3.png", 2),
     }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_equal_lines_are_further_images_of_the_prompt_in_any_batch(tmp_path, batch_size):
+    lines = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    data = tiny.data(tmp_path / "none", prompts=tmp_path / "prompts.txt")
+    data.batch_size = batch_size
+    writer, model = SampleWriter(steps=[2], images_per_prompt=2), tiny.meanflow()
+    trainer = tiny.trainer(tmp_path / "run", writer)
+    trainer.predict(model, datamodule=data, return_predictions=False)
+
+    folder = tmp_path / "run" / "samples"
+    names = [f"{line:05d}-2step{suffix}.png" for line in range(5) for suffix in ("", "-1")]
+    written = np.stack([np.asarray(Image.open(folder / name), np.int16) for name in names])
+    model.eval()
+    captions = [line for line in lines for _ in range(2)]
+    with torch.no_grad():
+        (expected,) = generate_images(
+            trainer, model, captions, [0, 1, 0, 1, 2, 3, 4, 5, 2, 3], sampling_configs([2], None), seed=0
+        )
+    assert np.abs(written - expected.images).max() <= 1
+    assert len({image.tobytes() for image in written}) == 10

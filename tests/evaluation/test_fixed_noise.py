@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from emf_lightning.evaluation.fixed_noise import fixed_noise
+from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
 
 
 def test_noise_is_a_function_of_seed_prompt_and_index():
@@ -31,3 +31,21 @@ def test_noise_is_standard_normal():
     assert noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
+
+
+def test_a_prompt_that_comes_again_takes_the_next_noise():
+    assert noise_indices([("a", 0), ("b", 0), ("a", 0), ("a", 0), ("b", 0)]) == [0, 0, 1, 2, 1]
+    assert noise_indices([]) == []
+
+
+def test_no_two_images_of_a_prompt_share_a_noise_and_the_first_keep_theirs():
+    prompts = ["a", "b", "a", "a", "", ""]
+    rows = [(prompt, index) for prompt in prompts for index in range(3)]
+    found = noise_indices(rows)
+    assert found[:6] == [0, 1, 2, 0, 1, 2]
+    assert len({(prompt, number) for (prompt, _), number in zip(rows, found, strict=True)}) == len(rows)
+    assert sorted(number for (prompt, _), number in zip(rows, found, strict=True) if prompt == "a") == list(range(9))
+
+
+def test_a_protocol_of_50_000_images_without_prompts_has_as_many_noises():
+    assert noise_indices([("", 0)] * 50_000) == list(range(50_000))

@@ -36,6 +36,8 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         if not run.is_dir():
             raise ValueError(f"runs: no directory {run}")
         histories = {path.parent.name: ScoreHistory.read(path, "runs") for path in sorted(run.glob("*/scores.jsonl"))}
+        if empty := next((suite for suite, history in histories.items() if not history.records), None):
+            raise ValueError(f"runs: {run / empty}/scores.jsonl holds no scores; delete it, or leave the run out")
         if (run / REPORT).is_file():
             found = Report.read(run / REPORT)
             rows += [replace(row, run=name) for row in found.rows]

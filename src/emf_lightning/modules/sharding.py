@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from emf_lightning.import_policy import known_classes_only
 from emf_lightning.networks.base import FlowMapNetwork
 
 LIVE = "current_model_state."
@@ -124,6 +126,15 @@ class ShardableModule(LightningModule):
     net: FlowMapNetwork
     gather_once = False
     _template: tuple[FlowMapNetwork] | None = None  # a tuple, so that it is no part of the module
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Lightning's, which builds the module from the file's hyperparameters: of known classes only, without pickles.
+
+        ``trusting(True)`` around the call lets the file name any class.
+        """
+        with known_classes_only():
+            return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **options})
 
     def configure_model(self) -> None:
         """Shards the network where the strategy is ``ModelParallelStrategy``."""

@@ -22,6 +22,7 @@ from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.part_classes import FLAG, trusted
 
 CLASS_PACKAGES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes YAML can name without their module."""
@@ -112,6 +113,8 @@ class EMFCLI(LightningCLI):
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":
             _check_val_interval(config.trainer)
+        if not trusted():
+            config["weights_only"] = True  # also of a checkpoint that the file names, or that Lightning finds
         _check_checkpoint(config.get("ckpt_path"), sharded)
 
 
@@ -183,6 +186,11 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
         raise ValueError(
             f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
             f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
+    elif not trusted():
+        raise ValueError(
+            f"ckpt_path: {path} is a sharded checkpoint, whose index is a pickle, and reading it may run any code; if "
+            f"you trust who wrote it, add --{FLAG}"
         )
 
 

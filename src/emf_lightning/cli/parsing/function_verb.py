@@ -30,7 +30,7 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=f"emf {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")
     parser.add_function_arguments(function, as_group=False)
-    with known_classes_only():
+    with known_classes_only(imported=True):
         namespace = parser.instantiate(parser.parse_args(options))
     namespace.pop("config", None)
     return function(**namespace.as_dict())

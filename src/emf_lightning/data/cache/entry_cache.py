@@ -6,9 +6,10 @@ import hashlib
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -100,17 +101,10 @@ class EntryCache(ABC, Generic[T]):
 
     def fetch(self, key: str) -> bytes | None:
         """The intact entry of ``key``, for ``unpack``; None if there is none."""
-        import lmdb
-
         entry_format, stored_key = self.entry_format, self._stored_key(key)
-        try:
-            with self._store.transaction() as transaction:
-                entry = transaction.get(stored_key)
-                found = bytes(entry) if entry is not None and entry_format.is_intact(entry) else None
-        except lmdb.Error as error:
-            raise ValueError(
-                f"{type(self).__name__}: cannot read {str(self.path)!r} ({error}); delete the folder"
-            ) from error
+        with self._reading() as transaction:
+            entry = transaction.get(stored_key)
+            found = bytes(entry) if entry is not None and entry_format.is_intact(entry) else None
         self.hits += found is not None
         self.misses += found is None
         self.corrupt += found is None and entry is not None
@@ -118,8 +112,21 @@ class EntryCache(ABC, Generic[T]):
 
     def holds(self, key: str) -> bool:
         """True if there is an entry of ``key``; does not read it, so that it may be damaged."""
-        with self._store.transaction() as transaction:
+        with self._reading() as transaction:
             return transaction.get(self._stored_key(key)) is not None
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """A transaction for reading; ValueError where the folder is damaged."""
+        import lmdb
+
+        try:
+            with self._store.transaction() as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise ValueError(
+                f"{type(self).__name__}: cannot read {str(self.path)!r} ({error}); delete the folder"
+            ) from error
 
     def unpack(self, entries: Sequence[bytes]) -> T:
         """The B values of fetched entries, in the stored dtype (float8: bfloat16)."""
@@ -145,6 +152,8 @@ class EntryCache(ABC, Generic[T]):
             full = isinstance(error, lmdb.MapFullError)
             reason = f"reached max_gb={self.max_gb:g}" if full else f"cannot be written any more ({error})"
             remedy = "raise max_gb, or choose dtype: bfloat16" if full else "make room on its disk"
+            if isinstance(error, lmdb.ReadonlyError):
+                reason, remedy = "may only be read", "its owner can add to it, or choose another path"
             warnings.warn(
                 f"{type(self).__name__}: {str(self.path)!r} {reason}: further entries are computed each time; {remedy}",
                 stacklevel=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -37,7 +38,10 @@ class LmdbStore:
     map_size: int
 
     def open(self) -> None:
-        """Creates the folder if it is missing; ValueError if it cannot be written to or holds no intact LMDB file."""
+        """Creates the folder if it is missing; ValueError if it cannot be made or read, or holds no intact LMDB file.
+
+        A folder that may only be read is opened for that: writing to it raises ``lmdb.ReadonlyError``.
+        """
         with _LOCK:
             key = os.path.realpath(self.path)
             if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted since
@@ -87,7 +91,12 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
         if free < MIN_FREE_BYTES and not Path(path, "lock.mdb").exists():
             raise ValueError(f"no room on the disk of {path!r} ({free:,} bytes); choose another path, or make room")
         # more than LMDB's default of 126: each loader worker of each rank of each run is a reader
-        environment = lmdb.open(path, map_size=map_size, metasync=False, max_readers=1024)
+        try:
+            environment = lmdb.open(path, map_size=map_size, metasync=False, max_readers=1024)
+        except lmdb.Error as error:
+            if not _is_forbidden(error) or not Path(path, "data.mdb").is_file():
+                raise
+            environment = lmdb.open(path, map_size=map_size, readonly=True, lock=False)  # somebody else's, shared
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
         raise ValueError(f"{path!r} holds no LMDB file ({error}); delete it or choose another path") from error
     except (OSError, lmdb.Error) as error:
@@ -99,6 +108,11 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
         environment.close()
         raise ValueError(f"{path!r} was cut short ({present:,} of {needed:,} bytes), by a copy perhaps; delete it")
     return environment
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """True for a folder or a disk that may only be read; LMDB has one class for most errors of the system."""
+    return any(os.strerror(number) in str(error) for number in (errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 @cache  # once a process

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emf_lightning.data.geneval_prompts import with_article
+from emf_lightning.files import read_json
 
 MANIFEST = "manifest.json"
 
@@ -99,7 +100,8 @@ def write_samples(
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     directory.mkdir(parents=True, exist_ok=True)
     manifest, identity = directory / MANIFEST, identity | {"samples_per_shard": samples_per_shard}
-    if manifest.exists() and json.loads(manifest.read_text()) != identity:
+    remedy = "delete it with the shards beside it, or choose another directory"
+    if manifest.exists() and read_json(manifest, remedy) != identity:
         raise ValueError(
             f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete this one"
         )

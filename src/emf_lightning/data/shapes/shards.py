@@ -18,6 +18,7 @@ import numpy as np
 
 from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, training_scene
 from emf_lightning.data.shapes.world import World
+from emf_lightning.files import read_json
 
 MANIFEST = "manifest.json"
 
@@ -72,7 +73,7 @@ def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
     path = directory / MANIFEST
     wanted = spec.manifest()
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(path, "delete it with the shards beside it, or choose another directory")
         changed = [key for key in wanted if found.get(key) != wanted[key]]
         if changed:
             raise ValueError(

@@ -107,6 +107,17 @@ def score_images(
     return scores
 
 
+def _read_progress(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, weights_only=True)
+        if saved.keys() >= {"key", "done", "state"}:
+            return dict(saved)
+        reason = "of another kind"
+    except Exception as error:  # its type depends on which bytes are wrong
+        reason = type(error).__name__
+    raise ValueError(f"out: {path} is damaged ({reason}); delete it, and the scoring starts anew")
+
+
 class _Progress:
     """Progress of one rank on disk; the constructor restores the metric's state from it."""
 
@@ -127,7 +138,7 @@ class _Progress:
                 "before, or give another directory"
             )
         if self.path.is_file():
-            saved = torch.load(self.path, weights_only=True)
+            saved = _read_progress(self.path)
             if saved["key"] != self.key:
                 raise ValueError(
                     f"out: {directory} holds the beginnings of other images or another score than this; empty it or "

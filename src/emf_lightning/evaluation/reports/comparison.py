@@ -12,6 +12,7 @@ import numpy as np
 
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.sampling_config import SamplingConfig
+from emf_lightning.files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ class Run:
             ValueError: where a file is missing.
         """
         try:
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = read_json(folder / "summary.json", "delete the run's folder and repeat")
             lines = (folder / "shapes" / "scores.jsonl").read_text().splitlines()
         except OSError as error:
             raise ValueError(f"compare: {folder} holds no complete run ({error}); delete it and repeat") from error

@@ -110,9 +110,12 @@ class Report:
                 metric: {level: _numbers(scores) for level, scores in known.items()}
                 for metric, known in content.get("levels", {}).items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            about = dict(content["about"])
+            if not rows:
+                raise ValueError("it has no rows")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no report of `emf test` ({error}); make it anew") from error
-        return cls(rows, content["about"], levels)
+        return cls(rows, about, levels)
 
     def groups(self) -> list[list[ReportRow]]:
         """The rows that belong into one table: those of one metric of one benchmark's images."""
