@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -73,7 +74,9 @@ def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        # not the path: Pillow would map a TIFF file into memory and mix up its pixels as it turns them
+        with contextlib.nullcontext(file) if not isinstance(file, Path) else file.open("rb") as source:
+            opened = Image.open(source, formats=FORMATS)
             limits.check(*opened.size)
             return _displayed(opened)
     except UnusableImageError:
