@@ -150,8 +150,7 @@ def test_images_that_cannot_be_used_are_left_out_by_reason_and_the_others_are_sc
     listed = [*images[:9], *bad, *images[9:]]
     scores = score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4)
     assert scores["left_out"] == {
-        "corrupt image": [str(tmp_path / "broken.jpg")],
-        "unknown image format": [str(tmp_path / "empty.png")],
+        "corrupt image": [str(tmp_path / "broken.jpg"), str(tmp_path / "empty.png")],
         "image with an aspect ratio above 32": [str(tmp_path / "line.png")],
         "unreadable image file (No such file or directory)": [str(tmp_path / "no.gif")],
         "prompt that is null or no text": [str(images[0].path)],
@@ -159,7 +158,7 @@ def test_images_that_cannot_be_used_are_left_out_by_reason_and_the_others_are_sc
     alone = score_images(images, SuiteScore(SUITE), tmp_path / "alone", batch_size=4)
     assert (scores["scores"], scores["images"]) == (alone["scores"], len(images))
     assert (tmp_path / "out/results.jsonl").read_text() == (tmp_path / "alone/results.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"folder: none of 5 images .*1 x corrupt image \(.*broken\.jpg first"):
+    with pytest.raises(ValueError, match=r"folder: none of 5 images .*2 x corrupt image \(.*broken\.jpg first"):
         score_images(bad, SuiteScore(SUITE), tmp_path / "none")
 
 

@@ -22,6 +22,8 @@ EXTENSIONS = (
 """Extensions of image files, in lower case; the content decides the format."""
 BACKGROUND = (255, 255, 255)
 """White: the colour behind transparent pixels."""
+ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+"""Pillow's keys of data that may state an orientation."""
 PILLOWS_LIMIT = 178_956_970
 """Pixels beyond which Pillow opens no image."""
 
@@ -71,7 +73,7 @@ def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
         UnusableImageError: for a file that cannot be read, is no image of ``FORMATS``, is damaged or out of ``limits``,
             or holds 32-bit integers or floats, of which nothing states how bright they are displayed.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         # not the path: Pillow would map a TIFF file into memory and mix up its pixels as it turns them
@@ -83,8 +85,6 @@ def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnusableImageError(f"image of more than {limits.max_pixels:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise UnusableImageError("unknown image format") from error
     except MemoryError as error:
         raise UnusableImageError("image that does not fit into memory") from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, zlib.error, ...
@@ -101,7 +101,8 @@ def _displayed(opened: Any) -> Image:
     deep = _is_deep(opened)
     opened.load()
     try:
-        ImageOps.exif_transpose(opened, in_place=True)
+        if not ORIENTED.isdisjoint(opened.info):  # Pillow turns TIFF itself
+            ImageOps.exif_transpose(opened, in_place=True)
     except MemoryError:
         raise
     except Exception:

@@ -75,9 +75,9 @@ def score_images(
             usable = [(image, pixels) for image, pixels in zip(batch, read, strict=True) if not isinstance(pixels, str)]
             if usable:
                 metric.update([pixels for _, pixels in usable], [image.prompt for image, _ in usable])
-            rows = iter(metric.rows if usable else [])
+            scored = iter(metric.rows if usable else [])
             for image, pixels in zip(batch, read, strict=True):
-                row = {LEFT_OUT: pixels} if isinstance(pixels, str) else next(rows)
+                row = {LEFT_OUT: pixels} if isinstance(pixels, str) else next(scored)
                 lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
             lines.flush()
             progress.done += len(batch)
@@ -106,8 +106,7 @@ def score_images(
         states, results = ([directory / name.format(n, ranks) for n in range(ranks)] for name in (STATE, ROWS))
         rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
         in_order = (rows[n % ranks][n // ranks] + "\n" for n in range(len(images)))
-        in_order = (row for row in in_order if LEFT_OUT not in json.loads(row))
-        write_atomic(directory / RESULTS, "".join(in_order))
+        write_atomic(directory / RESULTS, "".join(row for row in in_order if LEFT_OUT not in json.loads(row)))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
         # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
         for file in (*states, *results):
