@@ -11,8 +11,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing import import_classes
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_folder import generated_images
-from emf_lightning.evaluation.folders.scoring import score_images
+from emf_lightning.evaluation.folders.scoring import LEFT_OUT, left_out_text, score_images
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 import_classes("evaluation")
@@ -25,6 +26,7 @@ def score(
     files: str = "*",
     partial: bool = False,
     batch_size: int = 16,
+    image_limits: ImageLimits = ImageLimits(),
 ) -> None:
     """Score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID, or the shapes world's tasks.
 
@@ -42,6 +44,7 @@ def score(
             four steps, '*-4step_cfg2[-.]*' those with guidance 2 beside the main one.
         partial: score a folder that lacks images which prompts.jsonl or the benchmark has.
         batch_size: images in memory at once.
+        image_limits: bounds beyond which an image is left out and counted.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -58,10 +61,15 @@ def score(
         def show(done: int, total: int) -> None:
             bar.update(done - bar.n)
 
-        found = score_images(images, metric, directory, rank=rank, ranks=ranks, batch_size=batch_size, report=show)
+        where = {"rank": rank, "ranks": ranks}
+        found = score_images(
+            images, metric, directory, **where, batch_size=batch_size, report=show, limits=image_limits
+        )
     if rank == 0:
         print(f"{found['title']}, {found['images']:,} images: {directory}")
         for name, value in found["scores"].items():
             print(f"  {name:<14} {value:.4f}")
+        if found[LEFT_OUT]:
+            print(f"left out, so that the score compares with no complete one: {left_out_text(found[LEFT_OUT])}")
     if ranks > 1:
         dist.destroy_process_group()

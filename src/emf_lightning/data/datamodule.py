@@ -19,6 +19,7 @@ from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.streams import ShardStream
@@ -52,6 +53,7 @@ class CaptionImageData(LightningDataModule):
         prompts: text file with one prompt a line, for prediction.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
+        image_limits: bounds beyond which an image is left out and counted.
 
     Raises:
         ValueError: for arguments out of range; in ``setup``, for missing shards or prompts.
@@ -85,6 +87,7 @@ class CaptionImageData(LightningDataModule):
         flip: bool = False,
         prompts: str | Path | None = None,
         images: bool = True,
+        image_limits: ImageLimits = ImageLimits(),
     ) -> None:
         super().__init__()
         lowest = {"resolution": 1, "batch_size": 1, "num_workers": 0, "shuffle_block": 1, "validation_samples": 1}
@@ -114,6 +117,7 @@ class CaptionImageData(LightningDataModule):
         self.flip = flip
         self.prompts = prompts
         self.images = images
+        self.image_limits = image_limits
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
@@ -174,6 +178,7 @@ class CaptionImageData(LightningDataModule):
     def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""
         options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
+        options["image_limits"] = self.image_limits
         return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:

@@ -158,13 +158,26 @@ def test_the_reference_is_described_when_it_is_needed_once_and_kept_in_a_file(tm
     assert described()[2] != first[2]
 
 
-def test_a_reference_that_cannot_be_read_is_named_before_anything_is_scored(tmp_path):
-    for number, image in enumerate(images_of(0, 3)):
-        Image.fromarray(image).save(tmp_path / f"{number}.png")
-    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:100])
-    metric = FrechetDistance(FEATURES, tmp_path)
-    with pytest.raises(ValueError, match=r"FrechetDistance: reference: 1 of 3 images cannot be read, .*1\.png first"):
-        metric.check_count(3)
+@pytest.mark.parametrize("kind", ["fid", "kid"])
+def test_a_reference_image_that_cannot_be_used_is_left_out_with_a_warning(tmp_path, kind):
+    folders = tmp_path / "damaged", tmp_path / "whole"
+    for folder in folders:
+        folder.mkdir()
+        for number, image in enumerate(images_of(0, 5)):
+            Image.fromarray(image).save(folder / f"{number}.png")
+    (folders[0] / "1.png").write_bytes((folders[0] / "1.png").read_bytes()[:100])
+    (folders[1] / "1.png").unlink()
+    images = images_of(1, 4)
+
+    def score(folder):
+        metric = FrechetDistance(FEATURES, folder) if kind == "fid" else KernelDistance(FEATURES, folder, subset_size=4)
+        metric.update(images, [""] * 4)
+        return float(metric.compute()["score"])
+
+    for _ in range(2):  # from the images, then from the kept features
+        with pytest.warns(UserWarning, match=r"reference: 1 of 5 images are left out, .*1\.png first \(corrupt image"):
+            damaged = score(folders[0])
+    assert damaged == score(folders[1])
 
 
 def test_kept_statistics_of_other_features_are_refused(reference):

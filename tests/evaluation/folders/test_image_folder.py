@@ -129,13 +129,31 @@ def test_genevals_grids_are_no_images(tmp_path):
     assert [image.path.parent.name for image in images] == ["samples"] * len(PROMPTS)
 
 
-def test_broken_images_are_counted_before_anything_is_scored(tmp_path):
+def test_a_prompt_that_is_null_or_no_text_leaves_its_image_out(tmp_path):
     write_listed(tmp_path)
-    whole = (tmp_path / "00003-1step-0.png").read_bytes()
-    (tmp_path / "00003-1step-0.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "00005-1step-0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"2 of {len(PROMPTS)} images cannot be read, .*00003-1step-0\.png first"):
-        generated_images(tmp_path, SuiteScore(SUITE))
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    for row, other in zip(rows, (None, float("nan"), 7, ["a"]), strict=False):
+        row["prompt"] = other
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = generated_images(tmp_path, SuiteScore(SUITE), partial=True)
+    assert [image.fault for image in images[:4]] == ["prompt that is null or no text"] * 4
+    assert {image.fault for image in images[4:]} == {""}
+    assert {image.fault for image in generated_images(tmp_path, Distance())} == {""}  # needs no prompts
+    (tmp_path / "prompts.jsonl").unlink()
+    (tmp_path / "x" / "samples").mkdir(parents=True)
+    (tmp_path / "x" / "metadata.jsonl").write_text('{"prompt": null}')
+    scene_image(PROMPTS[0]).save(tmp_path / "x" / "samples" / "0.png")
+    found = generated_images(tmp_path, SuiteScore(SUITE), partial=True, files="x/*")
+    assert [image.fault for image in found] == ["prompt that is null or no text"]
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "jfif", "JPE", "tiff", "avif", "ppm", "jp2"])
+def test_images_of_every_extension_are_found(tmp_path, suffix):
+    form = {"jfif": "jpeg", "JPE": "jpeg", "jp2": "jpeg2000"}.get(suffix, suffix)
+    for number, prompt in enumerate(PROMPTS):
+        scene_image(prompt).save(tmp_path / f"{number}.{suffix}", form)
+        (tmp_path / f"{number}.txt").write_text(prompt.prompt)
+    assert len(generated_images(tmp_path, SuiteScore(SUITE))) == len(PROMPTS)
 
 
 def test_other_prompts_and_images_without_one_are_named(tmp_path):

@@ -136,19 +136,30 @@ def test_a_kill_while_the_scores_are_written_loses_nothing(folder, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "results.jsonl"}
 
 
-def test_a_file_that_cannot_be_read_is_named_and_what_was_done_is_kept(folder, tmp_path):
+def test_images_that_cannot_be_used_are_left_out_by_reason_and_the_others_are_scored(folder, tmp_path):
     images = generated_images(folder, SuiteScore(SUITE))
-    broken = GeneratedImage(tmp_path / "broken.jpg", images[9].prompt)
     whole = BytesIO()
     Image.new("RGB", (36, 36), "red").save(whole, "JPEG")
-    broken.path.write_bytes(whole.getvalue()[:-40])
-    listed = [*images[:9], broken, *images[10:]]
-    with pytest.raises(ValueError, match=r"broken\.jpg is no image that can be read"):
-        score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4)
-    broken.path.write_bytes(whole.getvalue())
-    seen = []
-    score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4, report=lambda done, _: seen.append(done))
-    assert seen[0] == 8
+    (tmp_path / "broken.jpg").write_bytes(whole.getvalue()[:-40])
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("RGB", (1, 3000)).save(tmp_path / "line.png")
+    bad = [
+        GeneratedImage(tmp_path / name, images[9].prompt) for name in ("broken.jpg", "empty.png", "line.png", "no.gif")
+    ]
+    bad.append(GeneratedImage(images[0].path, "", "prompt that is null or no text"))
+    listed = [*images[:9], *bad, *images[9:]]
+    scores = score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4)
+    assert scores["left_out"] == {
+        "corrupt image": [str(tmp_path / "broken.jpg"), str(tmp_path / "empty.png")],
+        "image with an aspect ratio above 32": [str(tmp_path / "line.png")],
+        "unreadable image file (No such file or directory)": [str(tmp_path / "no.gif")],
+        "prompt that is null or no text": [str(images[0].path)],
+    }
+    alone = score_images(images, SuiteScore(SUITE), tmp_path / "alone", batch_size=4)
+    assert (scores["scores"], scores["images"]) == (alone["scores"], len(images))
+    assert (tmp_path / "out/results.jsonl").read_text() == (tmp_path / "alone/results.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"folder: none of 5 images .*2 x corrupt image \(.*broken\.jpg first"):
+        score_images(bad, SuiteScore(SUITE), tmp_path / "none")
 
 
 def test_a_metric_that_keeps_features_resumes_too(folder, tmp_path):

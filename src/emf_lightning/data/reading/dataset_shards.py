@@ -9,9 +9,10 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from emf_lightning.data.geneval_prompts import with_article
+from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
 from emf_lightning.files import read_json
 
 MANIFEST = "manifest.json"
@@ -37,9 +38,11 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str]:
+def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str | None]:
     """Function from a row to its caption: the column ``caption`` if there is one (class names), else that text.
-    Raises ``ValueError`` for a column that holds neither text nor classes.
+
+    It returns None for a null caption, and for a class that is null or has no name, as hidden labels are -1. Raises
+    ``ValueError`` for a column that holds neither text nor classes.
     """
     from datasets import ClassLabel, Value
 
@@ -47,9 +50,12 @@ def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], s
     if feature is None:
         return lambda row: caption
     if isinstance(feature, ClassLabel):
-        return lambda row: f"a photo of {with_article(feature.int2str(row[caption]).replace('_', ' '))}"
+        names = dict(enumerate(feature.names))
+        return lambda row: (
+            f"a photo of {with_article(names[row[caption]].replace('_', ' '))}" if row[caption] in names else None
+        )
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        return lambda row: str(row[caption])
+        return lambda row: row[caption]
     raise ValueError(f"caption: column {caption!r} holds {feature}, neither text nor classes")
 
 
@@ -65,16 +71,58 @@ def image_column(dataset: Any) -> str:
     return columns[0]
 
 
-def dataset_samples(dataset: Any, caption: str) -> Iterator[tuple[bytes | None, str]]:
-    """(PNG bytes, caption) of each row; the caption by ``caption_function``."""
+def dataset_samples(
+    dataset: Any,
+    caption: str,
+    limits: ImageLimits = ImageLimits(),
+    left_out: Callable[[int, str], object] = lambda row, reason: None,
+) -> Iterator[tuple[bytes | None, str]]:
+    """(PNG bytes, caption) of each usable row; the caption by ``caption_function``, the image by ``read_pixels``.
+
+    Args:
+        dataset: as ``open_dataset`` returns it.
+        caption: see ``caption_function``.
+        limits: bounds beyond which an image is left out.
+        left_out: called with the number and the reason of each row that is left out.
+    """
+    import datasets
+
     column, caption_of = image_column(dataset), caption_function(dataset, caption)
+    undecoded = dataset.cast_column(column, datasets.Image(decode=False))
 
-    def sample(row: dict[str, Any]) -> tuple[bytes | None, str]:
-        png = io.BytesIO()
-        row[column].convert("RGB").save(png, "png", compress_level=1)
-        return png.getvalue(), caption_of(row)
+    def samples() -> Iterator[tuple[bytes | None, str]]:
+        for number in range(len(undecoded)):
+            try:
+                row = undecoded[number]
+                text = caption_of(row)
+                if text is None or not text.strip():
+                    raise UnusableImageError("missing caption" if text is None else "empty caption")
+                image = read_pixels(_image_file(row[column]), limits)
+            except UnusableImageError as reason:
+                left_out(number, str(reason))
+            except UnicodeDecodeError:
+                left_out(number, "caption not UTF-8")
+            else:
+                png = io.BytesIO()
+                image.save(png, "png", compress_level=1)
+                yield png.getvalue(), text
 
-    return map(sample, dataset)  # columns are checked now, rows are read lazily
+    return samples()  # columns are checked now, rows are read lazily
+
+
+def _image_file(stored: dict[str, Any] | None) -> BinaryIO:
+    """The file of an undecoded image, as bytes or at a path; raises ``UnusableImageError`` for a missing one."""
+    if stored is None or (stored["bytes"] is None and not stored["path"]):
+        raise UnusableImageError("missing image")
+    if stored["bytes"] is not None:
+        return io.BytesIO(stored["bytes"])
+    import fsspec
+
+    try:
+        with fsspec.open(stored["path"], "rb") as file:
+            return io.BytesIO(file.read())
+    except OSError as error:
+        raise UnusableImageError(f"unreadable image file ({error.strerror or type(error).__name__})") from error
 
 
 def write_samples(

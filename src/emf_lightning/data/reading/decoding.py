@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
+from emf_lightning.data.reading.plain_images import is_plain
 from emf_lightning.data.reading.tar_samples import TarSample
 
 if TYPE_CHECKING:
@@ -79,21 +81,20 @@ def stretch_to_square(image: Image, side: int) -> NDArray[np.uint8]:
 def image_key(sample: TarSample, flipped: bool) -> str:
     """Cache key of the sample's image, independent of its shard: digest of the image file, and a flag if mirrored.
 
-    Raises ``UnusableSampleError`` for a missing image.
+    Another flag marks an image that earlier versions read in another way, see ``plain_images``. Raises
+    ``UnusableSampleError`` for a missing image.
     """
     if sample.image is None:
         raise UnusableSampleError("missing image")
-    return hashlib.sha256(sample.image).hexdigest() + ("-flipped" if flipped else "")
+    displayed = "" if is_plain(sample.image) else "-displayed"
+    return hashlib.sha256(sample.image).hexdigest() + displayed + ("-flipped" if flipped else "")
 
 
-def decode_image(sample: TarSample) -> Image:
-    """The sample's image in RGB; UnusableSampleError for a missing or corrupt one."""
-    from PIL import Image
-
+def decode_image(sample: TarSample, limits: ImageLimits = ImageLimits()) -> Image:
+    """The sample's image in RGB, see ``read_pixels``; UnusableSampleError for a missing or unusable one."""
     if sample.image is None:
         raise UnusableSampleError("missing image")
     try:
-        with Image.open(io.BytesIO(sample.image)) as opened:
-            return opened.convert("RGB")
-    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, zlib.error, ...
-        raise UnusableSampleError("corrupt image") from error
+        return read_pixels(io.BytesIO(sample.image), limits)
+    except UnusableImageError as error:
+        raise UnusableSampleError(str(error)) from error

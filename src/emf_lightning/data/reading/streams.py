@@ -22,6 +22,7 @@ from emf_lightning.data.reading.decoding import (
     image_key,
     stretch_to_square,
 )
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
 from emf_lightning.data.reading.tar_samples import TarSample, read_samples
 
@@ -58,6 +59,7 @@ class ShardStream(IterableDataset[RawBatch]):
         only_missing: leaves out samples that the caches hold and decodes only what the caches lack, to fill them.
         captions: captions from files beside the shards; they override those in the shards.
         images: False decodes no images for the autoencoder; samples then need none.
+        image_limits: bounds beyond which an image is left out.
     """
 
     shards: Sequence[str]
@@ -78,6 +80,7 @@ class ShardStream(IterableDataset[RawBatch]):
     only_missing: bool = False
     captions: CaptionFiles | None = None
     images: bool = True
+    image_limits: ImageLimits = ImageLimits()
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -157,9 +160,12 @@ class ShardStream(IterableDataset[RawBatch]):
             size is not None and feature_entry is None and not (self.only_missing and features is None)
         )
         if needs_image or needs_encoder_image:
-            decoded = decode_image(sample)
-            image = _flip(self.transform(decoded), flipped) if needs_image else None
-            encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
+            decoded = decode_image(sample, self.image_limits)
+            try:
+                image = _flip(self.transform(decoded), flipped) if needs_image else None
+                encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
+            except (MemoryError, OverflowError, ValueError) as error:  # beyond Pillow's sizes, at a high aspect ratio
+                raise UnusableSampleError("image that cannot be resized") from error
         return Sample(caption, feature_key, latent_key, image, encoder_image, feature_entry, latent_entry)
 
     def _samples(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample, bool]]:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from emf_lightning.data.reading.pixels import EXTENSIONS
+
 BLOCK = tarfile.BLOCKSIZE
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = EXTENSIONS
 COUNTED = 64
 """Number of samples from which ``count_samples`` extrapolates."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from emf_lightning.data.reading.decoding import SquareTransform
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
-from emf_lightning.evaluation.folders.image_files import check_readable, image_files, read_image
+from emf_lightning.evaluation.folders.image_files import image_files, usable_pixels
 from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ Arrays = dict[str, NDArray[Any]]
 
 BATCH = 64
 """Images in one batch of features."""
+PIXELS = "displayed"
+"""Distinguishes kept features from those of versions that did not apply transparency and the range of 16 bits."""
 
 
 class ReferenceImages:
@@ -38,6 +42,8 @@ class ReferenceImages:
     Attributes:
         files: paths of the images, sorted.
 
+    Images that cannot be used are left out with a warning.
+
     Raises:
         ValueError: for a missing folder, or one without images; messages begin with ``caller``.
     """
@@ -47,52 +53,78 @@ class ReferenceImages:
         self.files = image_files(folder, f"{caller}: reference")
         self._arrays: dict[str, Arrays] = {}
 
-    def check(self) -> None:
-        """Raises a ``ValueError`` for images that cannot be read, unless their features are in a file already."""
-        if not any(self._path(kind).is_file() for kind in ("moments", "features")):
-            check_readable(self.files, f"{self.caller}: reference")
-
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
 
         def compute() -> Arrays:
             width = self.features.width
             total, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-            for batch in self._own_features():
+            masks = [torch.zeros(0, dtype=torch.int64)]
+            for batch, usable in self._own_features():
                 rows = batch.double()
                 total, products = total + rows.sum(0), products + rows.T @ rows
+                masks.append(usable)
             sums = [torch.stack(gathered(part, device)).sum(0) for part in (total, products)]
-            mu, sigma = gaussian(sums[0], sums[1], len(self.files))
-            return {"mu": mu.numpy(), "sigma": sigma.numpy()}
+            usable = self._interleaved(gathered(torch.cat(masks), device))
+            if (count := int(usable.sum())) < 2:
+                raise ValueError(f"{self.caller}: {count} of the reference's images can be used; give two or more")
+            mu, sigma = gaussian(sums[0], sums[1], count)
+            return {"mu": mu.numpy(), "sigma": sigma.numpy(), "usable": usable.numpy()}
 
         moments = self._kept("moments", compute, device)
+        self._warn(moments)
         return torch.from_numpy(moments["mu"]), torch.from_numpy(moments["sigma"])
 
     def feature_matrix(self, device: torch.device) -> Tensor:
         """Features ``[N, D]`` in the order of ``files``. All ranks must call it, see ``gathered``."""
 
         def compute() -> Arrays:
-            parts = gathered(torch.cat([torch.zeros(0, self.features.width), *self._own_features()]), device)
+            batches, masks = [torch.zeros(0, self.features.width)], [torch.zeros(0, dtype=torch.int64)]
+            for batch, usable in self._own_features():
+                batches.append(batch)
+                masks.append(usable)
+            every = gathered(torch.cat(masks), device)
             rows = torch.zeros(len(self.files), self.features.width)
-            for rank, part in enumerate(parts):
-                rows[rank :: len(parts)] = part
-            return {"rows": rows.numpy()}
+            for rank, part in enumerate(gathered(torch.cat(batches), device)):
+                rows[rank :: len(every)][every[rank] > 0] = part
+            usable = self._interleaved(every)
+            return {"rows": rows[usable > 0].numpy(), "usable": usable.numpy()}
 
-        return torch.from_numpy(self._kept("features", compute, device)["rows"])
+        features = self._kept("features", compute, device)
+        self._warn(features)
+        return torch.from_numpy(features["rows"])
 
-    def _own_features(self) -> Iterator[Tensor]:
-        """Batches of features of this rank's share of the images."""
+    def _own_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of this rank's share: features of the usable images, and 1 for each of them, 0 for others."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
         files = self.files[rank::ranks]
         for first in range(0, len(files), BATCH):
-            images = [read_image(file) for file in files[first : first + BATCH]]
-            yield self.features([resize(image, self.resolution) for image in images])
+            images = [usable_pixels(file, ImageLimits()) for file in files[first : first + BATCH]]
+            read = [resize(image, self.resolution) for image in images if not isinstance(image, str)]
+            features = self.features(read) if read else torch.zeros(0, self.features.width)
+            yield features, torch.tensor([int(not isinstance(image, str)) for image in images])
+
+    def _interleaved(self, parts: list[Tensor]) -> Tensor:
+        """Numbers of all ranks' images in the order of ``files``."""
+        whole = torch.zeros(len(self.files), dtype=torch.int64)
+        for rank, part in enumerate(parts):
+            whole[rank :: len(parts)] = part
+        return whole
+
+    def _warn(self, arrays: Arrays) -> None:
+        """Names the images that are left out of ``arrays``."""
+        if out := [file for file, usable in zip(self.files, arrays["usable"], strict=True) if not usable]:
+            warnings.warn(
+                f"{self.caller}: reference: {len(out):,} of {len(self.files):,} images are left out, {out[0]} first "
+                f"({usable_pixels(out[0], ImageLimits())})",
+                stacklevel=3,
+            )
 
     @cached_property
     def _key(self) -> str:
         stats = [(str(path.relative_to(self.folder)), path.stat()) for path in self.files]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return fingerprint(features=self.features.digest, resolution=self.resolution, files=files)[:16]
+        return fingerprint(features=self.features.digest, resolution=self.resolution, files=files, pixels=PIXELS)[:16]
 
     def _path(self, kind: str) -> Path:
         folder = self.folder.resolve()

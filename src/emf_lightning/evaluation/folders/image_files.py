@@ -1,15 +1,15 @@
-"""Image files in folders: listing, checking, reading."""
+"""Image files in folders: listing, reading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from emf_lightning.data.reading.pixels import EXTENSIONS, ImageLimits, UnusableImageError, read_pixels
+
+SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 
 
 def image_files(folder: Path, argument: str) -> list[Path]:
@@ -29,44 +29,17 @@ def image_files(folder: Path, argument: str) -> list[Path]:
     return paths
 
 
+def usable_pixels(path: Path, limits: ImageLimits) -> NDArray[np.uint8] | str:
+    """The image at ``path`` as ``[H, W, 3]``, 8-bit RGB, see ``read_pixels``; or the reason why it is left out."""
+    try:
+        return np.array(read_pixels(path, limits))
+    except UnusableImageError as reason:
+        return str(reason)
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """The image at ``path`` as ``[H, W, 3]``, 8-bit RGB, in the orientation of its EXIF data.
-
-    Raises:
-        ValueError: for a file that is no image.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} is no image that can be read ({error}); generate it again") from error
-
-
-def check_readable(paths: Sequence[Path], argument: str) -> None:
-    """Raises a ``ValueError`` for files that are no images and for truncated PNG files.
-
-    Images are not decoded, so that ten thousand take seconds; a truncated JPEG file fails when it is read. The message
-    begins with ``argument``.
-    """
-    with ThreadPoolExecutor(8) as pool:  # on a network drive most of the time is waiting
-        errors = list(pool.map(_error_of, paths))
-    broken = [(path, error) for path, error in zip(paths, errors, strict=True) if error]
-    if broken:
-        raise ValueError(
-            f"{argument}: {len(broken):,} of {len(paths):,} images cannot be read, {broken[0][0]} first "
-            f"({broken[0][1]}); replace them"
-        )
-
-
-def _error_of(path: Path) -> str:
-    """Pillow's error message for the file at ``path``; empty for an image."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            opened.verify()
-    except Exception as error:  # Pillow's formats have exception types of their own
-        return str(error) or type(error).__name__
-    return ""
+    """The image at ``path`` like ``usable_pixels``; ValueError for one that is not usable."""
+    pixels = usable_pixels(path, ImageLimits())
+    if isinstance(pixels, str):
+        raise ValueError(f"{path} is no image that can be read ({pixels}); replace it")
+    return pixels

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from emf_lightning.evaluation.folders.image_files import check_readable, image_files
+from emf_lightning.evaluation.folders.image_files import image_files
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 PROMPTS = "prompts.jsonl"
@@ -19,13 +19,23 @@ PROMPTS = "prompts.jsonl"
 SAMPLING = ("steps", "guidance")
 """Sampling settings in a line of ``prompts.jsonl``; images of different settings have no common score."""
 
+NO_TEXT = "prompt that is null or no text"
+"""Reason for leaving out an image."""
+UNKNOWN = object()
+"""Stands for the prompt of an image for which no layout knows one."""
+
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A generated image and its prompt, empty if the image has none and the metric needs none."""
+    """A generated image and its prompt, empty if the image has none and the metric needs none.
+
+    Attributes:
+        fault: reason why the image is left out and counted; empty for a usable one.
+    """
 
     path: Path
     prompt: str
+    fault: str = ""
 
 
 def generated_images(
@@ -42,8 +52,8 @@ def generated_images(
         partial: whether prompts of the benchmark, or lines of ``prompts.jsonl``, may lack images.
 
     Raises:
-        ValueError: for missing images, or images that cannot be read, have different sampling settings, no prompt, or
-            a prompt of another benchmark.
+        ValueError: for missing images, or images that have different sampling settings, no prompt, or a prompt of
+            another benchmark.
     """
     paths = [path for path in image_files(folder, "folder") if fnmatch(str(path.relative_to(folder)), files)]
     if not paths:
@@ -53,50 +63,57 @@ def generated_images(
     if not partial:
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
-    prompts = _prompts(folder, paths, metric, listed)
-    if metric.needs_prompts and (without := [path for path in paths if path not in prompts]):
+    stated = _prompts(folder, paths, metric, listed)
+    prompts = {path: prompt for path, prompt in stated.items() if isinstance(prompt, str)}
+    faults = dict.fromkeys(stated.keys() - prompts.keys(), NO_TEXT) if metric.needs_prompts else {}
+    if metric.needs_prompts and (without := [path for path in paths if path not in stated]):
         raise ValueError(
             f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known layouts: "
             f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl "
             "and 00012/samples/0003.png; or a text file beside each image"
         )
     if metric.prompts():
-        _check_prompts({path: prompts.get(path, "") for path in paths}, metric, partial)
-    check_readable(paths, "folder")
-    return [GeneratedImage(path, prompts.get(path, "")) for path in paths]
+        _check_prompts({path: prompts.get(path, "") for path in paths if path not in faults}, metric, partial)
+    return [GeneratedImage(path, prompts.get(path, ""), faults.get(path, "")) for path in paths]
 
 
-def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, Any]) -> dict[Path, str]:
-    """The prompts of the paths for which a layout knows one."""
+def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, Any]) -> dict[Path, Any]:
+    """The prompts of the paths for which a layout knows one, as stated: not a string if it is null or no text."""
     metadata = cache(_metadata)  # one file for all images of a prompt
 
-    def prompt(path: Path) -> str | None:
+    def prompt(path: Path) -> Any:
         relative = PurePath(path.relative_to(folder))
         if str(relative) in listed:
-            return str(listed[str(relative)]["prompt"])
+            return listed[str(relative)]["prompt"]
         beside = path.with_suffix(".txt")
         if beside.is_file():
-            return beside.read_text(encoding="utf-8").strip()
-        text = metadata(path.parent.parent / "metadata.jsonl") if path.parent.name == "samples" else None
-        return metric.prompt_of(relative) if text is None else text
+            try:
+                return beside.read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError:
+                return None
+        text = metadata(path.parent.parent / "metadata.jsonl") if path.parent.name == "samples" else UNKNOWN
+        if text is not UNKNOWN:
+            return text
+        own = metric.prompt_of(relative)
+        return UNKNOWN if own is None else own
 
-    return {path: text for path in paths if (text := prompt(path)) is not None}
+    return {path: text for path in paths if (text := prompt(path)) is not UNKNOWN}
 
 
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
     """Lines of ``prompts.jsonl`` by the image's path below the folder."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return {str(PurePath(row["file"])): {"prompt": row["prompt"], **row} for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} must have `file` and `prompt` in every line ({error})") from error
 
 
-def _metadata(path: Path) -> str | None:
+def _metadata(path: Path) -> Any:
     if not path.is_file():
-        return None
+        return UNKNOWN
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["prompt"])
+        return json.loads(path.read_text(encoding="utf-8"))["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} is no record of GenEval's ({error})") from error
 

@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from emf_lightning.evaluation.folders.image_files import read_image
+from emf_lightning.data.reading.pixels import ImageLimits
+from emf_lightning.evaluation.folders.image_files import usable_pixels
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.files import write_atomic
 
 SCORES = "scores.json"
+LEFT_OUT = "left_out"
+"""Key of the images that cannot be used: by reason in ``scores.json``, the reason in a row."""
 RESULTS = "results.jsonl"
 STATE, ROWS = ".progress-{}-of-{}.pt", ".results-{}-of-{}.jsonl"
 """Files of one rank while the scoring runs, by rank and number of ranks."""
@@ -34,6 +37,7 @@ def score_images(
     batch_size: int = 16,
     save_seconds: float = 30.0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    limits: ImageLimits = ImageLimits(),
 ) -> dict[str, Any]:
     """Scores ``images`` and writes ``scores.json`` and ``results.jsonl`` into ``directory``.
 
@@ -49,13 +53,14 @@ def score_images(
         batch_size: images in memory at once.
         save_seconds: time between two saves.
         report: called with (estimated images done by all ranks, images in all).
+        limits: bounds beyond which an image is left out.
 
     Returns:
-        The content of ``scores.json``, the same on every rank.
+        The content of ``scores.json``, the same on every rank. Images that cannot be used are left out of all numbers;
+        ``left_out`` lists their paths by reason.
 
     Raises:
-        ValueError: if ``directory`` holds the progress of another scoring, or for a file that is no image; the progress
-            before that file is saved.
+        ValueError: if ``directory`` holds the progress of another scoring, or no image can be used.
     """
     metric.check_count(len(images))
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,13 +71,13 @@ def score_images(
         report(min(progress.done * ranks, len(images)), len(images))
         while progress.done < len(mine):
             batch = mine[progress.done : progress.done + batch_size]
-            try:
-                pixels = [read_image(image.path) for image in batch]
-            except ValueError:
-                progress.save()
-                raise
-            metric.update(pixels, [image.prompt for image in batch])
-            for image, row in zip(batch, metric.rows, strict=True):
+            read = [image.fault or usable_pixels(image.path, limits) for image in batch]
+            usable = [(image, pixels) for image, pixels in zip(batch, read, strict=True) if not isinstance(pixels, str)]
+            if usable:
+                metric.update([pixels for _, pixels in usable], [image.prompt for image, _ in usable])
+            scored = iter(metric.rows if usable else [])
+            for image, pixels in zip(batch, read, strict=True):
+                row = {LEFT_OUT: pixels} if isinstance(pixels, str) else next(scored)
                 lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
             lines.flush()
             progress.done += len(batch)
@@ -81,12 +86,16 @@ def score_images(
                 saved = time.perf_counter()
             report(min(progress.done * ranks, len(images)), len(images))
     progress.save()
+    left_out = _left_out(progress.results, ranks)
+    if (unusable := sum(map(len, left_out.values()))) == len(images):
+        raise ValueError(f"folder: none of {len(images):,} images can be used: {left_out_text(left_out)}")
     values = {name: float(value) for name, value in metric.compute().items()}  # synchronises all ranks
     scores = {
         "metric": metric.name,
         "title": metric.title,
         "scores": values,
-        "images": len(images),
+        "images": len(images) - unusable,
+        LEFT_OUT: left_out,
         "settings": metric.settings(),
         "seconds": round(time.perf_counter() - began, 1),
         "resumed_at": before * ranks,
@@ -97,7 +106,7 @@ def score_images(
         states, results = ([directory / name.format(n, ranks) for n in range(ranks)] for name in (STATE, ROWS))
         rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
         in_order = (rows[n % ranks][n // ranks] + "\n" for n in range(len(images)))
-        write_atomic(directory / RESULTS, "".join(in_order))
+        write_atomic(directory / RESULTS, "".join(row for row in in_order if LEFT_OUT not in json.loads(row)))
         write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
         # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
         for file in (*states, *results):
@@ -116,6 +125,24 @@ def _read_progress(path: Path) -> dict[str, Any]:
     except Exception as error:  # its type depends on which bytes are wrong
         reason = type(error).__name__
     raise ValueError(f"out: {path} is damaged ({reason}); delete it, and the scoring starts anew")
+
+
+def left_out_text(left_out: Mapping[str, Sequence[str]]) -> str:
+    """The number of images by reason, and the first of each."""
+    return ", ".join(f"{len(paths):,} x {reason} ({paths[0]} first)" for reason, paths in left_out.items())
+
+
+def _left_out(results: Path, ranks: int) -> dict[str, list[str]]:
+    """Paths of the images that all ranks left out, by reason."""
+    rows = [row for line in results.read_text(encoding="utf-8").splitlines() if LEFT_OUT in (row := json.loads(line))]
+    everyone: list[Any] = [rows]
+    if ranks > 1:
+        everyone = [None] * ranks
+        dist.all_gather_object(everyone, rows)
+    left_out: dict[str, list[str]] = {}
+    for row in sorted((row for rows in everyone for row in rows), key=lambda row: row["filename"]):
+        left_out.setdefault(row[LEFT_OUT], []).append(row["filename"])
+    return left_out
 
 
 class _Progress:
