@@ -22,6 +22,7 @@ from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.streams import ShardStream
+from emf_lightning.data.reading.tar_samples import MEMBER_MB
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import TextEncoder, TextFeatures
 
@@ -50,6 +51,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
+        member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
 
@@ -84,6 +86,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | None = None,
+        member_mb: float = MEMBER_MB,
         images: bool = True,
     ) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
+        self.member_mb = member_mb
         self.images = images
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
@@ -174,6 +178,7 @@ class CaptionImageData(LightningDataModule):
     def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""
         options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
+        options |= {"member_mb": self.member_mb}
         return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:

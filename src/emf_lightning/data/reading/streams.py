@@ -23,7 +23,7 @@ from emf_lightning.data.reading.decoding import (
     stretch_to_square,
 )
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
-from emf_lightning.data.reading.tar_samples import TarSample, read_samples
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
 
 CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
@@ -78,6 +78,7 @@ class ShardStream(IterableDataset[RawBatch]):
     only_missing: bool = False
     captions: CaptionFiles | None = None
     images: bool = True
+    member_mb: float = MEMBER_MB
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -114,12 +115,15 @@ class ShardStream(IterableDataset[RawBatch]):
 
         position = start = self._positions[lane]
         for position, sample, flipped in self._samples(lane, start):
+            for reason, location in sample.ignored:
+                skipped[reason] += 1
+                examples.setdefault(reason, location)
             try:
                 samples.append(self._load(sample, flipped))
-            except UnusableSampleError as reason:
-                skipped[str(reason)] += 1
-                if str(reason) != CACHED:
-                    examples.setdefault(str(reason), sample.location)
+            except UnusableSampleError as error:
+                skipped[str(error)] += 1
+                if str(error) != CACHED:
+                    examples.setdefault(str(error), sample.location)
                 continue
             if len(samples) == self.batch_size:
                 yield batch(position)
@@ -186,7 +190,7 @@ class ShardStream(IterableDataset[RawBatch]):
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
         for shard, (path, part, parts) in shards[position.shard :]:
-            for sample in read_samples(path, offset, number, part, parts):
+            for sample in read_samples(path, offset, number, part, parts, self.member_mb):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
 
