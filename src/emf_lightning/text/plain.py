@@ -18,7 +18,7 @@ def plain(text: str) -> str:
     """
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.lstrip("\ufeff").strip()
+    return text.strip().lstrip("\ufeff").lstrip()
 
 
 def lines(text: str) -> list[str]:

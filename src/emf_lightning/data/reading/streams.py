@@ -139,7 +139,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
-        caption = self.captions.find(sample.location) if self.captions is not None else None
+        caption = self.captions.find(sample.location, self.seed, self._epoch) if self.captions is not None else None
         caption = caption or decode_caption(sample)
         features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         named = latents is not None or (size is not None and features is not None)

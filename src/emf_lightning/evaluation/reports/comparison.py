@@ -45,7 +45,7 @@ class Run:
         """
         try:
             summary = json.loads((folder / "summary.json").read_text())
-            lines = (folder / "shapes" / "scores.jsonl").read_text().splitlines()
+            lines = (folder / "shapes" / "scores.jsonl").read_text().strip("\n").split("\n")
         except OSError as error:
             raise ValueError(f"compare: {folder} holds no complete run ({error}); delete it and repeat") from error
         scores: dict[str, tuple[float, float]] = {}
