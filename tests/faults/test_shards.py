@@ -10,12 +10,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.cache_filling import CacheFiller
+from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.data.reading.tar_samples import TarSample, count_samples, read_samples
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.text.words import WordEncoder
 from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 IMAGE = noise_image(0)
@@ -344,3 +351,16 @@ def test_the_nasty_shard_gives_every_usable_sample_and_counts_the_rest(nasty: st
     for batch in batches:
         counts.update(batch.skipped)
     assert counts == COUNTED
+
+
+def test_the_cache_is_filled_from_the_same_samples(nasty: str, tmp_path: Path) -> None:
+    caches = {
+        "cache": FeatureCache(str(tmp_path / "features"), max_gb=0.01),
+        "latent_cache": LatentCache(str(tmp_path / "latents"), max_gb=0.01),
+    }
+    text = WordEncoder(width=8, length=4)
+    data = CaptionImageData(text, Pixels(), nasty, resolution=SIDE, batch_size=4, num_workers=0, **caches)
+    *_, last = CacheFiller(data, torch.device("cpu")).fill()
+    # the same picture stands beside all captions but the first, and is there by the second batch
+    assert last.done + last.present == len(USED)
+    assert last.skipped == COUNTED

@@ -127,6 +127,6 @@ def test_special_tokens_in_a_caption_are_broken_and_all_else_is_kept() -> None:
 
 def test_a_message_holds_the_beginning_of_a_long_caption() -> None:
     assert shorten("a" * 260_000) == "a" * 80 + "... (260,000 characters)"
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="is cut to length 2") as warned:
         WordEncoder(width=8, length=2).encode(["word " * 50_000])
     assert len(str(warned[0].message)) < 400

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple, cast
 BLOCK = tarfile.BLOCKSIZE
 END = -1
 """Offset behind the last readable byte of a shard."""
-CHUNK = 1 << 20
+CHUNK, PIECE = 1 << 20, 1 << 16
 TRAILER = tarfile.RECORDSIZE + 2 * BLOCK
 """Zeros with which an archive ends, at most; more are a file that was allocated and never filled."""
 LONGEST_NAME = 1 << 20
@@ -56,17 +56,36 @@ class ShardFile(AbstractContextManager["ShardFile"]):
     def __init__(self, path: str) -> None:
         self._file = open_shard(path)
         self.size = None if path.endswith("gz") else self._file.seek(0, 2)
+        self._compressed = self.size is None
+        self._window, self._first = bytearray(), 0
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes at ``offset``; fewer at the end of the shard."""
-        position = self._file.seek(offset)
-        data = self._file.read(size) if position == offset else b""
-        if len(data) < size and self.size is None:
-            self.size = position + len(data)
-        return data
+        if self._compressed:
+            return self._read_compressed(offset, size)
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def _read_compressed(self, offset: int, size: int) -> bytes:
+        """The same through a window that always grows by the same pieces, so that damage is met at the same place."""
+        window = self._window
+        if offset < self._first:
+            self._file.seek(0)
+            self._first = 0
+            window.clear()
+        while self._first + len(window) < offset + size:
+            passed = min(offset - self._first, len(window))
+            self._first += passed
+            del window[:passed]
+            piece = self._file.read1(PIECE)  # type: ignore[attr-defined]  # loses nothing before an error
+            if not piece:
+                self.size = self._first + len(window)
+                break
+            window += piece
+        return bytes(window[offset - self._first : offset - self._first + size])
 
 
 def open_shard(path: str) -> BinaryIO:
