@@ -97,7 +97,10 @@ def test_a_mistake_in_yaml_names_the_key(capsys: pytest.CaptureFixture[str], mis
             ["--config", "base.yaml", "--data.shards", "shards/shapes-{000000..000007}.tar"],
             "000002.tar' matches no file",
         ),
-        (["--config", "base.yaml", "--data.shards", "cut"], "gave no batch of 8 samples (1 x truncated shard); check"),
+        (
+            ["--config", "base.yaml", "--data.shards", "cut"],
+            "gave no batch of 8 samples (1 x missing caption, 1 x truncated shard); check",
+        ),
         (["--config", "base.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path: no checkpoint at gone.ckpt"),
         (["--config", "base.yaml", "--model.init_args.caption_dropout", "2"], "caption_dropout must lie in [0, 1)"),
     ],
@@ -135,9 +138,9 @@ def test_a_truncated_shard_is_skipped_and_counted(recwarn: pytest.WarningsRecord
     options = ("--data.shards", "one_cut", "--trainer.max_steps", "3", "--trainer.logger.init_args.version", "skipping")
     main(["fit", "--config", "base.yaml", *options])
 
-    assert "shapes-000000.tar: truncated shard; left out" in " ".join(str(warning.message) for warning in recwarn)
+    assert "to the end: truncated shard; left out" in " ".join(str(warning.message) for warning in recwarn)
     state = torch.load("runs/tiny/skipping/checkpoints/last.ckpt", weights_only=True)["CaptionImageData"]
-    assert state["train"]["ranks"][0]["skipped"].keys() == {"truncated shard"}
+    assert state["train"]["ranks"][0]["skipped"].keys() == {"missing caption", "truncated shard"}
 
 
 def test_a_file_without_prompts_is_an_error(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.data.reading.shard_paths import shard_paths
 from emf_lightning.data.reading.streams import ShardStream
+from emf_lightning.data.reading.tar_samples import MEMBER_MB
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import TextEncoder, TextFeatures
 
@@ -51,6 +52,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
         prompts: text file with one prompt a line, for prediction.
+        member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
         image_limits: bounds beyond which an image is left out and counted.
@@ -86,6 +88,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | None = None,
+        member_mb: float = MEMBER_MB,
         images: bool = True,
         image_limits: ImageLimits = ImageLimits(),
     ) -> None:
@@ -116,6 +119,7 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
+        self.member_mb = member_mb
         self.images = images
         self.image_limits = image_limits
         self._train: ShardLoader | None = None
@@ -178,7 +182,7 @@ class CaptionImageData(LightningDataModule):
     def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""
         options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
-        options["image_limits"] = self.image_limits
+        options |= {"member_mb": self.member_mb, "image_limits": self.image_limits}
         return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:

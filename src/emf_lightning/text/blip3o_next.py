@@ -20,6 +20,7 @@ from emf_lightning.text.blip3o_parts import (
     vision_config,
 )
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.plain import neutral, special_tokens
 from emf_lightning.text.ta_tok import TextAlignedTokenizer
 from emf_lightning.text.token_sampling import TokenSampler
 
@@ -254,9 +255,13 @@ class BLIP3oNext(TextEncoder):
             self._static_cache = (batch_size, tokens), StaticCache(config=self.language.config, max_cache_len=tokens)
         return self._static_cache[1]
 
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        return special_tokens(self.tokenizer)
+
     def _prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask and positions ``[B, n]`` of the prompt before the codes, padded on the left."""
-        questions = [QUESTION.replace("{caption}", caption) for caption in captions]
+        questions = [QUESTION.replace("{caption}", neutral(caption, self._special)) for caption in captions]
         sequences: list[list[int]] = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
         self._truncation.add(len(sequences), sum(len(sequence) > self.caption_tokens for sequence in sequences))
         # tokenized apart from the question, so that a long caption does not truncate it; no token spans both

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.plain import neutral, special_tokens
 
 
 class OpenClipTextEncoder(TextEncoder):
@@ -41,11 +42,17 @@ class OpenClipTextEncoder(TextEncoder):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quick_gelu: bool = False,
     ) -> None:
+        import regex  # OpenCLIP's
+
         super().__init__()
         if "{caption}" not in template:
             raise ValueError(f"OpenClipTextEncoder: template={template!r} must contain {{caption}}")
         self.tower, self.tokenizer, self._architecture = _load(model, pretrained, quick_gelu)
         self._inner = getattr(self.tokenizer, "tokenizer", None)  # of transformers; None for OpenAI's tokenizer
+        self._special = special_tokens(self._inner)
+        if self._inner is None:  # its pattern would take "<end_of_text>" in a caption for the end
+            words = self.tokenizer.pat.pattern.removeprefix("<start_of_text>|<end_of_text>|")
+            self.tokenizer.pat = regex.compile(words, regex.IGNORECASE)
         self._padding = 0 if self._inner is None else self._inner.pad_token_id
         self.tower.to(getattr(torch, dtype))
         self.template = template
@@ -74,7 +81,7 @@ class OpenClipTextEncoder(TextEncoder):
         )
 
     def _ids(self, captions: Sequence[str], length: int) -> Tensor:
-        texts = [self.template.replace("{caption}", caption) for caption in captions]
+        texts = [self.template.replace("{caption}", neutral(caption, self._special)) for caption in captions]
         return self.tokenizer(texts, context_length=length)
 
     def _mask(self, ids: Tensor) -> Tensor:

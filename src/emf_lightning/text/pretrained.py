@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.plain import neutral, special_tokens
 
 
 class PretrainedTextEncoder(TextEncoder):
@@ -60,6 +61,7 @@ class PretrainedTextEncoder(TextEncoder):
                 "the turns into template"
             )
         self.chat = chat
+        self._special = special_tokens(self.tokenizer)
         self.tower.config.use_cache = False  # nothing is generated here
         depth = self.tower.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
@@ -104,7 +106,7 @@ class PretrainedTextEncoder(TextEncoder):
         return [ids or [self._padding] for ids in sequences]
 
     def _text(self, caption: str) -> str:
-        text = self.template.replace("{caption}", caption)
+        text = self.template.replace("{caption}", neutral(caption, self._special))
         if not self.chat:
             return text
         turns = [{"role": "user", "content": text}]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
+from emf_lightning.text.plain import neutral
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 
@@ -53,7 +54,7 @@ class SanaGemma(PretrainedTextEncoder):
     def _sequence(self, caption: str) -> tuple[list[int], int, bool]:
         """Token ids, the length to which SANA pads or truncates them, and True if truncated."""
         instructed = caption != NULL_CAPTION
-        text = (self.instruction if instructed else "") + caption.lower().strip()
+        text = (self.instruction if instructed else "") + neutral(caption.lower().strip(), self._special)
         length = self._before + self.length - 2 if instructed else self.length
         ids, more = (self._ids([text], length + extra)[0] for extra in (0, 1))
         return ids or [self._padding], length, len(more) > len(ids)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
+from emf_lightning.text.plain import neutral, special_tokens
 
 CLIP_LENGTH = 77
 
@@ -119,10 +120,12 @@ class SD3TextEncoder(TextEncoder):
 
 def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Truncation | None) -> Tensor:
     """Token ids ``[B, length]``, padded and truncated; truncated captions are counted."""
+    special = special_tokens(tokenizer)
+    captions = [neutral(caption, special) for caption in captions]
     if truncation is not None:
-        whole = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
+        whole = tokenizer(captions, padding=False, truncation=False)["input_ids"]
         truncation.add(len(captions), sum(len(row) > length for row in whole))
-    return tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
         "input_ids"
     ]
 

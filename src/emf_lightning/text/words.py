@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.plain import shorten
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -83,8 +84,8 @@ class WordEncoder(TextEncoder):
         self.truncated += len(words) > self.length
         if len(words) > self.length and self.truncated == 1:
             warnings.warn(
-                f"WordEncoder: a caption of {len(words)} words is cut to length {self.length}: {caption!r}; raise "
-                "`length` (counted from here on in `truncated`)",
+                f"WordEncoder: a caption of {len(words)} words is cut to length {self.length}: {shorten(caption)!r}; "
+                "raise `length` (counted from here on in `truncated`)",
                 stacklevel=2,
             )
         words = words[: self.length]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
 from emf_lightning.data.reading.plain_images import is_plain
 from emf_lightning.data.reading.tar_samples import TarSample
+from emf_lightning.text.plain import parse_json, plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,19 +31,26 @@ def decode_caption(sample: TarSample) -> str:
     """
     try:
         if sample.text is not None:
-            caption: Any = sample.text.decode()
+            caption: Any = sample.text.decode("utf-8-sig")
         else:
-            record = None if sample.json is None else json.loads(sample.json)
+            record = None if sample.json is None else parse_json(sample.json)
             caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UnusableSampleError("broken JSON") from error
+    return usable_caption(caption)
+
+
+def usable_caption(caption: Any) -> str:
+    """``caption`` in valid Unicode; UnusableSampleError if it is no text, or none that was written as UTF-8."""
     if not isinstance(caption, str):
         raise UnusableSampleError("missing caption")
-    if not caption.strip():
+    if "\0" in caption:
+        raise UnusableSampleError("caption with NUL characters")
+    if not (text := plain(caption)):
         raise UnusableSampleError("empty caption")
-    return caption.strip()
+    return text
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from emf_lightning.data.reading.raw_batch import Position, RawBatch
 from emf_lightning.data.reading.streams import ShardStream
+from emf_lightning.text.plain import shorten
 
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
@@ -111,12 +112,13 @@ class ShardLoader:
 
     def _warn(self, batch: RawBatch) -> None:
         for reason, location in batch.examples.items():
-            shard_fault = "shard" in reason
-            kind = (reason, location if shard_fault else "")
-            more = "the samples after it are lost" if shard_fault else "further ones are counted without a warning"
+            # faults of shards are told for each shard, all else once
+            kind = (reason, location.partition(" from byte ")[0] if "shard" in reason else "")
             if kind not in self._warned:
                 self._warned.add(kind)
-                warnings.warn(f"{location}: {reason}; left out, {more}", stacklevel=2)
+                further = " in this shard" if kind[1] else ""
+                message = f"{location}: {reason}; left out, further ones{further} are counted without a warning"
+                warnings.warn(shorten(message, 400), stacklevel=2)
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from emf_lightning.data.reading.decoding import (
 )
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
-from emf_lightning.data.reading.tar_samples import TarSample, read_samples
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
 
 CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
@@ -81,6 +81,7 @@ class ShardStream(IterableDataset[RawBatch]):
     captions: CaptionFiles | None = None
     images: bool = True
     image_limits: ImageLimits = ImageLimits()
+    member_mb: float = MEMBER_MB
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -117,12 +118,15 @@ class ShardStream(IterableDataset[RawBatch]):
 
         position = start = self._positions[lane]
         for position, sample, flipped in self._samples(lane, start):
+            for reason, location in sample.ignored:
+                skipped[reason] += 1
+                examples.setdefault(reason, location)
             try:
                 samples.append(self._load(sample, flipped))
-            except UnusableSampleError as reason:
-                skipped[str(reason)] += 1
-                if str(reason) != CACHED:
-                    examples.setdefault(str(reason), sample.location)
+            except UnusableSampleError as error:
+                skipped[str(error)] += 1
+                if str(error) != CACHED:
+                    examples.setdefault(str(error), sample.location)
                 continue
             if len(samples) == self.batch_size:
                 yield batch(position)
@@ -138,7 +142,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
-        caption = self.captions.find(sample.location) if self.captions is not None else None
+        caption = self.captions.find(sample.location, self.seed, self._epoch) if self.captions is not None else None
         caption = caption or decode_caption(sample)
         features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         named = latents is not None or (size is not None and features is not None)
@@ -192,7 +196,7 @@ class ShardStream(IterableDataset[RawBatch]):
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
         for shard, (path, part, parts) in shards[position.shard :]:
-            for sample in read_samples(path, offset, number, part, parts):
+            for sample in read_samples(path, offset, number, part, parts, self.member_mb):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
 

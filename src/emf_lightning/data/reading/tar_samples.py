@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import tarfile
+import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO, cast
+from dataclasses import dataclass, field
 
 from emf_lightning.data.reading.pixels import EXTENSIONS
+from emf_lightning.data.reading.tar_members import END, Member, ShardFile, members
 
-BLOCK = tarfile.BLOCKSIZE
 IMAGES = EXTENSIONS
+MEMBER_MB = 64.0
+"""Megabytes of a member from which it is left out."""
 COUNTED = 64
 """Number of samples from which ``count_samples`` extrapolates."""
+
+_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
+"""webdataset's rule: the key ends at the first dot of the last component, the rest is the extension."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class TarSample:
     """The members of one key, undecoded.
 
     Attributes:
-        location: ``shard/key``, for messages and ``CaptionFiles``.
+        location: ``shard/key``, for messages and ``CaptionFiles``; of a fault the shard and the bytes that are lost.
         number: running number in the shard.
         end: byte offset in the shard after the sample; reading can resume there.
         image, text, json: the members' bytes; None for a missing member.
-        fault: reason why the shard could not be read further; the members are then None.
+        fault: reason why the sample, or a stretch of the shard, is left out.
+        ignored: (reason, location) of members that were passed over since the sample before.
     """
 
     location: str
@@ -37,97 +40,28 @@ class TarSample:
     text: bytes | None = None
     json: bytes | None = None
     fault: str | None = None
+    ignored: tuple[tuple[str, str], ...] = ()
 
 
-class _FaultError(Exception):
-    """The shard cannot be read further: the reason, and an offset from which reading meets the same fault."""
+@dataclass
+class _Run:
+    """A run of members with one key, as far as it is read; ``start`` is the offset of its first member."""
 
-    def __init__(self, reason: str, offset: int) -> None:
-        super().__init__(reason)
-        self.offset = offset
-
-
-def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) are opened by fsspec.
-
-    Gzip is decompressed while reading. That is cheap, as images hardly compress, but a start in the middle decompresses
-    everything before.
-    """
-    if "://" not in path:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith("gz") else open(path, "rb", buffering=1 << 18)
-    import fsspec
-
-    return fsspec.open(path, "rb", compression="gzip" if path.endswith("gz") else None).open()
+    key: str | None = None
+    start: int = 0
+    found: dict[str, bytes] = field(default_factory=dict)
+    extensions: set[str] = field(default_factory=set)
+    fault: str | None = None
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
-    with _faults(file):
-        data = file.read(size)
-    if len(data) < size:
-        raise _FaultError("truncated shard", file.tell())
-    return data
-
-
-@contextmanager
-def _faults(file: BinaryIO) -> Iterator[None]:
-    """Turns the errors of truncated or damaged compressed files into faults."""
-    try:
-        yield
-    except EOFError as error:
-        raise _FaultError("truncated shard", file.tell()) from error
-    except zlib.error as error:
-        raise _FaultError("damaged shard", file.tell()) from error
-
-
-def _pax_path(records: bytes) -> str | None:
-    """The ``path`` of a PAX header's "length key=value" lines."""
-    while records:
-        length = int(records.split(b" ", 1)[0])
-        if length < 1:
-            raise ValueError("a PAX record without a length")
-        key, _, value = records[:length].partition(b" ")[2].partition(b"=")
-        if key == b"path":
-            return value.rstrip(b"\n").decode("utf-8", "surrogateescape")
-        records = records[length:]
-    return None
-
-
-def _members(file: BinaryIO, offset: int) -> Iterator[tuple[int, str, int]]:
-    """(offset of the first header, name, size) of each regular file; positions ``file`` at its data.
-
-    Only the header parser of tarfile is used: its iterator cannot tell the end of an archive from a file that was
-    truncated between two members, and keeps every member in memory.
-    """
-    start, long_name = offset, None
-    while True:
-        with _faults(file):
-            file.seek(offset)
-        header = _read(file, BLOCK)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            offset += BLOCK
-            if info.type == tarfile.XHDTYPE:
-                long_name = _pax_path(_read(file, info.size))
-            elif info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = _read(file, info.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError) as error:
-            if not any(header):
-                return  # a block of zeros ends an archive
-            raise _FaultError("damaged shard", start) from error
-        if info.isreg():
-            yield start, long_name or info.name, info.size
-        # links, folders and devices have no data, whatever size they state
-        if not (info.islnk() or info.issym() or info.isdir() or info.isdev()):
-            offset += -(-info.size // BLOCK) * BLOCK
-        if info.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            start, long_name = offset, None
-
-
-def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, parts: int = 1) -> Iterator[TarSample]:
+def read_samples(
+    path: str, offset: int = 0, number: int = 0, part: int = 0, parts: int = 1, member_mb: float = MEMBER_MB
+) -> Iterator[TarSample]:
     """The samples of one shard with ``number % parts == part``.
 
-    A sample is a run of members with one key (the name up to the first dot of its last component). A shard that is
-    truncated, damaged or cannot be opened ends with a sample that has a ``fault`` (and a running number of its own).
+    A sample is a run of members with one key (the name up to the first dot of its last component). Members without a
+    key are passed over, wherever they are. A stretch that is damaged or cut off is a sample of its own, with a
+    ``fault`` and a running number, and reading goes on at the next member behind it.
 
     Args:
         path: file or URL.
@@ -135,53 +69,98 @@ def read_samples(path: str, offset: int = 0, number: int = 0, part: int = 0, par
         number: running number of the sample at ``offset``.
         part: index of the part to yield; the bytes of other samples are not read.
         parts: number of parts that the shard's samples are dealt to.
+        member_mb: members that are larger are not read.
     """
-    key: str | None = None
-    found: dict[str, bytes] = {}
-    start = offset
-    fault = None
+    run, ignored, place = _Run(), list[tuple[str, str]](), offset
+
+    def sample(where: str, end: int, **content: object) -> TarSample:
+        made = TarSample(where, number, end, **content, ignored=tuple(ignored))  # type: ignore[arg-type]
+        ignored.clear()
+        return made
+
+    def close(end: int, whole: bool = True) -> Iterator[TarSample]:
+        nonlocal number, run
+        if run.key is not None:
+            # members before a fault are a sample, unless there are none: then they are lost with the fault
+            if number % parts == part and (whole or run.found):
+                yield sample(f"{path}/{run.key}", end, fault=run.fault, **run.found)
+            elif number % parts != part:
+                ignored.clear()
+            number += 1
+        run = _Run()
+
+    def lost(reason: str, start: int, end: int) -> Iterator[TarSample]:
+        nonlocal number
+        if number % parts == part:
+            last = f"{end:,}" if end != END else "the end"
+            yield sample(f"{path} from byte {start:,} to {last}", end, fault=reason)
+        ignored.clear()
+        number += 1
+
     try:
-        with open_shard(path) as file:
-            for start, name, size in _members(file, offset):
-                name, extension = _key(name)
-                if name != key:
-                    if key is not None:
-                        if number % parts == part:
-                            yield TarSample(f"{path}/{key}", number, start, **found)  # type: ignore[arg-type]
-                        number += 1
-                    key, found = name, {}
+        with ShardFile(path) as file:
+            for member in members(file, offset):
+                if member.fault is not None:
+                    if run.start == member.start:  # of a member that turned out to be cut off
+                        run = _Run()
+                    yield from close(member.start, whole=False)
+                    yield from lost(member.fault, member.start, member.end)
+                    continue
+                place = member.end
+                matched = _key(member)
+                if matched is None or member.odd is not None:
+                    if (reason := _reason(member)) is not None:
+                        ignored.append((reason, f"{path}/{member.name}"))
+                    continue
+                key, extension = matched
+                if key != run.key:
+                    yield from close(member.start)
+                    run = _Run(key, member.start)
+                if number % parts != part:
+                    continue
                 kind = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
-                if kind is not None and kind not in found and number % parts == part:
-                    found[kind] = _read(file, size)
-            start = file.tell() - BLOCK
-    except _FaultError as error:
-        fault, start = str(error), error.offset
+                if extension in run.extensions:
+                    run.fault = "the same name twice in a sample"
+                elif kind in run.found:
+                    ignored.append(("second image in a sample", f"{path}/{member.name}"))
+                elif kind is not None and member.size > member_mb * 1e6:
+                    ignored.append((f"member larger than member_mb={member_mb:g}", f"{path}/{member.name}"))
+                elif kind is not None and len(data := file.read(member.data, member.size)) == member.size:
+                    run.found[kind] = data
+                elif kind is None and _image(extension):
+                    ignored.append(("image under a double extension", f"{path}/{member.name}"))
+                run.extensions.add(extension)
+            yield from close(place)
+            if ignored and number % parts == part:
+                (reason, where) = ignored.pop(0)
+                yield sample(where, END, fault=reason)
+        return
+    except (EOFError, zlib.error) as error:
+        fault = "truncated shard" if isinstance(error, EOFError) else "damaged shard"
     except OSError as error:
         fault = f"unreadable shard ({type(error).__name__})"
-    if key is not None:
-        # the last members before a fault are a sample if they are complete, else they are lost with the fault
-        if number % parts == part and (fault is None or ("image" in found and len(found) > 1)):
-            yield TarSample(f"{path}/{key}", number, start, **found)  # type: ignore[arg-type]
-        number += 1
-    if fault is not None and number % parts == part:
-        yield TarSample(path, number, start, fault=fault)
+    except Exception as error:  # each kind of URL has errors of its own
+        if "://" not in path or isinstance(error, ImportError):
+            raise
+        fault = f"unreadable shard ({type(error).__name__})"
+    yield from close(place, whole=False)
+    yield from lost(fault, place, END)
 
 
 def count_samples(path: str) -> int:
     """Number of samples in a shard: exact for a plain local file, extrapolated by size for URLs and gzip."""
-    keys: list[str] = []
-    start = 0
+    count, last = 0, None
     try:
-        with open_shard(path) as file:
-            for start, name, _ in _members(file, 0):
-                key = _key(name)[0]
-                if not keys or key != keys[-1]:
-                    keys.append(key)
-                if len(keys) > COUNTED and ("://" in path or path.endswith("gz")):
-                    return round(_size(path) / start * COUNTED)  # images hardly compress
-    except (_FaultError, OSError):
+        with ShardFile(path) as file:
+            for member in members(file, 0):
+                matched = None if member.fault is not None or member.odd is not None else _key(member)
+                if matched is not None and matched[0] != last:
+                    count, last = count + 1, matched[0]
+                if count > COUNTED and ("://" in path or path.endswith("gz")):
+                    return round(_size(path) / member.start * COUNTED)  # images hardly compress
+    except (EOFError, zlib.error, OSError):
         pass  # reported when the shard is read
-    return len(keys)
+    return count
 
 
 def _size(path: str) -> int:
@@ -192,8 +171,23 @@ def _size(path: str) -> int:
     return int(system.size(inside) or 0)
 
 
-def _key(name: str) -> tuple[str, str]:
-    """The key of the sample that a member belongs to, and its extension in lower case."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+def _key(member: Member) -> tuple[str, str] | None:
+    """The key of the sample that a member belongs to, and its extension in lower case; None if it belongs to none."""
+    matched = _NAME.fullmatch(member.name)
+    if matched is None or "__MACOSX" in member.name:
+        return None
+    return matched[1], matched[2].lower()
+
+
+def _image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGES
+
+
+def _reason(member: Member) -> str | None:
+    """Reason under which a member that belongs to no sample is counted; None for one that can be no image."""
+    base = member.name.rpartition("/")[2]
+    if member.odd is not None:
+        return f"image is {member.odd}" if _image(base) else None
+    if base.startswith(".") or "__MACOSX" in member.name:
+        return "hidden image (of macOS, or its name starts with a dot)" if _image(base) else None
+    return "name without an extension"
