@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from emf_lightning.callbacks import ExperimentProgressBar, SelfCheck
+from emf_lightning.callbacks.derivative_check import FaultError, check_derivative, points_of
+from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
+from emf_lightning.text.base import TextFeatures
 from tests.callbacks import tiny
 
 
@@ -117,6 +122,13 @@ class DetachedLength(SanaFlowMap):
         return super().backbone(z, t - (t - r).detach(), t, *rest)
 
 
+class LengthInBf16(SanaFlowMap):
+    """t and r in fp32, their difference not."""
+
+    def backbone(self, z, r, t, *rest):
+        return super().backbone(z, t - (t - r).bfloat16().to(t), t, *rest)
+
+
 class Broken(SanaFlowMap):
     def backbone(self, z, r, t, *rest):
         return super().backbone(z, r, t, *rest) * float("nan")
@@ -140,6 +152,7 @@ class PlainSumCalledAnchored(SanaFlowMap):
     [
         (TimesInBf16, r"times are rounded.*cast_forward_inputs=False"),
         (IgnoresInterval, r"does not change with r"),
+        (LengthInBf16, r"forward mode is .* away from finite differences, in float64.*more than 0\.003.*rounded"),
         (DetachedLength, r"away from finite differences, in float64.*\.detach\(\)"),
         (Broken, r"not finite before the first step"),
         (PlainSumCalledAnchored, r"away from the flow.*AnchoredInterval"),
@@ -163,6 +176,181 @@ def test_a_derivative_too_coarse_for_the_network_is_refused(shards, tmp_path):
     model = tiny.meanflow(derivative=FiniteDifference(0.1))
     with pytest.raises(ValueError, match=r"du/dt as training takes it \(FiniteDifference, 32-true\).*another step"):
         fit(shards, tmp_path / "run", model, SelfCheck())
+
+
+# -- the statistic: the median over samples ---------------------------------------------------------------------------
+
+
+def batch_of(size: int, seed: int = 0) -> CaptionImageBatch:
+    generator = torch.Generator().manual_seed(seed)
+    text = TextFeatures(torch.randn(size, 6, 16, generator=generator), torch.ones(size, 6, dtype=torch.bool))
+    return CaptionImageBatch(torch.randn(size, 3, 36, 36, generator=generator), text, text[:1], ("",) * size)
+
+
+@torch.no_grad()
+def said_of(model: FlowMapModule, batch: CaptionImageBatch, bf16: bool = True) -> str:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return check_derivative(model.eval(), points_of(batch), "bf16-mixed", SelfCheck().tolerance, 10**9)
+
+
+def test_healthy_networks_and_samples_pass():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = FlowMapModule(SanaFlowMap(tiny.SIZE, context_width=16))
+        assert figure(said_of(model, batch_of(128, seed))) < 0.1, seed
+
+
+def test_a_batch_smaller_than_the_statistic_gives_its_samples_several_noises():
+    points = points_of(batch_of(3))
+    assert [len(point.z) for point in points] == [1] * 16
+    assert len({point.z.sum().item() for point in points}) == 16
+    assert figure(said_of(tiny.meanflow(), batch_of(3))) < 0.1
+
+
+def test_nothing_depends_on_how_many_samples_are_evaluated_at_once():
+    batch = batch_of(128)
+    assert len(points_of(batch)) == 1
+    (z, parts) = points_of(batch)[0].z, [point.z for point in points_of(batch.parts(4)[0])]
+    assert len(parts) == 4
+    assert torch.equal(torch.cat(parts), z)
+
+
+class DoubledInBf16(ForwardMode):
+    """Wrong at the first samples, in the training's precision alone."""
+
+    wrong = 0
+
+    def jvp(self, u, z, r, t, v):
+        dudt = super().jvp(u, z, r, t, v)
+        if torch.is_autocast_enabled("cpu"):
+            dudt[: self.wrong] *= 2
+        return dudt
+
+
+def test_some_ill_conditioned_samples_are_no_fault_and_most_are():
+    derivative = DoubledInBf16()
+    derivative.wrong = 7
+    assert figure(said_of(tiny.meanflow(derivative=derivative), batch_of(128))) < 0.1
+    derivative.wrong = 9
+    message = r"DoubledInBf16, bf16-mixed\) is (1\.0e\+00|9\.\de-01) of itself .*median of 16 samples.*tolerance 0\.25"
+    with pytest.raises(FaultError, match=message):
+        said_of(tiny.meanflow(derivative=derivative), batch_of(128))
+
+
+class OneTenthMore(ForwardMode):
+    exact = False
+
+    def jvp(self, *args):
+        return 1.1 * super().jvp(*args)
+
+
+def test_a_derivative_that_says_it_approximates_is_judged_by_the_tolerance():
+    assert 0.09 < figure(said_of(tiny.meanflow(derivative=OneTenthMore()), batch_of(128))) < 0.13
+
+
+# -- planted faults of the derivative ---------------------------------------------------------------------------------
+
+
+class WrongSign(ForwardMode):
+    def jvp(self, *args):
+        return -super().jvp(*args)
+
+
+class OnePercentMore(ForwardMode):
+    def jvp(self, *args):
+        return 1.01 * super().jvp(*args)
+
+
+class NoTangentOfZ(ForwardMode):
+    def jvp(self, u, z, r, t, v):
+        return super().jvp(u, z, r, t, 0 * v)
+
+
+class LengthHeld(ForwardMode):
+    """du/dt with r moving along: t - r stays."""
+
+    def jvp(self, u, z, r, t, v):
+        return super().jvp(lambda z_, r_, t_: u(z_, t_ - (t - r), t_), z, r, t, v)
+
+
+class TimesRounded(ForwardMode):
+    def jvp(self, u, z, r, t, v):
+        return super().jvp(u, z, r.bfloat16().to(r), t.bfloat16().to(t), v)
+
+
+class AnotherNetwork(ForwardMode):
+    """du/dt of a network with other weights."""
+
+    def jvp(self, u, z, r, t, v):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            other = SanaFlowMap(tiny.SIZE, context_width=16).to(z.dtype)
+        return super().jvp(replace(u, net=other), z, r, t, v)
+
+
+class AnotherNetworksValue(ForwardMode):
+    """The right du/dt beside another network's u."""
+
+    def __call__(self, u, z, r, t, v, n):
+        value, dudt = super().__call__(u, z, r, t, v, n)
+        return 2 * value, dudt
+
+
+class LosesABlock(ForwardMode):
+    """Takes the block's output for a constant, while it differentiates."""
+
+    def jvp(self, u, z, r, t, v):
+        with lost_tangent(u.net.transformer.transformer_blocks[0]):
+            return super().jvp(u, z, r, t, v)
+
+
+class OtherRows(ForwardMode):
+    def jvp(self, *args):
+        return super().jvp(*args).roll(1, 0)
+
+
+@contextmanager
+def lost_tangent(part):
+    handle = part.register_forward_hook(lambda module, inputs, output: output.detach())
+    yield
+    handle.remove()
+
+
+FAULTS = {
+    WrongSign: r"2\.0e\+00",
+    OnePercentMore: r"1\.0e-02",
+    NoTangentOfZ: ".*",
+    LengthHeld: ".*",
+    TimesRounded: ".*",
+    AnotherNetwork: ".*",
+    AnotherNetworksValue: r"1\.0e\+00",
+    LosesABlock: ".*",
+    OtherRows: ".*",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_faulty_derivative_is_refused_whatever_the_samples(kind):
+    for seed in range(3):
+        message = rf"u or du/dt by {kind.__name__} is {FAULTS[kind]} of itself .*median of 16.*more than 0\.003"
+        with pytest.raises(FaultError, match=message):
+            said_of(tiny.meanflow(derivative=kind()), batch_of(128, seed))
+
+
+@pytest.mark.parametrize("part", ["attn1", "attn2", "ff"])
+def test_one_branch_without_tangent_is_refused_whatever_the_samples(part):
+    model = tiny.meanflow()
+    for weight in model.net.transformer.transformer_blocks.parameters():
+        weight.data *= 3  # at first the branches hardly matter
+    with lost_tangent(getattr(model.net.transformer.transformer_blocks[0], part)):
+        for seed in range(3):
+            with pytest.raises(FaultError, match=r"forward mode is .* in the median of 16 samples, more than 0\.003"):
+                said_of(model, batch_of(128, seed))
+
+
+def test_a_faulty_derivative_ends_the_run(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"SelfCheck: u or du/dt by WrongSign is 2\.0e\+00 .*more than 0\.003"):
+        fit(shards, tmp_path / "run", tiny.meanflow(derivative=WrongSign()), SelfCheck(), precision="bf16-mixed")
 
 
 class OneRankAlone(FlowMapModule):

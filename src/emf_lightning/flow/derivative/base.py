@@ -22,10 +22,15 @@ Precision = Literal["training", "fp32", "bf16"]
 class Derivative(ABC):
     """Base of the methods that compute u and du/dt.
 
+    Attributes:
+        exact: whether du/dt differs from the network's by rounding only; ``SelfCheck`` then holds it to float64.
+
     Args:
         precision: of the passes that only the derivative needs: that of the ``training`` step, or ``fp32`` or ``bf16``
             autocast. Weights are not cast, so with bf16 weights ``fp32`` computes in bf16 as well.
     """
+
+    exact: bool = True
 
     def __init__(self, precision: Precision = "training") -> None:
         if precision not in ("training", "fp32", "bf16"):

@@ -31,6 +31,8 @@ class FiniteDifference(Derivative):
         2.5
     """
 
+    exact = False
+
     def __init__(self, step: float = 0.005, central: bool = True, precision: Precision = "fp32") -> None:
         super().__init__(precision)
         if step <= 0:
