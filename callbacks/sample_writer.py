@@ -55,8 +55,8 @@ class SampleWriter(Callback):
         if is_sharded(pl_module):  # ranks with different numbers of prompts would wait for each other's weights
             raise ValueError("SampleWriter: sample with an unsharded network: --trainer.strategy auto, or ddp")
         self._rows.clear()
-        prompts = trainer.predict_dataloaders.dataset.prompts  # the whole list, whichever part this rank has
-        self._occurrences = noise_indices([(prompt, 0) for prompt in prompts])
+        loader: Any = trainer.predict_dataloaders  # its data set is the whole list, whichever part this rank has
+        self._occurrences = noise_indices([(prompt, 0) for prompt in loader.dataset.prompts])
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
 
