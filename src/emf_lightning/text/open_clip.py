@@ -42,7 +42,7 @@ class OpenClipTextEncoder(TextEncoder):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quick_gelu: bool = False,
     ) -> None:
-        import regex  # OpenCLIP's
+        import regex  # type: ignore[import-untyped]  # OpenCLIP's
 
         super().__init__()
         if "{caption}" not in template:

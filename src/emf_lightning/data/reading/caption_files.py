@@ -128,7 +128,7 @@ def _entries(record: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """(components of the image's path, caption) for each caption of a record; none if it lacks either."""
     if not isinstance(record, dict):
         return
-    captions = next((record[key] for key in CAPTIONS if isinstance(record.get(key), (str, list))), [])
+    captions: str | list[Any] = next((record[key] for key in CAPTIONS if isinstance(record.get(key), (str, list))), [])
     image = next((record[key] for key in IMAGES if isinstance(record.get(key), str)), "")
     parts = tuple(part for part in image.replace("\\", "/").split("/") if part not in ("", "."))
     for caption in [captions] if isinstance(captions, str) else captions:
