@@ -14,6 +14,7 @@ from emf_lightning.modules.checkpoint import first_difference
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
+_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal|exited unexpectedly)")
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
 
 
@@ -42,6 +43,11 @@ def user_message(error: BaseException) -> str | None:
         return f"{where}: {os.strerror(error.errno).lower()}; make room, or write elsewhere"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
+    if isinstance(error, RuntimeError) and (killed := _KILLED.search(str(error))):
+        return (
+            f"a data worker (process {killed[1]}) was killed, often for want of memory: go on with --ckpt_path last, "
+            "with smaller data.num_workers or data.shuffle_block"
+        )
     if isinstance(error, FileNotFoundError):
         return _one_line(str(error))
     if isinstance(error, ValueError) and (worker := _WORKER.search(str(error))):
