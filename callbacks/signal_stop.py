@@ -24,7 +24,7 @@ class SignalStop(Callback):
     """Saves the state of a ``fit`` that gets SIGTERM, SIGINT or SIGUSR1 at its next step boundary, and ends it.
 
     The boundary is after an optimiser step and all callbacks that follow it: a signal in sampling waits for its end,
-    one in validation for its end and the step after it. The status is 128 + the signal's number, and the command line that
+    one in validation for its end and the step after it. The status is 128 + the signal's number, and the command that
     goes on is printed; a job of SLURM with ``auto_requeue`` is requeued by its signal. Before the first step and after
     the last one there is nothing to save, and the signal ends the run at once, as a second SIGINT does. Lightning's
     own handlers would save in the middle of a step, or not at all. Any rank's signal ends all ranks.
