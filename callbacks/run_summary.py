@@ -91,12 +91,15 @@ class RunSummary(Callback):
         run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
         if not trainer.is_global_zero:
             return
+        total = self._earlier_seconds + now - self._start[0]
+        # a run that was resumed at its end has taken no step of its own
+        own = (now - warm_seconds) / (step - warm_step) if step > warm_step else total / max(step, 1)
         summary: dict[str, Any] = {
             "model": type(pl_module.objective).__name__,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "steps": step,
-            "seconds": self._earlier_seconds + now - self._start[0],
-            "step_seconds": (now - warm_seconds) / max(step - warm_step, 1),
+            "seconds": total,
+            "step_seconds": own,
             "memory_gb": _peak_memory(pl_module.device) / 1e9,
         }
         if self.images_per_prompt:

@@ -54,6 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise
             print(f"emf {verb}: {line}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print(f"emf {verb}: interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def _run(verb: str, arguments: list[str]) -> None:
@@ -67,6 +70,9 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 def _call(verb: str, arguments: list[str]) -> None:
     if verb in TRAINER_VERBS:
+        from emf_lightning.cli.trainings import end_with_parent
+
+        end_with_parent()  # before the slow imports
         from emf_lightning.cli.parsing.emf_cli import EMFCLI
         from emf_lightning.cli.parsing.nested_help import with_classes
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+ENDS_WITH_PARENT = "EMF_ENDS_WITH_PARENT"
+"""Environment variable of a process whose standard input closes when its parent ends."""
 
 LOG = "fit.log"
 """File of a training's output where several run at a time."""
@@ -34,16 +40,36 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
     print(f"training: {folder}{f', log in {LOG}' if jobs > 1 else ''}\n", end="", flush=True)  # one write, one line
     if jobs == 1:
-        status, place = subprocess.run(command, check=False).returncode, "above"
+        status, place = _run(command), "above"
     else:
         threads = max((os.cpu_count() or 1) // jobs, 1)  # more threads than cores slow each other down
         place = f"in {folder / LOG}"
         with (folder / LOG).open("a") as log:
             environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-            status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+            status = _run(command, stdout=log, stderr=log, env=environment)
     if status:
         said = f"what it said is {place}; the same call resumes it"
         raise ValueError(f"the training in {folder} ended with status {status}; {said}")
+
+
+def _run(command: Sequence[str], **options: Any) -> int:
+    """Status of ``command``, which ends with this process, however it ends: the pipe to it closes."""
+    environment = options.pop("env", os.environ) | {ENDS_WITH_PARENT: "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **options) as process:
+        return process.wait()
+
+
+def end_with_parent() -> None:
+    """Where ``fit`` started this process: sends it SIGTERM once its parent is gone; it saves its state first."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ.pop(ENDS_WITH_PARENT, None):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def run_in_parallel(tasks: Sequence[Callable[[], Result]], jobs: int) -> Iterator[Result]:

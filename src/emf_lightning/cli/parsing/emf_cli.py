@@ -14,9 +14,11 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from emf_lightning.callbacks.signal_stop import SignalStop
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
@@ -101,10 +103,30 @@ class EMFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses ``args`` without Lightning's warning that ``sys.argv`` is given as well."""
         assert isinstance(args, list)
+        self.arguments = args[1:]
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Ignores the checkpoint's hyperparameters, which Lightning would let override the command line."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the verb in the run's own directory; a signal ends ``fit`` without loss."""
+        fitting, config = subcommand == "fit", self.config[subcommand]
+        if config.trainer.fast_dev_run:
+            super()._run_subcommand(subcommand)
+            return
+        path, lock = open_run(self.trainer, config, fitting)
+        self.config_init[subcommand]["ckpt_path"] = path
+        stop = SignalStop(["fit", *_without_place(self.arguments)])
+        if fitting:
+            self.trainer.callbacks.append(stop)  # after all others, also after ModelCheckpoint
+            stop.install(self.trainer)
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            stop.restore()
+            if lock is not None:
+                lock.close()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -130,6 +152,19 @@ def add_linked_arguments(config: Namespace) -> None:
         for name in LINKED_ARGUMENTS:
             if name in known:
                 net[f"init_args.{name}"] = None
+
+
+def _without_place(arguments: list[str]) -> list[str]:
+    """``arguments`` without the checkpoint and the version of the run directory."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--ckpt_path", "--trainer.logger.init_args.version"):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def _check_devices(devices: Any, accelerator: Any) -> None:
@@ -178,8 +213,10 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
         raise ValueError(
             "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
         )
-    if not path or path in ("last", "hpc", "registry"):
-        return  # keywords that Lightning resolves
+    if path in ("hpc", "registry"):
+        raise ValueError(f"ckpt_path: {path} is not used here; give `last`, or the path of a .ckpt")
+    if not path or path == "last":
+        return  # the newest checkpoint of this run
     if not Path(path).is_dir():
         read_checkpoint(path, "ckpt_path")
     elif not sharded:

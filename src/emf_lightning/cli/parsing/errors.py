@@ -14,6 +14,7 @@ from emf_lightning.modules.checkpoint import first_difference
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
+_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal|exited unexpectedly)")
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
 
 
@@ -44,6 +45,11 @@ def user_message(error: BaseException) -> str | None:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
     if "SafetensorError" in kinds and re.search(r"os error (28|122|27)\b", str(error)):
         return "the disk of the weights is full, or a quota is reached; make room, or write elsewhere"
+    if isinstance(error, RuntimeError) and (killed := _KILLED.search(str(error))):
+        return (
+            f"a data worker (process {killed[1]}) was killed, often for want of memory: go on with --ckpt_path last, "
+            "with smaller data.num_workers or data.shuffle_block"
+        )
     if isinstance(error, FileNotFoundError):
         return _one_line(str(error))
     if isinstance(error, ValueError) and (worker := _WORKER.search(str(error))):

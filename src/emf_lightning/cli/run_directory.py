@@ -1,0 +1,198 @@
+"""A run's own directory: claimed by one training at a time, and found again by one that goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+LOCK = "run.lock"
+"""File in the run directory, locked while a process trains there; it names the process and what it trains."""
+
+IDENTITY = ("model.class_path", "model.init_args.objective.class_path", "model.init_args.net", "data.text")
+IDENTITY += ("data.autoencoder",)
+"""Settings that runs share of which one can go on from the other; their learning rate and length may differ."""
+
+
+class _NoForeignState(_CheckpointConnector):
+    """Lightning would restore any ``hpc_ckpt_N.ckpt`` in the working directory of a SLURM job, whoever wrote it."""
+
+    _hpc_resume_path = None
+
+
+def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | None, IO[str] | None]:
+    """Gives ``fit`` a run directory of its own, which no other process trains in while its lock is held.
+
+    A job that SLURM or torchrun starts again goes on in its directory, from its last checkpoint. So does
+    ``--ckpt_path last``, in the newest directory of this experiment that has one.
+
+    Returns:
+        The checkpoint to go on from, and the lock.
+
+    Raises:
+        ValueError: for ``last`` without a checkpoint or of another experiment; for a directory that is in use.
+    """
+    trainer._checkpoint_connector = _NoForeignState(trainer)
+    path, logger = config.get("ckpt_path"), trainer.logger
+    numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
+    root = Path(logger.root_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else Path()
+    before, directory = started_before(trainer, root, numbered, config) if fitting else None, None
+    if before is not None:
+        _use(logger, before, numbered)
+        path = _newest_checkpoint(trainer) or path
+    elif path == "last":
+        for directory in versions(root) if numbered else [_directory(trainer)]:
+            _use(logger, directory, numbered)
+            if path := _newest_checkpoint(trainer):
+                break
+        if not path or path == "last":
+            raise ValueError(
+                f"ckpt_path: no last checkpoint in {root if numbered else _directory(trainer)}; leave --ckpt_path out "
+                "to start anew, or give the path of a .ckpt"
+            )
+        assert directory is not None
+        check_identity(directory, config)
+        if numbered and not fitting:
+            logger._version = None  # results of other verbs lie in a directory of their own
+    elif fitting and numbered and rank_zero_only.rank == 0:
+        logger._version = claim(root)
+    held = lock(_directory(trainer), record(config)) if fitting and rank_zero_only.rank == 0 else None
+    return path, held
+
+
+def _directory(trainer: Trainer) -> Path:
+    logger = trainer.logger
+    own = logger.log_dir if isinstance(logger, TensorBoardLogger | CSVLogger) else None
+    return Path(own or trainer.default_root_dir)
+
+
+def _use(logger: Any, directory: Path, numbered: bool) -> None:
+    if numbered:
+        logger._version = int(directory.name.removeprefix("version_"))
+
+
+def _newest_checkpoint(trainer: Trainer) -> str | None:
+    """The newest last checkpoint where this run's are written."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    found = [path for callback in callbacks for path in callback._find_last_checkpoints(trainer)]
+    return max(found, key=os.path.getmtime, default=None)
+
+
+def identity(config: Namespace) -> str:
+    """Digest of the settings ``IDENTITY``, without the weights that the network starts from."""
+    values = {key: _plain(config.get(key)) for key in IDENTITY}
+    net = values["model.init_args.net"]
+    if isinstance(net, dict):
+        net.get("init_args", {}).pop("pretrained", None)
+    return _digest(values)
+
+
+def record(config: Namespace) -> dict[str, Any]:
+    """What the lock says about this process."""
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "job": job()}
+    return about | {"identity": identity(config), "config": _digest(_plain(config))}
+
+
+def job() -> str | None:
+    """Name of the SLURM job, or of torchrun's call, that keeps its name where it is started again."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = os.environ["TORCHELASTIC_RUN_ID"]
+        return f"torchrun {name}" if name != "none" else f"torchrun {os.getppid()} on {socket.gethostname()}"
+    return f"slurm {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else None
+
+
+def is_restart() -> bool:
+    """Whether SLURM or torchrun has started this job before."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def lock(directory: Path, about: dict[str, Any]) -> IO[str]:
+    """Locks ``directory`` until the file returned is closed, or the process ends, however it ends.
+
+    A POSIX lock: data workers do not inherit it. On NFS it needs the server's lock service.
+
+    Raises:
+        ValueError: naming the process that trains there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        other = read(directory)
+        raise ValueError(
+            f"{directory}: process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')} trains "
+            "there; wait for it, end it, or choose another directory"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    json.dump(about, file)
+    file.flush()
+    return file
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What the last process that trained in ``directory`` wrote; empty where that is unknown."""
+    try:
+        found = json.loads((directory / LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def claim(root: Path) -> int:
+    """Creates ``root/version_n`` with a number above all others, which no other process gets; returns the number."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name.removeprefix("version_")) for path in versions(root)), default=-1) + 1
+    while True:
+        try:
+            (root / f"version_{number}").mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def versions(root: Path) -> Sequence[Path]:
+    """The run directories ``root/version_n``, the newest first."""
+    found = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("version_")))
+
+
+def started_before(trainer: Trainer, root: Path, numbered: bool, config: Namespace) -> Path | None:
+    """The directory of this job's run of the same settings, where the job is started again."""
+    if not is_restart():
+        return None
+    ours, places = record(config), versions(root) if numbered else [_directory(trainer)]
+    same = (path for path in places if all(read(path).get(key) == ours[key] for key in ("job", "config")))
+    return next(same, None)
+
+
+def check_identity(directory: Path, config: Namespace) -> None:
+    """Raises a ``ValueError`` where ``directory`` holds a run of another experiment."""
+    if read(directory).get("identity", identity(config)) != identity(config):
+        raise ValueError(
+            f"ckpt_path: the run in {directory} is of another experiment: {', '.join(IDENTITY)} must be the same, see "
+            f"{directory / 'config.yaml'}; give its own experiment, or the path of another run's last.ckpt"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
