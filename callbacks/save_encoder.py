@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
+from emf_lightning.digests import write_digests
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
@@ -34,3 +35,4 @@ class SaveEncoder(Callback):
                 assert isinstance(encoder, PretrainedTextEncoder)
                 encoder.tower.save_pretrained(Path(run) / self.folder)
                 encoder.tokenizer.save_pretrained(Path(run) / self.folder)
+                write_digests(Path(run) / self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ class WeightEMA(EMAWeightAveraging):
             super().setup(trainer, _Weights(pl_module), stage)
             if self._average_model is not None and self._device is None:
                 self._average_model.to(trainer.strategy.root_device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **options: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args, **options)
+        average = self._average_model
+        if average is not None and not average.n_averaged:  # before update_starting_at_step: the live weights
+            ours = itertools.chain(average.module.parameters(), average.module.buffers())
+            for value, live in zip(ours, itertools.chain(pl_module.parameters(), pl_module.buffers()), strict=True):
+                value.data.copy_(live.data)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

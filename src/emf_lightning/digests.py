@@ -14,8 +14,10 @@ _SUFFIXES = (".json", ".safetensors")
 
 def write_digests(folder: Path) -> None:
     """Writes the SHA-256 of the folder's JSON files and weights, those in its subfolders too, into ``digests.json``."""
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES and path.name != DIGESTS)
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES and path.name != DIGESTS]
     write_atomic(folder / DIGESTS, to_json({path.relative_to(folder).as_posix(): _sha256(path) for path in files}))
+    for path in files:
+        path.chmod((folder / DIGESTS).stat().st_mode)  # safetensors' files are their owner's alone
 
 
 def check_digests(folder: Path) -> None:

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` in UTF-8. A killed run leaves the old file or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A context that writes a file beside ``path``, and renames it to ``path`` once it is whole and on the disk.
+
+    Yields:
+        The file to write; a process that dies leaves it and the old ``path``, and the next call replaces it.
+
+    Raises:
+        OSError: naming ``path``, where its disk is full; nothing is left of the new file.
+    """
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if (number := full_disk(error)) is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def remove_partial(folder: Path, seconds: float = 60.0) -> None:
+    """Removes the files ``.NAME.PROCESS.partial`` in ``folder`` of processes that died.
+
+    Args:
+        folder: where shards are written.
+        seconds: how long a file has not grown; its process may run on another machine that shares the folder.
+    """
+    for path in folder.glob(".*.partial"):
+        process = path.name.split(".")[-2]
+        alive = process.isdecimal() and Path("/proc", process).exists()
+        if process.isdecimal() and not alive and time.time() - path.stat().st_mtime > seconds:
+            path.unlink(missing_ok=True)
+
+
+def full_disk(error: BaseException | None) -> int | None:
+    """The number of the error of a full disk, quota or file size limit in the causes of ``error``, or None."""
+    while error is not None:
+        named = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+        number = error.errno if isinstance(error, OSError) else int(named[1]) if named else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -81,7 +81,10 @@ class PipelinePart(ModelMixin):
         spec = read_part(Path(folder) / PART)
         arguments = spec["init_args"]
         spec["init_args"] = {name: found(value, Path(folder)) for name, value in arguments.items()}
-        part = build(spec)
+        try:
+            part = build(spec)
+        except TypeError as error:  # an argument that the class does not have
+            raise ValueError(f"{Path(folder) / PART}: {error}; export the run again") from error
         if torch_dtype is not None and "dtype" not in arguments:
             nn.Module.to(part, dtype=torch_dtype)
         return cls(part.eval(), spec)

@@ -119,7 +119,7 @@ def pretrained(path: str, **arguments: Any) -> dict[str, Any]:
     [
         (
             {"trainer": {"logger": {"init_args": {"save_dir": "file/runs"}}}},
-            "file/runs: not a directory; check the path",
+            "file/runs/tiny: not a directory; check the path",
         ),
         ({"data": {"cache": {"path": "file/cache"}}}, "cannot write to the folder"),
         ({"trainer": {"check_val_every_n_epoch": None, "val_check_interval": 3}}, "val_check_interval 2 or less"),

@@ -62,7 +62,7 @@ def test_no_two_processes_train_in_one_directory(tmp_path):
     held[2] = held[2].replace("record_()", "{'pid': os.getpid(), 'host': 'here'}")
     with subprocess.Popen([*held, str(tmp_path)], stdin=-1, stdout=-1) as other:
         assert other.stdout.readline() == b"1\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} on here trains there"):
+        with pytest.raises(ValueError, match=f"process {other.pid} on here works there"):
             lock(tmp_path, {})
         other.kill()
     lock(tmp_path, {}).close()

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.experiment_files import expand
+from emf_lightning.modules.checkpoint_files import whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.generation import pipeline_of
 from emf_lightning.part_classes import trusted, trusting
@@ -23,7 +24,7 @@ def build_run(run: str | Path, checkpoint: str | Path | None = None, trust_remot
     config, weights = run / "config.yaml", Path(checkpoint or run / "checkpoints" / "last.ckpt")
     if not config.is_file():
         raise ValueError(f"run: no config.yaml in {run}; give the directory of a run, e.g. runs/shapes/emf/version_0")
-    options = ["--seed_everything", "false", "--model.init_args.init_from", str(weights)]
+    options = ["--seed_everything", "false", "--model.init_args.init_from", str(whole_checkpoint(weights))]
     with trusting(trusted() or trust_remote_code), isolate_rng():  # the network's initial weights are random
         built = BuildingCLI.run(expand(["fit", "--config", str(config), *options]))
     if built.model.tunes_encoder:

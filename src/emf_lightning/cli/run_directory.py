@@ -101,8 +101,12 @@ def identity(config: Namespace) -> str:
 
 def record(config: Namespace) -> dict[str, Any]:
     """What the lock says about this process."""
-    about = {"pid": os.getpid(), "host": socket.gethostname(), "job": job()}
-    return about | {"identity": identity(config), "config": _digest(_plain(config))}
+    return process() | {"job": job(), "identity": identity(config), "config": _digest(_plain(config))}
+
+
+def process() -> dict[str, Any]:
+    """This process, for a lock."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def job() -> str | None:
@@ -124,7 +128,7 @@ def lock(directory: Path, about: dict[str, Any]) -> IO[str]:
     A POSIX lock: data workers do not inherit it. On NFS it needs the server's lock service.
 
     Raises:
-        ValueError: naming the process that trains there.
+        ValueError: naming the process that works there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / LOCK).open("a+")
@@ -134,7 +138,7 @@ def lock(directory: Path, about: dict[str, Any]) -> IO[str]:
         file.close()
         other = read(directory)
         raise ValueError(
-            f"{directory}: process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')} trains "
+            f"{directory}: process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')} works "
             "there; wait for it, end it, or choose another directory"
         ) from None
     file.seek(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing import import_classes
+from emf_lightning.cli.run_directory import lock, process
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.folders.scoring import LEFT_OUT, left_out_text, score_images
@@ -56,7 +58,8 @@ def score(
     selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # words of the pattern
     name = f"{metric.name}-{selected}" if selected else metric.name
     directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
-    with tqdm(desc=metric.title, total=len(images), unit="image", disable=rank > 0) as bar:
+    held = lock(directory, process()) if rank == 0 else nullcontext()
+    with held, tqdm(desc=metric.title, total=len(images), unit="image", disable=rank > 0) as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.n)

@@ -18,6 +18,7 @@ from emf_lightning.flow.sampling import sample
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.modules import checkpoint as checkpoints
+from emf_lightning.modules.accumulation import MeanOfAccumulated
 from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
@@ -33,7 +34,7 @@ VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The times at which the validation error is taken."""
 
 
-class FlowMapModule(ShardableModule):
+class FlowMapModule(MeanOfAccumulated, ShardableModule):
     """Trains a network u(z, r, t) by an objective, and samples from it in few steps.
 
     Attributes:
@@ -277,6 +278,8 @@ class FlowMapModule(ShardableModule):
         checkpoints.check_parametrization(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = (getattr(callback, "_last_checkpoint_saved", "") for callback in self.trainer.checkpoint_callbacks)
+        checkpoints.check_finite(checkpoint, self.trainer.global_step, next(filter(None, saved), None))
         # From a configuration they are plain values that rebuild the module; from Python they are the objects
         # themselves, and pickling the network once more would double the file and need trust to load.
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):

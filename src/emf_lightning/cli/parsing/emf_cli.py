@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from emf_lightning.callbacks.save_last_state import SaveLastState
 from emf_lightning.callbacks.signal_stop import SignalStop
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
@@ -23,6 +25,7 @@ from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.modules.checkpoint import read_checkpoint
+from emf_lightning.modules.checkpoint_files import WholeCheckpointIO, whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.part_classes import FLAG, trusted
 
@@ -117,8 +120,13 @@ class EMFCLI(LightningCLI):
             return
         path, lock = open_run(self.trainer, config, fitting)
         self.config_init[subcommand]["ckpt_path"] = path
+        if path and Path(path).is_file():
+            self.config_init[subcommand]["ckpt_path"] = str(whole_checkpoint(Path(path)))
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         stop = SignalStop(["fit", *_without_place(self.arguments)])
         if fitting:
+            self.trainer.callbacks.insert(0, SaveLastState())
             self.trainer.callbacks.append(stop)  # after all others, also after ModelCheckpoint
             stop.install(self.trainer)
         try:
@@ -218,7 +226,7 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
     if not path or path == "last":
         return  # the newest checkpoint of this run
     if not Path(path).is_dir():
-        read_checkpoint(path, "ckpt_path")
+        read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path")
     elif not sharded:
         raise ValueError(
             f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "

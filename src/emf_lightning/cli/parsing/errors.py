@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import traceback
@@ -10,6 +9,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 from emf_lightning.cli.parsing.parser_errors import parser_error
+from emf_lightning.files import full_disk
 from emf_lightning.modules.checkpoint import first_difference
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -38,13 +38,11 @@ def user_message(error: BaseException) -> str | None:
             f"the checkpoint belongs to another configuration: {first_difference(error)}; "
             "give the config.yaml that lies beside it in its run directory, or another --ckpt_path"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = error.filename or "a disk that is written to"
-        return f"{where}: {os.strerror(error.errno).lower()}; make room, or write elsewhere"
+    if (number := full_disk(error)) is not None:
+        where = getattr(error, "filename", None) or "a disk that is written to"
+        return f"{where}: {os.strerror(number).lower()}; make room, or write elsewhere"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}; check the path and its permissions"
-    if "SafetensorError" in kinds and re.search(r"os error (28|122|27)\b", str(error)):
-        return "the disk of the weights is full, or a quota is reached; make room, or write elsewhere"
     if isinstance(error, RuntimeError) and (killed := _KILLED.search(str(error))):
         return (
             f"a data worker (process {killed[1]}) was killed, often for want of memory: go on with --ckpt_path last, "

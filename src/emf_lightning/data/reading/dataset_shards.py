@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from emf_lightning.data.geneval_prompts import with_article
 from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
-from emf_lightning.files import read_json
+from emf_lightning.files import read_json, remove_partial
 
 MANIFEST = "manifest.json"
 
@@ -147,6 +147,7 @@ def write_samples(
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     directory.mkdir(parents=True, exist_ok=True)
+    remove_partial(directory)
     manifest, identity = directory / MANIFEST, identity | {"samples_per_shard": samples_per_shard}
     remedy = "delete it with the shards beside it, or choose another directory"
     if manifest.exists() and read_json(manifest, remedy) != identity:

@@ -18,7 +18,7 @@ import numpy as np
 
 from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, training_scene
 from emf_lightning.data.shapes.world import World
-from emf_lightning.files import read_json
+from emf_lightning.files import read_json, remove_partial
 
 MANIFEST = "manifest.json"
 
@@ -70,6 +70,7 @@ def _write_shard(spec: _ShardSpec, index: int, path: Path) -> Path:
 def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
     """Writes the manifest into ``directory``, or checks that the one there is the same."""
     directory.mkdir(parents=True, exist_ok=True)
+    remove_partial(directory)
     path = directory / MANIFEST
     wanted = spec.manifest()
     if path.exists():

@@ -47,7 +47,7 @@ class Run:
         try:
             summary = read_json(folder / "summary.json", "delete the run's folder and repeat")
             lines = (folder / "shapes" / "scores.jsonl").read_text().strip("\n").split("\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"compare: {folder} holds no complete run ({error}); delete it and repeat") from error
         scores: dict[str, tuple[float, float]] = {}
         curves: dict[str, list[tuple[int, float]]] = {}
