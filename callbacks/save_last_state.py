@@ -17,5 +17,5 @@ class SaveLastState(Callback):
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
                 continue
-            if callback._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+            if callback._last_global_step_saved != trainer.global_step:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))

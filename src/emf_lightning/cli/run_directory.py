@@ -21,8 +21,10 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 LOCK = "run.lock"
 """File in the run directory, locked while a process trains there; it names the process and what it trains."""
 
-IDENTITY = ("model.class_path", "model.init_args.objective.class_path", "model.init_args.net", "data.text")
-IDENTITY += ("data.autoencoder",)
+IDENTITY = (
+    *("model.class_path", "model.init_args.objective.class_path", "model.init_args.net"),
+    *("data.text", "data.autoencoder"),
+)
 """Settings that runs share of which one can go on from the other; their learning rate and length may differ."""
 
 
@@ -45,7 +47,9 @@ def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | 
         ValueError: for ``last`` without a checkpoint or of another experiment; for a directory that is in use.
     """
     trainer._checkpoint_connector = _NoForeignState(trainer)
-    path, logger = config.get("ckpt_path"), trainer.logger
+    path = config.get("ckpt_path")
+    logger: Any = trainer.logger
+    first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer does not know its rank yet
     numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
     root = Path(logger.root_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else Path()
     before, directory = started_before(trainer, root, numbered, config) if fitting else None, None
@@ -66,9 +70,9 @@ def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | 
         check_identity(directory, config)
         if numbered and not fitting:
             logger._version = None  # results of other verbs lie in a directory of their own
-    elif fitting and numbered and rank_zero_only.rank == 0:
+    elif fitting and numbered and first:
         logger._version = claim(root)
-    held = lock(_directory(trainer), record(config)) if fitting and rank_zero_only.rank == 0 else None
+    held = lock(_directory(trainer), record(config)) if fitting and first else None
     return path, held
 
 

@@ -126,8 +126,9 @@ class EMFCLI(LightningCLI):
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         stop = SignalStop(["fit", *_without_place(self.arguments)])
         if fitting:
-            self.trainer.callbacks.insert(0, SaveLastState())
-            self.trainer.callbacks.append(stop)  # after all others, also after ModelCheckpoint
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.insert(0, SaveLastState())
+            callbacks.append(stop)  # after all others, also after ModelCheckpoint
             stop.install(self.trainer)
         try:
             super()._run_subcommand(subcommand)
