@@ -24,13 +24,17 @@ PLACES = {
     "checkpoint writing": "on_save_checkpoint",
     "validation": "on_validation_batch_start",  # the averages are in the network's place
 }
-EXPERIMENT = BASE.replace("max_steps: 2", "max_steps: 9\n  val_check_interval: 2\n  limit_val_batches: 1").replace(
-    "init_args: {save_last: true}",
-    """init_args: {save_last: true, every_n_train_steps: 3}
+EXPERIMENT = (
+    BASE.replace("max_steps: 2", "max_steps: 9\n  val_check_interval: 2\n  limit_val_batches: 1")
+    .replace(
+        "init_args: {save_last: true}",
+        """init_args: {save_last: true, every_n_train_steps: 3}
     - class_path: WeightEMA
       init_args: {decay: 0.5}
     - class_path: tests.faults.test_signals.Sends""",
-).replace("  shards: shards", "  shards: shards\n  validation_shards: shards\n  validation_samples: 8")
+    )
+    .replace("  shards: shards", "  shards: shards\n  validation_shards: shards\n  validation_samples: 8")
+)
 
 
 class Sends(Callback):

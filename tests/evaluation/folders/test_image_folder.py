@@ -17,6 +17,13 @@ SUITE = ShapesSuite(per_task=3, scenes_per_task=3)
 PROMPTS = list(SUITE.prompts())
 
 
+class AnyPrompt(SuiteScore):
+    """A metric without a benchmark's own prompts."""
+
+    def prompts(self):
+        return ()
+
+
 class Distance(SuiteScore):
     """Of any images, whatever they show."""
 
@@ -178,3 +185,14 @@ def test_empty_folders_broken_lists_and_broken_images_are_named(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"name": 1}\n')
     with pytest.raises(ValueError, match="must have `file` and `prompt` in every line"):
         generated_images(tmp_path, SuiteScore(SUITE))
+
+
+def test_prompts_of_files_are_valid_text_whatever_their_bytes(tmp_path):
+    for name in ("a", "b", "c"):
+        scene_image(PROMPTS[0]).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n")
+    rows = [{"file": "b.png", "prompt": "half \ud83d of a pair"}, {"file": "c.png", "prompt": "one\u2028line\x85here"}]
+    listed = "\r\n".join(json.dumps(row, ensure_ascii=index == 0) for index, row in enumerate(rows))
+    (tmp_path / "prompts.jsonl").write_text("\ufeff" + listed + "\r\n", encoding="utf-8", newline="")
+    images = generated_images(tmp_path, AnyPrompt(SUITE))
+    assert [image.prompt for image in images] == ["a red circle", "half \ufffd of a pair", "one\u2028line\x85here"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from emf_lightning.evaluation.folders.image_files import image_files
 from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.text.plain import lines, plain
 
 PROMPTS = "prompts.jsonl"
 """The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
@@ -64,7 +65,7 @@ def generated_images(
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
     stated = _prompts(folder, paths, metric, listed)
-    prompts = {path: prompt for path, prompt in stated.items() if isinstance(prompt, str)}
+    prompts = {path: _encodable(prompt) for path, prompt in stated.items() if isinstance(prompt, str)}
     faults = dict.fromkeys(stated.keys() - prompts.keys(), NO_TEXT) if metric.needs_prompts else {}
     if metric.needs_prompts and (without := [path for path in paths if path not in stated]):
         raise ValueError(
@@ -88,7 +89,7 @@ def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: d
         beside = path.with_suffix(".txt")
         if beside.is_file():
             try:
-                return beside.read_text(encoding="utf-8").strip()
+                return beside.read_text(encoding="utf-8-sig").strip()
             except UnicodeDecodeError:
                 return None
         text = metadata(path.parent.parent / "metadata.jsonl") if path.parent.name == "samples" else UNKNOWN
@@ -100,12 +101,21 @@ def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: d
     return {path: text for path in paths if (text := prompt(path)) is not UNKNOWN}
 
 
+def _encodable(prompt: str) -> str:
+    """The prompt, or where it holds half of a surrogate pair its plain text; a benchmark's own prompts stay as is."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return plain(prompt)
+    return prompt
+
+
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
     """Lines of ``prompts.jsonl`` by the image's path below the folder."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
         return {str(PurePath(row["file"])): {"prompt": row["prompt"], **row} for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} must have `file` and `prompt` in every line ({error})") from error
 
 
@@ -113,8 +123,8 @@ def _metadata(path: Path) -> Any:
     if not path.is_file():
         return UNKNOWN
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))["prompt"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} is no record of GenEval's ({error})") from error
 
 
