@@ -104,7 +104,7 @@ def identity(config: Namespace) -> str:
 
 
 def record(config: Namespace) -> dict[str, Any]:
-    """What the lock says about this process."""
+    """This process and its experiment, for a lock."""
     return process() | {"job": job(), "identity": identity(config), "config": _digest(_plain(config))}
 
 
@@ -153,7 +153,7 @@ def lock(directory: Path, about: dict[str, Any]) -> IO[str]:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What the last process that trained in ``directory`` wrote; empty where that is unknown."""
+    """The record of the last process that worked in ``directory``; empty where there is none."""
     try:
         found = json.loads((directory / LOCK).read_text())
     except (OSError, ValueError):

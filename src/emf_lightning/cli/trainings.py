@@ -60,7 +60,7 @@ def _run(command: Sequence[str], **options: Any) -> int:
 
 
 def end_with_parent() -> None:
-    """Where ``fit`` started this process: sends it SIGTERM once its parent is gone; it saves its state first."""
+    """Sends this process SIGTERM once the parent that started it by ``fit`` is gone; it saves its state first."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ _STEPS, _EARLIER_STEPS = "auxiliary_steps", "critic_steps"
 
 @dataclass(frozen=True)
 class Alternation:
-    """How the two networks take turns.
+    """Turns of the two networks.
 
     Attributes:
         auxiliary_updates: of the online flow or discriminator before each of the network, at least 1.
