@@ -55,6 +55,7 @@ def _child(command: Callable[[], object], directory: Path, output: int, file_lim
         os.chdir(directory)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if file_limit is not None:

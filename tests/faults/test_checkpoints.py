@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import resource
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from benchmarks import fault_runner
 from emf_lightning.callbacks import WeightEMA
 from emf_lightning.callbacks.save_last_state import SaveLastState
 from emf_lightning.files import write_atomic
@@ -96,34 +95,43 @@ def test_a_torn_last_checkpoint_falls_back_to_the_newest_whole_one(run, tmp_path
     last = tmp_path / "last.ckpt"
     assert whole_checkpoint(last) == last
     last.write_bytes(last.read_bytes()[:size])
-    if size == 1:
-        return  # nothing in one byte tells a checkpoint from another file: reading it is an error
     with pytest.warns(UserWarning, match=r"step=6.ckpt, the newest whole checkpoint beside it, is used"):
         assert whole_checkpoint(last).name == "step=6.ckpt"
 
 
-@pytest.fixture
-def small_disk():
-    """Files end at 3,000 bytes, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_names_the_file_and_keeps_the_one_before(tmp_path, small_disk):
+def test_a_full_disk_names_the_file_and_keeps_the_one_before(tmp_path):
     path = tmp_path / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, path)
-    write_atomic(tmp_path / "text.txt", "before")
-    before = path.read_bytes()
-    with pytest.raises(OSError, match=r"last.ckpt"):
-        WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.randn(5000)}}, path)
-    with pytest.raises(OSError, match=r"text.txt"):
-        write_atomic(tmp_path / "text.txt", "x" * 5000)
-    assert path.read_bytes() == before
+
+    def save() -> None:
+        WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(2)}}, path)
+        write_atomic(tmp_path / "text.txt", "before")
+        before = path.read_bytes()
+        with pytest.raises(OSError, match=r"last.ckpt"):
+            WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.randn(5000)}}, path)
+        with pytest.raises(OSError, match=r"text.txt"):
+            write_atomic(tmp_path / "text.txt", "x" * 5000)
+        assert path.read_bytes() == before
+
+    ending = fault_runner.run(save, tmp_path, file_limit=3000)  # in a process of its own
+    assert ending.status == 0, ending.output
     assert (tmp_path / "text.txt").read_text() == "before"
     assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "text.txt"}
+
+
+def test_a_partial_file_of_a_killed_run_is_removed_by_the_next_save(tmp_path):
+    (tmp_path / ".step=6.ckpt.partial").write_bytes(b"torn")
+    WholeCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "step=9.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["step=9.ckpt"]
+
+
+def test_a_tensor_marked_as_a_folder_is_damage(run, tmp_path):
+    # torch reads nothing from such an entry and returns what the memory held
+    data = bytearray((run / "last.ckpt").read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 38] |= 0x10
+    (tmp_path / "last.ckpt").write_bytes(data)
+    with pytest.raises(ValueError, match="is not the content that was saved"):
+        read_checkpoint(tmp_path / "last.ckpt", "ckpt_path")
 
 
 class Breaks(Callback):

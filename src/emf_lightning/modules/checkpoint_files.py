@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for partial in Path(path).parent.glob(".*.ckpt.partial"):  # of a killed run; this one has locked its directory
+            partial.unlink(missing_ok=True)
         with replacing(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
@@ -40,12 +43,25 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 def whole_checkpoint(path: Path) -> Path:
     """``path``, or where it is a damaged ``last*.ckpt`` the newest whole checkpoint beside it, with a warning."""
-    damage = damage_of(path) if path.is_file() and path.stem.startswith("last") else None
+    damage = _unusable(path) if path.is_file() and path.stem.startswith("last") else None
     if damage is None:
         return path
     others = [other for other in path.parent.glob("*.ckpt") if other.is_file() and other != path]
     for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
-        if zipfile.is_zipfile(other) and damage_of(other) is None:
+        if zipfile.is_zipfile(other) and _unusable(other) is None:
             rank_zero_warn(f"{path}: {damage}; {other}, the newest whole checkpoint beside it, is used instead")
             return other
     return path
+
+
+def _unusable(path: Path) -> str | None:
+    """The damage of a checkpoint, also where torch alone sees it."""
+    if damage := damage_of(path):
+        return damage
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:  # whole, but with objects beside its tensors
+        return None
+    except Exception as error:  # its type depends on which bytes are wrong
+        return f"it is damaged ({type(error).__name__})"
+    return None
