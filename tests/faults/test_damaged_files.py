@@ -20,6 +20,7 @@ from emf_lightning.cli import main
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.lmdb_store import _ENVIRONMENTS
 from emf_lightning.text.words import WordEncoder
+from tests.cli.world import complaint
 
 DAMAGED = {
     "empty": b"",
@@ -29,16 +30,6 @@ DAMAGED = {
     "null": b"null",
     "deep": b"[" * 99999,
 }
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("emf ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 # -- reports ----------------------------------------------------------------------------------------------------------
