@@ -35,8 +35,8 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         ValueError: where the training fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = ["--ckpt_path", str(last)] if last.is_file() else []
+    last = max((folder / "checkpoints").glob("last*.ckpt"), key=os.path.getmtime, default=None)
+    resume = [] if last is None else ["--ckpt_path", str(last)]
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
     print(f"training: {folder}{f', log in {LOG}' if jobs > 1 else ''}\n", end="", flush=True)  # one write, one line
     if jobs == 1:

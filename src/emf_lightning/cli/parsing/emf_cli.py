@@ -14,11 +14,12 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from emf_lightning.callbacks.save_last_state import SaveLastState
 from emf_lightning.callbacks.signal_stop import SignalStop
 from emf_lightning.cli.parsing import import_classes
-from emf_lightning.cli.parsing.experiment_files import without_base
+from emf_lightning.cli.parsing.experiment_files import check_every_text, without_base
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.verbs import TRAINER_VERBS
@@ -27,7 +28,8 @@ from emf_lightning.import_policy import known_classes_only
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.checkpoint_files import WholeCheckpointIO, whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
-from emf_lightning.part_classes import FLAG, trusted
+from emf_lightning.modules.sharded_checkpoint import ShardedCheckpoints, check_index
+from emf_lightning.part_classes import trusted
 
 CLASS_PACKAGES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes YAML can name without their module."""
@@ -71,6 +73,7 @@ class EMFCLI(LightningCLI):
         import_classes(*CLASS_PACKAGES)
         # keeps `${a.b}` absolute within a file, although the parser nests its values below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        check_every_text()
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
         for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
@@ -118,10 +121,7 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
-        path, lock = open_run(self.trainer, config, fitting)
-        self.config_init[subcommand]["ckpt_path"] = path
-        if path and Path(path).is_file():
-            self.config_init[subcommand]["ckpt_path"] = str(whole_checkpoint(Path(path)))
+        self.config_init[subcommand]["ckpt_path"], lock = open_run(self.trainer, config, fitting)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         stop = SignalStop(["fit", *_without_place(self.arguments)])
@@ -142,6 +142,8 @@ class EMFCLI(LightningCLI):
         add_linked_arguments(config)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
+        if sharded and class_of(config.trainer.strategy.class_path) is ModelParallelStrategy:
+            config.trainer.strategy.class_path = f"{ShardedCheckpoints.__module__}.{ShardedCheckpoints.__qualname__}"
         if self.subcommand == "fit":
             _check_val_interval(config.trainer)
         if not trusted():
@@ -202,7 +204,7 @@ def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
         ValueError: if its sizes are not those of data parallelism over all devices: Lightning would form tensor ranks,
             which would train on different data without an error.
     """
-    if not isinstance(strategy, Namespace) or not strategy.class_path.endswith(".ModelParallelStrategy"):
+    if not isinstance(strategy, Namespace) or not issubclass(class_of(strategy.class_path), ModelParallelStrategy):
         return False
     sizes = [strategy.init_args[f"{kind}_parallel_size"] for kind in ("data", "tensor")]
     there = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
@@ -226,18 +228,10 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
         raise ValueError(f"ckpt_path: {path} is not used here; give `last`, or the path of a .ckpt")
     if not path or path == "last":
         return  # the newest checkpoint of this run
-    if not Path(path).is_dir():
+    if not sharded or not Path(path).is_dir():
         read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path")
-    elif not sharded:
-        raise ValueError(
-            f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
-            f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    elif not trusted():
-        raise ValueError(
-            f"ckpt_path: {path} is a sharded checkpoint, whose index is a pickle, and reading it may run any code; if "
-            f"you trust who wrote it, add --{FLAG}"
-        )
+    elif not Path(path).name.startswith("last"):  # in place of which another may be used
+        check_index(Path(path))
 
 
 def _check_val_interval(trainer: Namespace) -> None:

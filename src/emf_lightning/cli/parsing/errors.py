@@ -11,6 +11,7 @@ from pathlib import Path
 from emf_lightning.cli.parsing.parser_errors import parser_error
 from emf_lightning.files import full_disk
 from emf_lightning.modules.checkpoint import first_difference
+from emf_lightning.part_classes import FLAG
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
@@ -77,5 +78,10 @@ def _interpolation(text: str) -> str:
     """OmegaConf's message with absolute keys as the user wrote them, without the verb."""
     where = re.search(r"full_key: \w+\.(\S+)", text)
     key = re.search(r"resolved to '\w+\.(.+?)'", text) or re.search(r"Interpolation key '(.+?)' not found", text)
+    if resolver := re.search(r"Unsupported interpolation type (\S+)", text):
+        return (
+            f"{where[1] if where else 'a value'}: ${{{resolver[1]}:...}} may read the environment or run code; write "
+            f"the value itself, or if you trust who wrote the files, add --{FLAG}"
+        )
     message = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
     return f"{where[1]}: {message}" if where else message

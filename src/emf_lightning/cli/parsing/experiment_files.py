@@ -10,14 +10,14 @@ win, ``key+:`` appends to a list, and options after ``--config`` win over all fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 KEY = "base"
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _WORD = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _OPTIONS = ("--config", "-c")
 
 
@@ -62,7 +62,7 @@ def read_yaml(file: Path) -> Any:
     """The content of a YAML file.
 
     Raises:
-        ValueError: for a file that is no YAML, or has a key twice: the parser would drop the first.
+        ValueError: for a file that is no YAML, or has a key twice, see ``check_keys``.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -75,7 +75,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def check_keys(text: str, name: str) -> None:
-    """Raises a ``ValueError`` for a key that one mapping of the YAML ``text``, called ``name``, has twice."""
+    """Raises a ``ValueError`` for a key that one mapping of the YAML ``text``, called ``name``, has twice.
+
+    The parser would drop the first. It takes ``a.b`` for ``b`` below ``a``, so that ``a`` may not stand beside it.
+    """
     nodes: list[yaml.Node | None] = [yaml.compose(text, Loader=yaml.SafeLoader)]
     seen: set[int] = set()  # an alias is the node of its anchor, and may hold itself
     while nodes:
@@ -87,6 +90,7 @@ def check_keys(text: str, name: str) -> None:
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             lines: dict[tuple[str, str], int] = {}
+            words = {key.value: key.start_mark.line + 1 for key, _ in node.value if key.tag == _WORD}
             for key, value in node.value:
                 line, same = key.start_mark.line + 1, (key.tag, str(key.value))
                 if isinstance(key, yaml.ScalarNode) and same in lines and key.tag != _MERGE:
@@ -95,7 +99,31 @@ def check_keys(text: str, name: str) -> None:
                         "the first would be lost; make one of them"
                     )
                 lines[same] = line
+                parts = str(key.value).split(".")
+                outer = next((o for n in range(1, len(parts)) if (o := ".".join(parts[:n])) in words), None)
+                if key.tag == _WORD and outer is not None:
+                    raise ValueError(
+                        f"{name}: the keys {outer!r} in line {words[outer]} and {key.value!r} in line {line} are about "
+                        f"the same, and one of them would be lost; write {key.value!r} below {outer!r}"
+                    )
                 nodes += [key, value]
+
+
+def check_every_text() -> None:
+    """Makes the parser check the keys of every YAML text, also of a file that another file or an option names."""
+    from jsonargparse import set_loader
+    from jsonargparse._loaders_dumpers import yaml_load
+    from jsonargparse._optionals import get_omegaconf_loader
+    from jsonargparse._util import config_load_stack
+
+    for mode, load in {"yaml": yaml_load, "omegaconf+": get_omegaconf_loader("omegaconf+")}.items():
+
+        def checked(text: str, load: Callable[[str], Any] = load) -> Any:
+            stack = config_load_stack.get()
+            check_keys(text, stack[-1][1] if stack else "a value")
+            return load(text)
+
+        set_loader(mode, checked, (yaml.YAMLError,))
 
 
 def without_base(text: str) -> str:

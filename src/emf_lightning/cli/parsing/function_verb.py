@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from emf_lightning.cli.parsing.experiment_files import check_every_text
 from emf_lightning.import_policy import known_classes_only
 
 
@@ -30,6 +31,7 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=f"emf {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")
     parser.add_function_arguments(function, as_group=False)
+    check_every_text()
     with known_classes_only(imported=True):
         namespace = parser.instantiate(parser.parse_args(options))
     namespace.pop("config", None)
