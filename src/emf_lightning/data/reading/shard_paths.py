@@ -20,7 +20,8 @@ def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shar
 
     Args:
         shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a folder of them, a glob, a range like
-            ``data-{000000..000012}.tar``, a URL of ``PROTOCOLS`` (``hf://``, ``https://``, ``s3://``), or a list of these.
+            ``data-{000000..000012}.tar``, a URL of ``PROTOCOLS`` (``hf://``, ``https://``, ``s3://``, ...), or a list
+            of these.
         argument: name in the ValueError for an entry that matches no shard.
     """
     entries = [shards] if isinstance(shards, (str, Path)) else list(shards)

@@ -8,8 +8,8 @@ PROTOCOLS = (
     *("file", "local", "http", "https", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"),
     *("hdfs", "webhdfs", "sftp", "ssh"),
 )
-"""Protocols that read one file of a disk or a service. Others, such as ``reference://``, read what a file tells them to,
-wherever that is; chains of several, ``zip://x::https://...``, may hold one of them."""
+"""Protocols that read one file of a disk or a service. Others, such as ``reference://``, read what a file tells them
+to, wherever that is; chains of several, ``zip://x::https://...``, may hold one of them."""
 
 
 def is_url(path: str) -> bool:
