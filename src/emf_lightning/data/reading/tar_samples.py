@@ -15,6 +15,10 @@ from emf_lightning.data.reading.urls import check_url, is_url
 IMAGES = EXTENSIONS
 MEMBER_MB = 64.0
 """Megabytes of a member from which it is left out."""
+HIDDEN = "hidden image (of macOS, or its name starts with a dot)"
+NO_EXTENSION = "name without an extension"
+NO_FILE = "image is no file"
+"""Reasons for files that are passed over, in shards and in folders."""
 COUNTED = 64
 """Number of samples from which ``count_samples`` extrapolates."""
 
@@ -194,5 +198,5 @@ def _reason(member: Member) -> str | None:
     if member.odd is not None:
         return f"image is {member.odd}" if _image(base) else None
     if base.startswith(".") or "__MACOSX" in member.name:
-        return "hidden image (of macOS, or its name starts with a dot)" if _image(base) else None
-    return "name without an extension"
+        return HIDDEN if _image(base) else None
+    return NO_EXTENSION
