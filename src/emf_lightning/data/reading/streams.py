@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -145,7 +145,7 @@ class ShardStream(IterableDataset[RawBatch]):
     def _load(self, sample: TarSample, flipped: bool) -> Iterator[Sample | str]:
         """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
         try:
-            decode = cache(partial(decode_image, sample, self.image_limits))
+            decode = cache(lambda: decode_image(sample, self.image_limits))
             for caption in self._captions(sample):
                 yield self._look_up(sample, flipped, caption, decode)
         except UnusableSampleError as error:
