@@ -22,7 +22,7 @@ from emf_lightning.callbacks.scores.score_board import ScoreBoard, score_charts
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
-from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore, sample_path
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.sampling_config import sampling_configs
@@ -158,7 +158,8 @@ class FewStepSampling(Callback):
         step = max(trainer.global_step, self._loaded_step)  # outside fit, Lightning counts no steps
         configs = [config for config in self.configs if final or config.is_main]
         count = self.final_images_per_task if final else self.images_per_task
-        requested = self._requested(1 if trainer.fast_dev_run else count)  # type: ignore[attr-defined]
+        asked = self.suite.images(1 if trainer.fast_dev_run else count)  # type: ignore[attr-defined]
+        requested = _requests(asked)
         with sampling_context(trainer, module):
             results = sample_and_score(
                 trainer,
@@ -169,7 +170,7 @@ class FewStepSampling(Callback):
                 batch_size=self.batch_size,
                 seed=self.seed,
                 on_progress=lambda done: show_progress(trainer, f"{name} images", done, len(requested) * len(configs)),
-                kept=self._requested(self.shown_per_task),
+                kept=_requests(self.suite.images(self.shown_per_task)),
             )
         records = [self._record(result, module, stage, step) for result in results]
         self.history.add(records)
@@ -178,12 +179,8 @@ class FewStepSampling(Callback):
             values = {f"eval/{name}/{key}/{tag}": value for key, value in record.values().items()}
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
         if trainer.is_global_zero:
-            self._publish(trainer, results, records, time.perf_counter() - began)
+            self._publish(trainer, asked, results, records, time.perf_counter() - began)
         self.seconds += time.perf_counter() - began
-
-    def _requested(self, images_per_task: int) -> list[tuple[str, int]]:
-        """Prompt and number of each image; those for a smaller number are among those for a larger one."""
-        return [(image.prompt.prompt, image.index) for image in self.suite.images(images_per_task)]
 
     def _record(self, result: ScoredImages, module: FlowMapModule, stage: str, step: int) -> ScoreRecord:
         sampling, seconds = result.config.resolve(module.guidance_scale), round(result.seconds, 3)
@@ -213,14 +210,18 @@ class FewStepSampling(Callback):
             self._board.add_scalars(elsewhere)
 
     def _publish(
-        self, trainer: Trainer, results: Sequence[ScoredImages], records: Sequence[ScoreRecord], seconds: float
+        self,
+        trainer: Trainer,
+        asked: Sequence[PromptImage],
+        results: Sequence[ScoredImages],
+        records: Sequence[ScoreRecord],
+        seconds: float,
     ) -> None:
         board, last = self._board, records[-1]
-        numbers = {prompt.prompt: number for number, prompt in enumerate(self.suite.prompts())}
         for result, record in zip(results, records, strict=True):
             path = board.directory / "results" / f"{record.stage}-{record.step:07d}-{record.sampling.tag}.jsonl"
             sampling = json.dumps({"step": record.step, "nfe": record.nfe, **asdict(record.sampling)})
-            files = [sample_path(numbers[image.prompt], image.index) for image in result.images]
+            files = [sample_path(image.number, image.index) for image in asked]
             rows = zip(files, result.images, strict=True)
             write_json_lines(path, [{"filename": file, **image.row, "sampling": sampling} for file, image in rows])
         self.history.write(board.directory / SCORES)
@@ -237,3 +238,8 @@ class FewStepSampling(Callback):
         show_line(trainer, f"step {last.step}: {found}")
         if last.stage != "fit":
             show_line(trainer, f"{self.suite.name}, step {last.step}\n{board.table(records)}", at_end=True)
+
+
+def _requests(images: Sequence[PromptImage]) -> list[tuple[str, int]]:
+    """Prompt and number of each image; those for a smaller number of images are among those for a larger one."""
+    return [(image.prompt.prompt, image.index) for image in images]

@@ -164,7 +164,7 @@ class StepSweep(Callback):
         of_all_seeds = [metric.fresh_copy().to(trainer.strategy.root_device) for metric in metrics]
         seed_scores: list[list[float]] = [[] for _ in metrics]
         seconds, image_rows = 0.0, []
-        prompt_numbers = {prompt: index for index, prompt in enumerate(benchmark.prompts())}
+        prompts = len(benchmark.prompts())  # of which several may be equal: their place tells them apart
         total = len(self.configs) * len(self.seeds) * len(requested)
         for i, seed in enumerate(self.seeds):
             before = (number * len(self.seeds) + i) * len(requested)
@@ -176,8 +176,8 @@ class StepSweep(Callback):
                 trainer, module, metrics, requested, [config], batch_size=self.batch_size, seed=seed, on_progress=show
             )
             seconds += scored.seconds
-            for image in scored.images:
-                file = sample_path(prompt_numbers[image.prompt], i * self.images_per_prompt + image.index)
+            for place, image in enumerate(scored.images):
+                file = sample_path(place % prompts, i * self.images_per_prompt + image.index)
                 image_rows.append({"filename": file, **image.row, "seed": seed})
             for whole, metric, scores in zip(of_all_seeds, scored.metrics, seed_scores, strict=True):
                 whole.merge(metric)

@@ -15,6 +15,7 @@ from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.text.plain import prompt_texts
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def generate_images(
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, CaptionImageData):
         raise ValueError("sampling images needs CaptionImageData: hand the trainer a datamodule, not loaders")
+    captions = prompt_texts(captions)
     text, null = data.text_features(captions), data.null_features()
     shape = (data.latent_channels, data.latent_size, data.latent_size)
     noises = [fixed_noise(seed, caption, index, shape) for caption, index in zip(captions, indices, strict=True)]

@@ -23,6 +23,7 @@ from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.part_classes import Spec, build, check_spec, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
+from emf_lightning.text.plain import prompt_texts
 
 _TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
 """Arguments of a network that concern its training or its start, which a saved network does not need."""
@@ -208,7 +209,7 @@ class EMFPipeline(DiffusionPipeline):
         """Images of ``prompt``, those of one prompt beside each other.
 
         Args:
-            prompt: one or several; all of them are one batch.
+            prompt: one or several; all of them are one batch. The empty string generates without a prompt.
             num_inference_steps: from noise to data; these models train for 1, 2 and 4.
             guidance_scale: of classifier-free guidance; by default the trained model's, 1 for none. It doubles the
                 network evaluations, unless the network takes guidance as a condition.
@@ -221,9 +222,9 @@ class EMFPipeline(DiffusionPipeline):
             return_dict: whether to return an ``EMFPipelineOutput`` or a tuple.
 
         Raises:
-            ValueError: for no prompts, steps or images.
+            ValueError: for no prompts, steps or images, and for a prompt that is no text.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = prompt_texts(prompt)
         if not prompts or num_inference_steps < 1 or num_images_per_prompt < 1:
             raise ValueError(
                 f"EMFPipeline: nothing to generate for {len(prompts)} prompts, "

@@ -14,10 +14,11 @@ from emf_lightning.data.geneval_prompts import TASKS, Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
+from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.flow_map import FlowMapModule
 from tests.callbacks import tiny
-from tests.callbacks.oracle import Oracle
+from tests.callbacks.oracle import NoiseKeeper, Oracle, Twice
 
 SUITE = ShapesSuite(per_task=6, scenes_per_task=6)
 
@@ -373,3 +374,20 @@ def test_bare_loaders_are_refused_with_the_remedy(shards, tmp_path):
     data.setup("fit")
     with pytest.raises(ValueError, match="hand the trainer a datamodule"):
         tiny.trainer(tmp_path / "run", sampling()).fit(tiny.meanflow(), train_dataloaders=data.train_dataloader())
+
+
+def test_equal_prompts_of_a_suite_have_noises_and_files_of_their_own(shards, tmp_path):
+    suite = Twice(per_task=6, scenes_per_task=6)
+    texts, model = [prompt.prompt for prompt in suite.prompts()], NoiseKeeper(suite)
+    callback = sampling(suite=suite, steps=[1], final_images_per_task=9, at_start=False, batch_size=5, figures=True)
+    tiny.trainer(tmp_path / "run", callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
+    (results,) = (tmp_path / "run/shapes/results").iterdir()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert scores(tmp_path / "run")[-1]["overall"] == 1
+    assert len({row["filename"] for row in rows}) == len(rows) == 9 * len(TASKS)
+    several = 1 + max(int(row["filename"][-8:-4]) for row in rows)
+    for row, noise in zip(rows, model.noises, strict=True):
+        number, image = int(row["filename"][:5]), int(row["filename"][-8:-4])
+        assert texts[number] == row["prompt"]
+        occurrence = texts[:number].count(texts[number])
+        assert torch.equal(noise, fixed_noise(0, texts[number], occurrence * several + image, noise.shape))

@@ -26,6 +26,7 @@ from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.data.reading.tar_samples import MEMBER_MB
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.plain import prompt_texts
 
 
 class CaptionImageData(LightningDataModule):
@@ -226,7 +227,7 @@ class CaptionImageData(LightningDataModule):
 
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of ``captions`` on the training device; through the cache, if there is one."""
-        return self.encoder.text_features(captions)
+        return self.encoder.text_features(prompt_texts(captions, "captions"))
 
     def null_features(self) -> TextFeatures:
         """Features ``[1, L, D]`` of the null caption, on the training device."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from emf_lightning.data.geneval_prompts import with_article
+from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
 from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
+from emf_lightning.data.reading.urls import is_url, open_url
 from emf_lightning.files import read_json, remove_partial
 
 MANIFEST = "manifest.json"
@@ -94,11 +96,9 @@ def dataset_samples(
         for number in range(len(undecoded)):
             try:
                 row = undecoded[number]
-                text = caption_of(row)
-                if text is None or not text.strip():
-                    raise UnusableImageError("missing caption" if text is None else "empty caption")
+                text = usable_caption(caption_of(row))
                 image = read_pixels(_image_file(row[column]), limits)
-            except UnusableImageError as reason:
+            except (UnusableImageError, UnusableSampleError) as reason:
                 left_out(number, str(reason))
             except UnicodeDecodeError:
                 left_out(number, "caption not UTF-8")
@@ -116,11 +116,11 @@ def _image_file(stored: dict[str, Any] | None) -> BinaryIO:
         raise UnusableImageError("missing image")
     if stored["bytes"] is not None:
         return io.BytesIO(stored["bytes"])
-    import fsspec
-
     try:
-        with fsspec.open(stored["path"], "rb") as file:
+        with open_url(stored["path"]) if is_url(stored["path"]) else open(stored["path"], "rb") as file:
             return io.BytesIO(file.read())
+    except ValueError as error:
+        raise UnusableImageError("image at an address that is not read") from error
     except OSError as error:
         raise UnusableImageError(f"unreadable image file ({error.strerror or type(error).__name__})") from error
 

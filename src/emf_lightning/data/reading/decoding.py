@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,21 +30,29 @@ def decode_caption(sample: TarSample) -> str:
     """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
     Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
     """
+    if sample.text is None and sample.json is not None:
+        return json_caption(sample.json, CAPTION_KEYS)
+    return usable_caption(sample.text)
+
+
+def json_caption(record: bytes, keys: Sequence[str]) -> str:
+    """The caption in a JSON object, under the first of ``keys`` that it has; errors as of ``decode_caption``."""
     try:
-        if sample.text is not None:
-            caption: Any = sample.text.decode("utf-8-sig")
-        else:
-            record = None if sample.json is None else parse_json(sample.json)
-            caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
+        fields = parse_json(record)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
     except ValueError as error:
         raise UnusableSampleError("broken JSON") from error
-    return usable_caption(caption)
+    return usable_caption(next((fields[key] for key in keys if isinstance(fields, dict) and key in fields), None))
 
 
 def usable_caption(caption: Any) -> str:
-    """``caption`` in valid Unicode; UnusableSampleError if it is no text, or none that was written as UTF-8."""
+    """``caption``, text or its bytes, in valid Unicode; UnusableSampleError if it is empty or not UTF-8 text."""
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UnusableSampleError("caption not UTF-8") from error
     if not isinstance(caption, str):
         raise UnusableSampleError("missing caption")
     if "\0" in caption:

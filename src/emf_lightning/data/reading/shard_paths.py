@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from emf_lightning.data.reading.urls import check_url, is_url
+
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 """Endings of shard names; gzip is decompressed while reading."""
 
@@ -18,7 +20,8 @@ def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shar
 
     Args:
         shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a folder of them, a glob, a range like
-            ``data-{000000..000012}.tar``, a URL (``hf://``, ``https://``, ``s3://``), or a list of these.
+            ``data-{000000..000012}.tar``, a URL of ``PROTOCOLS`` (``hf://``, ``https://``, ``s3://``, ...), or a list
+            of these.
         argument: name in the ValueError for an entry that matches no shard.
     """
     entries = [shards] if isinstance(shards, (str, Path)) else list(shards)
@@ -41,7 +44,8 @@ def _ranges(entry: str) -> list[str]:
 
 
 def _expand(entry: str, argument: str) -> list[str]:
-    if "://" in entry:
+    if is_url(entry):
+        check_url(entry, argument)
         if not glob.has_magic(entry):
             return [entry]  # checked when it is read: checking here would cost one request a shard
         import fsspec

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,9 @@ from emf_lightning.data.reading.decoding import (
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
 from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
@@ -56,7 +61,8 @@ class ShardStream(IterableDataset[RawBatch]):
         feature_cache: an open cache of text features; None leaves all captions to the encoder.
         latent_cache: an open cache of latents; None leaves all images to the autoencoder.
         encoder_image_size: side of the text encoder's images (``TextEncoder.image_size``).
-        only_missing: leaves out samples that the caches hold and decodes only what the caches lack, to fill them.
+        only_missing: leaves out samples that the caches hold and decodes only what the caches lack, to fill them; each
+            of several captions of an image is a sample.
         captions: captions from files beside the shards; they override those in the shards.
         images: False decodes no images for the autoencoder; samples then need none.
         image_limits: bounds beyond which an image is left out.
@@ -121,29 +127,43 @@ class ShardStream(IterableDataset[RawBatch]):
             for reason, location in sample.ignored:
                 skipped[reason] += 1
                 examples.setdefault(reason, location)
-            try:
-                samples.append(self._load(sample, flipped))
-            except UnusableSampleError as error:
-                skipped[str(error)] += 1
-                if str(error) != CACHED:
-                    examples.setdefault(str(error), sample.location)
-                continue
-            if len(samples) == self.batch_size:
-                yield batch(position)
+            for loaded in self._load(sample, flipped):
+                if isinstance(loaded, Sample):
+                    samples.append(loaded)
+                    if len(samples) == self.batch_size:
+                        yield batch(position)
+                else:
+                    skipped[loaded] += 1
+                    if loaded != CACHED:
+                        examples.setdefault(loaded, sample.location)
         if self.drop_last:
             samples.clear()
         if samples:
             yield batch(position)
         yield batch(position)
 
-    def _load(self, sample: TarSample, flipped: bool) -> Sample:
-        """Looks the sample up in the caches, and decodes its image if they lack its features or latents.
-        Raises ``UnusableSampleError`` for a sample that is left out.
-        """
+    def _load(self, sample: TarSample, flipped: bool) -> Iterator[Sample | str]:
+        """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
+        try:
+            decode = cache(lambda: decode_image(sample, self.image_limits))
+            for caption in self._captions(sample):
+                yield self._look_up(sample, flipped, caption, decode)
+        except UnusableSampleError as error:
+            yield str(error)
+
+    def _captions(self, sample: TarSample) -> Sequence[str]:
+        """This pass's caption of the sample, or all that passes take; ``UnusableSampleError`` for none."""
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
-        caption = self.captions.find(sample.location, self.seed, self._epoch) if self.captions is not None else None
-        caption = caption or decode_caption(sample)
+        found: Sequence[str] = ()
+        if self.captions is not None and self.only_missing and self.feature_cache is not None:
+            found = self.captions.find_all(sample.location)
+        elif self.captions is not None and (caption := self.captions.find(sample.location, self.seed, self._epoch)):
+            found = (caption,)
+        return found or (decode_caption(sample),)
+
+    def _look_up(self, sample: TarSample, flipped: bool, caption: str, decode: Callable[[], Image]) -> Sample | str:
+        """Looks the sample up in the caches, and decodes its image if they lack its features or latents."""
         features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         named = latents is not None or (size is not None and features is not None)
         name = image_key(sample, flipped) if named else None
@@ -155,7 +175,7 @@ class ShardStream(IterableDataset[RawBatch]):
             cache is None or key is None or cache.holds(key)
             for cache, key in ((features, feature_key), (latents, latent_key))
         ):
-            raise UnusableSampleError(CACHED)
+            return CACHED
         feature_entry = features.fetch(feature_key) if features is not None and feature_key is not None else None
         latent_entry = latents.fetch(latent_key) if latents is not None and latent_key is not None else None
         image = encoder_image = None
@@ -164,7 +184,7 @@ class ShardStream(IterableDataset[RawBatch]):
             size is not None and feature_entry is None and not (self.only_missing and features is None)
         )
         if needs_image or needs_encoder_image:
-            decoded = decode_image(sample, self.image_limits)
+            decoded = decode()
             try:
                 image = _flip(self.transform(decoded), flipped) if needs_image else None
                 encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -9,10 +10,15 @@ from dataclasses import dataclass, field
 
 from emf_lightning.data.reading.pixels import EXTENSIONS
 from emf_lightning.data.reading.tar_members import END, Member, ShardFile, members
+from emf_lightning.data.reading.urls import check_url, is_url
 
 IMAGES = EXTENSIONS
 MEMBER_MB = 64.0
 """Megabytes of a member from which it is left out."""
+HIDDEN = "hidden image (of macOS, or its name starts with a dot)"
+NO_EXTENSION = "name without an extension"
+NO_FILE = "image is no file"
+"""Reasons for files that are passed over, in shards and in folders."""
 COUNTED = 64
 """Number of samples from which ``count_samples`` extrapolates."""
 
@@ -140,7 +146,7 @@ def read_samples(
     except OSError as error:
         fault = f"unreadable shard ({type(error).__name__})"
     except Exception as error:  # each kind of URL has errors of its own
-        if "://" not in path or isinstance(error, ImportError):
+        if not is_url(path) or isinstance(error, ImportError):
             raise
         fault = f"unreadable shard ({type(error).__name__})"
     yield from close(place, whole=False)
@@ -156,7 +162,7 @@ def count_samples(path: str) -> int:
                 matched = None if member.fault is not None or member.odd is not None else _key(member)
                 if matched is not None and matched[0] != last:
                     count, last = count + 1, matched[0]
-                if count > COUNTED and ("://" in path or path.endswith("gz")):
+                if count > COUNTED and (is_url(path) or path.endswith("gz")):
                     return round(_size(path) / member.start * COUNTED)  # images hardly compress
     except (EOFError, zlib.error, OSError):
         pass  # reported when the shard is read
@@ -167,6 +173,9 @@ def _size(path: str) -> int:
     """Bytes of the file, compressed or not."""
     import fsspec
 
+    if not is_url(path):
+        return os.path.getsize(path)
+    check_url(path)
     system, inside = fsspec.core.url_to_fs(path)
     return int(system.size(inside) or 0)
 
@@ -189,5 +198,5 @@ def _reason(member: Member) -> str | None:
     if member.odd is not None:
         return f"image is {member.odd}" if _image(base) else None
     if base.startswith(".") or "__MACOSX" in member.name:
-        return "hidden image (of macOS, or its name starts with a dot)" if _image(base) else None
-    return "name without an extension"
+        return HIDDEN if _image(base) else None
+    return NO_EXTENSION

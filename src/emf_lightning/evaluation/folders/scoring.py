@@ -18,6 +18,7 @@ from emf_lightning.evaluation.folders.image_files import usable_pixels
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.files import write_atomic
+from emf_lightning.text.plain import plain
 
 SCORES = "scores.json"
 LEFT_OUT = "left_out"
@@ -129,7 +130,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
 
 def left_out_text(left_out: Mapping[str, Sequence[str]]) -> str:
     """The number of images by reason, and the first of each."""
-    return ", ".join(f"{len(paths):,} x {reason} ({paths[0]} first)" for reason, paths in left_out.items())
+    return ", ".join(f"{len(paths):,} x {reason} ({plain(paths[0])} first)" for reason, paths in left_out.items())
 
 
 def _left_out(results: Path, ranks: int) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ class SuiteScore(ImageMetric):
         suite: e.g. ``GenEvalSuite`` or ``ShapesSuite``.
 
     Raises:
-        ValueError: for a suite that has a prompt twice.
+        ValueError: for a suite that asks for different things in the same words.
     """
 
     images: Tensor
@@ -39,20 +39,24 @@ class SuiteScore(ImageMetric):
         super().__init__()
         self.suite = suite
         self.name, self.title = suite.name, suite.title
+        self._texts = [prompt.prompt for prompt in suite.prompts()]
         self._prompts = {prompt.prompt: prompt for prompt in suite.prompts()}
         self._index = {text: index for index, text in enumerate(self._prompts)}
-        if len(self._prompts) < len(suite.prompts()):
-            raise ValueError(f"SuiteScore: the prompts of {suite.name} must differ: their texts tell them apart")
+        if other := next((prompt for prompt in suite.prompts() if prompt != self._prompts[prompt.prompt]), None):
+            raise ValueError(
+                f"SuiteScore: {suite.name} has different prompts of the text {other.prompt!r}; their texts must tell "
+                "them apart, or their fields be the same, too"
+            )
         for name in ("images", "correct", "strict"):
             self.add_sum(name, len(self._prompts), dtype=torch.int64)
 
     def prompts(self) -> Sequence[str]:
-        return list(self._prompts)
+        return self._texts
 
     def prompt_of(self, path: PurePath) -> str | None:
         parts = path.parts
-        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._prompts):
-            return self.prompts()[int(parts[0])]
+        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._texts):
+            return self._texts[int(parts[0])]
         return None
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
@@ -84,7 +88,7 @@ class SuiteScore(ImageMetric):
             return self._counted()
 
     def settings(self) -> dict[str, Any]:
-        return {"prompts": len(self._prompts), **self.suite.settings()}
+        return {"prompts": len(self._texts), **self.suite.settings()}
 
     def _prompt(self, text: str) -> Prompt:
         if text not in self._prompts:
