@@ -90,11 +90,21 @@ def remove_partial(folder: Path, seconds: float = 60.0) -> None:
         if not (found := re.search(r"\.(\d+)@(.+)\.partial$", path.name)):
             continue
         if found[2] == socket.gethostname():
-            died = not Path("/proc", found[1]).exists()
+            died = not _is_alive(int(found[1]))
         else:
             died = time.time() - path.stat().st_mtime > seconds
         if died:
             path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def full_disk(error: BaseException | None) -> int | None:
