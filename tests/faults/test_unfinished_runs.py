@@ -1,4 +1,4 @@
-"""A run or a comparison that is killed near its end is finished by the same call."""
+"""A run that is killed near its end is finished by the same call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from lightning.pytorch import Callback
 
 from benchmarks import fault_runner
@@ -17,7 +16,6 @@ from emf_lightning.cli import main
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 from tests.cli.world import BASE
-from tests.test_compare import EXPERIMENT
 
 DIES = "tests.faults.test_unfinished_runs.Dies"
 SUITE = "{class_path: ShapesSuite, init_args: {per_task: 2, scenes_per_task: 2}}"
@@ -65,31 +63,3 @@ def test_a_run_killed_before_its_final_scores_makes_them_when_it_is_resumed(tmp_
         assert (run / name).stat().st_size, name
     report = call(tmp_path, "report", str(run))
     assert report.status == 0 and (tmp_path / "report/report.md").is_file(), report.output
-
-
-@pytest.mark.slow
-def test_a_killed_comparison_keeps_what_is_done_and_finishes_the_rest(tmp_path, monkeypatch, root):
-    monkeypatch.setattr(fault_runner, "HUNG_AFTER", 900)
-    shards, files, hooks = tmp_path / "shards", [], ("on_train_batch_end", "on_train_end")
-    write_shards(SMALL, shards, 32, samples_per_shard=16)
-    (tmp_path / "experiments").symlink_to(root / "experiments")
-    for hook in hooks:
-        dies = f", callbacks+: [{{class_path: {DIES}, init_args: {{hook: {hook}}}}}]"
-        settings = {"model": "FlowMapModule", "settings": "caption_dropout: 0.0", "trainer": dies}
-        files.append(tmp_path / f"{hook}.yaml")
-        files[-1].write_text(EXPERIMENT.format(root=root, shards=shards, **settings))
-    names = ",".join(map(str, files))
-    arguments = ["compare", "--out", "out", "--experiments", f"[{names}]", "--steps", "2", "--images_per_prompt", "0"]
-    first, second = (tmp_path / "out" / hook / "steps2-seed0" for hook in hooks)
-
-    assert call(tmp_path, *arguments).status == -signal.SIGKILL  # in the first training, before a checkpoint
-    assert not (first / "summary.json").exists() and not second.exists()
-    assert call(tmp_path, *arguments).status == -signal.SIGKILL  # after the second one's last step
-    done = (first / "summary.json").stat().st_mtime_ns
-    assert (second / "checkpoints/last.ckpt").is_file() and not (second / "summary.json").exists()
-    ending = call(tmp_path, *arguments)
-    assert ending.status == 0, ending.output
-    assert f"training: {second.relative_to(tmp_path)}" in ending.output
-    assert (first / "summary.json").stat().st_mtime_ns == done
-    table = (tmp_path / "out/comparison.md").read_text()
-    assert all(f"| {hook} |" in table for hook in hooks)
