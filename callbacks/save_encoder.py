@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
@@ -33,6 +34,7 @@ class SaveEncoder(Callback):
             if trainer.is_global_zero:
                 encoder = pl_module.encoder
                 assert isinstance(encoder, PretrainedTextEncoder)
-                encoder.tower.save_pretrained(Path(run) / self.folder)
-                encoder.tokenizer.save_pretrained(Path(run) / self.folder)
-                write_digests(Path(run) / self.folder)
+                with replacing_folder(Path(run) / self.folder) as partial:
+                    encoder.tower.save_pretrained(partial)
+                    encoder.tokenizer.save_pretrained(partial)
+                    write_digests(partial)

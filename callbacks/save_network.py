@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.flow_map import FlowMapModule
 
 
@@ -36,5 +37,6 @@ class SaveNetwork(Callback):
             return
         if self.time_scale is not None:
             net.refit_time(self.time_scale)
-        net.save_pretrained(Path(run) / self.folder)
-        write_digests(Path(run) / self.folder)
+        with replacing_folder(Path(run) / self.folder) as partial:
+            net.save_pretrained(partial)
+            write_digests(partial)

@@ -20,6 +20,7 @@ from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.scored_images import sample_and_score
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore, sample_path
 from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure
 from emf_lightning.evaluation.sampling_config import sampling_configs
@@ -129,7 +130,7 @@ class StepSweep(Callback):
                         Report(tuple(rows), about | so_far, levels).write(directory)
         if trainer.is_global_zero:
             report = Report(tuple(rows), about, levels)
-            steps_figure(report).savefig(directory / "report.png")
+            save_figure(steps_figure(report), directory / "report.png")
             text = f"{report.markdown()}\nreport.md, report.json and report.png: {directory}"
             show_line(trainer, text, at_end=True)
 

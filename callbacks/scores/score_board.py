@@ -13,7 +13,7 @@ from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreReco
 from emf_lightning.callbacks.scores.scored_images import ScoredImages
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
 from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
-from emf_lightning.evaluation.reports.figures import contact_sheet, step_count_figure, training_curves
+from emf_lightning.evaluation.reports.figures import contact_sheet, save_figure, step_count_figure, training_curves
 from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class ScoreBoard:
         from PIL import Image
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.directory / f"{name}.png")
+        save_figure(figure, self.directory / f"{name}.png")
         pixels = np.asarray(Image.open(self.directory / f"{name}.png").convert("RGB"))
         for writer in self.writers:
             writer.add_image(f"eval/{self.suite}/{name}", pixels, step, dataformats="HWC")

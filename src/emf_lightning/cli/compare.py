@@ -13,6 +13,7 @@ import yaml
 
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.files import write_atomic
 
 CALIBRATION = 40
@@ -186,4 +187,4 @@ def _write(out: Path, groups: dict[str, list[Training]]) -> None:
         if runs := [Run.read(training.experiment.stem, training.folder) for training in group if training.done]:
             shown[title] = runs
     write_atomic(out / TABLE, comparison(shown))
-    comparison_figure([*shown.values()][-1]).savefig(out / FIGURE, dpi=150)
+    save_figure(comparison_figure([*shown.values()][-1]), out / FIGURE, dpi=150)

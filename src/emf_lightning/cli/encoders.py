@@ -22,6 +22,7 @@ from emf_lightning.evaluation.encoders.features import Features, pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.report import EncoderStudy, StudiedEncoder
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
+from emf_lightning.files import replacing
 from emf_lightning.text.base import TextEncoder
 
 import_classes("text")
@@ -112,8 +113,7 @@ def _cached_features(
         before = truncations(encoder)
         features = pooled_features(encoder, corpus.captions, batch_size, on_progress)
         cut = (truncations(encoder) - before) / len(set(corpus.captions))
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, features=features, cut=cut)
-        partial.replace(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, features=features, cut=cut)
     with np.load(path) as cached:
         return cached["features"], float(cached["cut"])

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.generation import pipeline_of
 
 
@@ -35,10 +36,11 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
     specs = {"net": net, "autoencoder": _spec(settings.data.autoencoder), "text": _spec(settings.data.text)}
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
-    pipeline.save_pretrained(str(out))
-    for figure in sorted(run.glob("*/*.png")):
-        shutil.copy(figure, out / f"{figure.parent.name}_{figure.name}")
-    (out / "README.md").write_text(model_card(run, out, settings, pipeline))
+    with replacing_folder(out) as partial:
+        pipeline.save_pretrained(str(partial))
+        for figure in sorted(run.glob("*/*.png")):
+            shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
+        (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
 
 

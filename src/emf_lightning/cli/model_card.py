@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -39,8 +40,8 @@ prompt fix the noise, so that a prompt's image is the same in any batch. `transf
 {figures}"""
 
 
-def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline) -> str:
-    """The model card: usage, training, last scores, and the figures of ``run``, which lie in the exported ``out``."""
+def model_card(run: Path, folder: str, figures: Sequence[Path], settings: Namespace, pipeline: EMFPipeline) -> str:
+    """The model card: usage, training, last scores and ``figures``, which lie beside it in ``folder``."""
     net = settings.model.init_args.net
     source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
     logger = settings.trainer.get("logger")
@@ -60,10 +61,10 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
     }
     return _CARD.format(
         title=facts["experiment"],
-        folder=out.name,
+        folder=folder,
         facts=markdown_table(["", ""], [[name, str(value)] for name, value in facts.items()]),
         scores=_scores(run),
-        figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in sorted(out.glob("*.png"))),
+        figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.evaluation.geneval.suite import GenEvalSuite
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure, training_figure
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -50,10 +51,10 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
             curves.setdefault(suite, {})[name] = _curves(history)
     everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)}, _common_levels(all_levels))
     everything.write(out)
-    steps_figure(everything).savefig(out / "steps.png")
+    save_figure(steps_figure(everything), out / "steps.png")
     for suite, of_run in curves.items():
         nonempty = {run: lines for run, lines in of_run.items() if lines}
-        training_figure(nonempty, TITLES.get(suite, suite)).savefig(out / f"training-{suite}.png")
+        save_figure(training_figure(nonempty, TITLES.get(suite, suite)), out / f"training-{suite}.png")
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
 

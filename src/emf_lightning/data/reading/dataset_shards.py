@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,7 +14,7 @@ from emf_lightning.data.geneval_prompts import with_article
 from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
 from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
 from emf_lightning.data.reading.urls import is_url, open_url
-from emf_lightning.files import read_json, remove_partial
+from emf_lightning.files import read_json, remove_partial, replacing
 
 MANIFEST = "manifest.json"
 
@@ -154,7 +153,8 @@ def write_samples(
         raise ValueError(
             f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete this one"
         )
-    manifest.write_text(json.dumps(identity, indent=1) + "\n")
+    with replacing(manifest, shared=True) as partial:
+        partial.write_text(json.dumps(identity, indent=1) + "\n")
     paths: list[Path] = []
     remaining, done = iter(samples), 0
     while block := list(islice(remaining, samples_per_shard)):
@@ -170,12 +170,10 @@ def write_samples(
 
 
 def _write_shard(path: Path, samples: Sequence[tuple[bytes | None, str]], first: int) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w") as tar:
+    with replacing(path, shared=True) as partial, tarfile.open(partial, "w") as tar:
         for number, (png, caption) in enumerate(samples, first):
             for suffix, content in (("png", png), ("txt", caption.encode())):
                 if content is not None:
                     member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    os.replace(partial, path)

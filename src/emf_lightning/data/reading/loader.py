@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -19,6 +20,16 @@ from emf_lightning.text.plain import shorten
 
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
+
+OUTLIVES = 600
+"""Seconds after SIGTERM at which a worker ends by itself."""
+
+
+def _outlive(worker: int) -> None:
+    """Lets a data worker go on after SIGTERM: a scheduler sends it to all processes of a job, and the trainer needs
+    the worker's batches until it has saved its state.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES))  # torch ends its workers by another way first
 
 
 class ShardLoader:
@@ -80,6 +91,7 @@ class ShardLoader:
             num_workers=self.num_workers,
             prefetch_factor=BATCHES_AHEAD if self.num_workers else None,
             pin_memory=self.pin_memory,
+            worker_init_fn=_outlive,
             generator=torch.Generator(),  # DataLoader would advance the global generator otherwise
         )
         ticket = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -21,6 +20,7 @@ from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.folders.image_files import image_files, usable_pixels
+from emf_lightning.files import remove_partial, replacing
 from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -142,13 +142,12 @@ class ReferenceImages:
         arrays = self._arrays[kind] = compute()
         if _is_distributed() and dist.get_rank() > 0:
             return arrays
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same file
         about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
         try:
             path.parent.mkdir(exist_ok=True)
-            with partial.open("wb") as file:
+            remove_partial(path.parent)
+            with replacing(path, shared=True) as partial, partial.open("wb") as file:
                 np.savez(file, **(arrays | about))  # type: ignore[arg-type]
-            os.replace(partial, path)
         except OSError as error:  # the folder may be read-only
             log.info("%s: cannot keep the features of %s (%s)", self.caller, self.folder, error)
         return arrays

@@ -16,7 +16,7 @@ from emf_lightning.evaluation.encoders.disentanglement import Disentanglement
 from emf_lightning.evaluation.encoders.features import VARIANTS
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.figures import paper_style
+from emf_lightning.evaluation.reports.figures import paper_style, save_figure
 from emf_lightning.evaluation.reports.report_figures import MARKERS
 from emf_lightning.files import to_json, write_atomic
 
@@ -65,8 +65,8 @@ class EncoderStudy:
         content = {"about": self.about, "encoders": [asdict(encoder) for encoder in self.encoders]}
         write_atomic(directory / "encoders.json", to_json(content))
         write_atomic(directory / "encoders.md", self.markdown())
-        self.figure().savefig(directory / "encoders.png")
-        self.retrieved(corpus).savefig(directory / "retrieved.png")
+        save_figure(self.figure(), directory / "encoders.png")
+        save_figure(self.retrieved(corpus), directory / "retrieved.png")
 
     def markdown(self) -> str:
         """The tables and an explanation."""

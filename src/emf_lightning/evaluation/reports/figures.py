@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores
 from emf_lightning.evaluation.sampling_config import step_name
+from emf_lightning.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +45,12 @@ STYLE = {
     "figure.dpi": 200.0,
 }
 """Matplotlib settings for a two-column paper: 8-point type at the figure's own size."""
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Writes a figure as PNG, atomically."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", **options)
 
 
 def step_colour(steps: int) -> str:
