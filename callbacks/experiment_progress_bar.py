@@ -70,10 +70,10 @@ class ExperimentProgressBar(TQDMProgressBar):
             self._sampling.close()
             self._sampling = None
 
-    def show_scores(self, scores: Mapping[str, float]) -> None:
-        """Adds ``scores`` (step count -> overall) to the bar."""
+    def show_scores(self, scores: Mapping[str, float], name: str = "scores") -> None:
+        """Adds ``scores`` (step count -> main number of the metric ``name``) to the bar."""
         numbers = " ".join(f"{score:.2f}".removeprefix("0") for score in scores.values())  # .42 rather than 0.42
-        self._scores = f"scores {'/'.join(scores)} {numbers}"
+        self._scores = f"{name} {'/'.join(scores)} {numbers}"
 
     def show_at_end(self, text: str) -> None:
         """Writes ``text`` at the end of the run, above the last line."""

@@ -104,7 +104,7 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
         callback = sampling(steps=[1], at_start=False, final_images_per_task=6, extra_metrics=[fid])
         tiny.trainer(tmp_path / name, callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
         (record,) = scores(tmp_path / name)
-        distances[name] = record["extra_metrics"]["fid_random"]
+        distances[name] = record["metrics"]["fid_random"]["values"]["score"]
         curve = tiny.events(tmp_path / name).Scalars("eval/shapes/fid_random/1step")
         assert curve[-1].value == pytest.approx(distances[name], rel=1e-5)
     assert distances["oracle"] < 0.2 * distances["blank"]

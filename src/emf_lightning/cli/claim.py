@@ -140,7 +140,7 @@ def _final_scores(run: Path) -> dict[int, float]:
     """Network steps -> score at the end of a training; empty for an unfinished one."""
     history = ScoreHistory.read_if_there(run / "shapes" / SCORES)
     final = [record for record in history.records if record.stage == "final" and record.sampling.is_main]
-    scores = {record.sampling.steps: record.scores.overall for record in final}
+    scores = {record.sampling.steps: record.overall for record in final if record.overall is not None}
     return scores if {*FEW_STEPS, MANY_STEPS} <= scores.keys() else {}
 
 

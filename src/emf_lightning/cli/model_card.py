@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -76,9 +77,12 @@ def _scores(run: Path) -> str:
     rows = []
     for path in sorted(run.glob("*/scores.jsonl")):
         for record in ScoreHistory.read_if_there(path).latest():
-            sampling, overall = record.sampling, f"{record.scores.overall:.3f} ± {record.scores.standard_error:.3f}"
-            row = [path.parent.name, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}", overall]
-            rows.append([*row, f"{record.stage}, step {record.step:,}"])
+            sampling, stage = record.sampling, f"{record.stage}, step {record.step:,}"
+            for name, found in record.results.items():
+                metric = name if name == record.suite else f"{found.heading} (images of {record.suite})"
+                row = [metric, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}"]
+                error = "" if math.isnan(found.error) else f" ± {found.of({'score': found.error}).text()}"
+                rows.append([*row, found.text() + error, stage])
     if not rows:
         return "This run has no scores.\n"
-    return markdown_table(["suite", "steps", "NFE", "guidance scale", "overall", "stage"], rows) + "\n"
+    return markdown_table(["metric", "steps", "NFE", "guidance scale", "score", "stage"], rows) + "\n"
