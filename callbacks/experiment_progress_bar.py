@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+
 log = logging.getLogger(__name__)
 
 SHOWN = {
@@ -128,7 +130,7 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._batch_line("predict", args, self.total_predict_batches_current_dataloader)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         for text in filter(None, [*self._closing, _outputs(trainer, run)]):
             self.write_line(text)
         self._closing.clear()

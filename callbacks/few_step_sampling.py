@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from emf_lightning.callbacks.experiment_progress_bar import progress_bar, show_line, show_progress
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+from emf_lightning.callbacks.loggers.score_log import ScoreLog
 from emf_lightning.callbacks.sampling.image_generation import data_of
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
-from emf_lightning.callbacks.scores.custom_scalars import Layout, write_custom_scalars
-from emf_lightning.callbacks.scores.score_board import ScoreBoard, score_charts
+from emf_lightning.callbacks.scores.score_board import ScoreBoard
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
@@ -147,21 +147,14 @@ class FewStepSampling(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded_step = checkpoint["global_step"]
 
-    def custom_scalars(self) -> Layout:
-        """Charts of the scores by training step, a curve for each step count."""
-        layout: Layout = {}
-        for benchmark in self.benchmarks:
-            layout |= score_charts(benchmark, self.extra_metrics)
-        return layout
-
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._planned = trainer.estimated_stepping_batches
         self._open(trainer)
         if self.parent_steps and self.figures and trainer.global_step == 0:
             self._draw_parent(trainer, pl_module)
         self._last_step = trainer.global_step
-        self._planned = trainer.estimated_stepping_batches
         if self.at_start and trainer.global_step == 0:
             self._evaluate(trainer, pl_module, "fit")
 
@@ -249,7 +242,7 @@ class FewStepSampling(Callback):
     def _open(self, trainer: Trainer) -> None:
         """Joins the scores of a resumed run with those in the run directory, and logs those that are missing there."""
         began, data = time.perf_counter(), data_of(trainer)
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         if not self.benchmarks:
             count = max(self.images_per_task or DRAWN, self.final_images_per_task or DRAWN_FINALLY)
             self.benchmarks = [ValidationCaptions(data, count)]
@@ -263,15 +256,15 @@ class FewStepSampling(Callback):
         keys = {record.key for record in known}
         elsewhere = [record for record in self.history.records if record.key not in keys]
         self.history = ScoreHistory([*elsewhere, *known])
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        write_custom_scalars(trainer)
-        self._boards = {}
+        # the scores of the step that a checkpoint was saved at are there, unless they are about to be repeated
+        first = trainer.global_step + (0 < trainer.global_step < self._planned) if fitting else None
+        log, self._boards = ScoreLog(trainer, first), {}
         for benchmark in self.benchmarks:
             reference, title = self.reference.of(benchmark.name).latest(), "/".join(run.parts[-3:])
-            board = ScoreBoard(run / benchmark.name, benchmark, reference, self.reference_name, writers, title)
+            board = ScoreBoard(run / benchmark.name, benchmark, reference, self.reference_name, log, title)
             self._boards[benchmark.name] = board
-            if fitting:
-                board.add_scalars([record for record in elsewhere if record.suite == benchmark.name])
+            if fitting and trainer.is_global_zero:
+                board.go_on(self.history.of(benchmark.name).records, ScoreHistory(known).of(benchmark.name).records)
         self.seconds += time.perf_counter() - began
 
     def _draw_parent(self, trainer: Trainer, module: LightningModule) -> None:
@@ -318,11 +311,13 @@ class FewStepSampling(Callback):
             rows = zip(files, result.images, strict=True)
             write_json_lines(path, [{"filename": file, **image.row, "sampling": sampling} for file, image in rows])
         history.write(board.directory / SCORES)
-        board.add_scalars(records)
+        # an evaluation of a trained run makes no second point at its step
+        of_training = last.stage in ("fit", "final")
+        board.add_scalars(records, to_files=of_training or not history.curve(last.sampling))
         if self.figures:
             board.add_contact_sheet(records, results)
             board.add_step_counts(records)
-            if last.stage in ("fit", "final") and len(history.curve(last.sampling)) > 1:
+            if of_training and len(history.curve(last.sampling)) > 1:
                 board.add_training_curves(history, records)
         if last.results and (bar := progress_bar(trainer)):
             main = next(iter(last.results))

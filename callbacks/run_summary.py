@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.training_log import TrainingLog
@@ -88,7 +88,7 @@ class RunSummary(Callback):
         assert isinstance(pl_module, FlowMapModule)
         now, step = self._training_seconds(trainer), trainer.global_step
         warm_seconds, warm_step = self._warm
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         if not trainer.is_global_zero:
             return
         total = self._earlier_seconds + now - self._start[0]

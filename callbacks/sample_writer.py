@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
@@ -57,7 +58,7 @@ class SampleWriter(Callback):
         self._rows.clear()
         loader: Any = trainer.predict_dataloaders  # its data set is the whole list, whichever part this rank has
         self._occurrences = noise_indices([(prompt, 0) for prompt in loader.dataset.prompts])
-        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
+        self._directory = run_directory(trainer) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def on_predict_batch_end(

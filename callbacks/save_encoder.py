@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
 from emf_lightning.modules.encoder_tuning import EncoderTuning
@@ -28,11 +27,11 @@ class SaveEncoder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, EncoderTuning):
             raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
-        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 encoder = pl_module.encoder
                 assert isinstance(encoder, PretrainedTextEncoder)
-                encoder.tower.save_pretrained(Path(run) / self.folder)
-                encoder.tokenizer.save_pretrained(Path(run) / self.folder)
-                write_digests(Path(run) / self.folder)
+                encoder.tower.save_pretrained(run / self.folder)
+                encoder.tokenizer.save_pretrained(run / self.folder)
+                write_digests(run / self.folder)

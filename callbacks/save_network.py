@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -29,12 +28,12 @@ class SaveNetwork(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             net = pl_module.full_network()
         if net is None:  # rank 0 has it
             return
         if self.time_scale is not None:
             net.refit_time(self.time_scale)
-        net.save_pretrained(Path(run) / self.folder)
-        write_digests(Path(run) / self.folder)
+        net.save_pretrained(run / self.folder)
+        write_digests(run / self.folder)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.image_generation import data_of
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.scored_images import sample_and_score
@@ -110,7 +111,7 @@ class StepSweep(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        directory = run_directory(trainer)  # a collective of all ranks
         name = self.run or str(directory)
         levels = {b.name: found for b in self.benchmarks if trainer.is_global_zero and (found := b.levels())}
         variants = ["averaged" if self._averaged else "trained"]

@@ -1,8 +1,7 @@
-"""Scores and images of an evaluation in TensorBoard and in the run directory."""
+"""Scores and images of an evaluation in the loggers and in the run directory."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline
+from emf_lightning.callbacks.loggers.score_log import Points, ScoreLog
 from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages
-from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.metric_scores import MetricScores
-from emf_lightning.evaluation.own_prompts import OwnPrompts
 from emf_lightning.evaluation.reports.contact_sheet import contact_sheet
 from emf_lightning.evaluation.reports.figures import Scores, step_count_figure, training_curves
 from emf_lightning.evaluation.reports.score_table import score_table
@@ -24,13 +21,10 @@ from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 
 PARENT = "parent.npz"
 """File of the images of the weights that a run starts from."""
-CURVES = (r"\d+step", r"\d+step_cfg[\d.]+", "ceiling", "chance")
-"""Last parts of the tags that a chart shows, as regular expressions."""
 
 
 class ScoreBoard:
@@ -41,7 +35,7 @@ class ScoreBoard:
         benchmark: the benchmark; its ceiling and chance stand beside the run's scores, where it knows them.
         reference: the last records of another run, to show beside this one's.
         reference_name: name of that run.
-        writers: TensorBoard writers, possibly none.
+        log: curves and pictures in the trainer's loggers.
         run: name of the run in the contact sheet.
     """
 
@@ -51,7 +45,7 @@ class ScoreBoard:
         benchmark: ImageMetric,
         reference: Sequence[ScoreRecord],
         reference_name: str,
-        writers: Sequence[SummaryWriter],
+        log: ScoreLog,
         run: str = "",
     ) -> None:
         self.directory = directory
@@ -60,20 +54,36 @@ class ScoreBoard:
         self.levels = {level: own.of(scores) for level, scores in benchmark.levels().items()}
         self.reference = reference
         self.reference_name = reference_name
-        self.writers = writers
+        self.log = log
         self.run = run
 
-    def add_scalars(self, records: Sequence[ScoreRecord]) -> None:
-        """Adds a point to every curve of ``records``, to the ceiling and to chance."""
-        for writer in self.writers:
-            for record in records:
-                numbers = record.values() | {"nfe": record.nfe, "seconds": record.seconds}
-                for name, value in numbers.items():
-                    writer.add_scalar(f"eval/{self.suite}/{name}/{record.sampling.tag}", value, record.step)
-            for level, scores in self.levels.items():
-                for name, value in (scores.parts | {"overall": scores.score}).items():
-                    for step in {record.step for record in records}:
-                        writer.add_scalar(f"eval/{self.suite}/{name}/{level}", value, step)
+    def add_scalars(self, records: Sequence[ScoreRecord], *, to_files: bool = True) -> None:
+        """Adds a point to every curve of ``records``, to the ceiling, to chance and to the reference's."""
+        self.log.add(self._group, self._points(records), to_files=to_files)
+
+    def go_on(self, records: Sequence[ScoreRecord], here: Sequence[ScoreRecord]) -> None:
+        """Logs the ``records`` of a run that goes on; those ``here`` are in its directory already."""
+        self.log.go_on(self._group, self._points(records), self._points(here))
+
+    @property
+    def _group(self) -> str:
+        return f"eval/{self.suite}"
+
+    def _points(self, records: Sequence[ScoreRecord]) -> list[Points]:
+        points = []
+        for record in records:
+            values = record.values() | {"nfe": record.nfe, "seconds": record.seconds}
+            points.append(Points(record.sampling.title, record.sampling.tag, record.step, values))
+        levels = {name: found.parts | {"overall": found.score} for name, found in self.levels.items()}
+        if self.reference:  # at its largest number of steps, with its main guidance scale
+            best = max(self.reference, key=lambda record: (record.sampling.is_main, record.sampling.steps))
+            levels[self.reference_name] = best.values()
+        names = {name for record in records for name in record.values()}
+        for level, scores in levels.items():
+            known = {name: value for name, value in scores.items() if name in names}
+            steps = dict.fromkeys(record.step for record in records)
+            points += [Points(level, level, step, known) for step in steps if known]
+        return points
 
     def keep_parent(self, result: ScoredImages) -> None:
         """Keeps the images of the weights that the run starts from, for the contact sheets of the whole run."""
@@ -156,28 +166,7 @@ class ScoreBoard:
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(self.directory / f"{name}.png")
         pixels = np.asarray(Image.open(self.directory / f"{name}.png").convert("RGB"))
-        for writer in self.writers:
-            writer.add_image(f"eval/{self.suite}/{name}", pixels, step, dataformats="HWC")
-
-
-def score_charts(benchmark: ImageMetric, metrics: Sequence[ImageMetric]) -> Layout:
-    """Charts of a benchmark's overall score, of each part, of the other scores, then of further ``metrics``.
-
-    The curves are regular expressions, the same in every run whatever its step counts: TensorBoard shows the charts of
-    all runs of a folder together, and shows a chart twice where two runs define it differently.
-    """
-    names = [metric.name for metric in metrics]
-    if not isinstance(benchmark, OwnPrompts):
-        others = []
-        if isinstance(benchmark, SuiteScore):
-            held_out = any(prompt.held_out for prompt in benchmark.suite.prompts())
-            others = ["strict", *(["seen", "held_out"] if held_out else [])]
-        names = ["overall", *filter(None, benchmark.tasks()), *others, *names]
-    charts = {
-        f"{benchmark.name}, {name}": multiline([f"eval/{benchmark.name}/{re.escape(name)}/{curve}" for curve in CURVES])
-        for name in names
-    }
-    return {f"{benchmark.name}: score by network steps": charts} if charts else {}
+        self.log.picture(f"{self._group}/{name}", pixels, step)
 
 
 def _by_steps(records: Sequence[ScoreRecord]) -> dict[int, Scores]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from emf_lightning.cli.parsing.experiment_loggers import without_place
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
 from emf_lightning.files import write_atomic
@@ -61,7 +62,7 @@ class Training:
 
     def check(self) -> None:
         """Raises a ``ValueError`` where the folder holds a run of other files or settings."""
-        if self.file.is_file() and self.file.read_text() != self._config():
+        if self.file.is_file() and without_place(self.file.read_text()) != without_place(self._config()):
             raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
 
     def train(self, jobs: int = 1) -> None:
@@ -91,7 +92,7 @@ class Training:
                 # scores and checkpoints: a run killed after a checkpoint at its last step would lose its last scores
                 "val_check_interval": self.steps if short else self.steps // 8 + 1,
                 "limit_val_batches": 0,  # validation losses of different methods do not compare
-                "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
+                "default_root_dir": str(self.folder.parent),
                 **callbacks,
             },
         }

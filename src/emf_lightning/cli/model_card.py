@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
+from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.pipeline import EMFPipeline
 
@@ -44,11 +45,9 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
     """The model card: usage, training, last scores, and the figures of ``run``, which lie in the exported ``out``."""
     net = settings.model.init_args.net
     source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
-    logger = settings.trainer.get("logger")
-    name = logger.get("init_args.name") if isinstance(logger, Namespace) else None
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     facts = {
-        "experiment": name or run.name,
+        "experiment": experiment_name(settings.trainer) or run.name,
         "objective": trained.rpartition(".")[2],
         "started from": getattr(source, "path", source) or "nothing",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",

@@ -15,8 +15,10 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+from emf_lightning.callbacks.loggers.run_directory import UNNAMED, file_loggers, place
+from emf_lightning.cli.trainings import RUN_DIRECTORY
 
 LOCK = "run.lock"
 """File in the run directory, locked while a process trains there; it names the process and what it trains."""
@@ -48,43 +50,54 @@ def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | 
     """
     trainer._checkpoint_connector = _NoForeignState(trainer)
     path = config.get("ckpt_path")
-    logger: Any = trainer.logger
     first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer does not know its rank yet
-    numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
-    root = Path(logger.root_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else Path()
-    before, directory = started_before(trainer, root, numbered, config) if fitting else None, None
+    root, own = _places(trainer, config)
+    # an earlier run without a logger lies in the folder itself
+    places = [own] if own is not None else [*versions(root), *([root] if (root / "checkpoints").is_dir() else [])]
+    before, directory = started_before(places, config) if fitting else None, None
     if before is not None:
-        _use(logger, before, numbered)
+        place(trainer, before)
         path = _newest_checkpoint(trainer) or path
     elif path == "last":
-        for directory in versions(root) if numbered else [_directory(trainer)]:
-            _use(logger, directory, numbered)
+        for directory in places:
+            place(trainer, directory)
             if path := _newest_checkpoint(trainer):
                 break
         if not path or path == "last":
             raise ValueError(
-                f"ckpt_path: no last checkpoint in {root if numbered else _directory(trainer)}; leave --ckpt_path out "
+                f"ckpt_path: no last checkpoint in {own or root}; leave --ckpt_path out "
                 "to start anew, or give the path of a .ckpt"
             )
         assert directory is not None
         check_identity(directory, config)
-        if numbered and not fitting:
-            logger._version = None  # results of other verbs lie in a directory of their own
-    elif fitting and numbered and first:
-        logger._version = claim(root)
-    held = lock(_directory(trainer), record(config)) if fitting and first else None
+        if own is None and not fitting:
+            place(trainer, _next(root))  # results of other verbs lie in a directory of their own
+    elif own is not None:
+        place(trainer, own)
+    elif first:
+        place(trainer, root / f"version_{claim(root)}" if fitting else _next(root))
+    held = lock(Path(trainer.default_root_dir), record(config)) if fitting and first else None
     return path, held
 
 
-def _directory(trainer: Trainer) -> Path:
-    logger = trainer.logger
-    own = logger.log_dir if isinstance(logger, TensorBoardLogger | CSVLogger) else None
-    return Path(own or trainer.default_root_dir)
+def _places(trainer: Trainer, config: Namespace) -> tuple[Path, Path | None]:
+    """The folder of the run's versions, and the run's directory where the user names it.
+
+    A ``TensorBoardLogger`` or ``CSVLogger`` with a name gives the folder, else ``trainer.default_root_dir``.
+    """
+    if given := os.environ.pop(RUN_DIRECTORY, None):
+        return Path(given).parent, Path(given)
+    files = file_loggers(trainer.loggers)
+    by_logger = [logger for logger in files if logger.name != UNNAMED or config.trainer.default_root_dir is None]
+    root = Path(by_logger[0].root_dir if by_logger else trainer.default_root_dir)
+    version = files[0]._version if files else None
+    if version is None:
+        return root, None
+    return root, root / (version if isinstance(version, str) else f"version_{version}")
 
 
-def _use(logger: Any, directory: Path, numbered: bool) -> None:
-    if numbered:
-        logger._version = int(directory.name.removeprefix("version_"))
+def _next(root: Path) -> Path:
+    return root / f"version_{max((_number(path) for path in versions(root)), default=-1) + 1}"
 
 
 def _newest_checkpoint(trainer: Trainer) -> str | None:
@@ -164,7 +177,7 @@ def read(directory: Path) -> dict[str, Any]:
 def claim(root: Path) -> int:
     """Creates ``root/version_n`` with a number above all others, which no other process gets; returns the number."""
     root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name.removeprefix("version_")) for path in versions(root)), default=-1) + 1
+    number = _number(_next(root))
     while True:
         try:
             (root / f"version_{number}").mkdir()
@@ -177,14 +190,18 @@ def claim(root: Path) -> int:
 def versions(root: Path) -> Sequence[Path]:
     """The run directories ``root/version_n``, the newest first."""
     found = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("version_")))
+    return sorted(found, key=lambda path: -_number(path))
 
 
-def started_before(trainer: Trainer, root: Path, numbered: bool, config: Namespace) -> Path | None:
-    """The directory of this job's run of the same settings, where the job is started again."""
+def _number(version: Path) -> int:
+    return int(version.name.removeprefix("version_"))
+
+
+def started_before(places: Sequence[Path], config: Namespace) -> Path | None:
+    """The one of ``places`` with this job's run of the same settings, where the job is started again."""
     if not is_restart():
         return None
-    ours, places = record(config), versions(root) if numbered else [_directory(trainer)]
+    ours = record(config)
     same = (path for path in places if all(read(path).get(key) == ours[key] for key in ("job", "config")))
     return next(same, None)
 

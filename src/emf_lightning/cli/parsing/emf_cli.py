@@ -19,7 +19,9 @@ from emf_lightning.callbacks.save_last_state import SaveLastState
 from emf_lightning.callbacks.signal_stop import SignalStop
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
+from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
 from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
@@ -40,6 +42,9 @@ IGNORED_WARNINGS = (
     ".*LeafSpec",  # from Lightning's use of torch
     ".torch.jit.script. is deprecated",  # from torch's forward-mode derivatives
     ".*does not have many workers",  # the experiment sets data.num_workers
+    "Experiment logs directory",  # a resumed run's rows are kept
+    "predict returned None",  # callbacks write the images
+    "Precision .* is not supported by the model summary",  # about a size in MB that it estimates
 )
 """Patterns of warnings that concern no user."""
 
@@ -92,8 +97,7 @@ class EMFCLI(LightningCLI):
                 "logger": _parser_log(),
                 **{verb: {"description": f"{line}. {PARTS_HELP}"} for verb, line in TRAINER_VERBS.items()},
             },
-            # a resumed run writes into the directory that it already has
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunLog,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the optimiser is the model's
             args=arguments,
@@ -118,6 +122,7 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
+        prepare_logging(self.trainer)
         path, lock = open_run(self.trainer, config, fitting)
         self.config_init[subcommand]["ckpt_path"] = path
         if path and Path(path).is_file():
@@ -140,6 +145,7 @@ class EMFCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         add_linked_arguments(config)
+        complete_loggers(config.trainer)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
         if self.subcommand == "fit":

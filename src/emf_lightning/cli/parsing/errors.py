@@ -15,6 +15,7 @@ from emf_lightning.modules.checkpoint import first_difference
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
 _KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal|exited unexpectedly)")
+_MISSING = re.compile(r"Problem with given class_path '([\w.]+)'.*?`(pip install [^`]+)`", re.DOTALL)
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
 
 
@@ -26,6 +27,8 @@ def user_message(error: BaseException) -> str | None:
     """
     if found := _package_error(error):
         return _one_line(str(found))
+    if missing := _MISSING.search(str(error)):
+        return f"{missing[1].rpartition('.')[2]} needs a package that is not installed: {missing[2]}"
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ArgumentError):
         return parser_error(str(error))

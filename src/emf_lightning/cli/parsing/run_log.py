@@ -1,0 +1,87 @@
+"""The configuration of a run, in its directory and in its loggers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+
+CONFIG = "config.yaml"
+"""File of a run's whole configuration, in its directory."""
+
+
+class RunLog(SaveConfigCallback):
+    """Writes ``config.yaml`` and hands the configuration to all loggers; a resumed run's files go on.
+
+    An evaluation keeps the configuration of the run that it evaluates.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        directory = run_directory(trainer)  # a collective of all ranks
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        directory.mkdir(parents=True, exist_ok=True)
+        if stage == "fit" or not (directory / CONFIG).is_file():
+            self.parser.save(self.config, directory / CONFIG, skip_none=False, overwrite=True)
+        settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and (trainer.ckpt_path or stage != "fit"):
+                _write_rows(logger, _rows(logger))
+            if stage == "fit" or not isinstance(logger, TensorBoardLogger | CSVLogger):
+                logger.log_hyperparams(settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes what an interrupted run has logged after the checkpoint that is resumed."""
+        step = trainer.global_step
+        if step == 0 or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                _write_rows(logger, [row for row in _rows(logger) if int(row["step"]) <= step])
+            elif isinstance(logger, TensorBoardLogger):
+                restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+                logger.experiment._get_file_writer().add_event(restart)
+
+
+class _WithoutEpoch(_LoggerConnector):
+    """Lightning would log the number of the epoch with everything else; here a training is one of steps."""
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if step is None and "step" not in metrics:
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        super().log_metrics(metrics, step)
+
+
+def prepare_logging(trainer: Trainer) -> None:
+    """Logs no epochs; without a logger, callbacks that need one run all the same."""
+    connector = _WithoutEpoch(trainer)
+    connector.on_trainer_init(trainer.loggers or [DummyLogger()], trainer.log_every_n_steps)  # type: ignore[attr-defined]
+    trainer._logger_connector = connector
+
+
+def _rows(logger: CSVLogger) -> list[dict[str, Any]]:
+    file = Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+    if not file.is_file():
+        return []
+    with file.open(newline="") as content:
+        return list(csv.DictReader(content))
+
+
+def _write_rows(logger: CSVLogger, rows: list[dict[str, Any]]) -> None:
+    """Makes ``rows`` the content of the logger's file, which it goes on with."""
+    writer = logger.experiment  # deletes an earlier file
+    Path(writer.metrics_file_path).unlink(missing_ok=True)
+    writer.metrics[:0] = rows
+    writer.save()
