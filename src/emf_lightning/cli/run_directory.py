@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -34,24 +37,70 @@ class _NoForeignState(_CheckpointConnector):
     _hpc_resume_path = None
 
 
-def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | None, IO[str] | None]:
+_STARTED = (LOCK, "config.yaml", "hparams.yaml", "events.out.tfevents")
+"""Beginnings of the names of the files that a start writes before it has any result."""
+
+
+@dataclass
+class OpenRun:
+    """The directory of one call of a verb.
+
+    Attributes:
+        checkpoint: to load.
+        directory: into which the call writes, on the first rank.
+        lock: held by ``fit`` until it ends.
+        created: the directory and those above it that this call has made.
+    """
+
+    checkpoint: str | None
+    directory: Path | None = None
+    lock: IO[str] | None = None
+    created: Sequence[Path] = ()
+
+    def close(self) -> None:
+        """Lets other processes train here."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def remove_if_empty(self) -> None:
+        """Removes what this call has made, unless there is a result in it: a file that no start writes."""
+        own = self.directory
+        if own in self.created and own is not None and all(_is_of_start(path, own) for path in own.rglob("*")):
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # another run is beside it
+                for parent in self.created[1:]:
+                    parent.rmdir()
+
+
+def _is_of_start(path: Path, directory: Path) -> bool:
+    within_wandb = path.relative_to(directory).parts[0] == "wandb"
+    return path.is_dir() or within_wandb or path.name.startswith(_STARTED)
+
+
+def open_run(trainer: Trainer, config: Namespace, fitting: bool, path: str | None, run: Path | None) -> OpenRun:
     """Gives ``fit`` a run directory of its own, which no other process trains in while its lock is held.
 
     A job that SLURM or torchrun starts again goes on in its directory, from its last checkpoint. So does
     ``--ckpt_path last``, in the newest directory of this experiment that has one.
 
-    Returns:
-        The checkpoint to go on from, and the lock.
+    Args:
+        trainer: whose logger gets its directory.
+        config: of the verb.
+        fitting: whether the verb is ``fit``; any other one writes beside the results of the run it evaluates.
+        path: the checkpoint to load, if any.
+        run: the directory to write into; by default the logger's, with the next free version.
 
     Raises:
         ValueError: for ``last`` without a checkpoint or of another experiment; for a directory that is in use.
     """
     trainer._checkpoint_connector = _NoForeignState(trainer)
-    path = config.get("ckpt_path")
     logger: Any = trainer.logger
+    if run is not None:
+        _place(trainer, run)
     first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer does not know its rank yet
     numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
     root = Path(logger.root_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else Path()
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
     before, directory = started_before(trainer, root, numbered, config) if fitting else None, None
     if before is not None:
         _use(logger, before, numbered)
@@ -68,12 +117,25 @@ def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | 
             )
         assert directory is not None
         check_identity(directory, config)
-        if numbered and not fitting:
-            logger._version = None  # results of other verbs lie in a directory of their own
-    elif fitting and numbered and first:
+    elif numbered and first:
         logger._version = claim(root)
-    held = lock(_directory(trainer), record(config)) if fitting and first else None
-    return path, held
+        missing.insert(0, _directory(trainer))
+    if not first:  # the trainer takes the directory from the first rank
+        return OpenRun(path)
+    own = _directory(trainer)
+    if not own.exists():
+        missing.insert(0, own)
+    return OpenRun(path, own, lock(own, record(config)) if fitting else None, missing)
+
+
+def _place(trainer: Trainer, directory: Path) -> None:
+    """Makes ``directory`` the trainer's own, wherever it lies."""
+    logger: Any = trainer.logger
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        logger._root_dir = logger._save_dir = str(directory.parent)
+        logger._name, logger._version = "", directory.name
+    else:
+        trainer._default_root_dir = str(directory)
 
 
 def _directory(trainer: Trainer) -> Path:
