@@ -1,4 +1,4 @@
-"""Images of a file of prompts, for `emf predict`."""
+"""Images of prompts, for `emf predict`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.experiment_progress_bar import show_line
 from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
@@ -85,3 +86,4 @@ class SampleWriter(Callback):
         rows.sort(key=lambda row: (row["index"], row["image"], row["steps"]))
         if trainer.is_global_zero:
             write_json_lines(self._directory / "prompts.jsonl", rows)
+            show_line(trainer, f"{len(rows)} images and prompts.jsonl: {self._directory}", at_end=True)

@@ -63,6 +63,10 @@ def _run(verb: str, arguments: list[str]) -> None:
     from emf_lightning.cli.parsing.experiment_files import expand
     from emf_lightning.part_classes import FLAG, trusting
 
+    if verb in TRAINER_VERBS:
+        from emf_lightning.cli.runs import with_run
+
+        arguments = with_run(arguments)
     flag = f"--{FLAG}"
     with trusting(verb == "fit" or flag in arguments):
         _call(verb, expand([argument for argument in arguments if argument != flag]))

@@ -51,7 +51,7 @@ class CaptionImageData(LightningDataModule):
         seed: of the shuffle.
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
-        prompts: text file with one prompt a line, for prediction.
+        prompts: text file with one prompt a line, or a list of prompts, for prediction.
         member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
@@ -87,7 +87,7 @@ class CaptionImageData(LightningDataModule):
         seed: int = 0,
         validation_samples: int = 1024,
         flip: bool = False,
-        prompts: str | Path | None = None,
+        prompts: str | Path | list[str] | None = None,
         member_mb: float = MEMBER_MB,
         images: bool = True,
         image_limits: ImageLimits = ImageLimits(),

@@ -22,7 +22,9 @@ from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
+from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
+from emf_lightning.cli.runs import OPTION
 from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
@@ -103,6 +105,11 @@ class EMFCLI(LightningCLI):
             args=arguments,
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        add_options(parser, subcommand)
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED_ARGUMENTS:
             parser.link_arguments(f"data.{name}", f"model.init_args.net.init_args.{name}", apply_on="instantiate")
@@ -123,7 +130,8 @@ class EMFCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         prepare_logging(self.trainer)
-        path, lock = open_run(self.trainer, config, fitting)
+        run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
+        path = run.checkpoint
         self.config_init[subcommand]["ckpt_path"] = path
         if path and Path(path).is_file():
             self.config_init[subcommand]["ckpt_path"] = str(whole_checkpoint(Path(path)))
@@ -132,18 +140,27 @@ class EMFCLI(LightningCLI):
         stop = SignalStop(["fit", *_without_place(self.arguments)])
         if fitting:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks.insert(0, SaveLastState())
+            callbacks.insert(0, SaveLastState(same_run=self.chosen.directory is not None))
             callbacks.append(stop)  # after all others, also after ModelCheckpoint
             stop.install(self.trainer)
+        else:  # the step at which Lightning logs an evaluation
+            step = _check_checkpoint(path, True) if self.chosen.checkpoint == "last" else self.chosen.step
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = step
         try:
             super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.trainer.global_step <= self.chosen.step:
+                run.remove_if_empty()
+            raise
         finally:
             stop.restore()
-            if lock is not None:
-                lock.close()
+            run.close()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        self.chosen = choose(config, self.subcommand == "fit", self.arguments)
+        if self.subcommand == "predict":
+            set_prediction(config)
         add_linked_arguments(config)
         complete_loggers(config.trainer)
         _check_devices(config.trainer.devices, config.trainer.accelerator)
@@ -152,7 +169,7 @@ class EMFCLI(LightningCLI):
             _check_val_interval(config.trainer)
         if not trusted():
             config["weights_only"] = True  # also of a checkpoint that the file names, or that Lightning finds
-        _check_checkpoint(config.get("ckpt_path"), sharded)
+        self.chosen.step = _check_checkpoint(self.chosen.checkpoint, sharded)
 
 
 def add_linked_arguments(config: Namespace) -> None:
@@ -170,7 +187,9 @@ def add_linked_arguments(config: Namespace) -> None:
 
 
 def _without_place(arguments: list[str]) -> list[str]:
-    """``arguments`` without the checkpoint and the version of the run directory."""
+    """``arguments`` without the checkpoint and the version of the run directory, and what ``--run`` stands for."""
+    if any(argument.partition("=")[0] == OPTION for argument in arguments):
+        arguments = arguments[2:]
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -222,8 +241,12 @@ def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
     return True
 
 
-def _check_checkpoint(path: str | None, sharded: bool) -> None:
-    """Raises if no checkpoint at ``path`` fits the strategy, before anything is built."""
+def _check_checkpoint(path: str | None, sharded: bool) -> int:
+    """The step of the checkpoint at ``path``, 0 where it is not known yet.
+
+    Raises:
+        ValueError: if no checkpoint there fits the strategy, before anything is built.
+    """
     if path == "best":
         raise ValueError(
             "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
@@ -231,19 +254,20 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
     if path in ("hpc", "registry"):
         raise ValueError(f"ckpt_path: {path} is not used here; give `last`, or the path of a .ckpt")
     if not path or path == "last":
-        return  # the newest checkpoint of this run
+        return 0  # the newest checkpoint of this run
     if not Path(path).is_dir():
-        read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path")
-    elif not sharded:
+        return int(read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path").get("global_step", 0))
+    if not sharded:
         raise ValueError(
             f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
             f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
-    elif not trusted():
+    if not trusted():
         raise ValueError(
             f"ckpt_path: {path} is a sharded checkpoint, whose index is a pickle, and reading it may run any code; if "
             f"you trust who wrote it, add --{FLAG}"
         )
+    return 0
 
 
 def _check_val_interval(trainer: Namespace) -> None:

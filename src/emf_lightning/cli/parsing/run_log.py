@@ -15,10 +15,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from emf_lightning.callbacks.loggers.run_directory import run_directory
-
-CONFIG = "config.yaml"
-"""File of a run's whole configuration, in its directory."""
+from emf_lightning.callbacks.loggers.run_directory import FileLogger, run_directory
+from emf_lightning.cli.runs import CONFIG
 
 
 class RunLog(SaveConfigCallback):
@@ -39,7 +37,7 @@ class RunLog(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and (trainer.ckpt_path or stage != "fit"):
                 _write_rows(logger, _rows(logger))
-            if stage == "fit" or not isinstance(logger, TensorBoardLogger | CSVLogger):
+            if stage == "fit" or not isinstance(logger, FileLogger):
                 logger.log_hyperparams(settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
