@@ -122,9 +122,11 @@ class SignalStop(Callback):
     def _end(self, trainer: Trainer, number: int, saved: Path | None = None) -> None:
         if trainer.is_global_zero:
             options = ["--ckpt_path", str(saved)] if saved else []
-            version = getattr(trainer.logger, "version", None) if saved else None
+            version = getattr(trainer.logger, "version", None) if saved and len(trainer.loggers) == 1 else None
             if isinstance(version, int):
                 options += ["--trainer.logger.init_args.version", str(version)]
+            elif saved:
+                options += ["--run", str(saved.parent.parent)]
             said = f"state of step {trainer.global_step}: {saved}\n" if saved else ""
             line = shlex.join(["emf", *self._command, *options])
             sys.stdout.write(f"\n{signal.Signals(number).name}: the run has ended. {said}to go on: {line}\n")

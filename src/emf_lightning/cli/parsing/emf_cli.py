@@ -21,7 +21,7 @@ from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.parser_errors import class_of
-from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
+from emf_lightning.cli.parsing.run_log import RunLog, quieten
 from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.runs import OPTION
@@ -45,6 +45,7 @@ IGNORED_WARNINGS = (
     ".torch.jit.script. is deprecated",  # from torch's forward-mode derivatives
     ".*does not have many workers",  # the experiment sets data.num_workers
     "Experiment logs directory",  # a resumed run's rows are kept
+    "Total length of .* across ranks is zero",  # the experiment has no validation shards
     "predict returned None",  # callbacks write the images
     "Precision .* is not supported by the model summary",  # about a size in MB that it estimates
 )
@@ -129,7 +130,7 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
-        prepare_logging(self.trainer)
+        quieten(self.trainer)
         run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
         path = run.checkpoint
         self.config_init[subcommand]["ckpt_path"] = path

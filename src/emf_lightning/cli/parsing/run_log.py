@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -17,6 +19,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from emf_lightning.callbacks.loggers.run_directory import FileLogger, run_directory
 from emf_lightning.cli.runs import CONFIG
+
+log = logging.getLogger("lightning.pytorch")
 
 
 class RunLog(SaveConfigCallback):
@@ -62,11 +66,25 @@ class _WithoutEpoch(_LoggerConnector):
         super().log_metrics(metrics, step)
 
 
-def prepare_logging(trainer: Trainer) -> None:
-    """Logs no epochs; without a logger, callbacks that need one run all the same."""
+class _PartSizes(ModelSummary):
+    """The parameters of each part in a line; Lightning's table counts FLOPs of networks with an example input only."""
+
+    @staticmethod
+    def summarize(summary_data: list[tuple[str, list[str]]], *_: Any, **__: Any) -> None:
+        columns = dict(summary_data)
+        for name, kind, size in zip(columns["Name"], columns["Type"], columns["Params"], strict=True):
+            log.info("%s: %s, %s parameters", name, kind, size.strip())
+
+
+def quieten(trainer: Trainer) -> None:
+    """Logs no epochs and no FLOPs; without a logger, callbacks that need one run all the same."""
     connector = _WithoutEpoch(trainer)
     connector.on_trainer_init(trainer.loggers or [DummyLogger()], trainer.log_every_n_steps)  # type: ignore[attr-defined]
     trainer._logger_connector = connector
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for number, callback in enumerate(callbacks):
+        if type(callback) in (ModelSummary, RichModelSummary) and callback._max_depth == 1:
+            callbacks[number] = _PartSizes()
 
 
 def _rows(logger: CSVLogger) -> list[dict[str, Any]]:

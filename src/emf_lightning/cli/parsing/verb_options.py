@@ -82,7 +82,8 @@ def choose(config: Namespace, fitting: bool, arguments: Sequence[str]) -> Chosen
             "no checkpoint is given, and the network is not trained: add --run RUN or --ckpt_path FILE; --ckpt_path "
             f"{NONE} takes the weights that the experiment starts from, published ones for example"
         )
-    numbered = config.get("trainer.logger.init_args.version") is None
+    logger = config.trainer.get("logger")
+    numbered = not isinstance(logger, Namespace) or logger.get("init_args.version") is None
     directory = found.directory if found else run_of(path) if path and numbered else None
     return Chosen(path, directory)
 
