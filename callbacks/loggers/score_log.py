@@ -64,14 +64,17 @@ class ScoreLog:
         """Adds the ``known`` points of the run that goes on: in files, where those ``here`` are already, the others."""
         for logger in self.loggers:
             in_file = isinstance(logger, FileLogger)
-            if in_file or not getattr(logger.experiment, "resumed", False):  # a run of W&B that goes on has them
+            if in_file or not getattr(
+                getattr(logger, "experiment", None), "resumed", False
+            ):  # a run of W&B that goes on has them
                 self._add(logger, group, [point for point in known if not in_file or point not in here])
 
-    def picture(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+    def picture(self, group: str, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Adds an RGB picture ``[H, W, 3]`` where the logger takes pictures."""
+        tag = f"{group}/{name}"
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+                logger.experiment.add_image(f"{group}/pictures/{name}", pixels, step, dataformats="HWC")
             elif hasattr(logger, "log_image"):  # W&B's, or a user's logger with the same method
                 logger.log_image(tag, [pixels], step)
             elif isinstance(logger, MLFlowLogger):

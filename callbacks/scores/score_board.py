@@ -166,7 +166,7 @@ class ScoreBoard:
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(self.directory / f"{name}.png")
         pixels = np.asarray(Image.open(self.directory / f"{name}.png").convert("RGB"))
-        self.log.picture(f"{self._group}/{name}", pixels, step)
+        self.log.picture(self._group, name, pixels, step)
 
 
 def _by_steps(records: Sequence[ScoreRecord]) -> dict[int, Scores]:

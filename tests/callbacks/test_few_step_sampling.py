@@ -282,7 +282,7 @@ def test_each_step_count_and_level_is_a_run_of_its_own_in_tensorboard_with_the_s
 def test_figures_are_in_tensorboard_and_on_disk(run):
     found = tiny.events(run)
     for name, steps in (("contact_sheet", [2, 4]), ("step_counts", [2, 4]), ("training_curves", [4])):
-        assert [image.step for image in found.Images(f"eval/shapes/{name}")] == steps
+        assert [image.step for image in found.Images(f"eval/shapes/pictures/{name}")] == steps
         image = np.asarray(Image.open(run / "shapes" / f"{name}.png"))
         assert image.std() > 1, f"{name} is empty"
 

@@ -39,20 +39,22 @@ class RunLog(SaveConfigCallback):
             self.parser.save(self.config, directory / CONFIG, skip_none=False, overwrite=True)
         settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger) and (trainer.ckpt_path or stage != "fit"):
-                _write_rows(logger, _rows(logger))
+            if isinstance(logger, CSVLogger):
+                self._earlier = _rows(logger)
+                _write_rows(logger, self._earlier)
             if stage == "fit" or not isinstance(logger, FileLogger):
                 logger.log_hyperparams(settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes what an interrupted run has logged after the checkpoint that is resumed."""
-        step = trainer.global_step
-        if step == 0 or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
+        step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
-                _write_rows(logger, [row for row in _rows(logger) if int(row["step"]) <= step])
-            elif isinstance(logger, TensorBoardLogger):
+                kept = [row for row in self._earlier if 0 < step >= int(row["step"])]
+                _write_rows(logger, kept + _rows(logger)[len(self._earlier) :])
+            elif isinstance(logger, TensorBoardLogger) and step > 0:
                 restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment._get_file_writer().add_event(restart)
 
