@@ -63,10 +63,8 @@ class ScoreLog:
     def go_on(self, group: str, known: Sequence[Points], here: Sequence[Points]) -> None:
         """Adds the ``known`` points of the run that goes on: in files, where those ``here`` are already, the others."""
         for logger in self.loggers:
-            in_file = isinstance(logger, FileLogger)
-            if in_file or not getattr(
-                getattr(logger, "experiment", None), "resumed", False
-            ):  # a run of W&B that goes on has them
+            in_file, experiment = isinstance(logger, FileLogger), getattr(logger, "experiment", None)
+            if in_file or not getattr(experiment, "resumed", False):  # a run of W&B that goes on has them
                 self._add(logger, group, [point for point in known if not in_file or point not in here])
 
     def picture(self, group: str, name: str, pixels: NDArray[np.uint8], step: int) -> None:

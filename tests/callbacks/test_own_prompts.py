@@ -71,10 +71,11 @@ def test_prompts_are_drawn_without_verdict_score_or_figure_of_scores(shards, tmp
     out, found = capsys.readouterr().out, tiny.events(run)
     assert "step 4: 1/2 network steps drawn (3 images each" in out
     assert "score" not in out and "nan" not in out
-    assert [image.step for image in found.Images("eval/prompts/contact_sheet")] == [0, 2, 4]
+    assert [image.step for image in found.Images("eval/prompts/pictures/contact_sheet")] == [0, 2, 4]
     assert {path.name for path in (run / "prompts").iterdir()} == {"contact_sheet.png", "results", "scores.jsonl"}
-    tags = {tag.removeprefix("eval/prompts/") for tag in found.Tags()["scalars"] if tag.startswith("eval")}
-    assert tags == {f"{name}/{n}step" for name in ("nfe", "seconds") for n in (1, 2)}
+    for curve in ("1 step", "2 steps"):
+        tags = tiny.events(run / curve).Tags()["scalars"]
+        assert {*tags} == {f"eval/prompts/sampling/{name}" for name in ("nfe", "seconds")}
     (first, *_) = (json.loads(line) for line in (run / "prompts/scores.jsonl").read_text().splitlines())
     assert "overall" not in first
     assert (first["scores"], first["metrics"], first["images"]) == (None, {}, 3)
@@ -181,7 +182,9 @@ def test_metrics_of_prompts_have_curves_figures_monitors_and_a_table(shards, tmp
 
     records, out = history(run, "prompts").records, capsys.readouterr().out
     values = [r.metrics["kid_random"].score for r in records if r.sampling.steps == 2]
-    assert [event.value for event in tiny.events(run).Scalars(tag)] == pytest.approx(values)
+    assert [
+        event.value for event in tiny.events(run / "2 steps").Scalars("eval/prompts/parts/kid_random")
+    ] == pytest.approx(values)
     assert float(trainer.callback_metrics[tag]) == pytest.approx(values[-1])
     assert saver.best_model_score is not None
     assert all(record.metrics["kid_random"].higher_is_better is False for record in records)
@@ -203,13 +206,17 @@ def test_any_benchmark_is_sampled_by_task_and_several_at_once(shards, tmp_path):
     )
     fit(run, shards, callback)
 
-    assert {path.name for path in run.iterdir() if path.is_dir()} == {"shapes", "brightness", "prompts"}
+    assert {path.name for path in run.iterdir() if (path / "scores.jsonl").is_file()} == {
+        "shapes",
+        "brightness",
+        "prompts",
+    }
     record = history(run, "brightness").latest()[-1]
     assert record.images == 6
     assert record.metrics["brightness"].parts.keys() == {"odd", "even"}
     assert record.overall == record.metrics["brightness"].score
-    tags = tiny.events(run).Tags()["scalars"]
-    assert {"eval/brightness/overall/1step", "eval/brightness/odd/2step", "eval/shapes/overall/1step"} <= {*tags}
+    tags = tiny.events(run / "1 step").Tags()["scalars"]
+    assert {"eval/brightness/overall", "eval/brightness/parts/odd", "eval/shapes/overall"} <= {*tags}
     state = FewStepSampling(suite=suite).state_key
     assert state == "FewStepSampling{'suite': 'shapes'}", "checkpoints of earlier versions keep their curves"
 
