@@ -118,7 +118,7 @@ def test_a_metric_has_a_panel_of_its_own_with_its_unit_and_direction():
         step_count_figure({"this run": dict(enumerate([curves[1][0][1]], 1))}),
     ):
         last = figure.axes[-1]
-        assert last.get_title() == "KID x 1000, lower is better"
+        assert last.get_title() == "KID x 1000\nlower is better"
         assert last.get_ylabel() == "KID x 1000"
         assert last.get_ylim()[1] > 2, "a distance is no share"
         rendered(figure)
@@ -126,7 +126,7 @@ def test_a_metric_has_a_panel_of_its_own_with_its_unit_and_direction():
 
 def test_curves_of_one_number_are_one_panel():
     figure = training_curves({1: [(k, distance(k)) for k in range(3)]})
-    assert [axes.get_title() for axes in figure.axes] == ["KID x 1000, lower is better"]
+    assert [axes.get_title() for axes in figure.axes] == ["KID x 1000\nlower is better"]
     assert rendered(figure).width < 700
 
 

@@ -135,7 +135,7 @@ def training_curves(
             if shown_others:
                 handles.append(Line2D([], [], **(other if steps in others else none)))
         title = {"title": remark, "title_fontsize": 7.0} if remark and shown_others else {}
-        columns = min(len(counts), 4 if len(panels) > 1 else 2)  # as many as the figure is wide
+        columns = min(len(counts), 4 if len(panels) > 1 else 2 if shown_others else 3)  # as many as the figure is wide
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4, **title)
     return figure
 
@@ -186,7 +186,8 @@ def _panels(everything: Sequence[Scores]) -> tuple[Figure, list[_Panel]]:
     for name, found in metrics.items():
         main = figure.add_subplot(grid[:, left])
         main.set_ylabel(fill(found.unit, 32))
-        main.set_title(fill("overall" if parts[name] else found.heading, 30), fontweight="bold", pad=3)
+        direction = "\nlower is better" if found.higher_is_better is False else ""
+        main.set_title(fill("overall" if parts[name] else found.title, 30) + direction, fontweight="bold", pad=3)
         panels.append(_Panel(main, name))
         for i, part in enumerate(parts[name]):
             row, column = divmod(i, columns[name])
