@@ -40,8 +40,8 @@ class RunSummary(Callback):
     runs that this one resumes, and the peak memory of this process.
     For each step count, generated images are compared with as many real ones of the same prompts: KID, FID, diversity
     (``evaluation.distances.distribution``). Without a suite that has real images, no distances are taken: give
-    ``FewStepSampling`` ``KernelDistance`` or ``FrechetDistance`` instead. On several devices rank 0 samples all of them,
-    from an unsharded network.
+    ``FewStepSampling`` ``KernelDistance`` or ``FrechetDistance`` instead. On several devices rank 0 samples all of
+    them, from an unsharded network.
 
     Args:
         suite: prompts, and real images of them; by default the first suite with real images that ``FewStepSampling``
