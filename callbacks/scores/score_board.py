@@ -114,10 +114,10 @@ class ScoreBoard:
     def add_step_counts(self, records: Sequence[ScoreRecord]) -> None:
         """Writes the scores against the number of steps, unless there are none."""
         if any(record.results for record in records):
-            name, reference_name = self._names(records)
-            series = {f"this run{', ' if name else ''}{name}": _by_steps(records)}
-            if self.reference:
-                series[reference_name] = _by_steps(self.reference)
+            ours, theirs = self._guidance(records)
+            series = {f"this run{ours}": _by_steps(records)}
+            if reference := self._reference_of(records):
+                series[f"{self.reference_name}{theirs}"] = _by_steps(reference)
             self._add_figure("step_counts", step_count_figure(series, self._levels()), records[-1].step)
 
     def add_training_curves(self, history: ScoreHistory, records: Sequence[ScoreRecord]) -> None:
@@ -128,35 +128,37 @@ class ScoreBoard:
             if record.sampling.is_main
         }
         if any(scores for points in curves.values() for _, scores in points):
-            figure = training_curves(curves, self._levels(), _by_steps(self.reference), *self._names(records))
+            ours, theirs = self._guidance(records)
+            remark = f"this run{ours}; {self.reference_name}{theirs}" if ours else ""
+            reference = _by_steps(self._reference_of(records))
+            figure = training_curves(curves, self._levels(), reference, self.reference_name, remark)
             self._add_figure("training_curves", figure, records[-1].step)
 
     def table(self, records: Sequence[ScoreRecord]) -> str:
         """The scores of ``records`` in columns, then those of the reference, the ceiling and chance; empty for none."""
         if not any(record.results for record in records):
             return ""
-        known = {name for record in records for name in record.results}
         rows: dict[str, Scores] = {_heading(record): record.results for record in records}
-        for record in self.reference:
-            if common := {name: found for name, found in record.results.items() if name in known}:
-                rows[f"{self.reference_name}: {_heading(record)}"] = common
+        for record in self._reference_of(records):
+            rows[f"{self.reference_name}: {_heading(record)}"] = record.results
         return _plain_text(score_table(rows | self._levels()))
 
     def _levels(self) -> dict[str, Scores]:
         return {level: {self.suite: scores} for level, scores in self.levels.items()}
 
-    def _names(self, records: Sequence[ScoreRecord]) -> tuple[str, str]:
-        """Remarks in legends on this run and the reference: their guidance scales, where these differ."""
-        ours, theirs = (
-            {record.sampling.guidance_scale or 1.0 for record in side if record.sampling.is_main}
-            for side in (records, self.reference)
-        )
-        if not theirs or ours == theirs:
-            return "", self.reference_name
-        own, other = (
-            " and ".join("no guidance" if s == 1 else f"guidance {s:g}" for s in sorted(x)) for x in (ours, theirs)
-        )
-        return own, f"{self.reference_name} with {other}"
+    def _reference_of(self, records: Sequence[ScoreRecord]) -> list[ScoreRecord]:
+        """The records of the reference that share a metric with ``records``."""
+        known = {name for record in records for name in record.results}
+        return [record for record in self.reference if known.intersection(record.results)]
+
+    def _guidance(self, records: Sequence[ScoreRecord]) -> tuple[str, str]:
+        """Remarks on the guidance of this run and of the reference; empty where it is the same."""
+        both = (records, self.reference)
+        sides = [{r.sampling.guidance_scale or 1.0 for r in side if r.sampling.is_main} for side in both]
+        if not sides[1] or sides[0] == sides[1]:
+            return "", ""
+        words = [" and ".join("no guidance" if s == 1 else f"guidance {s:g}" for s in sorted(side)) for side in sides]
+        return f", {words[0]}", f", {words[1]}"
 
     def _add_figure(self, name: str, figure: Figure, step: int) -> None:
         from PIL import Image

@@ -200,7 +200,7 @@ def test_metrics_of_prompts_have_curves_figures_monitors_and_a_table(shards, tmp
 
 def test_any_benchmark_is_sampled_by_task_and_several_at_once(shards, tmp_path):
     run = tmp_path / "run"
-    suite = ShapesSuite(per_task=1, scenes_per_task=1)
+    suite = ShapesSuite(per_task=2, scenes_per_task=1)
     callback = sampling(
         suite=suite, benchmarks=[Brightness()], prompts=["mine"], images_per_task=1, final_images_per_task=3
     )

@@ -79,9 +79,7 @@ class Training:
 
     def _config(self) -> str:
         """Content of the configuration file of this run."""
-        suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
-        settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
-        summary = {"class_path": "RunSummary", "init_args": settings}
+        summary = {"class_path": "RunSummary", "init_args": {"images_per_prompt": self.images_per_prompt}}
         short = self.steps < SHORT
         callbacks = {"callbacks": ["TrainingLog", summary]} if self.trial else {"callbacks+": [summary]}
         config: dict[str, Any] = {
@@ -109,14 +107,15 @@ def compare(
     jobs: int = 1,
     images_per_prompt: int = 8,
 ) -> None:
-    """Train experiments of the shapes world for the same time, the same steps, or both, and compare their images.
+    """Train experiments on one data set for the same time, the same steps, or both, and compare their images.
 
+    The tables have the metrics of the experiments' FewStepSampling, and for the shapes world distances to real images.
     For the same time, each experiment first takes 40 steps to measure the time of one; `minutes` of training are then a
     number of steps, so that the learning-rate schedule reaches its end. Sampling is not counted. Repeat an interrupted
     call: complete runs are kept, others resume from their last checkpoint, and a longer list adds to the tables.
 
     Args:
-        experiments: YAML files, all of the shapes world and from the same parent.
+        experiments: YAML files, all on one data set, with the same metrics and from the same parent.
         out: folder of the runs, the tables and the figure.
         minutes: minutes of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each run.

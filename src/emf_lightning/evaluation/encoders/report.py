@@ -99,6 +99,7 @@ class EncoderStudy:
             figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = figure.subplots(1, 2)
             titles = {"raw": "as published", "centred": "without the common direction"}
+            quantities = {"raw": "disentanglement", "centred": "contrast with unrelated prompts"}
             for axes, (name, title) in zip(panels, titles.items(), strict=True):
                 for number, encoder in enumerate(self.encoders):
                     x = encoder.discriminability.score[name]
@@ -110,7 +111,7 @@ class EncoderStudy:
                 chance = self.encoders[0].discriminability.chance
                 if not np.isnan(chance):
                     axes.axvline(chance, color="#999999", linestyle=":", linewidth=0.8)
-                axes.set(title=title, xlabel="discriminability", ylabel="disentanglement")
+                axes.set(title=title, xlabel="discriminability", ylabel=quantities[name])
                 axes.margins(x=0.1, y=0.1)
             panels[0].legend(loc="best", labelspacing=0.3)
         return figure

@@ -90,8 +90,8 @@ def training_curves(
     curves: Mapping[int, Sequence[tuple[int, Scores]]],
     levels: Mapping[str, Scores] | None = None,
     reference: Mapping[int, Scores] | None = None,
-    name: str = "",
     reference_name: str = "parent",
+    remark: str = "",
 ) -> Figure:
     """Scores against training, a line for each step count: a panel for each metric, and a small one for each part.
 
@@ -99,8 +99,8 @@ def training_curves(
         curves: steps -> (optimiser step, scores) points in order.
         levels: name of a level line, e.g. "ceiling" -> its scores.
         reference: steps -> scores of another model, dashed level lines in the colour of the step count.
-        name: remark on this model in the legend, e.g. "no guidance".
         reference_name: name of the other model in the legend.
+        remark: heading of the legend, e.g. how the two models' sampling differs.
     """
     from matplotlib.lines import Line2D
 
@@ -128,17 +128,15 @@ def training_curves(
         handles = []
         for steps in counts:  # a legend fills its columns first: both lines of a step count are one column
             style = {"color": step_colour(steps)}
-            remark = f", {name}" if name else ""
-            own = (
-                {"label": f"{step_name(steps)}{remark}", **style}
-                if steps in curves
-                else {"label": " ", "linestyle": ""}
-            )
+            none = {"label": " ", "linestyle": ""}
+            own = {"label": step_name(steps), **style} if steps in curves else none
             other = {"label": f"{reference_name}, {step_name(steps)}", "linestyle": DASHES, "linewidth": 1, **style}
             handles.append(Line2D([], [], **own))
             if shown_others:
-                handles.append(Line2D([], [], **(other if steps in others else {"label": " ", "linestyle": ""})))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(counts), handlelength=2.4)
+                handles.append(Line2D([], [], **(other if steps in others else none)))
+        title = {"title": remark, "title_fontsize": 7.0} if remark and shown_others else {}
+        columns = min(len(counts), 4 if len(panels) > 1 else 2 if shown_others else 3)  # as many as the figure is wide
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.4, **title)
     return figure
 
 
@@ -188,7 +186,8 @@ def _panels(everything: Sequence[Scores]) -> tuple[Figure, list[_Panel]]:
     for name, found in metrics.items():
         main = figure.add_subplot(grid[:, left])
         main.set_ylabel(fill(found.unit, 32))
-        main.set_title(fill("overall" if parts[name] else found.heading, 30), fontweight="bold", pad=3)
+        direction = "\nlower is better" if found.higher_is_better is False else ""
+        main.set_title(fill("overall" if parts[name] else found.title, 30) + direction, fontweight="bold", pad=3)
         panels.append(_Panel(main, name))
         for i, part in enumerate(parts[name]):
             row, column = divmod(i, columns[name])
