@@ -81,6 +81,14 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._earlier_seconds = state_dict["seconds"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(isinstance(callback, TrainingLog) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
+        if self.suite is None or not self.images_per_prompt:
+            return
+        if self.suite.reference_image(self.suite.images(1)[0].prompt, 0) is None:
+            raise ValueError(f"RunSummary: {self.suite.name} has no real images to compare with; take ShapesSuite")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._warm = self._training_seconds(trainer), trainer.global_step
 
@@ -114,8 +122,6 @@ class RunSummary(Callback):
 
     def _training_seconds(self, trainer: Trainer) -> float:
         logs = [callback for callback in trainer.callbacks if isinstance(callback, TrainingLog)]  # type: ignore[attr-defined]
-        if not logs:
-            raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
         return logs[0].seconds(trainer)
 
     def _distances(self, trainer: Trainer, module: FlowMapModule, suite: PromptSuite) -> dict[str, dict[str, Any]]:
@@ -127,8 +133,6 @@ class RunSummary(Callback):
         for offset in (0, n):
             images = [suite.reference_image(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
             sets.append([image for image in images if image is not None])
-        if len(sets[0]) < len(prompts):
-            raise ValueError(f"RunSummary: {suite.name} has no real images to compare with; take ShapesSuite")
         real, network = np.stack(sets[0]), RandomFeatures()
         distances = {"real": asdict(distribution(np.stack(sets[1]), real, n, network)) | {"nfe": 0}}
         batches: dict[SamplingConfig, list[Any]] = {config: [] for config in self.configs}

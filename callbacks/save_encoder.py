@@ -24,9 +24,12 @@ class SaveEncoder(Callback):
     def __init__(self, folder: str = "encoder") -> None:
         self.folder = folder
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, EncoderTuning):
             raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, EncoderTuning)
         run = run_directory(trainer)  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:

@@ -9,6 +9,7 @@ from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.networks.base import FlowMapNetwork
 
 
 class SaveNetwork(Callback):
@@ -25,6 +26,18 @@ class SaveNetwork(Callback):
     def __init__(self, folder: str = "network", time_scale: float | None = None) -> None:
         self.folder = folder
         self.time_scale = time_scale
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FlowMapModule)
+        if self.time_scale is None:
+            return
+        if self.time_scale <= 0:
+            raise ValueError(f"SaveNetwork: time_scale must be positive, got {self.time_scale}")
+        if type(pl_module.net).refit_time is FlowMapNetwork.refit_time:  # which refuses, after the whole training
+            kind = type(pl_module.net).__name__
+            raise ValueError(
+                f"SaveNetwork: time_scale is {self.time_scale:g}, but {kind} has no time embedding to fit; leave it out"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
