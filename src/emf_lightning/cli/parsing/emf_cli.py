@@ -21,7 +21,7 @@ from emf_lightning.cli.parsing.experiment_files import ExperimentFileParser
 from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.nested_help import Help
 from emf_lightning.cli.parsing.parser_errors import class_of
-from emf_lightning.cli.parsing.run_log import RunLog, quieten
+from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
 from emf_lightning.cli.parsing.setting_checks import check_devices, check_sharding, check_val_interval, check_warmup
 from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
@@ -141,8 +141,8 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
-        quieten(self.trainer)
         run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
+        prepare_logging(self.trainer)
         path = run.checkpoint
         self.config_init[subcommand]["ckpt_path"] = path
         if path and Path(path).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ class RunLog(SaveConfigCallback):
     An evaluation keeps the configuration of the run that it evaluates.
     """
 
+    _earlier: Sequence[dict[str, Any]] = ()
+
+    def keep_rows(self, trainer: Trainer) -> None:
+        """Keeps the rows of an earlier ``metrics.csv``, which Lightning deletes before any hook is called."""
+        self._earlier = [row for logger in trainer.loggers if isinstance(logger, CSVLogger) for row in _rows(logger)]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         directory = run_directory(trainer)  # a collective of all ranks
         if self.already_saved or not trainer.is_global_zero:
@@ -40,7 +47,6 @@ class RunLog(SaveConfigCallback):
         settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
-                self._earlier = _rows(logger)
                 _write_rows(logger, self._earlier)
             if stage == "fit" or not isinstance(logger, FileLogger):
                 logger.log_hyperparams(settings)
@@ -53,7 +59,7 @@ class RunLog(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 kept = [row for row in self._earlier if 0 < step >= int(row["step"])]
-                _write_rows(logger, kept + _rows(logger)[len(self._earlier) :])
+                _write_rows(logger, [*kept, *_rows(logger)[len(self._earlier) :]])
             elif isinstance(logger, TensorBoardLogger) and step > 0:
                 restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment._get_file_writer().add_event(restart)
@@ -78,13 +84,15 @@ class _PartSizes(ModelSummary):
             log.info("%s: %s, %s parameters", name, kind, size.strip())
 
 
-def quieten(trainer: Trainer) -> None:
-    """Logs no epochs and no FLOPs; without a logger, callbacks that need one run all the same."""
+def prepare_logging(trainer: Trainer) -> None:
+    """Keeps what the run's files hold; logs no epochs and no FLOPs; lets callbacks that need a logger run without one."""
     connector = _WithoutEpoch(trainer)
     connector.on_trainer_init(trainer.loggers or [DummyLogger()], trainer.log_every_n_steps)  # type: ignore[attr-defined]
     trainer._logger_connector = connector
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for number, callback in enumerate(callbacks):
+        if isinstance(callback, RunLog):
+            callback.keep_rows(trainer)
         if type(callback) in (ModelSummary, RichModelSummary) and callback._max_depth == 1:
             callbacks[number] = _PartSizes()
 
@@ -97,7 +105,7 @@ def _rows(logger: CSVLogger) -> list[dict[str, Any]]:
         return list(csv.DictReader(content))
 
 
-def _write_rows(logger: CSVLogger, rows: list[dict[str, Any]]) -> None:
+def _write_rows(logger: CSVLogger, rows: Sequence[dict[str, Any]]) -> None:
     """Makes ``rows`` the content of the logger's file, which it goes on with."""
     writer = logger.experiment  # deletes an earlier file
     Path(writer.metrics_file_path).unlink(missing_ok=True)
