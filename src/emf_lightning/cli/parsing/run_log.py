@@ -85,7 +85,7 @@ class _PartSizes(ModelSummary):
 
 
 def prepare_logging(trainer: Trainer) -> None:
-    """Keeps what the run's files hold; logs no epochs and no FLOPs; lets callbacks that need a logger run without one."""
+    """Keeps the rows of earlier files, logs no epochs or FLOPs, and lets callbacks that need a logger do without."""
     connector = _WithoutEpoch(trainer)
     connector.on_trainer_init(trainer.loggers or [DummyLogger()], trainer.log_every_n_steps)  # type: ignore[attr-defined]
     trainer._logger_connector = connector
