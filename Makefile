@@ -82,7 +82,7 @@ objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and th
 	cp runs/objectives/comparison.md docs/results/objectives.md
 
 curves: $(READY) ## open TensorBoard on all runs
-	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+	@echo "the scores: http://localhost:6006/?smoothing=0#timeseries&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
 test: $(READY) ## run the tests (8 minutes at most)

@@ -203,7 +203,8 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(
 
     assert cli.trainer.max_steps > 0
     assert cli.trainer.logger is not None
-    assert cli.trainer.logger.name == experiment.removeprefix("experiments/").removesuffix(".yaml")
+    name = experiment.removeprefix("experiments/").removesuffix(".yaml")
+    assert Path(cli.trainer.default_root_dir) == Path("runs") / name
     assert cli.model.optimization.scheduler is not None
     assert cli.model.net.transformer.config.caption_channels == cli.datamodule.context_width
 

@@ -128,9 +128,9 @@ def full_disk(error: BaseException | None) -> int | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line, atomically; creates the folder of ``path``."""
+    """Writes a JSON object a line, atomically, with null for NaN and infinity; creates the folder of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

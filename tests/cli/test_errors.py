@@ -150,7 +150,9 @@ def test_a_file_without_prompts_is_an_error(world: Path, capsys: pytest.CaptureF
     assert "'empty.txt' holds no prompt; give one a line" in complaint(
         capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT, "--data.prompts", "empty.txt"
     )
-    assert "prompts is not set" in complaint(capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT)
+    assert "prompts: none are given; add --prompt" in complaint(
+        capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT
+    )
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="this machine has a GPU")

@@ -9,11 +9,12 @@ import torch
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing.builder import BuildingCLI
+from emf_lightning.cli.verbs import examples
 from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache_filling import CacheFiller
 
 HELP = """\
-usage: emf cache --config FILE [--dry_run] [options of emf fit]
+usage: emf cache EXPERIMENT.yaml [--dry_run] [options of emf fit]
 
 Compute the text features and the latents that the experiment will train on, into data.cache and data.latent_cache.
 Of several captions of an image it computes all, as training takes another one in each pass.
@@ -42,7 +43,7 @@ class DataCLI(BuildingCLI):
 def cache(arguments: list[str]) -> None:
     """Runs ``emf cache`` with its ``arguments``, experiments expanded."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
+        print(f"{HELP}\n{examples('cache')}")
         return
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule

@@ -94,8 +94,8 @@ def encoders(
     }
     study = EncoderStudy(tuple(studied), about, paper_corpus=pairs.matches_paper, paper_prompts=of_dpg)
     study.write(out, pairs)
-    print(study.markdown())
-    print(f"encoders.md, encoders.json, encoders.png and retrieved.png: {out}")
+    print(study.table())
+    print(f"\nencoders.md, with intervals and an explanation, encoders.json, encoders.png, retrieved.png: {out}")
 
 
 def _cached_features(

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
+from emf_lightning.cli.runs import checkpoint_of, find_run
 from emf_lightning.files import replacing_folder
 from emf_lightning.modules.generation import pipeline_of
 
@@ -23,13 +24,14 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     a text encoder from the hub stays a name, which loading downloads, and one from a folder is copied.
 
     Args:
-        run: directory of the run, which holds its config.yaml.
+        run: its directory, runs/<name> for its newest version, or one of its checkpoints.
         out: folder to write.
         checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
-    built = build_run(run, checkpoint)
+    found = find_run(run)
+    run, built = found.directory, build_run(found.directory, checkpoint or checkpoint_of(found))
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters

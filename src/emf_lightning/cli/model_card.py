@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
+from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.pipeline import EMFPipeline
 
@@ -44,11 +46,9 @@ def model_card(run: Path, folder: str, figures: Sequence[Path], settings: Namesp
     """The model card: usage, training, last scores and ``figures``, which lie beside it in ``folder``."""
     net = settings.model.init_args.net
     source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
-    logger = settings.trainer.get("logger")
-    name = logger.get("init_args.name") if isinstance(logger, Namespace) else None
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     facts = {
-        "experiment": name or run.name,
+        "experiment": experiment_name(settings.trainer) or run.name,
         "objective": trained.rpartition(".")[2],
         "started from": getattr(source, "path", source) or "nothing",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",
@@ -77,9 +77,12 @@ def _scores(run: Path) -> str:
     rows = []
     for path in sorted(run.glob("*/scores.jsonl")):
         for record in ScoreHistory.read_if_there(path).latest():
-            sampling, overall = record.sampling, f"{record.scores.overall:.3f} ± {record.scores.standard_error:.3f}"
-            row = [path.parent.name, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}", overall]
-            rows.append([*row, f"{record.stage}, step {record.step:,}"])
+            sampling, stage = record.sampling, f"{record.stage}, step {record.step:,}"
+            for name, found in record.results.items():
+                metric = name if name == record.suite else f"{found.heading} (images of {record.suite})"
+                row = [metric, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}"]
+                error = "" if math.isnan(found.error) else f" ± {found.of({'score': found.error}).text()}"
+                rows.append([*row, found.text() + error, stage])
     if not rows:
         return "This run has no scores.\n"
-    return markdown_table(["suite", "steps", "NFE", "guidance scale", "overall", "stage"], rows) + "\n"
+    return markdown_table(["metric", "steps", "NFE", "guidance scale", "score", "stage"], rows) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class CaptionImageData(LightningDataModule):
         seed: of the shuffle.
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
-        prompts: text file with one prompt a line, for prediction.
+        prompts: text file with one prompt a line, or a list of prompts, for prediction.
         member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
@@ -88,7 +88,7 @@ class CaptionImageData(LightningDataModule):
         seed: int = 0,
         validation_samples: int = 1024,
         flip: bool = False,
-        prompts: str | Path | None = None,
+        prompts: str | Path | list[str] | None = None,
         member_mb: float = MEMBER_MB,
         images: bool = True,
         image_limits: ImageLimits = ImageLimits(),
@@ -179,6 +179,20 @@ class CaptionImageData(LightningDataModule):
             **options,
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+    def validation_batches(self, images: bool = True) -> Iterator[RawBatch]:
+        """The first ``validation_samples`` validation samples in order, on every rank all of them, past the caches.
+
+        Args:
+            images: whether to decode their images, ``[B, 3, resolution, resolution]``.
+
+        Raises:
+            ValueError: without ``validation_shards``, or where no sample can be used.
+        """
+        if self.validation_shards is None:
+            raise ValueError("CaptionImageData: validation_shards is not set; give shards of validation samples")
+        shards = shard_paths(self.validation_shards, "CaptionImageData: validation_shards")
+        return iter(ShardLoader(self.stream(shards, limit=self.validation_samples, seed=self.seed, images=images)))
 
     def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""

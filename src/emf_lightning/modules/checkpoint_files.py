@@ -62,6 +62,11 @@ def whole_checkpoint(path: Path) -> Path:
     return path
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint, a file or a sharded one's folder, shows no damage."""
+    return path.is_dir() or _unusable(path) is None
+
+
 def _unusable(path: Path) -> str | None:
     """The damage of a checkpoint, also where torch alone sees it."""
     if damage := damage_of(path):

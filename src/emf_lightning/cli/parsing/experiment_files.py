@@ -5,18 +5,26 @@ A file names the files it builds on, relative to itself::
     base: ../parts/base.yaml      # or a list, in the order in which they apply
 
 Each file becomes one ``--config``, oldest first, so that the parser's rules hold: mappings merge deeply, later files
-win, ``key+:`` appends to a list, and options after ``--config`` win over all files.
+win, ``key+:`` appends to a list, ``callbacks-:`` and ``logger-:`` take a class out, and options after ``--config`` win
+over all files.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._actions import previous_config  # what the files before have set; there is no public way to it
 
 KEY = "base"
+REMOVALS = ("callbacks-", "logger-")
+"""Keys below ``trainer:`` that name the classes to take out of what earlier files have put there."""
+
 _MERGE, _WORD = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _OPTIONS = ("--config", "-c")
 
@@ -137,6 +145,60 @@ def without_base(text: str) -> str:
     return text
 
 
+def without_removals(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The document without its ``REMOVALS``, and the class names in each of them.
+
+    Raises:
+        ValueError: for a removal that is no class name or list of these.
+    """
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    removals: dict[str, list[str]] = {}
+    for section, values in document.value if isinstance(document, yaml.MappingNode) else ():
+        if section.value == "trainer" and isinstance(values, yaml.MappingNode):
+            removals = {
+                key.value: _class_names(key.value, names) for key, names in values.value if key.value in REMOVALS
+            }
+            values.value[:] = [pair for pair in values.value if pair[0].value not in REMOVALS]
+    return (yaml.serialize(document) if removals else text), removals
+
+
+def _class_names(key: str, node: yaml.Node) -> list[str]:
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(one, yaml.ScalarNode) for one in nodes):
+        raise ValueError(f"trainer.{key}: takes class names, e.g. `{key}: [FewStepSampling]`")
+    return [one.value for one in nodes]
+
+
+def remove(items: list[Any], names: Sequence[str], key: str) -> list[Any]:
+    """``items``, each with a ``class_path``, without those of the classes ``names``.
+
+    Raises:
+        ValueError: for a name that none of them has.
+    """
+    for name in names:
+        there = [item["class_path"].rpartition(".")[2] for item in items]
+        if name.rpartition(".")[2] not in there:
+            raise ValueError(f"trainer.{key}: there is no {name!r} to take out; there are {', '.join(there) or 'none'}")
+        items = [item for item, known in zip(items, there, strict=True) if known != name.rpartition(".")[2]]
+    return items
+
+
+class ExperimentFileParser(ArgumentParser):
+    """Parser of files whose ``base:`` ``expand`` has followed; their ``callbacks-:`` take out what came before."""
+
+    def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
+        text, removals = without_removals(without_base(content))
+        before = previous_config.get()
+        for key, names in removals.items():
+            place = f"trainer.{key.removesuffix('-')}"
+            there = before.get(place) if before else None
+            items = there if isinstance(there, list) else [there] if isinstance(there, Namespace) else []
+            left = remove(items, names, key)
+            if before is not None:
+                before[place] = left or None
+        return super().parse_string(text, path, *args, **kwargs)
+
+
 def expand(arguments: Sequence[str]) -> list[str]:
     """The command line with one ``--config`` for each file of every experiment.
 
@@ -163,6 +225,27 @@ def expand(arguments: Sequence[str]) -> list[str]:
 def _is_text(value: str) -> bool:
     """True for a YAML text in place of a file."""
     return "\n" in value or value.lstrip().startswith("{")
+
+
+def with_options(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with ``--config`` before each experiment that follows the verb as a mere word.
+
+    `--trainer.callbacks- NAME` becomes the file that says the same.
+    """
+    verb, *options = arguments
+    words = list(takewhile(lambda word: not word.startswith("-"), options))
+    named = [part for word in words for part in ("--run" if Path(word).is_dir() else "--config", word)]
+    rest: list[str] = []
+    following = iter(options[len(words) :])
+    for option in following:
+        name, equals, value = option.partition("=")
+        if name not in [f"--trainer.{key}" for key in REMOVALS]:
+            rest.append(option)
+        elif (given := value if equals else next(following, None)) is None:
+            raise ValueError(f"{name}: names no class")
+        else:
+            rest += ["--config", f"{{trainer: {{{name.rpartition('.')[2]}: [{given.strip('[]')}]}}}}"]
+    return [verb, *named, *rest]
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str | None, str]]:

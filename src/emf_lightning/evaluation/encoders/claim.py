@@ -164,7 +164,8 @@ class Claim:
                 self._line(kept, [run.kept(n) for run in self.runs], n)
             parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
             models.set(title="MeanFlow from it")
-            kept.set(title=f"MeanFlow, share of the parent's {MANY_STEPS} steps", ylim=(-0.02, None))
+            kept.set(title="MeanFlow, relative to its parent", ylim=(-0.02, None))
+            kept.set_ylabel(f"share of the parent's {MANY_STEPS}-step score")
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             if any(run.graded for run in self.runs):
                 models.legend(loc="best", handlelength=1.8, labelspacing=0.3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
-from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.geneval.task_scores import SHARE, TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.image_metric import ImageMetric
 
@@ -31,6 +31,7 @@ class SuiteScore(ImageMetric):
         ValueError: for a suite that asks for different things in the same words.
     """
 
+    unit = SHARE
     images: Tensor
     correct: Tensor
     strict: Tensor
@@ -52,6 +53,14 @@ class SuiteScore(ImageMetric):
 
     def prompts(self) -> Sequence[str]:
         return self._texts
+
+    def tasks(self) -> Mapping[str, Sequence[int]]:
+        tags = [prompt.tag for prompt in self.suite.prompts()]
+        return {tag: [i for i, own in enumerate(tags) if own == tag] for tag in dict.fromkeys(tags)}
+
+    def levels(self) -> dict[str, dict[str, float]]:
+        known = {"ceiling": self.suite.ceiling(), "chance": self.suite.chance()}
+        return {level: scores.numbers() for level, scores in known.items() if scores is not None}
 
     def prompt_of(self, path: PurePath) -> str | None:
         parts = path.parts
@@ -78,9 +87,7 @@ class SuiteScore(ImageMetric):
             self.strict[index] += verdict.strict
 
     def compute(self) -> dict[str, Tensor]:
-        values = self._counted().values()
-        values["score"] = values.pop("overall")
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self._counted().numbers().items()}
 
     def task_scores(self) -> TaskScores:
         """The scores of all ranks' images; every rank must call it."""
