@@ -331,7 +331,7 @@ class FewStepSampling(Callback):
 
 def _summary(records: Sequence[ScoreRecord]) -> str:
     """Every metric's main numbers in one line."""
-    parts = []
+    parts: list[str] = []
     for name, found in records[-1].results.items():
         numbers = " / ".join(record.results[name].text() for record in records)
         parts.append(f"score {numbers}" if records[-1].scores and not parts else f"{found.title} {numbers}")

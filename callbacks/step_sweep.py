@@ -114,7 +114,7 @@ class StepSweep(Callback):
         assert isinstance(pl_module, FlowMapModule)
         directory = run_directory(trainer)  # a collective of all ranks
         name = self.run or str(directory)
-        levels = {b.name: found for b in self.benchmarks if trainer.is_global_zero and (found := b.levels())}
+        levels = {b.name: known for b in self.benchmarks if trainer.is_global_zero and (known := b.levels())}
         variants = ["averaged" if self._averaged else "trained"]
         if self.trained and self._averaged and self._trained_weights is not None:
             variants.append("trained")

@@ -90,7 +90,7 @@ class ScoreBoard:
         self.directory.mkdir(parents=True, exist_ok=True)
         scale, steps = result.config.guidance_scale, step_name(result.config.steps)
         heading = f"{self.reference_name}, {steps}" + ("" if scale in (None, 1) else f", cfg{scale:g}")
-        shown = {f"{image.index} {image.prompt}": image.image for image in result.images}
+        shown = {f"{one.index} {one.prompt}": one.image for one in result.images if one.image is not None}
         np.savez(self.directory / PARENT, heading=heading, prompts=[*shown], images=np.stack([*shown.values()]))
 
     def add_contact_sheet(self, records: Sequence[ScoreRecord], results: Sequence[ScoredImages]) -> None:
@@ -99,8 +99,8 @@ class ScoreBoard:
         shown = {r.config.title: [image for image in r.images if image.image is not None] for r in results}
         prompts = [image.prompt for image in next(iter(shown.values()))]
         images = {title: np.stack([i.image for i in column if i.image is not None]) for title, column in shown.items()}
-        verdicts = {title: [image.row.get("correct") for image in column] for title, column in shown.items()}
-        correct = {title: column for title, column in verdicts.items() if None not in column}
+        judged = {title: column for title, column in shown.items() if all("correct" in image.row for image in column)}
+        correct = {title: [image.row["correct"] for image in column] for title, column in judged.items()}
         if (self.directory / PARENT).is_file():
             with np.load(self.directory / PARENT) as kept:
                 of_prompt = dict(zip(kept["prompts"].tolist(), kept["images"], strict=True))

@@ -95,7 +95,7 @@ def test_a_file_of_prompts_draws_each_line_once(shards, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "prompts: cannot read .*no.txt"),
+        (None, r"prompts: cannot read .*no\.txt"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b"a\0b", "holds NUL characters"),
         (b" \n\n", "holds no prompt"),
@@ -169,7 +169,7 @@ def test_statistics_of_validation_samples_are_read_again_and_depend_on_their_num
 
 
 def test_a_distance_without_reference_outside_a_run_names_the_remedy():
-    with pytest.raises(ValueError, match="KernelDistance: reference is not set; give a folder"):
+    with pytest.raises(ValueError, match=r"KernelDistance: reference is not set; give a folder"):
         KernelDistance().check_count(10)
 
 

@@ -114,5 +114,5 @@ def test_runs_of_other_metrics_are_compared_by_these(tmp_path):
 
 def test_a_run_without_a_metric_says_what_it_needs(tmp_path):
     folder = run(tmp_path / "a", {})
-    with pytest.raises(ValueError, match="no metric to compare; give the experiments' FewStepSampling `benchmarks`"):
+    with pytest.raises(ValueError, match="no metric to compare; give the experiments' FewStepSampling"):
         Run.read("own", folder)

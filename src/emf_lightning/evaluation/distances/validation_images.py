@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,8 +66,9 @@ class ValidationImages(KeptFeatures):
 
     def _batches(self) -> Iterator[Tensor]:
         for batch in self.data.validation_batches():
-            for images in batch.images.permute(0, 2, 3, 1).split(BATCH):
-                yield self.features([resize(np.ascontiguousarray(image), self.resolution) for image in images.numpy()])
+            pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+            for first in range(0, len(pixels), BATCH):
+                yield self.features([resize(image, self.resolution) for image in pixels[first : first + BATCH]])
 
     def _check(self, count: int) -> None:
         if count < 2:

@@ -62,11 +62,11 @@ class Run:
         units: dict[str, str] = {}
         for suite, row in rows:
             title = SamplingConfig.from_row(row).title
-            for metric, unit, score, error in _numbers(suite, row):
+            for metric, unit, score, deviation in _numbers(suite, row):
                 units[metric] = unit
                 curves.setdefault((metric, title), []).append((row["step"], score))
                 if row["stage"] == "final":
-                    scores[metric, title] = score, error
+                    scores[metric, title] = score, deviation
         if not scores:
             raise ValueError(
                 f"compare: {folder} has no metric to compare; give the experiments' FewStepSampling `benchmarks` or "

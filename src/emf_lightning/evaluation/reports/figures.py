@@ -84,7 +84,8 @@ def step_count_figure(series: Mapping[str, Mapping[int, Scores]], levels: Mappin
                 counts = sorted(count for count in of_steps if panel.value(of_steps[count]) is not None)
                 errors = [of_steps[count][panel.metric].error for count in counts] if panel.is_main else None
                 style = {"label": label, "capsize": 2, "elinewidth": 0.8, **stroke}
-                panel.axes.errorbar(counts, [panel.value(of_steps[count]) for count in counts], yerr=errors, **style)
+                values = [value for count in counts if (value := panel.value(of_steps[count])) is not None]
+                panel.axes.errorbar(counts, values, yerr=errors, **style)
             set_step_axis(panel.axes, steps)
             panel.axes.margins(x=0.08)
             if panel.is_main:
@@ -121,8 +122,8 @@ def training_curves(
                 marker = "o" if panel.is_main and len(points) < 25 else None
                 shown = [(step, value) for step, scores in points if (value := panel.value(scores)) is not None]
                 if shown:
-                    style = {"color": step_colour(steps), "marker": marker, "markersize": 2.5}
-                    panel.axes.plot(*zip(*shown, strict=True), **style)
+                    colour = step_colour(steps)
+                    panel.axes.plot(*zip(*shown, strict=True), color=colour, marker=marker, markersize=2.5)
             for steps, scores in others.items():
                 if (level := panel.value(scores)) is not None:
                     panel.axes.axhline(level, color=step_colour(steps), linewidth=1, linestyle=DASHES, zorder=1)
@@ -135,8 +136,8 @@ def training_curves(
         counts = sorted({*curves, *(others if shown_others else ())})
         handles = []
         for steps in counts:  # a legend fills its columns first: both lines of a step count are one column
-            style = {"color": step_colour(steps)}
-            none = {"label": " ", "linestyle": ""}
+            style: dict[str, Any] = {"color": step_colour(steps)}
+            none: dict[str, Any] = {"label": " ", "linestyle": ""}
             own = {"label": step_name(steps), **style} if steps in curves else none
             other = {"label": f"{reference_name}, {step_name(steps)}", "linestyle": DASHES, "linewidth": 1, **style}
             handles.append(Line2D([], [], **own))
