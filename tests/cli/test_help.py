@@ -127,7 +127,7 @@ BAD = [
     "model: {init_args: {caption_dropuot: 0}}",
     "model: {class_path: FGN}",
     "model: {init_args: {net: {class_path: SanaFlowMap, init_args: {architecture: {num_layer: 1}}}}}",
-    "model: {class_path: FlowMapModule, init_args: {objective: {class_path: MeanFlow, init_args: {times: UniformTime}}}}",
+    "model: {class_path: FlowMapModule, init_args: {objective: {init_args: {times: UniformTime}}}}",
     "model: {init_args: {optimization: {scheduler: {class_path: WarmupCosine, init_args: {totl: 1}}}}}",
     "model: {init_args: {optimization: {optimizer: {class_path: torch.optim.AdamW, init_args: {lrr: 1}}}}}",
 ]
