@@ -207,7 +207,7 @@ def test_a_file_that_is_no_checkpoint_is_an_error(
 
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "fti").startswith("emf fti: no such verb; the verbs are fit, validate, test, predict, ")
+    assert complaint(capsys, "fti").startswith("emf fti: no such verb; did you mean fit? the verbs are fit, validate, ")
 
 
 def test_debugging_shows_the_error_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def home(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow  # each verb imports its own modules, and parses an experiment twice
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_example_of_a_verb_is_in_its_help_and_parses(capsys, home, monkeypatch, verb) -> None:
     monkeypatch.chdir(home)
@@ -83,6 +84,7 @@ def verb_of(file: Path) -> str:
     return {"encoders": "encoders", "scores": "score"}.get(file.parent.name, "fit")
 
 
+@pytest.mark.slow
 def test_every_shipped_file_and_a_runs_config_have_no_mistakes(world) -> None:
     found = {str(file): mistakes(yaml.safe_load(file.read_text()), verb_of(file)) for file in FILES}
     found["run"] = mistakes(yaml.safe_load((world / "runs/tiny/version_0/config.yaml").read_text()))
@@ -102,6 +104,7 @@ GOOD = [
 ]
 
 
+@pytest.mark.slow  # the schema takes some 20 s
 @pytest.mark.parametrize("text", GOOD)
 def test_what_files_may_hold_is_allowed(text) -> None:
     assert mistakes(yaml.safe_load(text)) == []
@@ -124,12 +127,13 @@ BAD = [
     "model: {init_args: {caption_dropuot: 0}}",
     "model: {class_path: FGN}",
     "model: {init_args: {net: {class_path: SanaFlowMap, init_args: {architecture: {num_layer: 1}}}}}",
-    "model: {init_args: {objective: {class_path: MeanFlow, init_args: {times: {class_path: UniformTime}}}}}",
+    "model: {class_path: FlowMapModule, init_args: {objective: {init_args: {times: UniformTime}}}}",
     "model: {init_args: {optimization: {scheduler: {class_path: WarmupCosine, init_args: {totl: 1}}}}}",
     "model: {init_args: {optimization: {optimizer: {class_path: torch.optim.AdamW, init_args: {lrr: 1}}}}}",
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BAD)
 def test_a_misspelling_is_flagged(text) -> None:
     assert mistakes(yaml.safe_load(text)) != []
