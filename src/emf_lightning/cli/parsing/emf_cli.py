@@ -21,6 +21,7 @@ from emf_lightning.cli.parsing import import_classes
 from emf_lightning.cli.parsing.experiment_files import without_base
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.run_directory import open_run
+from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.cli.verbs import TRAINER_VERBS
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
@@ -60,6 +61,9 @@ class ExperimentParser(LightningArgumentParser):
 
     def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
         return super().parse_string(without_base(content) if path else content, path, *args, **kwargs)
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Any:
+        return super().instantiate(with_shipped_files(namespace), *args, **kwargs)
 
 
 class EMFCLI(LightningCLI):

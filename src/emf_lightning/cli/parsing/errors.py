@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 from emf_lightning.cli.parsing.parser_errors import parser_error
+from emf_lightning.cli.shards import missing_shards
 from emf_lightning.files import full_disk
 from emf_lightning.modules.checkpoint import first_difference
 
@@ -25,7 +26,7 @@ def user_message(error: BaseException) -> str | None:
     files that are missing or not accessible, and checkpoints that do not fit the configuration.
     """
     if found := _package_error(error):
-        return _one_line(str(found))
+        return _one_line(str(found)) + missing_shards(str(found))
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ArgumentError):
         return parser_error(str(error))
