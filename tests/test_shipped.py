@@ -141,3 +141,15 @@ def test_missing_shards_of_a_shapes_world_come_with_the_commands_of_make(
     made = re.findall(r"\$\(BIN\)/(emf shards .*(?:50000|1000) .*)", (root / "Makefile").read_text())
     assert len(made) == 2
     assert line.endswith("; first run: " + " && ".join(made))
+
+
+def test_a_shipped_experiment_finds_its_weights_and_scores_from_any_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    from emf_lightning.cli.parsing.builder import BuildingCLI
+
+    main(["plan", "--config", "shapes/emf"])
+    assert "network" in capsys.readouterr().out
+
+    built = BuildingCLI.run(expand(["fit", "--config", "shapes/emf"]))
+    assert built.model.net.transformer.config.caption_channels == built.datamodule.context_width
+    assert built.settings.model.init_args.net.init_args.pretrained == "experiments/shapes/parent"
+    assert not Path("experiments").exists()
