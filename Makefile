@@ -93,7 +93,8 @@ test-slow: $(READY) ## run the tests that take minutes each
 	$(BIN)/pytest -m slow $(ARGS)
 
 # the interpreter of a version, if it is here: on the PATH, uv's own, or pyenv's
-find_python = { $(BIN)/uv python find --no-python-downloads --no-project $(1) || ls $(HOME)/.pyenv/versions/$(1).*/bin/python; } 2>/dev/null
+find_python = { $(BIN)/uv python find --no-python-downloads --system $(1) || \
+	ls $(HOME)/.pyenv/versions/$(1).*/bin/python | tail -n 1; } 2>/dev/null
 VERSIONS := 3.10 3.11 3.12 3.13
 
 test-oldest: $(READY) ## run the tests with the lowest versions that pyproject.toml allows, in .venv-oldest
@@ -111,7 +112,7 @@ test-pythons: $(READY) ## run the tests on each Python from 3.10 to 3.13 that is
 
 # installs what a lock holds into an environment, and runs the tests in it
 test_in = install="$(BIN)/uv pip install --quiet --compile-bytecode --python $(1)/bin/python"; \
-	$$install --require-hashes -r $(2) && $$install --no-deps --no-build-isolation -e . && $(1)/bin/pytest $(ARGS)
+	$$install --require-hashes -r $(2); $$install --no-deps --no-build-isolation -e .; $(1)/bin/pytest $(ARGS)
 
 lint: $(READY) ## check style, types, layers and documentation
 	$(BIN)/ruff check $(SOURCES)
