@@ -26,7 +26,7 @@ help: ## this list
 	@echo; echo "  experiments: $(EXPERIMENTS)"
 	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 
-venv: $(READY) ## install everything into .venv (about a minute, 6 GB)
+venv: $(READY) ## install everything into .venv (2 minutes, 6 GB)
 
 $(READY): requirements.lock pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "make: needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; fi
