@@ -20,6 +20,7 @@ usage: emf VERB [options]
 {verbs}
 
 An experiment is a YAML file:   emf fit --config experiments/shapes/demo.yaml
+or the name of a shipped one:   emf fit --config shapes/demo
 Options override its values:    emf fit --config FILE --trainer.max_steps 1000
 All options of a verb:          emf VERB --help
 Options of a part:              emf fit --config FILE --model.net.architecture.help
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         verbs = {**TRAINER_VERBS, **EXPERIMENT_VERBS, **FUNCTION_VERBS}
-        print(_HELP.format(verbs="\n".join(f"  {name:<10} {line}" for name, line in verbs.items())), end="")
+        print(_HELP.format(verbs="\n".join(f"  {name:<11} {line}" for name, line in verbs.items())), end="")
     elif verb == "--version":
         print(f"emf_lightning {version('emf_lightning')}")
     else:

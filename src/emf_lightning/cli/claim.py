@@ -13,6 +13,7 @@ from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
 from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.bootstrap import Estimate
@@ -63,9 +64,9 @@ def claim(
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
     settings = {grade: _settings(grade) for grade in chosen}
-    for experiment in (flow_matching, meanflow):
-        if not experiment.is_file():
-            raise ValueError(f"no experiment {experiment}; run this from the repository, or name another")
+    [flow_matching], [meanflow] = (
+        named_experiments(name, [file]) for name, file in (("flow_matching", flow_matching), ("meanflow", meanflow))
+    )
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
     if train:

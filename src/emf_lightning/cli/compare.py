@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
 from emf_lightning.evaluation.reports.figures import save_figure
@@ -116,7 +117,8 @@ def compare(
     call: complete runs are kept, others resume from their last checkpoint, and a longer list adds to the tables.
 
     Args:
-        experiments: YAML files, all on one data set, with the same metrics and from the same parent.
+        experiments: YAML files or names as in `emf experiments`, all on one data set, with the same metrics and from the
+            same parent.
         out: folder of the runs, the tables and the figure.
         minutes: minutes of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each run.
@@ -125,17 +127,15 @@ def compare(
         jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: images of each prompt for distances and diversity.
     """
-    for option, files in (("experiments", experiments), ("overlays", overlays or [])):
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{option}: no file {file}")
+    experiments = named_experiments("experiments", experiments)
+    on_top = tuple(named_experiments("overlays", overlays or []))
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     if minutes is None and steps is None:
         minutes = 30.0
-    all_seeds, on_top = seeds if seeds is not None else [0], tuple(overlays or [])
+    all_seeds = seeds if seeds is not None else [0]
 
     def trainings(counts: dict[Path, int]) -> list[Training]:
         return [

@@ -11,6 +11,8 @@ TRAINER_VERBS = {
 """Verbs of Lightning's Trainer, run by ``EMFCLI``."""
 
 FUNCTION_VERBS = {
+    "experiments": "list the shipped experiments, with the question and the cost of each",
+    "new": "copy a shipped experiment, to change it",
     "export": "write a trained model as a diffusers pipeline",
     "compare": "train experiments for the same time and compare their images",
     "images": "write an image data set of the Hugging Face hub as shards",

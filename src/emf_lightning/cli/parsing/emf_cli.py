@@ -27,6 +27,7 @@ from emf_lightning.cli.parsing.setting_checks import check_devices, check_shardi
 from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.runs import OPTION
+from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.cli.verbs import TRAINER_VERBS, examples
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
@@ -71,6 +72,9 @@ CLI = TypeVar("CLI", bound="EMFCLI")
 
 class ExperimentParser(ExperimentFileParser, LightningArgumentParser):
     """Parser of the files of an experiment that trains."""
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Any:
+        return super().instantiate(with_shipped_files(namespace), *args, **kwargs)
 
 
 class EMFCLI(LightningCLI):

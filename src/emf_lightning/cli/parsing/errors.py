@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emf_lightning.cli.parsing.parser_errors import parser_error
+from emf_lightning.cli.shards import missing_shards
 from emf_lightning.cli.verbs import OWN_OPTIONS
 from emf_lightning.files import full_disk
 from emf_lightning.modules.checkpoint import first_difference
@@ -44,7 +45,7 @@ def user_message(error: BaseException, verb: str = "") -> str | None:
     files that are missing or not accessible, and checkpoints that do not fit the configuration.
     """
     if found := _package_error(error):
-        return _one_line(str(found))
+        return _one_line(str(found)) + missing_shards(str(found))
     if missing := _MISSING.search(str(error)):
         return f"{missing[1].rpartition('.')[2]} needs a package that is not installed: {missing[2]}"
     kinds = {kind.__name__ for kind in type(error).__mro__}

@@ -3,6 +3,7 @@
 A file names the files it builds on, relative to itself::
 
     base: ../parts/base.yaml      # or a list, in the order in which they apply
+    base: shapes/emf              # an experiment of the package, if no file beside it has that name
 
 Each file becomes one ``--config``, oldest first, so that the parser's rules hold: mappings merge deeply, later files
 win, ``key+:`` appends to a list, ``callbacks-:`` and ``logger-:`` take a class out, and options after ``--config`` win
@@ -20,6 +21,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._actions import previous_config  # what the files before have set; there is no public way to it
+
+from emf_lightning.cli.shipped import experiment_file, unknown
 
 KEY = "base"
 REMOVALS = ("callbacks-", "logger-")
@@ -45,10 +48,11 @@ def _collect(file: Path, children: tuple[Path, ...], files: list[Path]) -> None:
         chain = " -> ".join(str(path) for path in (*children, file))
         raise ValueError(f"{children[-1]}: `base:` runs in a circle, {chain}; take one of them out")
     for name in _bases(file):
-        base = file.parent / name
-        if not base.is_file():
+        base = experiment_file(name, file.parent)
+        if base is None:
             raise ValueError(
-                f"{file}: base {name!r} is not there: no file {base} (names are relative to {file.parent}/)"
+                f"{file}: base {name!r} is not there: no file {file.parent / name} (names are relative to "
+                f"{file.parent}/){unknown(name)}"
             )
         _collect(base, (*children, file), files)
     if file.resolve() not in [known.resolve() for known in files]:
@@ -213,9 +217,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
         if option is None or _is_text(value):
             expanded += [value] if option is None else [option, value]
             continue
-        if not Path(value).is_file():
-            raise ValueError(f"{option} {value}: no such file")
-        *bases, experiment = config_files(value)
+        if (file := experiment_file(value)) is None:
+            raise ValueError(f"{option} {value}: no such file{unknown(value)}")
+        *bases, experiment = config_files(file)
         for file in (*[base for base in bases if base.resolve() not in given], experiment):
             expanded += [option, str(file)]
             given.append(file.resolve())
