@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,21 +27,38 @@ class UnusableSampleError(Exception):
     """A sample that is left out; it is counted under this message."""
 
 
-def decode_caption(sample: TarSample) -> str:
-    """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
-    Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
+def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, epoch: int = 0) -> str:
+    """The sample's caption: of its row, its txt member, or its JSON member's ``column``.
+
+    Of several captions each pass ``epoch`` takes the next, the first by ``seed``. Without ``column`` it is "caption",
+    "prompt" or "text". Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not
+    UTF-8.
     """
+    caption: Any = list(sample.captions)
     try:
-        if sample.text is not None:
-            caption: Any = sample.text.decode("utf-8-sig")
-        else:
+        if not caption and sample.text is not None:
+            caption = sample.text.decode("utf-8-sig")
+        elif not caption:
             record = None if sample.json is None else parse_json(sample.json)
-            caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
+            keys = CAPTION_KEYS if column is None else (column,)
+            caption = next((record[key] for key in keys if isinstance(record, dict) and key in record), None)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
     except ValueError as error:
         raise UnusableSampleError("broken JSON") from error
-    return usable_caption(caption)
+    return usable_caption(_turn(caption, sample, seed + epoch) if isinstance(caption, list) else caption)
+
+
+def _turn(captions: list[Any], sample: TarSample, turn: int) -> Any:
+    """One of the usable captions, else the first."""
+    usable = []
+    for caption in captions:
+        with suppress(UnusableSampleError):
+            usable.append(usable_caption(caption))
+    if not usable:
+        return next(iter(captions), None)
+    name = sample.location.rpartition("/")[2]
+    return usable[(zlib.crc32(name.encode("utf-8", "replace")) + turn) % len(usable)]
 
 
 def usable_caption(caption: Any) -> str:
