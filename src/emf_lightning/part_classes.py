@@ -50,7 +50,14 @@ def build(spec: Any) -> Any:
     if "class_path" not in spec:
         return {key: build(value) for key, value in spec.items()}
     module, _, name = spec["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"class_path {_short(spec['class_path'])} cannot be imported ({error}); put its file where Python finds "
+            "it, e.g. into the current folder"
+        ) from error
+    return kind(**build(spec.get("init_args", {})))
 
 
 def check_spec(spec: Any, kinds: tuple[type, ...], place: str) -> None:

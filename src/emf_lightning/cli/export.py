@@ -36,6 +36,7 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     specs = {"net": net, "autoencoder": _spec(settings.data.autoencoder), "text": _spec(settings.data.text)}
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
     pipeline.save_pretrained(str(out))
+    pipeline.check_saved(out)
     for figure in sorted(run.glob("*/*.png")):
         shutil.copy(figure, out / f"{figure.parent.name}_{figure.name}")
     (out / "README.md").write_text(model_card(run, out, settings, pipeline))
