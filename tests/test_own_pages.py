@@ -65,11 +65,21 @@ def write_page(name: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in blocks.splitlines() if "my_" in line and "compare" not in line]
 
 
+def fit(*options: str) -> None:
+    """`emf fit` with these options, for two steps."""
+    scheduled = "own_data/" in Path(options[1]).read_text()
+    warmup = ["--model.init_args.optimization.scheduler.init_args.warmup", "1"] if scheduled else []
+    main(["fit", *options, "--config", "short.yaml", *warmup])
+
+
 @pytest.mark.parametrize("name", ["network", "encoder", "metric"])
 def test_a_class_of_ones_own_trains_from_its_page(name: str, folder: Path) -> None:
     commands = write_page(name)
     for command in commands:
-        main([*command, "--config", "short.yaml"] if command[0] == "fit" else command)
+        if command[0] == "fit":
+            fit(*command[1:])
+        else:
+            main(command)
     (run,) = Path("runs").glob("**/version_0")
     assert run.name == "version_0" and run.parent.name == f"my_{name}"
     assert (run / "validation_captions/contact_sheet.png").is_file()
@@ -92,10 +102,9 @@ def drawn_afresh(export: str) -> np.ndarray:
 
 
 def test_an_objective_of_ones_own_starts_from_a_parent(folder: Path) -> None:
-    parent = ["--config", "experiments/own_data/flow_matching.yaml", "--data.shards", "my/pictures"]
-    main(["fit", *parent, "--config", "short.yaml", "--model.init_args.optimization.scheduler.init_args.warmup", "1"])
+    fit("--config", "experiments/own_data/flow_matching.yaml", "--data.shards", "my/pictures")
     (command,) = write_page("objective")
-    main([*command, "--config", "short.yaml", "--model.init_args.optimization.scheduler.init_args.warmup", "1"])
+    fit(*command[1:])
     assert (Path("runs/my_objective/version_0/checkpoints/last.ckpt")).is_file()
     main(["export", "--run", "runs/my_objective/version_0", "--out", "exported", "--trust_remote_code"])
     assert drawn_afresh("exported").std() > 0
@@ -114,8 +123,8 @@ class Forgetful(MyFlowMap):
 def test_an_export_that_would_load_other_weights_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_page("network")
     Path("forgetful.py").write_text(FORGETFUL)
-    options = ["--config", "my_network.yaml", "--data.shards", "my/pictures", "--config", "short.yaml"]
-    main(["fit", *options, "--model.init_args.net", json.dumps({"class_path": "forgetful.Forgetful"})])
+    net = json.dumps({"class_path": "forgetful.Forgetful"})
+    fit("--config", "my_network.yaml", "--data.shards", "my/pictures", "--model.init_args.net", net)
     with pytest.raises(SystemExit):
         main(["export", "--run", "runs/my_network/version_0", "--out", "exported", "--trust_remote_code"])
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -16,8 +16,10 @@ import pytest
 
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
+from emf_lightning.data.reading.parquet_shards import ParquetShard
 from emf_lightning.data.reading.sources import HubDataset, Source, count, open_sources
 from emf_lightning.data.reading.streams import ShardStream
+from emf_lightning.data.reading.tar_members import END
 from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 ONES = [f"sample {number}" for number in range(44)]
@@ -307,6 +309,17 @@ def test_unusable_rows_and_damaged_parquet_files_are_counted(tmp_path: Path) -> 
         "corrupt image": counts["corrupt image"],
     }
     assert counts["damaged shard"] >= 1
+
+
+def test_parquet_is_read_at_an_address_from_the_middle_on(tmp_path: Path) -> None:
+    parquet(tmp_path, range(23))
+    (source,) = open_sources(f"file://{tmp_path}/*.parquet", "shards")
+    assert isinstance(source, ParquetShard) and source.path.startswith("file://")
+    texts = [sample.text for sample in source.samples()]
+    assert texts == [caption.encode() for caption in ONES[:23]]
+    for offset in (1, 4, 5, 17, 22, 23):
+        assert [sample.text for sample in source.samples(offset)] == texts[offset:]
+    assert list(source.samples(END)) == []
 
 
 def test_splits_of_a_folder_in_the_hubs_layout_are_kept_apart(tmp_path: Path) -> None:
