@@ -60,6 +60,17 @@ def build(spec: Any) -> Any:
     return kind(**build(spec.get("init_args", {})))
 
 
+def takes(kind: type, name: str) -> bool:
+    """Whether the constructor of ``kind`` takes the argument ``name``, itself or among further keywords for a base."""
+    for base in kind.__mro__:
+        init = vars(base).get("__init__")
+        if init is not None:
+            parameters = inspect.signature(init).parameters
+            if name in parameters or all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+                return name in parameters
+    return False
+
+
 def check_spec(spec: Any, kinds: tuple[type, ...], place: str) -> None:
     """Checks every class that ``spec`` names, at any depth, without importing a module from outside this package.
 

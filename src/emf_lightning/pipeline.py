@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found,
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
-from emf_lightning.part_classes import Spec, build, check_spec, trusted, trusting
+from emf_lightning.part_classes import Spec, build, check_spec, takes, trusted, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.plain import shorten
 
@@ -64,8 +63,7 @@ class PipelinePart(ModelMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         arguments = dict(self.spec.get("init_args", {}))
-        known = inspect.signature(type(self.part)).parameters
-        if callable(getattr(self.part, "save_pretrained", None)) and "pretrained" in known:
+        if callable(getattr(self.part, "save_pretrained", None)) and takes(type(self.part), "pretrained"):
             self.part.save_pretrained(folder)
             arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
             arguments["pretrained"] = HERE

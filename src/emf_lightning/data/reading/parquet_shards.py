@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,13 +116,14 @@ class ParquetShard:
                         yield (
                             at + i,
                             None if images is None else images[i],
-                            lambda value=captions[i]: caption_of(value.as_py()),
+                            partial(_converted, caption_of, captions[i]),
                         )
                     at += len(batch)
             first += rows
 
     def _sample(self, row: int, image: Any, caption: Callable[[], Caption], member_mb: float) -> TarSample:
-        location, ignored, fault = f"{self.path}/{row}", (), None
+        location, fault = f"{self.path}/{row}", None
+        ignored: tuple[tuple[str, str], ...] = ()
         picture = None if image is None else image.as_py()
         picture = picture.get("bytes") if isinstance(picture, dict) else picture
         if picture is not None and len(picture) > member_mb * 1e6:
@@ -165,6 +167,10 @@ class ParquetShard:
                 "with data.caption_column"
             )
         return (pictures or [None])[0], caption, _caption_of(caption, schema.field(caption).type, features)
+
+
+def _converted(caption_of: Callable[[Any], Caption], value: Any) -> Caption:
+    return caption_of(value.as_py())
 
 
 def _caption_of(column: str, kind: Any, features: Any) -> Callable[[Any], Caption]:
