@@ -77,7 +77,7 @@ def _pairs(file: str, images: Sequence[str], columns: Sequence[str]) -> Iterator
     for row in _rows(file):
         seen.update(dict.fromkeys(map(str, row)))
         image = next((row[name] for name in images if isinstance(row.get(name), str)), None)
-        captions = next((row[name] for name in columns if isinstance(row.get(name), str | list)), [])
+        captions: Any = next((row[name] for name in columns if isinstance(row.get(name), str | list)), [])
         count += image is not None and captions != []
         for caption in [captions] if isinstance(captions, str) else captions:
             try:

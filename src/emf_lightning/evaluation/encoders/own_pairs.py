@@ -51,7 +51,7 @@ class OwnPairs(PairCorpus):
         sources = open_sources(shards, "OwnPairs: shards", caption_column=caption_column, image_column=image_column)
         columns = {"caption_column": caption_column}
         stream = ShardStream(sources, SquareTransform(self.side), 64, limit=limit, **columns)  # type: ignore[arg-type]
-        captions, images = [], []
+        captions, images = list[str](), list[NDArray[np.uint8]]()
         for batch in ShardLoader(stream):
             captions += batch.captions
             images += list(batch.images.permute(0, 2, 3, 1).numpy())
