@@ -18,7 +18,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
+.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -42,6 +42,15 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (15 minutes on 2 cores)
 	$(BIN)/emf fit --config experiments/shapes/demo.yaml $(ARGS)
+
+# the newest run of own_data/$(1)
+own_run = $$(ls -td runs/own_data/$(1)/version_* | head -n 1)
+own: $(READY) ## train on your own pictures, DATA=folder with a.jpg and a.txt: flow matching, MeanFlow from it, an export
+	@if [ -z "$(DATA)" ]; then echo "make: name your pictures: make own DATA=folder (docs/how_to/own_data.md)" >&2; exit 2; fi
+	$(BIN)/emf fit --config experiments/own_data/flow_matching.yaml --data.shards '$(DATA)' $(ARGS)
+	$(BIN)/emf fit --config experiments/own_data/meanflow.yaml --data.shards '$(DATA)' \
+		--model.init_args.net.init_args.pretrained "$(call own_run,flow_matching)/network" $(ARGS)
+	$(BIN)/emf export --run "$(call own_run,meanflow)" --out "$(call own_run,meanflow)/export"
 
 shards: $(SHARDS) ## write the small shapes world's caption-image shards
 

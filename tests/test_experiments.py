@@ -175,7 +175,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(experiment: str, models: Path) -> list[str]:
-    """Options that replace the models of a full-size experiment by tiny ones."""
+    """Options that replace the models of a full-size experiment by tiny ones, or a parent that is not trained yet."""
+    if experiment == "experiments/own_data/meanflow.yaml":
+        return ["--model.init_args.net.init_args.pretrained", "experiments/shapes/parent", "--data.resolution", "36"]
     if not experiment.startswith("experiments/emf/"):
         return []
     net, text, autoencoder = "--model.init_args.net.init_args", "--data.text.init_args", "--data.autoencoder.init_args"

@@ -117,8 +117,8 @@ def compare(
     call: complete runs are kept, others resume from their last checkpoint, and a longer list adds to the tables.
 
     Args:
-        experiments: YAML files or names as in `emf experiments`, all on one data set, with the same metrics and from the
-            same parent.
+        experiments: YAML files or names as in `emf experiments`, all on one data set, with the same metrics and from
+            the same parent.
         out: folder of the runs, the tables and the figure.
         minutes: minutes of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each run.

@@ -45,7 +45,7 @@ def encoders(
 
     Args:
         encoders: name -> encoder, e.g. in a file given with --config.
-        corpus: caption-image pairs: ShapesPairs, the default, or CocoPairs with COCO's folder and a DINOv3.
+        corpus: caption-image pairs: OwnPairs of your own data, ShapesPairs, the default, or CocoPairs with DINOv3.
         prompts: prompts of the removals: text file with a prompt a line, or DPG-Bench's CSV file; by default the
             captions.
         out: directory of encoders.md, .json and .png, of retrieved.png and of the cached pooled features.

@@ -40,6 +40,7 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
     with replacing_folder(out) as partial:
         pipeline.save_pretrained(str(partial))
+        pipeline.check_saved(partial)
         for figure in sorted(run.glob("*/*.png")):
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
         (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))

@@ -18,9 +18,8 @@ from emf_lightning.data.cache.entry_cache import EntryCache, format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.raw_batch import RawBatch
-from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.sources import count
 from emf_lightning.data.reading.streams import CACHED
-from emf_lightning.data.reading.tar_samples import count_samples
 from emf_lightning.text.blip3o_next import BLIP3oNext
 
 DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "float16", "float8")
@@ -71,7 +70,7 @@ class CacheFiller:
             )
         self.data = data
         self.device = device
-        self.shards = shard_paths(data.shards, "CaptionImageData: shards")
+        self.shards = data.training_sources
         data.encoder.open_caches(str(data.transform))
         data.encoder.device = device
         caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
@@ -86,7 +85,7 @@ class CacheFiller:
 
     def count(self) -> int:
         """Number of samples in all shards."""
-        return sum(map(count_samples, self.shards))
+        return sum(map(count, self.shards))
 
     def entries(self, samples: int) -> dict[str, int]:
         """Number of entries of each cache for ``samples`` samples: an image may have several captions."""

@@ -71,7 +71,7 @@ class ValidationCaptions(OwnPrompts):
     draws_all = False
 
     def __init__(self, data: CaptionImageData, count: int) -> None:
-        if data.validation_shards is None:
+        if not data.validates:
             raise ValueError(
                 "prompts are not set, and the data have no validation_shards whose captions would stand for them; give "
                 "prompts, e.g. a text file, or benchmarks"

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
+from emf_lightning.data.reading.names import CAPTIONS, IMAGES
 from emf_lightning.data.reading.shard_paths import ENDINGS
 from emf_lightning.text.plain import lines, parse_json, shorten
-
-CAPTIONS = ("caption", "prompt", "text", "txt", "instruction", "input_prompt")
-IMAGES = ("output_image", "image_path", "image", "file_name")
-"""Field names for a caption and for its image in published files."""
 
 Image = tuple[str, tuple[str, ...]]
 """Folder of the caption file, and the components of the image's path in it."""

@@ -162,13 +162,16 @@ class ShardLoader:
     def _identity(self) -> dict[str, Any]:
         """Settings under which saved positions are valid."""
         stream = self.stream
-        names = "\n".join(shard.rpartition("/")[2] for shard in stream.shards)  # names only: a folder may have moved
+        # names only: a folder may have moved
+        names = [shard.rpartition("/")[2] if isinstance(shard, str) else shard.identity for shard in stream.shards]
+        held_out = {"validation_share": stream.share} if stream.share else {}
         return {
-            "shards": hashlib.sha256(names.encode()).hexdigest(),
+            "shards": hashlib.sha256("\n".join(names).encode()).hexdigest(),
             "seed": stream.seed,
             "shuffle_block": stream.shuffle_block,
             "ranks": stream.ranks,
             "workers": stream.lanes,
+            **held_out,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,8 +212,8 @@ class ShardLoader:
             change()
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
         stream = self.stream
+        remedy = "raise validation_share" if stream.held_out else "lower batch_size or num_workers"
         return (
             f"a whole pass over {len(stream.shards)} shards ({stream.shards[0]}, ...) gave no batch of"
-            f" {stream.batch_size} samples ({counts or 'none skipped'}); check the shards, or lower batch_size or"
-            " num_workers"
+            f" {stream.batch_size} samples ({counts or 'none skipped'}); check the shards, or {remedy}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache
+from functools import cache, partial
+from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,15 @@ from emf_lightning.data.reading.decoding import (
     SquareTransform,
     UnusableSampleError,
     decode_caption,
+    decode_captions,
     decode_image,
     image_key,
     stretch_to_square,
 )
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
-from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
+from emf_lightning.data.reading.sources import Source
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything, read_samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +55,7 @@ class ShardStream(IterableDataset[RawBatch]):
     Arguments that are not listed: see ``CaptionImageData``.
 
     Args:
-        shards: files or URLs, in a fixed order.
+        shards: tar shards, as files or URLs, and other sources, in a fixed order.
         transform: makes images square.
         shuffle_block: samples a block; 1 shuffles shards only, 0 turns shuffling off.
         lanes: lanes of this rank: the number of workers, or 1 without workers.
@@ -66,9 +69,12 @@ class ShardStream(IterableDataset[RawBatch]):
         captions: captions from files beside the shards; they override those in the shards.
         images: False decodes no images for the autoencoder; samples then need none.
         image_limits: bounds beyond which an image is left out.
+        caption_column: key of the captions in the samples' JSON; by default one of ``CAPTION_KEYS``.
+        share: share of samples that is held out, chosen by the digests of their names.
+        held_out: reads only the held-out samples, rather than only the others.
     """
 
-    shards: Sequence[str]
+    shards: Sequence[str | Source]
     transform: SquareTransform
     batch_size: int
     _: KW_ONLY
@@ -88,6 +94,9 @@ class ShardStream(IterableDataset[RawBatch]):
     images: bool = True
     image_limits: ImageLimits = ImageLimits()
     member_mb: float = MEMBER_MB
+    caption_column: str | None = None
+    share: float = 0.0
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -96,7 +105,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """Sets the start of the next iteration: pass, position of each lane, and lane of the first batch."""
         self._epoch, self._positions, self._first = epoch, tuple(positions), first
 
-    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str, int, int]]:
+    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int]]:
         """The lane's shards of one pass in order, as (path, part, parts): the lane reads one part of each."""
         order: Sequence[int] = range(len(self.shards))
         if self.shuffle_block > 0:
@@ -156,11 +165,16 @@ class ShardStream(IterableDataset[RawBatch]):
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
         found: Sequence[str] = ()
-        if self.captions is not None and self.only_missing and self.feature_cache is not None:
+        every = self.only_missing and self.feature_cache is not None
+        if self.captions is not None and every:
             found = self.captions.find_all(sample.location)
         elif self.captions is not None and (caption := self.captions.find(sample.location, self.seed, self._epoch)):
             found = (caption,)
-        return found or (decode_caption(sample),)
+        if found:
+            return found
+        if every:
+            return decode_captions(sample, self.caption_column)
+        return (decode_caption(sample, self.caption_column, self.seed, self._epoch),)
 
     def _look_up(self, sample: TarSample, flipped: bool, caption: str, decode: Callable[[], Image]) -> Sample | str:
         """Looks the sample up in the caches, and decodes its image if they lack its features or latents."""
@@ -215,10 +229,16 @@ class ShardStream(IterableDataset[RawBatch]):
         """The lane's undecoded samples in shard order, from the start of the block at ``position`` on."""
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
-        for shard, (path, part, parts) in shards[position.shard :]:
-            for sample in read_samples(path, offset, number, part, parts, self.member_mb):
+        wanted = everything if self.share == 0 else self._wanted
+        for shard, (source, part, parts) in shards[position.shard :]:
+            read = partial(read_samples, source) if isinstance(source, str) else source.samples
+            for sample in read(offset, number, part, parts, self.member_mb, wanted):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
+
+    def _wanted(self, key: str) -> bool:
+        digest = blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).digest()
+        return (int.from_bytes(digest, "big") < self.share * 2**32) == self.held_out
 
 
 def _flip(image: NDArray[np.uint8], flipped: bool) -> NDArray[np.uint8]:

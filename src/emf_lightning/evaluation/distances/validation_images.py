@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.picture_folders import PictureFolders
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.distances.reference_images import BATCH, Arrays, KeptFeatures, gaussian, resize
 from emf_lightning.text.fingerprint import fingerprint
@@ -27,7 +27,7 @@ class ValidationImages(KeptFeatures):
 
     def __init__(self, caller: str, data: CaptionImageData, features: ImageFeatures, resolution: int | None) -> None:
         super().__init__(caller, features, resolution)
-        if data.validation_shards is None:
+        if not data.validates:
             raise ValueError(
                 f"{caller}: reference is not set, and the data have no validation_shards to stand for it; give either"
             )
@@ -76,13 +76,15 @@ class ValidationImages(KeptFeatures):
 
     def _path(self, kind: str) -> Path | None:
         data = self.data
-        assert data.validation_shards is not None
-        shards = [Path(path) for path in shard_paths(data.validation_shards, "CaptionImageData: validation_shards")]
+        if any(isinstance(source, PictureFolders) for source in data.validation_sources):
+            return None  # the names of pictures do not tell whether they changed
+        shards = [Path(str(source)) for source in data.validation_sources]
         try:
             files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
         except OSError:  # URLs
             return None
-        reading = [data.validation_samples, str(data.transform), data.member_mb, str(data.image_limits)]
+        which = [data.validation_samples, data.validation_share, data.image_column]
+        reading = [*which, str(data.transform), data.member_mb, str(data.image_limits)]
         settings = {"features": self.features.digest, "resolution": self.resolution, "reading": reading}
         key = fingerprint(files=files, captions=str(data.captions), **settings)[:16]
         folder = shards[0].resolve().parent
