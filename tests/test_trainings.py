@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from emf_lightning.cli.run_lock import lock, read
 from emf_lightning.cli.trainings import LOG, fit, run_in_parallel
 
 
@@ -49,3 +52,19 @@ def test_a_training_that_fails_says_where_its_words_are(tmp_path):
     with pytest.raises(ValueError, match=f"ended with status 2; what it said is in .*{LOG}"):
         fit(["--config", "nowhere.yaml"], tmp_path / "run", jobs=2)
     assert "nowhere.yaml: no such file" in (tmp_path / "run" / LOG).read_text()
+
+
+def test_a_training_waits_for_the_end_of_the_one_that_a_killed_call_left(tmp_path, capsys):
+    script = """import sys, time; from pathlib import Path; from emf_lightning.cli.run_lock import lock, process
+run = Path(sys.argv[1]); file = lock(run, process() | {"job": 7}); print(1, flush=True); input(); time.sleep(1)
+(run / "saved").touch()"""
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=-1, stdout=-1) as left:
+        assert left.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match=f"process {left.pid} on .* works there"):
+            lock(tmp_path, {}, patience=0.3)
+        left.stdin.write(b"\n")
+        left.stdin.flush()
+        with pytest.raises(ValueError, match="ended with status 2"):  # the training has begun
+            fit(["--config", "nowhere.yaml"], tmp_path)
+    assert (tmp_path / "saved").exists() and f"waiting up to 120 s for process {left.pid}" in capsys.readouterr().out
+    assert read(tmp_path)["job"] == 7  # what the run's own record says is kept

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from emf_lightning.cli import main
-from emf_lightning.cli.run_directory import claim, lock
+from emf_lightning.cli.run_directory import claim
+from emf_lightning.cli.run_lock import lock
 from tests.cli.world import BASE, complaint
 
 LAST = "checkpoints/last.ckpt"
@@ -57,7 +58,7 @@ def test_last_is_this_experiments_last_or_refused(here, capsys, monkeypatch):
 
 
 def test_no_two_processes_train_in_one_directory(tmp_path):
-    script = "import sys; from pathlib import Path; from emf_lightning.cli.run_directory import *; "
+    script = "import sys; from pathlib import Path; from emf_lightning.cli.run_lock import *; "
     held = [sys.executable, "-c", script + "f = lock(Path(sys.argv[1]), record_()); print(1, flush=True); input()"]
     held[2] = held[2].replace("record_()", "{'pid': os.getpid(), 'host': 'here'}")
     with subprocess.Popen([*held, str(tmp_path)], stdin=-1, stdout=-1) as other:

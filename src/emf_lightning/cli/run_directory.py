@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,10 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from emf_lightning.callbacks.loggers.run_directory import UNNAMED, file_loggers, place
+from emf_lightning.cli.run_lock import LOCK, lock, process, read
 from emf_lightning.cli.trainings import RUN_DIRECTORY
-
-LOCK = "run.lock"
-"""File in the run directory, locked while a process trains there; it names the process and what it trains."""
 
 IDENTITY = (
     *("model.class_path", "model.init_args.objective.class_path", "model.init_args.net"),
@@ -167,11 +164,6 @@ def record(config: Namespace) -> dict[str, Any]:
     return process() | {"job": job(), "identity": identity(config), "config": _digest(_plain(config))}
 
 
-def process() -> dict[str, Any]:
-    """This process, for a lock."""
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
 def job() -> str | None:
     """Name of the SLURM job, or of torchrun's call, that keeps its name where it is started again."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -183,41 +175,6 @@ def job() -> str | None:
 def is_restart() -> bool:
     """Whether SLURM or torchrun has started this job before."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
-def lock(directory: Path, about: dict[str, Any]) -> IO[str]:
-    """Locks ``directory`` until the file returned is closed, or the process ends, however it ends.
-
-    A POSIX lock: data workers do not inherit it. On NFS it needs the server's lock service.
-
-    Raises:
-        ValueError: naming the process that works there.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / LOCK).open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        other = read(directory)
-        raise ValueError(
-            f"{directory}: process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')} works "
-            "there; wait for it, end it, or choose another directory"
-        ) from None
-    file.seek(0)
-    file.truncate()
-    json.dump(about, file)
-    file.flush()
-    return file
-
-
-def read(directory: Path) -> dict[str, Any]:
-    """The record of the last process that worked in ``directory``; empty where there is none."""
-    try:
-        found = json.loads((directory / LOCK).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def claim(root: Path) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emf_lightning.cli.run_directory import LOCK, versions
+from emf_lightning.cli.run_directory import versions
+from emf_lightning.cli.run_lock import LOCK
 from emf_lightning.modules.checkpoint_files import is_whole
 
 CONFIG = "config.yaml"

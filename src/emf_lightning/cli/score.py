@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing import import_classes
-from emf_lightning.cli.run_directory import lock, process
+from emf_lightning.cli.run_lock import lock, process
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.folders.scoring import LEFT_OUT, left_out_text, score_images

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
+from emf_lightning.cli.run_lock import lock, read
+
 Result = TypeVar("Result")
 
 ENDS_WITH_PARENT = "EMF_ENDS_WITH_PARENT"
@@ -23,6 +25,9 @@ RUN_DIRECTORY = "EMF_RUN_DIRECTORY"
 
 LOG = "fit.log"
 """File of a training's output where several run at a time."""
+
+PATIENCE = 120
+"""Seconds that a training waits for another one in its directory: a killed call's ends at its next step boundary."""
 
 
 def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
@@ -35,9 +40,9 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
             its output goes to ``fit.log`` in its folder.
 
     Raises:
-        ValueError: where the training fails.
+        ValueError: where the training fails, or another process works in ``folder`` for longer than ``PATIENCE``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder, read(folder), PATIENCE).close()  # the training locks it again
     last = max((folder / "checkpoints").glob("last*.ckpt"), key=os.path.getmtime, default=None)
     resume = [] if last is None else ["--ckpt_path", str(last)]
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
