@@ -1,13 +1,17 @@
-"""A run that is killed near its end is finished by the same call."""
+"""A run that is killed near its end, and a comparison whose training is left, are finished by the same call."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lightning.pytorch import Callback
 
 from benchmarks import fault_runner
@@ -16,8 +20,9 @@ from emf_lightning.cli import main
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 from tests.cli.world import BASE
+from tests.test_compare import EXPERIMENT
 
-DIES = "tests.faults.test_unfinished_runs.Dies"
+DIES, LINGERS = (f"tests.faults.test_unfinished_runs.{name}" for name in ("Dies", "Lingers"))
 SUITE = "{class_path: ShapesSuite, init_args: {per_task: 2, scenes_per_task: 2}}"
 AT_THE_END = f"""init_args: {{save_last: true}}
     - class_path: {DIES}
@@ -43,6 +48,16 @@ class Dies(Callback):
         setattr(self, hook, die)
 
 
+class Lingers(Callback):
+    """Takes long over the second step, at the first call in this working directory."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        mark = Path("in-step")
+        if trainer.global_step == 1 and not mark.exists():
+            mark.touch()
+            time.sleep(20)
+
+
 def call(place: Path, *arguments: str) -> fault_runner.Ending:
     return fault_runner.run(partial(main, list(arguments)), place)
 
@@ -63,3 +78,26 @@ def test_a_run_killed_before_its_final_scores_makes_them_when_it_is_resumed(tmp_
         assert (run / name).stat().st_size, name
     report = call(tmp_path, "report", str(run))
     assert report.status == 0 and (tmp_path / "report/report.md").is_file(), report.output
+
+
+@pytest.mark.slow
+def test_a_comparison_waits_for_the_training_that_a_killed_one_left(tmp_path, monkeypatch, root):
+    monkeypatch.setattr(fault_runner, "HUNG_AFTER", 900)
+    write_shards(SMALL, tmp_path / "shards", 32, samples_per_shard=16)
+    (tmp_path / "experiments").symlink_to(root / "experiments")
+    lingers = f", callbacks+: [{{class_path: {LINGERS}}}]"
+    settings = {"model": "FlowMapModule", "settings": "caption_dropout: 0.0", "trainer": lingers}
+    (tmp_path / "one.yaml").write_text(EXPERIMENT.format(root=root, shards=tmp_path / "shards", **settings))
+    arguments = ["compare", "--out", "out", "--experiments", "[one.yaml]", "--steps", "3", "--images_per_prompt", "0"]
+    with (tmp_path / "first.txt").open("w") as said:
+        command = [sys.executable, "-m", "emf_lightning", *arguments]
+        first = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+    while not (tmp_path / "in-step").exists():
+        assert first.poll() is None, (tmp_path / "first.txt").read_text()
+        time.sleep(0.1)
+    first.kill()  # not its training
+    again = call(tmp_path, *arguments)
+    assert again.status == 0, again.output
+    assert "waiting up to" in again.output
+    assert "state of step 2" in (tmp_path / "first.txt").read_text() and "Restor" in again.output
+    assert (tmp_path / "out/one/steps3-seed0/summary.json").is_file()
