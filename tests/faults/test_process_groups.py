@@ -1,4 +1,4 @@
-"""Signals to a training with data workers, to all its processes or twice."""
+"""Signals to a training with data workers or two ranks, to all its processes or twice; an error beside data workers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EXPERIMENT = (
     .replace("num_workers: 0", "num_workers: 2")
     .replace("{save_last: true}", "{save_last: true, every_n_train_steps: 2, save_top_k: 1}")
 )
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.num_workers", "1", "--trainer.max_steps", "40"]
 
 
 class Slow(Callback):
@@ -33,12 +34,25 @@ class Slow(Callback):
             time.sleep(5)
 
 
+class Raises(Callback):
+    """Ends the training by an error that is none of the user's."""
+
+    def on_train_batch_end(self, trainer, *_):
+        raise RuntimeError("out of memory")
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(EXPERIMENT)
     main(["shards", "--out", "shards", "--count", "64", "--samples_per_shard", "16"])
     return tmp_path
+
+
+def add(callback: str) -> None:
+    """Adds one of the callbacks above to the experiment."""
+    text, last = Path("run.yaml").read_text(), "init_args: {save_last: true, every_n_train_steps: 2, save_top_k: 1}"
+    Path("run.yaml").write_text(text.replace(last, f"{last}\n    - class_path: {__name__}.{callback}"))
 
 
 def started(*options: str, launcher: tuple[str, ...] = ("-m", "emf_lightning"), **environment: str) -> subprocess.Popen:
@@ -80,9 +94,7 @@ def test_a_signal_to_the_whole_group_spares_the_data_workers_until_the_state_is_
 
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once_and_tears_nothing(here):
-    slow = "init_args: {save_last: true, every_n_train_steps: 2, save_top_k: 1}"
-    text = Path("run.yaml").read_text()
-    Path("run.yaml").write_text(text.replace(slow, f"{slow}\n    - class_path: tests.faults.test_process_groups.Slow"))
+    add("Slow")
     process = started()
     reached(process)
     before = step()
@@ -91,3 +103,29 @@ def test_a_second_interrupt_ends_at_once_and_tears_nothing(here):
         os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) in (-signal.SIGINT, 130)
     assert "press Ctrl-C again" in said() and whole() and step() == before
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_data_workers_too(here):
+    add("Raises")
+    process = started()
+    assert process.wait(500) == 1, said()  # workers outlive a SIGTERM by 600 seconds
+    assert "RuntimeError: out of memory" in said()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.slow
+def test_a_signal_to_both_ranks_saves_one_state(here):
+    process = started(*TWO)
+    reached(process)
+    ranks = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    other = next(pid for pid in ranks if b"emf_lightning" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    for pid in (other, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(600) == 128 + signal.SIGTERM, said()
+    assert "to go on: emf fit" in said() and whole()
+    saved = step()
+    again = started(*TWO, "--trainer.max_steps", str(saved + 1), "--ckpt_path", "last")
+    assert again.wait(600) == 0, said()
+    assert step() == saved + 1

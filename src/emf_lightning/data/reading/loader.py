@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 import warnings
 from collections import Counter, deque
@@ -30,6 +32,18 @@ def _outlive(worker: int) -> None:
     the worker's batches until it has saved its state.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES))  # torch ends its workers by another way first
+
+
+def _end_workers() -> None:
+    """Ends the workers of a process that an exception ends: its traceback keeps their loader, so that torch does not
+    end them, and multiprocessing would send SIGTERM and wait.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own function, so it runs before
 
 
 class ShardLoader:
