@@ -27,7 +27,7 @@ class JointDistillation(AlternatingModule):
     Args:
         net: a flow-matching model with a second time input.
         objective: losses of all networks.
-        discriminator: called with ``net``; needed where ``adversarial_ratio`` is not 0.
+        discriminator: called with ``net``; needed where ``adversarial_weight`` is not 0.
         optimization: of the network.
         auxiliary_optimization: of the online flow and the discriminator; by default as the network's.
         alternation: how the two take turns.
@@ -68,16 +68,17 @@ class JointDistillation(AlternatingModule):
             init_from=None,
         )
         joint: JointObjective = self.objective
-        if joint.discriminates and discriminator is None:
+        matching, adversarial = joint.matching_weight.weight, joint.adversarial_weight.weight
+        if adversarial and discriminator is None:
             raise ValueError(
-                "JointDistillation: adversarial_ratio asks for a discriminator: set model.init_args.discriminator"
+                "JointDistillation: adversarial_weight asks for a discriminator: set model.init_args.discriminator"
             )
-        if not joint.matches and not joint.discriminates:
-            raise ValueError("JointDistillation: both ratios are 0: take FlowMapModule for the regression alone")
+        if not matching and not adversarial:
+            raise ValueError("JointDistillation: both weights are 0: take FlowMapModule for the regression alone")
         self.auxiliaries = nn.ModuleDict()
-        if joint.matches:
+        if matching:
             self.auxiliaries["online_flow"] = copy.deepcopy(self.net)
-        if joint.discriminates and discriminator is not None:
+        if adversarial and discriminator is not None:
             critic = self.auxiliaries["discriminator"] = discriminator(self.net)
             if isinstance(critic, FeatureDiscriminator):
                 critic.backbone = self.teacher  # one frozen copy serves all
@@ -86,6 +87,13 @@ class JointDistillation(AlternatingModule):
         if init_from is not None:
             checkpoints.load_network(self.net, init_from)
         self.save_hyperparameters(logger=False)
+
+    @property
+    def auxiliary_updates(self) -> int:
+        """None before the first of the two terms counts."""
+        step = self.trainer.global_step
+        counts = self.objective.matching_weight(step) or self.objective.adversarial_weight(step)
+        return super().auxiliary_updates if counts else 0
 
     def compute_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The regression's loss, with the gradients of all terms."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.flow.objectives.base import LossTerm
 from emf_lightning.flow.objectives.distribution_matching import DMD, AlphaMatching, DistributionMatching, ExactMatching
 from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
@@ -66,8 +67,8 @@ def test_gradient_at_the_samples_has_the_given_ratio_to_the_regressions(monkeypa
     net, x = Student(), torch.randn(16, 2, 3, 3)
     objective = JointObjective(
         matching=DistributionMatching(loss=loss),
-        matching_ratio=Schedule(matching),
-        adversarial_ratio=Schedule(adversarial),
+        matching_weight=LossTerm(matching),
+        adversarial_weight=LossTerm(adversarial),
     )
     terms = objective(net, x, teacher=teacher, online_flow=online_flow, discriminator=logits)
     terms.loss.backward()
@@ -89,14 +90,14 @@ def test_regressions_gradient_norm_is_the_one_at_the_networks_output():
 def test_gradient_is_the_sum_of_the_terms():
     net, x = Student(), torch.randn(16, 2, 3, 3)
 
-    def found(**ratios: float) -> tuple[Tensor, Tensor]:
+    def found(**values: float) -> tuple[Tensor, Tensor]:
         torch.manual_seed(3)
-        schedules = {name: Schedule(value) for name, value in ratios.items()}
-        terms = JointObjective(**schedules)(net, x, teacher=teacher, online_flow=online_flow, discriminator=logits)
+        weights = {name: LossTerm(value) for name, value in values.items()}
+        terms = JointObjective(**weights)(net, x, teacher=teacher, online_flow=online_flow, discriminator=logits)
         return gradients(terms.loss, net), gradients(terms.regression.loss, net)
 
-    one, regression = found(matching_ratio=1.0)
-    two, again = found(matching_ratio=2.0)
+    one, regression = found(matching_weight=1.0)
+    two, again = found(matching_weight=2.0)
     assert torch.equal(regression, again)
     assert torch.allclose(two - regression, 2 * (one - regression), atol=1e-6)
     assert (one - regression).abs().max() > 1e-3
@@ -158,17 +159,20 @@ def test_batches_take_the_rollouts_in_turn():
     assert taken == [1, 2, 4, 1]
 
 
-def test_schedules_turn_terms_off():
-    objective = JointObjective(matching_ratio=Schedule(2.0, 0.0), adversarial_ratio=Schedule(0.0, 1.0))
-    assert (objective.matches, objective.discriminates) == (True, True)
-
-    def forbidden(*arguments):
-        raise AssertionError("this term does not count now")
-
-    net, x = Student(), torch.randn(4, 1, 2, 2)
-    flows = {"teacher": teacher, "online_flow": online_flow}
-    objective(net, x, **flows, discriminator=forbidden, progress=0.0)
-    objective(net, x, **(flows | {"online_flow": forbidden}), discriminator=logits, progress=1.0)
+def test_terms_count_from_their_steps_on():
+    objective = JointObjective(matching_weight=LossTerm(2.0, start=10), adversarial_weight=LossTerm(1.0, start=5))
+    found = []
+    for step in (0, 5, 10):
+        terms = objective(
+            Student(),
+            torch.randn(4, 1, 2, 2),
+            teacher=teacher,
+            online_flow=online_flow,
+            discriminator=logits,
+            step=step,
+        )
+        found.append({"matching_gradient", "adversarial_gradient"} & terms.metrics.keys())
+    assert found == [set(), {"adversarial_gradient"}, {"matching_gradient", "adversarial_gradient"}]
 
 
 def test_samples_that_are_not_finite_are_left_out():
@@ -194,10 +198,10 @@ def test_real_images_of_the_discriminator_are_the_datas_or_the_teachers():
         return z.flatten(1).mean(1)
 
     x = torch.full((64, 1, 2, 2), 5.0)
-    clean = LogitNormalTimes(mu=Schedule(-9.0), sigma=Schedule(0.1), flow_matching_ratio=Schedule(1.0))
+    clean = LogitNormalTimes(mu=Schedule(-9.0), sigma=Schedule(0.1), flow_matching_weight=LossTerm(1.0))
     for real_steps, mean in ((None, 5.0), (50, gaussian.M)):
         seen.clear()
-        objective = JointObjective(real_steps=real_steps, discriminator_times=clean, adversarial_ratio=Schedule(1.0))
+        objective = JointObjective(real_steps=real_steps, discriminator_times=clean, adversarial_weight=LossTerm(1.0))
         terms = objective.discriminator_loss(
             lambda z, r, t: gaussian.average_velocity(z, r, t) + 3.0,
             x,
@@ -213,8 +217,8 @@ def test_real_images_of_the_discriminator_are_the_datas_or_the_teachers():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"matching_ratio": Schedule(-1.0)}, "matching_ratio must not be negative"),
-        ({"adversarial_ratio": Schedule(1.0, -1.0)}, "adversarial_ratio must not be negative"),
+        ({"matching_weight": LossTerm(-1.0)}, "matching_weight must not be negative"),
+        ({"adversarial_weight": LossTerm(-1.0)}, "adversarial_weight must not be negative"),
         ({"rollout_steps": ()}, "must be at least 1"),
         ({"rollout_steps": (0,)}, "must be at least 1"),
         ({"gradient_jumps": 0}, "must be at least 1"),

@@ -46,6 +46,18 @@ class FlowMapTerms:
         return replace(self, loss=self.loss.detach(), u=None)
 
 
+@dataclass(frozen=True)
+class LossTerm:
+    """Weight of a term of the loss, 0 before the optimiser step ``start``."""
+
+    weight: float = 0.1
+    start: int = 0
+
+    def __call__(self, step: int) -> float:
+        """The weight at an optimiser step."""
+        return self.weight if step >= self.start else 0.0
+
+
 class Objective(ABC):
     """Base of the objectives that train one network u(z, r, t) by regression.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective
+from emf_lightning.flow.objectives.base import FlowMapTerms, LossTerm, Objective
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import interpolate
@@ -52,9 +52,9 @@ class JointObjective:
     Args:
         regression: objective of the average velocity; by default ``MeanFlow``.
         matching: losses of the samples against the teacher; by default DMD's.
-        matching_ratio: norm of the matching's gradient at the samples over that of the regression's at the network's
-            output, over training; 0 is none.
-        adversarial_ratio: the same for the gradient of the discriminator's logits.
+        matching_weight: norm of the matching's gradient at the samples over that of the regression's at the network's
+            output, and the step from which it counts.
+        adversarial_weight: the same for the gradient of the discriminator's logits.
         rollout_steps: jumps of the rollouts; batches take them in turn.
         gradient_jumps: of a rollout's last jumps, how many have a graph.
         discriminator_times: sampler of the t up to which the discriminator's inputs are noised, real and generated
@@ -73,8 +73,8 @@ class JointObjective:
         *,
         regression: Objective | None = None,
         matching: DistributionMatching | None = None,
-        matching_ratio: Schedule = Schedule(2.0),
-        adversarial_ratio: Schedule = Schedule(0.0),
+        matching_weight: LossTerm = LossTerm(2.0),
+        adversarial_weight: LossTerm = LossTerm(0.0),
         rollout_steps: Sequence[int] = (1,),
         gradient_jumps: int = 1,
         discriminator_times: TimeSampler | None = None,
@@ -88,9 +88,9 @@ class JointObjective:
         )
         if self.discriminator_times.has_intervals:
             raise ValueError("JointObjective has no r < t samples there: set discriminator_times' ratio to 1")
-        for name, ratio in (("matching_ratio", matching_ratio), ("adversarial_ratio", adversarial_ratio)):
-            if min(ratio(0.0), ratio(1.0)) < 0:
-                raise ValueError(f"JointObjective: {name} must not be negative, got {ratio}")
+        for name, term in (("matching_weight", matching_weight), ("adversarial_weight", adversarial_weight)):
+            if term.weight < 0:
+                raise ValueError(f"JointObjective: {name} must not be negative, got {term.weight}")
         if not rollout_steps or min(rollout_steps) < 1 or gradient_jumps < 1:
             raise ValueError(
                 "JointObjective: rollout_steps and gradient_jumps must be at least 1, "
@@ -98,7 +98,7 @@ class JointObjective:
             )
         if r1 < 0 or (real_steps is not None and real_steps < 1):
             raise ValueError(f"JointObjective: needs r1 >= 0 and real_steps >= 1, got {r1} and {real_steps}")
-        self.matching_ratio, self.adversarial_ratio = matching_ratio, adversarial_ratio
+        self.matching_weight, self.adversarial_weight = matching_weight, adversarial_weight
         self.rollout_steps, self.gradient_jumps = tuple(rollout_steps), gradient_jumps
         self.r1, self.real_steps = r1, real_steps
 
@@ -128,16 +128,6 @@ class JointObjective:
     def sampling_guidance(self) -> SamplingGuidance:
         return self.regression.sampling_guidance
 
-    @property
-    def matches(self) -> bool:
-        """Whether the online flow counts at any time of training."""
-        return max(self.matching_ratio(0.0), self.matching_ratio(1.0)) > 0
-
-    @property
-    def discriminates(self) -> bool:
-        """Whether the discriminator counts at any time of training."""
-        return max(self.adversarial_ratio(0.0), self.adversarial_ratio(1.0)) > 0
-
     # -- losses -------------------------------------------------------------------------------------------------------
 
     def __call__(
@@ -163,20 +153,20 @@ class JointObjective:
             online_flow: the network that has learned the flow of the samples.
             discriminator: called as ``discriminator(z, t, context)`` -> logits ``[B]``.
             progress: of training, in [0, 1].
-            step: optimiser steps taken, which say how many jumps this batch's rollouts have.
+            step: optimiser steps taken, which say which terms count and how many jumps this batch's rollouts have.
             null_context: conditioning without a caption; guidance needs it.
         """
         terms = self.regression(net, x, context, progress=progress, null_context=null_context)
         assert terms.u is not None
         reference = _norm(torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0])
         metrics = {"regression_gradient": reference}
-        ratios = self.matching_ratio(progress), self.adversarial_ratio(progress)
-        if not any(ratios):
+        matching, adversarial = self.matching_weight(step), self.adversarial_weight(step)
+        if not matching and not adversarial:
             return JointTerms(terms.loss, terms, terms.finite, metrics)
         samples = self._rollout(net, x, context, step)
         leaf = samples.detach().requires_grad_()  # each term's graph ends here
         pull = torch.zeros_like(leaf)
-        if ratios[0]:
+        if matching:
             matched = self.matching.matching_loss(
                 leaf,
                 context,
@@ -187,13 +177,13 @@ class JointObjective:
             )
             gradient = _finite(torch.autograd.grad(matched.loss, leaf)[0])
             metrics |= matched.metrics | {"matching_gradient": _norm(gradient)}
-            pull += _scaled(gradient, ratios[0] * reference)
-        if ratios[1]:
+            pull += _scaled(gradient, matching * reference)
+        if adversarial:
             assert discriminator is not None
             logits = self._logits(discriminator, context, leaf, progress)(leaf).float()
             gradient = _finite(torch.autograd.grad(generator_loss(logits).mean(), leaf)[0])
             metrics |= {"adversarial_gradient": _norm(gradient), "fake_logits": logits.detach().mean()}
-            pull += _scaled(gradient, ratios[1] * reference)
+            pull += _scaled(gradient, adversarial * reference)
         finite = samples.detach().isfinite().flatten(1).all(1)
         product = (torch.where(finite.view(-1, *[1] * (x.ndim - 1)), samples, 0) * pull).sum()
         loss = terms.loss + product - product.detach()
