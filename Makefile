@@ -18,7 +18,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo shards parent compare encoders encoders-claim curves test test-slow lint docs format bench reliability objectives lock audit clean
+.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -26,7 +26,7 @@ help: ## this list
 	@echo; echo "  experiments: $(EXPERIMENTS)"
 	@echo "  options go into ARGS: make fit-shapes/emf ARGS='--trainer.max_steps 1000'"
 
-venv: $(READY) ## install everything into .venv (about a minute, 6 GB)
+venv: $(READY) ## install everything into .venv (2 minutes, 6 GB)
 
 $(READY): requirements.lock pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "make: needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 2; fi
@@ -34,13 +34,23 @@ $(READY): requirements.lock pyproject.toml
 	@# uv installs in a minute what takes pip five; it is the lock's own
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install --quiet --require-hashes -r $(VENV)/uv.lock || true
-	@if [ -x $(BIN)/uv ]; then install="$(BIN)/uv pip install --quiet --python $(BIN)/python"; \
+	@# compiled at once: otherwise a Python that may not write its bytecode compiles torch again at each start
+	@if [ -x $(BIN)/uv ]; then install="$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python"; \
 	else install="$(BIN)/python -m pip install --quiet"; fi; \
 	$$install --require-hashes -r requirements.lock && $$install --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (15 minutes on 2 cores)
 	$(BIN)/emf fit --config experiments/shapes/demo.yaml $(ARGS)
+
+# the newest run of own_data/$(1)
+own_run = $$(ls -td runs/own_data/$(1)/version_* | head -n 1)
+own: $(READY) ## train on your own pictures, DATA=folder with a.jpg and a.txt: flow matching, MeanFlow from it, an export
+	@if [ -z "$(DATA)" ]; then echo "make: name your pictures: make own DATA=folder (docs/how_to/own_data.md)" >&2; exit 2; fi
+	$(BIN)/emf fit --config experiments/own_data/flow_matching.yaml --data.shards '$(DATA)' $(ARGS)
+	$(BIN)/emf fit --config experiments/own_data/meanflow.yaml --data.shards '$(DATA)' \
+		--model.init_args.net.init_args.pretrained "$(call own_run,flow_matching)/network" $(ARGS)
+	$(BIN)/emf export --run "$(call own_run,meanflow)" --out "$(call own_run,meanflow)/export"
 
 shards: $(SHARDS) ## write the small shapes world's caption-image shards
 
@@ -82,7 +92,7 @@ objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and th
 	cp runs/objectives/comparison.md docs/results/objectives.md
 
 curves: $(READY) ## open TensorBoard on all runs
-	@echo "the scores: http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+	@echo "the scores: http://localhost:6006/?smoothing=0#timeseries&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
 test: $(READY) ## run the tests (8 minutes at most)
@@ -90,6 +100,28 @@ test: $(READY) ## run the tests (8 minutes at most)
 
 test-slow: $(READY) ## run the tests that take minutes each
 	$(BIN)/pytest -m slow $(ARGS)
+
+# the interpreter of a version, if it is here: on the PATH, uv's own, or pyenv's
+find_python = { $(BIN)/uv python find --no-python-downloads --system $(1) || \
+	ls $(HOME)/.pyenv/versions/$(1).*/bin/python | tail -n 1; } 2>/dev/null
+VERSIONS := 3.10 3.11 3.12 3.13
+
+test-oldest: $(READY) ## run the tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	@python=$$($(call find_python,3.10)) || python=$(BIN)/python; \
+	$(BIN)/uv venv --quiet --allow-existing --python "$$python" .venv-oldest
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python .venv-oldest/bin/python \
+		--no-annotate --no-header --no-emit-index-url --generate-hashes --quiet --output-file .venv-oldest/oldest.lock
+	@$(call test_in,.venv-oldest,.venv-oldest/oldest.lock)
+
+test-pythons: $(READY) ## run the tests on each Python from 3.10 to 3.13 that is here, in .venv-VERSION
+	@$(foreach version,$(VERSIONS),if python=$$($(call find_python,$(version))); then echo "Python $(version): $$python"; \
+		$(BIN)/uv venv --quiet --allow-existing --python "$$python" .venv-$(version); \
+		$(call test_in,.venv-$(version),requirements.lock); \
+	else echo "Python $(version): not here"; fi;)
+
+# installs what a lock holds into an environment, and runs the tests in it
+test_in = install="$(BIN)/uv pip install --quiet --compile-bytecode --python $(1)/bin/python"; \
+	$$install --require-hashes -r $(2); $$install --no-deps --no-build-isolation -e .; $(1)/bin/pytest $(ARGS)
 
 lint: $(READY) ## check style, types, layers and documentation
 	$(BIN)/ruff check $(SOURCES)
@@ -124,5 +156,5 @@ audit: $(READY) ## look for known vulnerabilities in requirements.lock
 	fi; echo "$$said"; exit $$status
 
 clean: ## remove the environment and all caches; runs/ and data/ stay
-	rm -rf $(VENV) docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-* docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
 	find src callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

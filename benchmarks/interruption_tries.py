@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from tests.data.tars import noise_image
 
 from benchmarks import fault_runner
 from benchmarks.damage_tries import OUTCOMES, Table, copied
@@ -53,6 +56,21 @@ data:
   autoencoder: Pixels
   cache: {path: cache, max_gb: 0.01}
 """
+SAMPLING = """
+trainer:
+  logger: {init_args: {version: 7}}
+  callbacks:
+    - {class_path: CALLBACK}
+data: {prompts: prompts.txt, validation_shards: shards, validation_samples: 8}
+"""
+CALLBACKS = {
+    "predict": "SampleWriter, init_args: {steps: [1, 2]}",
+    "validate": "FewStepSampling, init_args: {suite: {class_path: ShapesSuite}, steps: [1, 2], "
+    "final_images_per_task: 6}",
+    "test": "StepSweep, init_args: {benchmarks: [{class_path: SuiteScore, init_args: {suite: {class_path: ShapesSuite, "
+    "init_args: {per_task: 3, scenes_per_task: 3}}}}], steps: [1, 2], images_per_prompt: 1}",
+}
+"""The callback of each verb that samples."""
 SUITE = """
 metric:
   class_path: SuiteScore
@@ -127,9 +145,53 @@ def cache_result(place: Path) -> object:
 
 
 def json_result(name: str, place: Path) -> object:
-    """A JSON file's content without its times."""
+    """A JSON or JSON-lines file's content without its times."""
     path = next(iter(place.glob(name)), None)
-    return path and {k: v for k, v in json.loads(path.read_text()).items() if "second" not in k and "time" not in k}
+    return path and [_timeless(json.loads(line)) for line in _documents(path)]
+
+
+def _documents(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+
+
+def _timeless(value: object) -> object:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not any(word in k for word in ("second", "time", "took"))}
+        return {key: _timeless(inner) for key, inner in kept.items()}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def folder_result(name: str, pattern: str, place: Path) -> object:
+    """Digest of a folder's files that match a pattern; None where one was left unfinished."""
+    folder = place / name
+    if any(path.name.startswith(".") for path in folder.glob("**/*")) or not folder.is_dir():
+        return None
+    return digest(*sorted(folder.glob(pattern)))
+
+
+def listed_result(place: Path) -> object:
+    """Digest of the images of ``emf predict``, if their list is there."""
+    samples = place / "runs/tiny/version_7/samples"
+    return digest(samples) if (samples / "prompts.jsonl").exists() else None
+
+
+def report_result(place: Path) -> object:
+    """The report's numbers and figures."""
+    return json_result("report/report.json", place), folder_result("report", "*.png", place)
+
+
+def study_result(place: Path) -> object:
+    """The study's numbers and figures."""
+    return json_result("study/encoders.json", place), folder_result("study", "*.png", place)
+
+
+def sampled(verb: str, result: Callable[[Path], object]) -> Verb:
+    """A verb that samples the trained network."""
+    arguments = (verb, "--config", "e.yaml", "--config", f"{verb}.yaml", "--ckpt_path", LAST)
+    return Verb(verb, ("shards", "e.yaml", "runs", "prompts.txt", f"{verb}.yaml"), arguments, result)
+
+
+LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 
 
 VERBS = (
@@ -141,17 +203,36 @@ VERBS = (
          partial(json_result, "images-scores/*/scores.json")),
     Verb("export", ("shards", "e.yaml", "runs"), ("export", "--run", "runs/tiny/version_0", "--out", "made"),
          export_result),
+    Verb("images", ("pictures",), ("images", "--dataset", "pictures", "--out", "written", "--samples_per_shard", "8"),
+         partial(folder_result, "written", "*")),
+    Verb("captions", ("prompts.txt",), ("captions", "--prompts", "prompts.txt", "--out", "texts",
+         "--samples_per_shard", "4"), partial(folder_result, "texts", "*")),
+    Verb("encoders", (), ("encoders", "--encoders.words", "WordEncoder", "--corpus", "ShapesPairs", "--corpus.count",
+         "150", "--queries", "40", "--out", "study"), study_result),
+    Verb("report", ("scored",), ("report", "scored/a", "scored/b", "--out", "report"), report_result),
+    Verb("plan", ("shards", "e.yaml"), ("plan", "--config", "e.yaml"), lambda place: True),
+    sampled("predict", listed_result),
+    sampled("validate", partial(json_result, "runs/tiny/version_7/shapes/scores.jsonl")),
+    sampled("test", partial(json_result, "runs/tiny/version_7/report.json")),
 )  # fmt: skip
 
 
 def prepare(world: Path) -> dict[str, tuple[float, object]]:
     """Makes the healthy things; returns each verb's seconds and result."""
     from tests.evaluation.folders.test_image_folder import write_listed
+    from tests.test_report_verb import trained
 
     (world / "e.yaml").write_text(EXPERIMENT)
     (world / "suite.yaml").write_text(SUITE)
+    for verb, callback in CALLBACKS.items():
+        (world / f"{verb}.yaml").write_text(SAMPLING.replace("CALLBACK", callback))
+    (world / "prompts.txt").write_text("".join(f"a photo of {number} circles\n" for number in range(24)))
+    for name in ("a", "b"):
+        trained(world / "scored" / name, 0.5)
     (world / "images").mkdir()
     write_listed(world / "images", 4)
+    pictures = {"image": [{"bytes": noise_image(number), "path": None} for number in range(40)]}
+    Dataset.from_dict(pictures, Features({"image": ImageFeature()})).save_to_disk(world / "pictures")
     healthy: dict[str, tuple[float, object]] = {}
     _must(
         fault_runner.run(
@@ -202,9 +283,6 @@ def interruption_try(
             table.add(fault, "hung" if ending.hung else "lost", f"after {moment:.2f} s: {ending.output[-300:]}")
             return
     again = fault_runner.run(verb.command(place), place)
-    if verb.name == "export" and again.status:  # an unfinished folder is refused: another is made
-        shutil.rmtree(place / "made")
-        again = fault_runner.run(verb.command(place), place)
     outcome = judge(again, same)
     # a repeated command that refuses has lost what the first one did
     table.add(fault, "lost" if outcome == "refused" else outcome, f"{moment:.2f} s: {again.output[-600:]}")

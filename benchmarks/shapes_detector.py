@@ -20,8 +20,10 @@ from emf_lightning.data.geneval_prompts import BACKGROUND, PALETTE, TASKS, Promp
 from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
 from emf_lightning.data.shapes.scenes import Scene, SceneObject, scene_for
 from emf_lightning.data.shapes.world import FULL, SMALL, World
-from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores, score_table
+from emf_lightning.evaluation.geneval.task_scores import HEADINGS, TaskScores
 from emf_lightning.evaluation.geneval.verdict import Detection, evaluate
+from emf_lightning.evaluation.metric_scores import MetricScores
+from emf_lightning.evaluation.reports.score_table import score_table
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
 from emf_lightning.evaluation.shapes.templates import gaussian
 
@@ -245,7 +247,7 @@ def measure(world: World, per_task: int) -> list[str]:
         "Clean scenes of the evaluation prompts, scored against their own prompt (ceiling) and against another prompt",
         "of the same task (chance).",
         "",
-        score_table(limits),
+        score_table({name: {"": MetricScores.of_tasks(scores, "")} for name, scores in limits.items()}),
         "",
         "### Confusion matrices",
         "",

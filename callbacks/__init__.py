@@ -3,6 +3,7 @@
 from emf_lightning.callbacks.derivative_monitor import DerivativeMonitor
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
+from emf_lightning.callbacks.memory_snapshot import MemorySnapshot
 from emf_lightning.callbacks.run_summary import RunSummary
 from emf_lightning.callbacks.sample_writer import SampleWriter
 from emf_lightning.callbacks.save_encoder import SaveEncoder
@@ -17,6 +18,7 @@ __all__ = [
     "DerivativeMonitor",
     "ExperimentProgressBar",
     "FewStepSampling",
+    "MemorySnapshot",
     "RunSummary",
     "SampleWriter",
     "SaveEncoder",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from emf_lightning.callbacks.scores.custom_scalars import Layout, multiline, write_custom_scalars
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.modules.flow_map import FlowMapModule
 
@@ -45,17 +45,15 @@ class DerivativeMonitor(Callback):
         self._timers: list[_BatchTimer] = []
         self._step = 0
 
-    def custom_scalars(self) -> Layout:
-        """A chart for each quantity, a curve for each bin."""
-        names = ("mse", "derivative", "cosine")
-        charts = {name: multiline([f"train/{name}_by_length/{label}" for label in self.labels]) for name in names}
-        return {"by the interval's length t - r": charts}
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sums = self._inner_edges = None
         self._step = trainer.global_step
         self._timers.clear()
-        write_custom_scalars(trainer)
+        names = ("mse", "derivative", "cosine")  # a chart of each in TensorBoard's custom scalars, a curve for each bin
+        charts = {name: ["Multiline", [f"^train/{name}_by_length/{label}$" for label in self.labels]] for name in names}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars({"by the interval's length t - r": charts})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         derivative = pl_module.derivative if isinstance(pl_module, FlowMapModule) else None

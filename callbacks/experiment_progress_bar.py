@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +74,10 @@ class ExperimentProgressBar(TQDMProgressBar):
             self._sampling.close()
             self._sampling = None
 
-    def show_scores(self, scores: Mapping[str, float]) -> None:
-        """Adds ``scores`` (step count -> overall) to the bar."""
+    def show_scores(self, scores: Mapping[str, float], name: str = "scores") -> None:
+        """Adds ``scores`` (step count -> main number of the metric ``name``) to the bar."""
         numbers = " ".join(f"{score:.2f}".removeprefix("0") for score in scores.values())  # .42 rather than 0.42
-        self._scores = f"scores {'/'.join(scores)} {numbers}"
+        self._scores = f"{name} {'/'.join(scores)} {numbers}"
 
     def show_at_end(self, text: str) -> None:
         """Writes ``text`` at the end of the run, above the last line."""
@@ -128,8 +132,8 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._batch_line("predict", args, self.total_predict_batches_current_dataloader)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
-        for text in filter(None, [*self._closing, _outputs(trainer, run)]):
+        run = run_directory(trainer)  # a collective of all ranks
+        for text in [*self._closing, *_outputs(trainer, run)]:
             self.write_line(text)
         self._closing.clear()
 
@@ -143,7 +147,8 @@ class ExperimentProgressBar(TQDMProgressBar):
     def _batch_line(self, stage: str, arguments: tuple[Any, ...], total: float) -> None:
         if not self.is_enabled:
             done = arguments[4] + 1
-            self._write_line_at_interval(f"{stage}: {done}/{total} batches", last=done == total)
+            of_all = f"{done}/{total:g} batches" if math.isfinite(total) else f"{done} batches"
+            self._write_line_at_interval(f"{stage}: {of_all}", last=done == total)
 
     def _training_line(self, trainer: Trainer, step: int, planned: int | None) -> str:
         began, first = self._began
@@ -183,14 +188,14 @@ def _planned(trainer: Trainer) -> int | None:
     return int(planned) if planned not in (-1, float("inf")) else None
 
 
-def _outputs(trainer: Trainer, run: Path) -> str:
-    """Paths of the run's curves, images and checkpoint, where they exist."""
-    parts = []
-    if any(run.glob("events.out.tfevents.*")):
-        parts.append(f"curves: tensorboard --logdir {run}")
-    if images := sorted(run.glob("*/*.png")):
-        parts.append("images: " + ", ".join(str(image) for image in images))
-    saver = trainer.checkpoint_callback
-    if isinstance(saver, ModelCheckpoint) and (path := saver.last_model_path or saver.best_model_path):
-        parts.append(f"checkpoint: {path}")
-    return " | ".join(parts)
+def _outputs(trainer: Trainer, run: Path) -> list[str]:
+    """Paths of the run, of its curves, its pictures and the checkpoint to use, a line each, where they exist."""
+    lines = [f"run: {run}"]
+    if any(run.rglob("events.out.tfevents.*")):
+        lines.append(f"curves: {shlex.join(['tensorboard', '--logdir', str(run)])}")
+    lines += [f"pictures: {folder}" for folder in sorted({picture.parent for picture in run.glob("*/*.png")})]
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    monitored = [saver.best_model_path for saver in savers if saver.monitor]
+    newest = [saver.last_model_path or saver.best_model_path for saver in savers if not saver.monitor]
+    lines += [f"checkpoint: {path}" for path in filter(None, [*monitored, *newest])]
+    return lines

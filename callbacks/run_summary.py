@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.few_step_sampling import FewStepSampling
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.training_log import TrainingLog
 from emf_lightning.evaluation.distances.distribution import distribution
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
 from emf_lightning.files import to_json, write_atomic
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -37,10 +39,13 @@ class RunSummary(Callback):
     Cost is optimiser steps and seconds of training alone (as ``TrainingLog`` counts them), both including those of the
     runs that this one resumes, and the peak memory of this process.
     For each step count, generated images are compared with as many real ones of the same prompts: KID, FID, diversity
-    (``evaluation.distances.distribution``). On several devices rank 0 samples all of them, from an unsharded network.
+    (``evaluation.distances.distribution``). Without a suite that has real images, no distances are taken: give
+    ``FewStepSampling`` ``KernelDistance`` or ``FrechetDistance`` instead. On several devices rank 0 samples all of
+    them, from an unsharded network.
 
     Args:
-        suite: prompts, and real images of them.
+        suite: prompts, and real images of them; by default the first suite with real images that ``FewStepSampling``
+            scores, if there is one.
         steps: network steps from noise to data.
         prompts_per_task: prompts of each of the suite's tasks, the first ones.
         images_per_prompt: images of each prompt, at least 2; 0 leaves the distances out.
@@ -50,7 +55,7 @@ class RunSummary(Callback):
 
     def __init__(
         self,
-        suite: PromptSuite,
+        suite: PromptSuite | None = None,
         steps: list[int] | None = None,
         prompts_per_task: int = 25,
         images_per_prompt: int = 8,
@@ -76,6 +81,14 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._earlier_seconds = state_dict["seconds"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(isinstance(callback, TrainingLog) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
+        if self.suite is None or not self.images_per_prompt:
+            return
+        if self.suite.reference_image(self.suite.images(1)[0].prompt, 0) is None:
+            raise ValueError(f"RunSummary: {self.suite.name} has no real images to compare with; take ShapesSuite")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._warm = self._training_seconds(trainer), trainer.global_step
 
@@ -88,7 +101,7 @@ class RunSummary(Callback):
         assert isinstance(pl_module, FlowMapModule)
         now, step = self._training_seconds(trainer), trainer.global_step
         warm_seconds, warm_step = self._warm
-        run = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         if not trainer.is_global_zero:
             return
         total = self._earlier_seconds + now - self._start[0]
@@ -102,28 +115,24 @@ class RunSummary(Callback):
             "step_seconds": own,
             "memory_gb": _peak_memory(pl_module.device) / 1e9,
         }
-        if self.images_per_prompt:
-            summary["distribution"] = self._distances(trainer, pl_module)
+        if self.images_per_prompt and (suite := self.suite or _watched_suite(trainer)):
+            summary["distribution"] = self._distances(trainer, pl_module, suite)
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / SUMMARY, to_json(summary))
 
     def _training_seconds(self, trainer: Trainer) -> float:
         logs = [callback for callback in trainer.callbacks if isinstance(callback, TrainingLog)]  # type: ignore[attr-defined]
-        if not logs:
-            raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
         return logs[0].seconds(trainer)
 
-    def _distances(self, trainer: Trainer, module: FlowMapModule) -> dict[str, dict[str, Any]]:
+    def _distances(self, trainer: Trainer, module: FlowMapModule, suite: PromptSuite) -> dict[str, dict[str, Any]]:
         """Tag -> distances, NFE and sampling config; ``real`` compares one set of real images with another."""
         n = self.images_per_prompt
-        first = [image.prompt for image in self.suite.images(self.prompts_per_task) if image.index == 0]
+        first = [image.prompt for image in suite.images(self.prompts_per_task) if image.index == 0]
         prompts, indices = [prompt for prompt in first for _ in range(n)], [*range(n)] * len(first)
         sets = []
         for offset in (0, n):
-            images = [self.suite.reference_image(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
+            images = [suite.reference_image(p, offset + i) for p, i in zip(prompts, indices, strict=True)]
             sets.append([image for image in images if image is not None])
-        if len(sets[0]) < len(prompts):
-            raise ValueError(f"RunSummary: {self.suite.name} has no real images to compare with; take ShapesSuite")
         real, network = np.stack(sets[0]), RandomFeatures()
         distances = {"real": asdict(distribution(np.stack(sets[1]), real, n, network)) | {"nfe": 0}}
         batches: dict[SamplingConfig, list[Any]] = {config: [] for config in self.configs}
@@ -138,6 +147,14 @@ class RunSummary(Callback):
             nfe = module.nfe(config.steps, config.guidance_scale)
             distances[config.tag] = {**found, "nfe": nfe, **asdict(config)}
         return distances
+
+
+def _watched_suite(trainer: Trainer) -> PromptSuite | None:
+    """The first suite with real images that ``FewStepSampling`` scores."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    benchmarks = [b for callback in callbacks if isinstance(callback, FewStepSampling) for b in callback.benchmarks]
+    suites = [benchmark.suite for benchmark in benchmarks if isinstance(benchmark, SuiteScore)]
+    return next((suite for suite in suites if suite.reference_image(suite.prompts()[0], 0) is not None), None)
 
 
 def _peak_memory(device: torch.device) -> int:

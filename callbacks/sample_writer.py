@@ -1,4 +1,4 @@
-"""Images of a file of prompts, for `emf predict`."""
+"""Images of prompts, for `emf predict`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.experiment_progress_bar import show_line
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.evaluation.fixed_noise import noise_indices
+from emf_lightning.evaluation.folders.image_folder import PROMPTS
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -57,8 +60,10 @@ class SampleWriter(Callback):
         self._rows.clear()
         loader: Any = trainer.predict_dataloaders  # its data set is the whole list, whichever part this rank has
         self._occurrences = noise_indices([(prompt, 0) for prompt in loader.dataset.prompts])
-        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / self.folder  # a collective of all ranks
+        self._directory = run_directory(trainer) / self.folder  # a collective of all ranks
         self._directory.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:  # an earlier call's list does not vouch for images of which some are replaced
+            (self._directory / PROMPTS).unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -83,4 +88,5 @@ class SampleWriter(Callback):
         rows = all_gather_list(trainer, self._rows)
         rows.sort(key=lambda row: (row["index"], row["image"], row["steps"]))
         if trainer.is_global_zero:
-            write_json_lines(self._directory / "prompts.jsonl", rows)
+            write_json_lines(self._directory / PROMPTS, rows)
+            show_line(trainer, f"{len(rows)} images and {PROMPTS}: {self._directory}", at_end=True)

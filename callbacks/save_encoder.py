@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.encoder_tuning import EncoderTuning
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
@@ -25,14 +25,18 @@ class SaveEncoder(Callback):
     def __init__(self, folder: str = "encoder") -> None:
         self.folder = folder
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, EncoderTuning):
             raise ValueError("SaveEncoder: only EncoderTuning trains an encoder; take it out of trainer.callbacks")
-        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, EncoderTuning)
+        run = run_directory(trainer)  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             if trainer.is_global_zero:
                 encoder = pl_module.encoder
                 assert isinstance(encoder, PretrainedTextEncoder)
-                encoder.tower.save_pretrained(Path(run) / self.folder)
-                encoder.tokenizer.save_pretrained(Path(run) / self.folder)
-                write_digests(Path(run) / self.folder)
+                with replacing_folder(run / self.folder) as partial:
+                    encoder.tower.save_pretrained(partial)
+                    encoder.tokenizer.save_pretrained(partial)
+                    write_digests(partial)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.networks.base import FlowMapNetwork
 
 
 class SaveNetwork(Callback):
@@ -27,14 +28,27 @@ class SaveNetwork(Callback):
         self.folder = folder
         self.time_scale = time_scale
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FlowMapModule)
+        if self.time_scale is None:
+            return
+        if self.time_scale <= 0:
+            raise ValueError(f"SaveNetwork: time_scale must be positive, got {self.time_scale}")
+        if type(pl_module.net).refit_time is FlowMapNetwork.refit_time:  # which refuses, after the whole training
+            kind = type(pl_module.net).__name__
+            raise ValueError(
+                f"SaveNetwork: time_scale is {self.time_scale:g}, but {kind} has no time embedding to fit; leave it out"
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         with averaged_weights(trainer, pl_module):
             net = pl_module.full_network()
         if net is None:  # rank 0 has it
             return
         if self.time_scale is not None:
             net.refit_time(self.time_scale)
-        net.save_pretrained(Path(run) / self.folder)
-        write_digests(Path(run) / self.folder)
+        with replacing_folder(run / self.folder) as partial:
+            net.save_pretrained(partial)
+            write_digests(partial)

@@ -17,6 +17,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -115,14 +117,16 @@ class SignalStop(Callback):
                 path = Path(callback.last_model_path or os.path.join(callback.dirpath, name))
                 callback.last_model_path = str(path)  # otherwise a resumed run writes last-v1.ckpt beside it
                 return path
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        return run_directory(trainer) / "checkpoints" / "last.ckpt"
 
     def _end(self, trainer: Trainer, number: int, saved: Path | None = None) -> None:
         if trainer.is_global_zero:
             options = ["--ckpt_path", str(saved)] if saved else []
-            version = getattr(trainer.logger, "version", None) if saved else None
+            version = getattr(trainer.logger, "version", None) if saved and len(trainer.loggers) == 1 else None
             if isinstance(version, int):
                 options += ["--trainer.logger.init_args.version", str(version)]
+            elif saved:
+                options += ["--run", str(saved.parent.parent)]
             said = f"state of step {trainer.global_step}: {saved}\n" if saved else ""
             line = shlex.join(["emf", *self._command, *options])
             sys.stdout.write(f"\n{signal.Signals(number).name}: the run has ended. {said}to go on: {line}\n")

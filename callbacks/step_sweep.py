@@ -16,16 +16,23 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from emf_lightning.callbacks.experiment_progress_bar import show_line, show_progress
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+from emf_lightning.callbacks.sampling.image_generation import data_of
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.scored_images import sample_and_score
-from emf_lightning.evaluation.geneval.suite_score import SuiteScore, sample_path
+from emf_lightning.evaluation.geneval.suite_score import sample_path
 from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.own_prompts import OwnPrompts, ValidationCaptions, chosen_benchmarks
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure
 from emf_lightning.evaluation.sampling_config import sampling_configs
 from emf_lightning.files import write_json_lines
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharding import is_sharded
+
+CAPTIONS = 100
+"""Captions of validation samples where no prompts are given."""
 
 
 class StepSweep(Callback):
@@ -39,6 +46,8 @@ class StepSweep(Callback):
     Args:
         benchmarks: metrics with prompts of their own, e.g. ``SuiteScore`` with a suite, ``DpgBench``, ``HpsScore``.
         extra_metrics: metrics of any images, e.g. ``ClipScore``, ``FrechetDistance``.
+        prompts: further prompts, which ``extra_metrics`` alone score: a text file in UTF-8 with one prompt a line, or a
+            list. Where neither these nor ``benchmarks`` are given, the captions of the first 100 validation samples.
         steps: network steps from noise to data.
         guidance_scale: scales of classifier-free guidance; by default the module's own.
         images_per_prompt: images of each prompt; published GenEval scores take four.
@@ -48,13 +57,13 @@ class StepSweep(Callback):
         run: name of the checkpoint in the report; by default the run's directory.
 
     Raises:
-        ValueError: for no benchmark, one without prompts, two of one name, or numbers below 1; at the start of the
-            test, for a number of images that a metric's protocol does not know.
+        ValueError: for no metric, a benchmark without prompts, two of one name, or numbers below 1; at the start of
+            the test, for a number of images that a metric's protocol does not know.
     """
 
     def __init__(
         self,
-        benchmarks: list[ImageMetric],
+        benchmarks: list[ImageMetric] | None = None,
         extra_metrics: list[ImageMetric] | None = None,
         steps: Sequence[int] = (1, 2, 4, 8, 30),
         guidance_scale: list[float] | float | None = None,
@@ -63,21 +72,17 @@ class StepSweep(Callback):
         batch_size: int = 64,
         trained: bool = True,
         run: str | None = None,
+        prompts: Path | list[str] | None = None,
     ) -> None:
-        if not benchmarks:
-            raise ValueError("StepSweep: benchmarks is empty; give SuiteScore with a suite, DpgBench or HpsScore")
-        for benchmark in benchmarks:
-            if not benchmark.prompts():
-                name = type(benchmark).__name__
-                raise ValueError(f"StepSweep: {name} has no prompts of its own; put it into `extra_metrics`")
-        names = [benchmark.name for benchmark in benchmarks]
-        if len(set(names)) < len(names):
-            raise ValueError(f"StepSweep: benchmarks of one name ({', '.join(names)}); test them one after the other")
+        if not benchmarks and not extra_metrics:
+            raise ValueError(
+                "StepSweep: benchmarks is empty; give SuiteScore with a suite, DpgBench or HpsScore, or extra_metrics"
+            )
         counts = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "seeds": len(seeds)}
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"StepSweep: {name} must be at least 1, got {value}")
-        self.benchmarks = benchmarks
+        self.benchmarks = chosen_benchmarks("StepSweep", benchmarks, prompts)
         self.extra_metrics = extra_metrics or []
         self.configs = sampling_configs(steps, guidance_scale)
         self.images_per_prompt = images_per_prompt
@@ -96,15 +101,20 @@ class StepSweep(Callback):
             self._trained_weights = None if is_sharded(pl_module) else checkpoint.get("current_model_state")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = data_of(trainer)
+        if not self.benchmarks:
+            self.benchmarks = [ValidationCaptions(data, CAPTIONS)]
+        for metric in (*self.benchmarks, *self.extra_metrics):
+            metric.use_data(data)
         for benchmark in self.benchmarks:  # before the first image is sampled
             for metric in (benchmark, *self.extra_metrics):
                 metric.check_count(len(self._requested(trainer, benchmark)) * len(self.seeds))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a collective of all ranks
+        directory = run_directory(trainer)  # a collective of all ranks
         name = self.run or str(directory)
-        levels = _levels(self.benchmarks) if trainer.is_global_zero else {}
+        levels = {b.name: known for b in self.benchmarks if trainer.is_global_zero and (known := b.levels())}
         variants = ["averaged" if self._averaged else "trained"]
         if self.trained and self._averaged and self._trained_weights is not None:
             variants.append("trained")
@@ -129,7 +139,7 @@ class StepSweep(Callback):
                         Report(tuple(rows), about | so_far, levels).write(directory)
         if trainer.is_global_zero:
             report = Report(tuple(rows), about, levels)
-            steps_figure(report).savefig(directory / "report.png")
+            save_figure(steps_figure(report), directory / "report.png")
             text = f"{report.markdown()}\nreport.md, report.json and report.png: {directory}"
             show_line(trainer, text, at_end=True)
 
@@ -164,7 +174,7 @@ class StepSweep(Callback):
         of_all_seeds = [metric.fresh_copy().to(trainer.strategy.root_device) for metric in metrics]
         seed_scores: list[list[float]] = [[] for _ in metrics]
         seconds, image_rows = 0.0, []
-        prompt_numbers = {prompt: index for index, prompt in enumerate(benchmark.prompts())}
+        prompts = len(benchmark.prompts())  # of which several may be equal: their place tells them apart
         total = len(self.configs) * len(self.seeds) * len(requested)
         for i, seed in enumerate(self.seeds):
             before = (number * len(self.seeds) + i) * len(requested)
@@ -176,12 +186,12 @@ class StepSweep(Callback):
                 trainer, module, metrics, requested, [config], batch_size=self.batch_size, seed=seed, on_progress=show
             )
             seconds += scored.seconds
-            for image in scored.images:
-                file = sample_path(prompt_numbers[image.prompt], i * self.images_per_prompt + image.index)
+            for place, image in enumerate(scored.images):
+                file = sample_path(place % prompts, i * self.images_per_prompt + image.index)
                 image_rows.append({"filename": file, **image.row, "seed": seed})
             for whole, metric, scores in zip(of_all_seeds, scored.metrics, seed_scores, strict=True):
                 whole.merge(metric)
-                if len(self.seeds) > 1:
+                if len(self.seeds) > 1 and not isinstance(metric, OwnPrompts):
                     scores.append(float(metric.compute()["score"]))  # a collective of all ranks
         rows = [
             ReportRow(
@@ -202,17 +212,6 @@ class StepSweep(Callback):
                 benchmark=benchmark.name,
             )
             for k, (metric, scores) in enumerate(zip(of_all_seeds, seed_scores, strict=True))
+            if not isinstance(metric, OwnPrompts)
         ]
         return rows, image_rows
-
-
-def _levels(benchmarks: Sequence[ImageMetric]) -> dict[str, dict[str, dict[str, float]]]:
-    """Ceiling and chance of the suites that know them: benchmark -> ``ceiling`` or ``chance`` -> scores."""
-    levels: dict[str, dict[str, dict[str, float]]] = {}
-    for benchmark in benchmarks:
-        if isinstance(benchmark, SuiteScore):
-            known = {"ceiling": benchmark.suite.ceiling(), "chance": benchmark.suite.chance()}
-            levels[benchmark.name] = {
-                level: scores.values() | {"score": scores.overall} for level, scores in known.items() if scores
-            }
-    return levels

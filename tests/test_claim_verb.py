@@ -81,7 +81,7 @@ def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):
         (["--grades", "[loud=3]"], "grades: 'loud=3' is none; give noise=NUMBER"),
         (["--grades", "[noise=much]"], "grades: 'noise=much' is none"),
         (["--grades", "[steps=1.5]"], "grades: 'steps=1.5' is none"),
-        (["--meanflow", "nowhere.yaml"], "no experiment nowhere.yaml"),
+        (["--meanflow", "nowhere.yaml"], "meanflow: no file nowhere.yaml, and no experiment"),
         (["--train", "false", "--seeds", "[7]"], "no finished trainings"),
     ],
 )

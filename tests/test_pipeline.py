@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from PIL import Image
 
+from emf_lightning import load_run
 from emf_lightning.cli import main
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
@@ -180,6 +183,60 @@ def test_the_bar_counts_evaluations(pipelines, capsys):
 def test_no_prompt_is_refused(pipelines, arguments):
     with pytest.raises(ValueError, match="nothing to generate"):
         pipelines["meanflow"](**arguments)
+
+
+@pytest.fixture(scope="module")
+def doors(world, pipelines) -> dict[str, Callable[[Any], np.ndarray]]:
+    """The ways from prompts in Python to images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        module = load_run("runs/meanflow/version_0")
+    pipe = pipelines["meanflow"]
+    return {
+        "the pipeline": lambda prompts: np.stack(pipe(prompts, num_inference_steps=1).images),
+        "a loaded run": lambda prompts: np.stack(module.sample(prompts, steps=1)),
+    }
+
+
+@pytest.mark.parametrize("door", ["the pipeline", "a loaded run"])
+@pytest.mark.parametrize(
+    ("prompts", "same_as"),
+    [
+        (["a \ud83d cat", "a \udfff"], ["a \ufffd cat", "a \ufffd"]),
+        ("\ud83d\ude00", "\U0001f600"),
+        (["\ufeffa red circle"], ["a red circle"]),
+        ("", [""]),
+        (["", "a", ""], ("", "a", "")),
+        (np.array(PROMPTS), PROMPTS),
+        (dict.fromkeys(PROMPTS).keys(), PROMPTS),
+        (["a <end_of_text> cat </s>"], ["a <end_of_text> cat </s>"]),
+        (["a\u2028b\x85c\n"], ["a\u2028b\x85c\n"]),
+    ],
+)
+def test_any_text_is_a_prompt(doors, door, prompts, same_as):
+    assert np.array_equal(doors[door](prompts), doors[door](same_as))
+
+
+@pytest.mark.parametrize("door", ["the pipeline", "a loaded run"])
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", None], r"^prompt: number 1 is NoneType \(None\), no text; leave it out, or give '' "),
+        ([float("nan")], r"number 0 is float \(nan\), no text"),
+        (["a", "b", 7], r"number 2 is int \(7\), no text"),
+        ([b"a cat"], "number 0 is bytes"),
+        ([["a cat"]], "number 0 is list"),
+        ([["x" * 500_000]], r"number 0 is list \(.{40}\.\.\. \(500,004 characters\)\), no text"),
+        (None, "^prompt: NoneType is no text; give a string, or a list of strings"),
+        (7, "^prompt: int is no text"),
+        (b"a cat", "^prompt: bytes is no text"),
+        ({"a": "cat"}, "^prompt: dict is no text"),
+        (["a", "b\0c"], "number 1 holds NUL characters"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_place(doors, door, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        doors[door](prompts)
 
 
 def test_offloading_asks_for_each_part_in_its_turn(pipelines, monkeypatch):

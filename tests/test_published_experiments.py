@@ -44,7 +44,7 @@ def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
         "trainer.precision": "32-true",
         "trainer.max_steps": "2",
         "trainer.val_check_interval": "2",
-        "trainer.logger.init_args.save_dir": str(out),
+        "trainer.default_root_dir": str(out / experiment),
         "data.shards": str(shards),
         "data.validation_shards": "null",
         "data.batch_size": "4",

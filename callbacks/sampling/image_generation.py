@@ -15,6 +15,7 @@ from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.text.plain import prompt_texts
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def generate_images(
     Raises:
         ValueError: where the trainer was given bare loaders.
     """
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, CaptionImageData):
-        raise ValueError("sampling images needs CaptionImageData: hand the trainer a datamodule, not loaders")
+    data, captions = data_of(trainer), prompt_texts(captions)
     text, null = data.text_features(captions), data.null_features()
     shape = (data.latent_channels, data.latent_size, data.latent_size)
     noises = [fixed_noise(seed, caption, index, shape) for caption, index in zip(captions, indices, strict=True)]
@@ -59,3 +58,15 @@ def generate_images(
         latents = module.sample_latents(text, null, noise, config.steps, config.guidance_scale)
         images = data.decode(latents).cpu().numpy()  # waits for the device
         yield GeneratedImages(config, images, time.perf_counter() - began)
+
+
+def data_of(trainer: Trainer) -> CaptionImageData:
+    """The trainer's data.
+
+    Raises:
+        ValueError: where the trainer was given bare loaders.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, CaptionImageData):
+        raise ValueError("sampling images needs CaptionImageData: hand the trainer a datamodule, not loaders")
+    return data

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.metric_scores import MetricScores
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.files import write_json_lines
+
+DISTANCES = ("fid", "kid")
+"""Beginnings of the names of metrics whose smaller number is the better one, in rows without directions."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +23,15 @@ class ScoreRecord:
     """The scores of one checkpoint with one sampling config: a line of ``scores.jsonl``.
 
     Attributes:
-        suite: name of the suite.
+        suite: name of the benchmark whose prompts were sampled.
         stage: ``fit`` during training, ``final`` at its end, ``validate`` or ``test``.
         step: optimiser steps taken.
         sampling: step count and guidance scale.
         nfe: network evaluations per image.
         seconds: time that sampling and evaluation took.
-        scores: scores task by task.
-        extra_metrics: name -> score of further metrics of the same images.
+        scores: verdicts of a suite, task by task; None for any other benchmark.
+        metrics: name -> numbers of the other metrics of the same images: the benchmark's own, then further ones.
+        images: number of images.
     """
 
     suite: str
@@ -34,31 +40,60 @@ class ScoreRecord:
     sampling: SamplingConfig
     nfe: int
     seconds: float
-    scores: TaskScores
-    extra_metrics: dict[str, float] = field(default_factory=dict)
+    scores: TaskScores | None = None
+    metrics: dict[str, MetricScores] = field(default_factory=dict)
+    images: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
         """A later record of the same key replaces this one."""
         return self.suite, self.stage, self.step, self.sampling.curve
 
+    @property
+    def results(self) -> dict[str, MetricScores]:
+        """Name -> numbers of every metric, the benchmark's own first; empty for prompts alone."""
+        verdicts = {} if self.scores is None else {self.suite: MetricScores.of_tasks(self.scores, self.suite)}
+        return verdicts | self.metrics
+
+    @property
+    def overall(self) -> float | None:
+        """The benchmark's own main score; None where it has none."""
+        own = self.results.get(self.suite)
+        return None if own is None else own.score
+
     def values(self) -> dict[str, float]:
-        """Every score by its name in tags, those of further metrics included."""
-        return self.scores.values() | self.extra_metrics
+        """Every score by its name in tags: those of the benchmark, then the main number of each further metric."""
+        values: dict[str, float] = {}
+        for name, found in self.results.items():
+            if name == self.suite:
+                values |= {"overall" if key == "score" else key: value for key, value in found.values.items()}
+            elif math.isfinite(found.score):
+                values[name] = found.score
+        return values
 
     def to_row(self) -> dict[str, Any]:
         """Plain values for files and checkpoints; ``overall`` and ``label`` are for other programs, never read back."""
         row = asdict(self)
-        return {"overall": self.scores.overall, "label": self.sampling.tag, **row.pop("sampling"), **row}
+        overall = {} if self.overall is None else {"overall": self.overall}
+        return overall | {"label": self.sampling.tag, **row.pop("sampling"), **row}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> ScoreRecord:
-        """Inverts ``to_row``; rows of earlier versions name the further metrics ``also``, or hold none."""
+        """Inverts ``to_row``.
+
+        Rows of earlier versions hold the scores alone of further metrics, as ``extra_metrics`` or ``also``, if any.
+        """
+        scores = None if row.get("scores") is None else TaskScores(**row["scores"])
+        alone = row.get("extra_metrics", row.get("also", {}))
+        metrics = {
+            name: MetricScores(name, name, {"score": v}, not name.startswith(DISTANCES)) for name, v in alone.items()
+        }
         return cls(
             **{name: row[name] for name in ("suite", "stage", "step", "nfe", "seconds")},
             sampling=SamplingConfig.from_row(row),
-            scores=TaskScores(**row["scores"]),
-            extra_metrics=row.get("extra_metrics", row.get("also", {})),
+            scores=scores,
+            metrics=metrics | {name: MetricScores.from_row(found) for name, found in row.get("metrics", {}).items()},
+            images=row.get("images") or (sum(scores.images.values()) if scores else 0),
         )
 
 
@@ -73,6 +108,10 @@ class ScoreHistory:
     def records(self) -> list[ScoreRecord]:
         """All records."""
         return list(self._records.values())
+
+    def of(self, suite: str) -> ScoreHistory:
+        """The records of one benchmark."""
+        return ScoreHistory(record for record in self.records if record.suite == suite)
 
     def add(self, records: Iterable[ScoreRecord]) -> None:
         """Appends ``records`` and removes older ones of the same keys."""

@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 
 from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
+from emf_lightning.evaluation.distances.reference_images import resize
 from emf_lightning.evaluation.fixed_noise import noise_indices
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
+
+SHOWN_PIXELS = 256
+"""Largest side of the images that a contact sheet keeps: many at full size would fill the memory of rank 0."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ScoredImage:
 
     Attributes:
         row: the first metric's row for ``results.jsonl``.
-        image: 8-bit RGB ``[H, W, 3]``; None unless it is kept.
+        image: 8-bit RGB ``[H, W, 3]``, at most ``SHOWN_PIXELS`` wide; None unless it is kept.
     """
 
     prompt: str
@@ -97,7 +101,8 @@ def sample_and_score(
             for metric in result.metrics:
                 metric.update(list(generated.images), captions)
             for (request, _), row, image in zip(batch, result.metrics[0].rows, generated.images, strict=True):
-                result.images.append(ScoredImage(*request, row, image if request in kept else None))
+                shown = resize(image, min(SHOWN_PIXELS, min(image.shape[:2]))) if request in kept else None
+                result.images.append(ScoredImage(*request, row, shown))
             result.seconds += generated.seconds + time.perf_counter() - began
             done += len(batch) * ranks
             on_progress(min(done, total))

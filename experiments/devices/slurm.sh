@@ -1,6 +1,8 @@
 #!/bin/bash
-# An experiment on SLURM: sbatch experiments/devices/slurm.sh experiments/shapes/emf.yaml [further options]
+# An experiment on SLURM: sbatch experiments/devices/slurm.sh shapes/emf [further options]
 # Lightning finds nodes and ranks in SLURM's environment; srun starts one task a GPU, nothing else launches anything.
+# EMF is the command: emf of an environment, or a container's (docs/how_to/clusters.md):
+#   EMF="apptainer exec --nv emf.sif emf" sbatch experiments/devices/slurm.sh shapes/emf
 #SBATCH --job-name=emf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8  # as many as GPUs: each task is a rank
@@ -11,11 +13,12 @@
 #SBATCH --requeue
 
 set -euo pipefail
-experiment=${1:?usage: sbatch experiments/devices/slurm.sh EXPERIMENT.yaml [options]}
+experiment=${1:?usage: sbatch slurm.sh EXPERIMENT [options]}
 shift
 
-srun emf fit --config "$experiment" --config experiments/devices/ddp.yaml \
+# shellcheck disable=SC2086  # EMF is a command with its arguments
+srun ${EMF:-emf} fit --config "$experiment" --config devices/ddp \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" "$@"
 
-# Sharded instead: experiments/devices/fsdp2.yaml above, and
+# Sharded instead: devices/fsdp2 above, and
 #   --trainer.strategy.init_args.data_parallel_size "$SLURM_NTASKS"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
-from emf_lightning.files import to_json, write_atomic
+from emf_lightning.files import read_json, to_json, write_atomic
 
 DIGESTS = "digests.json"
 _SUFFIXES = (".json", ".safetensors")
+_REMEDY = f"write the folder again, or delete {DIGESTS} if you changed the file on purpose"
 
 
 def write_digests(folder: Path) -> None:
     """Writes the SHA-256 of the folder's JSON files and weights, those in its subfolders too, into ``digests.json``."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES and path.name != DIGESTS]
-    write_atomic(folder / DIGESTS, to_json({path.relative_to(folder).as_posix(): _sha256(path) for path in files}))
+    write_atomic(folder / DIGESTS, to_json({path.relative_to(folder).as_posix(): sha256(path) for path in files}))
     for path in files:
         path.chmod((folder / DIGESTS).stat().st_mode)  # safetensors' files are their owner's alone
 
@@ -28,23 +28,22 @@ def check_digests(folder: Path) -> None:
     Raises:
         ValueError: naming the first file that is missing or has another content.
     """
-    file = folder / DIGESTS
-    if not file.is_file():
-        return
-    remedy = f"write the folder again, or delete {DIGESTS} if you changed the file on purpose"
-    try:
-        digests = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged; {remedy}") from error
-    for name, digest in digests.items():
+    for name, digest in read_digests(folder).items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing; {remedy}")
-        if _sha256(path) != digest:
-            raise ValueError(f"{path} is damaged: its content is not that which was written; {remedy}")
+            raise ValueError(f"{path} is missing; {_REMEDY}")
+        if sha256(path) != digest:
+            raise ValueError(f"{path} is damaged: its content is not that which was written; {_REMEDY}")
 
 
-def _sha256(path: Path) -> str:
+def read_digests(folder: Path) -> dict[str, str]:
+    """The digests that the folder's ``digests.json`` names, by file; none where there is no such file."""
+    file = folder / DIGESTS
+    return read_json(file, _REMEDY) if file.is_file() else {}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -59,11 +59,16 @@ def read_part(file: Path, kinds: tuple[type, ...] = tuple(_KINDS.values())) -> d
 
 
 def kept(value: Any, folder: Path) -> Any:
-    """An argument as a saved part names it; a folder is copied."""
-    if not isinstance(value, str) or not Path(value).expanduser().is_dir():
-        return value
-    shutil.copytree(Path(value).expanduser(), folder, dirs_exist_ok=True)
-    return f"{HERE}/{folder.name}"
+    """An argument as a saved part names it; a file or folder is copied into ``folder``, or as it."""
+    source = Path(value).expanduser() if isinstance(value, str) and value else None
+    if source is not None and source.is_dir():
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return f"{HERE}/{folder.name}"
+    if source is not None and source.is_file():
+        folder.mkdir(exist_ok=True)
+        shutil.copy(source, folder)
+        return f"{HERE}/{folder.name}/{source.name}"
+    return value
 
 
 def found(value: Any, folder: Path) -> Any:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shutil
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +23,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A context that writes a file beside ``path``, and renames it to ``path`` once it is whole and on the disk.
+
+    Args:
+        path: of the file.
+        shared: whether other processes may write the same file at the same time; ``remove_partial`` removes what
+            those leave that die.
 
     Yields:
         The file to write; a process that dies leaves it and the old ``path``, and the next call replaces it.
@@ -30,7 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: naming ``path``, where its disk is full; nothing is left of the new file.
     """
-    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
+    process = f".{os.getpid()}@{socket.gethostname()}" if shared else ""
+    partial = path.with_name(f".{path.name.lstrip('.')}{process}.partial")
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -43,18 +51,69 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A context that fills a folder beside ``folder``, and renames it to ``folder`` once it is whole.
+
+    Where ``folder`` holds files of other names, they stay, and the new files are renamed into it one by one.
+
+    Yields:
+        The folder to fill; a process that dies leaves it and the old ``folder``, and the next call replaces it.
+
+    Raises:
+        OSError: naming ``folder``, where its disk is full; nothing is left of the new one.
+    """
+    folder = Path(os.path.realpath(folder))  # a link to a folder stays one
+    partial = folder.with_name(f".{folder.name}.partial")
+    if os.path.ismount(folder):  # it cannot be replaced
+        yield folder
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        new, old = (sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file()) for top in (partial, folder))
+        if set(old) <= set(new):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        else:
+            for name in new:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial / name, folder / name)
+            shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (number := full_disk(error)) is not None:
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
+
+
 def remove_partial(folder: Path, seconds: float = 60.0) -> None:
-    """Removes the files ``.NAME.PROCESS.partial`` in ``folder`` of processes that died.
+    """Removes the files in ``folder`` that ``replacing`` with ``shared`` has not finished, of processes that died.
 
     Args:
         folder: where shards are written.
-        seconds: how long a file has not grown; its process may run on another machine that shares the folder.
+        seconds: how long a file of another machine that shares the folder has not grown.
     """
     for path in folder.glob(".*.partial"):
-        process = path.name.split(".")[-2]
-        alive = process.isdecimal() and Path("/proc", process).exists()
-        if process.isdecimal() and not alive and time.time() - path.stat().st_mtime > seconds:
+        if not (found := re.search(r"\.(\d+)@(.+)\.partial$", path.name)):
+            continue
+        if found[2] == socket.gethostname():
+            died = not _is_alive(int(found[1]))
+        else:
+            died = time.time() - path.stat().st_mtime > seconds
+        if died:
             path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def full_disk(error: BaseException | None) -> int | None:
@@ -69,9 +128,9 @@ def full_disk(error: BaseException | None) -> int | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON object a line, atomically; creates the folder of ``path``."""
+    """Writes a JSON object a line, atomically, with null for NaN and infinity; creates the folder of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -39,15 +39,18 @@ def known_classes_only(imported: bool = False) -> Iterator[None]:
     """A context in which the parser imports no class but those of this package and of ``_LIBRARIES``.
 
     It decides by the name, before it imports anything, and again by the place where the object is defined. Functions
-    are none of these; a place without a type builds nothing. Inside ``trusting(True)`` nothing changes. With
+    are none of these; a place without a type builds nothing; ``${...}`` names other values, and no resolver, which may
+    read the environment or run code. Inside ``trusting(True)`` nothing changes. With
     ``imported``, the known classes are those that are imported already: a verb without an experiment starts sooner.
     """
     if trusted():
         yield
         return
     from jsonargparse import _common, set_parsing_settings
+    from omegaconf.basecontainer import BaseContainer
 
-    # jsonargparse's settings are global, and it has no public way back
+    # these settings are global, and the libraries have no public way back
+    resolvers, BaseContainer._resolvers = BaseContainer._resolvers, {}
     before = {name: _common.parsing_settings[name] for name in _SETTINGS}
     try:
         set_parsing_settings(
@@ -58,6 +61,7 @@ def known_classes_only(imported: bool = False) -> Iterator[None]:
         yield
     finally:
         _common.parsing_settings.update(before)
+        BaseContainer._resolvers = resolvers
 
 
 def refusal(text: str) -> str | None:

@@ -50,7 +50,25 @@ def build(spec: Any) -> Any:
     if "class_path" not in spec:
         return {key: build(value) for key, value in spec.items()}
     module, _, name = spec["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**build(spec.get("init_args", {})))
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"class_path {_short(spec['class_path'])} cannot be imported ({error}); put its file where Python finds "
+            "it, e.g. into the current folder"
+        ) from error
+    return kind(**build(spec.get("init_args", {})))
+
+
+def takes(kind: type, name: str) -> bool:
+    """Whether the constructor of ``kind`` takes the argument ``name``, itself or among further keywords for a base."""
+    for base in kind.__mro__:
+        init = vars(base).get("__init__")
+        if init is not None:
+            parameters = inspect.signature(init).parameters
+            if name in parameters or all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+                return name in parameters
+    return False
 
 
 def check_spec(spec: Any, kinds: tuple[type, ...], place: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from emf_lightning.data.cache.entry_format import EntryFormat
@@ -21,8 +22,10 @@ from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
 from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found, kept, read_part
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
-from emf_lightning.part_classes import Spec, build, check_spec, trusting
+from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
+from emf_lightning.part_classes import Spec, build, check_spec, takes, trusted, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
+from emf_lightning.text.plain import prompt_texts, shorten
 
 _TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
 """Arguments of a network that concern its training or its start, which a saved network does not need."""
@@ -31,8 +34,9 @@ _TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpoin
 class PipelinePart(ModelMixin):
     """A network, autoencoder or text encoder of an experiment, with the spec that builds it again.
 
-    A part with a ``save_pretrained`` saves its weights in its library's format, so that stock classes read them, too.
-    For other parts, folders that their arguments name are copied, and hub names stay names.
+    A part with ``save_pretrained`` and a constructor argument ``pretrained`` saves its weights in its library's format,
+    so that stock classes read them, too. Another network is built with its arguments and its weights are saved beside
+    them. For other parts, files and folders that their arguments name are copied, and hub names stay names.
 
     Args:
         part: the object.
@@ -59,15 +63,16 @@ class PipelinePart(ModelMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         arguments = dict(self.spec.get("init_args", {}))
-        save = getattr(self.part, "save_pretrained", None)
-        if callable(save):
-            save(folder)
+        if callable(getattr(self.part, "save_pretrained", None)) and takes(type(self.part), "pretrained"):
+            self.part.save_pretrained(folder)
             arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
             arguments["pretrained"] = HERE
             if "subfolder" in self.spec.get("init_args", {}):
                 arguments["subfolder"] = None
         else:
             arguments = {name: kept(value, folder / name) for name, value in arguments.items()}
+            if isinstance(self.part, FlowMapNetwork):
+                FlowMapNetwork.save_pretrained(self.part, folder)
         spec = {"class_path": self.spec["class_path"], "init_args": arguments}
         (folder / PART).write_text(json.dumps(spec, indent=2) + "\n")
 
@@ -85,6 +90,8 @@ class PipelinePart(ModelMixin):
             part = build(spec)
         except TypeError as error:  # an argument that the class does not have
             raise ValueError(f"{Path(folder) / PART}: {error}; export the run again") from error
+        if isinstance(part, FlowMapNetwork) and "pretrained" not in arguments:
+            load_model(part, Path(folder) / WEIGHTS)
         if torch_dtype is not None and "dtype" not in arguments:
             nn.Module.to(part, dtype=torch_dtype)
         return cls(part.eval(), spec)
@@ -192,6 +199,28 @@ class EMFPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), **options)
         write_digests(Path(save_directory))
 
+    def check_saved(self, folder: Path) -> None:
+        """Loads ``folder`` once, as its users will.
+
+        Raises:
+            ValueError: if that fails, or gives a network with other weights.
+        """
+        try:
+            loaded = type(self).from_pretrained(folder, trust_remote_code=trusted()).transformer.part.state_dict()
+        except Exception as error:  # of classes of the user's own
+            reason = shorten(str(error) or type(error).__name__, 300)
+            raise ValueError(f"{folder} was written, but cannot be loaded ({reason}); see FlowMapNetwork") from error
+        own = self.transformer.part.state_dict()
+        differing = [
+            n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].cpu().float())
+        ]
+        if differing:
+            name = type(self.transformer.part).__name__
+            raise ValueError(
+                f"{folder} was written, but loads with other weights ({differing[0]}, ...): {name}.save_pretrained "
+                "must write what its argument `pretrained` reads; see FlowMapNetwork"
+            )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -208,7 +237,7 @@ class EMFPipeline(DiffusionPipeline):
         """Images of ``prompt``, those of one prompt beside each other.
 
         Args:
-            prompt: one or several; all of them are one batch.
+            prompt: one or several; all of them are one batch. The empty string generates without a prompt.
             num_inference_steps: from noise to data; these models train for 1, 2 and 4.
             guidance_scale: of classifier-free guidance; by default the trained model's, 1 for none. It doubles the
                 network evaluations, unless the network takes guidance as a condition.
@@ -221,9 +250,9 @@ class EMFPipeline(DiffusionPipeline):
             return_dict: whether to return an ``EMFPipelineOutput`` or a tuple.
 
         Raises:
-            ValueError: for no prompts, steps or images.
+            ValueError: for no prompts, steps or images, and for a prompt that is no text.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = prompt_texts(prompt)
         if not prompts or num_inference_steps < 1 or num_images_per_prompt < 1:
             raise ValueError(
                 f"EMFPipeline: nothing to generate for {len(prompts)} prompts, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,3 +40,25 @@ class Oracle(FlowMapModule):
         if prompt is None:
             return np.full((self.world.canvas, self.world.canvas, 3), 153, np.uint8)
         return scene_for(self.world, prompt, self.rng).render(self.world)
+
+
+class Twice(ShapesSuite):
+    """A suite whose first prompt comes three times: in the first, the second and the last place."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._prompts = (self._prompts[0], *self._prompts, self._prompts[0])
+
+
+class NoiseKeeper(Oracle):
+    """An oracle that keeps the noises of its images; those of equal captions are apart by them alone."""
+
+    def __init__(self, suite: ShapesSuite) -> None:
+        super().__init__(suite, lambda prompt: prompt)
+        self.noises: list[Tensor] = []
+
+    def sample_latents(
+        self, text: TextFeatures, null: TextFeatures, noise: Tensor, steps: int, guidance_scale: float | None = None
+    ) -> Tensor:
+        self.noises += noise
+        return super().sample_latents(text, null, noise, steps, guidance_scale)

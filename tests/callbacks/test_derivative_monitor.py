@@ -6,8 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from emf_lightning.callbacks import DerivativeMonitor, FewStepSampling
-from emf_lightning.evaluation.shapes.suite import ShapesSuite
+from emf_lightning.callbacks import DerivativeMonitor
 from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
 from emf_lightning.flow.objectives.base import FlowMapTerms
 from emf_lightning.flow.objectives.meanflow import MeanFlow
@@ -168,20 +167,14 @@ class Sum(Callback):
         pl_module.log("train/bad_rows_of_all_ranks", total)
 
 
-def test_its_charts_stand_beside_those_of_sampling(shards, tmp_path):
+def test_its_charts_have_a_curve_for_each_bin(shards, tmp_path):
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    suite = ShapesSuite(per_task=2, scenes_per_task=1)
-    sampling = FewStepSampling(suite, [1], 100, 1, 1, at_start=False, figures=False)
-    found = fit(shards, tmp_path / "run", meanflow(), DerivativeMonitor(EDGES), sampling, max_steps=1)
-    for written in found.Tensors("custom_scalars__config__"):
-        layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
-        titles = [category.title for category in layout.category]
-        assert titles == ["by the interval's length t - r", "shapes: score by network steps"]
-        assert list(layout.category[0].chart[0].multiline.tag) == [
-            "^train/mse_by_length/0-0.5$",
-            "^train/mse_by_length/0.5-1$",
-        ]
+    found = fit(shards, tmp_path / "run", meanflow(), DerivativeMonitor(EDGES), max_steps=1)
+    (written,) = found.Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0]).category
+    assert category.title == "by the interval's length t - r"
+    assert list(category.chart[0].multiline.tag) == ["^train/mse_by_length/0-0.5$", "^train/mse_by_length/0.5-1$"]
 
 
 @pytest.mark.parametrize("edges", [(0.0, 0.5), (0.2, 1.0), (0.0, 0.6, 0.4, 1.0), (0.0,)])

@@ -13,9 +13,9 @@ def shards(tmp_path_factory):
     return tiny.shards(tmp_path_factory.mktemp("shards"))
 
 
-def sampling() -> FewStepSampling:
+def sampling(every_n_steps: int = 100) -> FewStepSampling:
     suite = ShapesSuite(per_task=2, scenes_per_task=1)
-    return FewStepSampling(suite, [1, 2], 100, 1, 1, at_start=False, shown_per_task=1)
+    return FewStepSampling(suite, [1, 2], every_n_steps, 1, 1, at_start=False, shown_per_task=1)
 
 
 def fit(shards, run, capsys, *callbacks, **arguments) -> list[str]:
@@ -43,19 +43,32 @@ def test_lines_come_no_oftener_than_asked_but_the_last_one_does(shards, tmp_path
     assert [line.split(" ")[1] for line in lines] == ["1/4", "4/4"]
 
 
-def test_the_end_is_a_table_and_a_line_with_curves_images_and_checkpoint(shards, tmp_path, capsys):
+def test_the_end_is_a_table_and_a_line_for_each_path(shards, tmp_path, capsys):
     run = tmp_path / "run"
     saver = ModelCheckpoint(run / "checkpoints", save_last=True, every_n_train_steps=4)
     lines = fit(shards, run, capsys, sampling(), saver, enable_checkpointing=True)
 
-    *_, last = lines
-    assert f"curves: tensorboard --logdir {run}" in last
-    assert f"{run}/shapes/contact_sheet.png" in last
-    assert f"checkpoint: {run}/checkpoints/last.ckpt" in last
-    heads = [line.split("  ")[0] for line in lines[-7:-1]]
+    assert lines[-4:] == [
+        f"run: {run}",
+        f"curves: tensorboard --logdir {run}",
+        f"pictures: {run}/shapes",
+        f"checkpoint: {run}/checkpoints/last.ckpt",
+    ]
+    heads = [line.split("  ")[0] for line in lines[-10:-4]]
     assert heads == ["shapes, step 4", "", "1 step, 1 NFE", "2 steps, 2 NFE", "ceiling", "chance"]
-    assert len({len(line) for line in lines[-6:-1]}) == 1, "the columns are not aligned"
+    assert len({len(line) for line in lines[-9:-4]}) == 1, "the columns are not aligned"
     assert any(line.startswith("step 4: 1/2 network steps score") for line in lines)
+
+
+def test_the_checkpoint_of_the_best_score_is_named_beside_the_newest(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    score = "eval/shapes/overall/1step"
+    best = ModelCheckpoint(run / "best", "best", monitor=score, mode="max", every_n_train_steps=2)
+    newest = ModelCheckpoint(run / "checkpoints", save_last=True, every_n_train_steps=4)
+    lines = fit(shards, run, capsys, sampling(every_n_steps=2), best, newest, enable_checkpointing=True)
+
+    named = [line.removeprefix("checkpoint: ") for line in lines if line.startswith("checkpoint: ")]
+    assert named == [f"{run}/best/best.ckpt", f"{run}/checkpoints/last.ckpt"]
 
 
 def test_a_terminal_gets_one_bar_in_optimiser_steps_over_all_epochs(shards, tmp_path, capsys, monkeypatch):
@@ -80,7 +93,8 @@ def test_validate_shows_its_progress_and_its_table(shards, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "validation: 1/" in out
     assert "ceiling" in out
-    assert "curves: tensorboard" in out.splitlines()[-1]
+    assert f"curves: tensorboard --logdir {tmp_path / 'run'}" in out.splitlines()
+    assert "inf" not in out
 
 
 def test_refresh_rate_0_is_silent(shards, tmp_path, capsys):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ from emf_lightning.data.geneval_prompts import TASKS, Prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
+from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.modules.flow_map import FlowMapModule
 from tests.callbacks import tiny
-from tests.callbacks.oracle import Oracle
+from tests.callbacks.oracle import NoiseKeeper, Oracle, Twice
 
 SUITE = ShapesSuite(per_task=6, scenes_per_task=6)
 
@@ -104,8 +104,8 @@ def test_further_metrics_see_the_same_images_and_have_curves_of_their_own(shards
         callback = sampling(steps=[1], at_start=False, final_images_per_task=6, extra_metrics=[fid])
         tiny.trainer(tmp_path / name, callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
         (record,) = scores(tmp_path / name)
-        distances[name] = record["extra_metrics"]["fid_random"]
-        curve = tiny.events(tmp_path / name).Scalars("eval/shapes/fid_random/1step")
+        distances[name] = record["metrics"]["fid_random"]["values"]["score"]
+        curve = tiny.events(tmp_path / name / "1 step").Scalars("eval/shapes/parts/fid_random")
         assert curve[-1].value == pytest.approx(distances[name], rel=1e-5)
     assert distances["oracle"] < 0.2 * distances["blank"]
 
@@ -265,42 +265,25 @@ def test_the_scores_of_a_checkpoint_bear_its_step(run, shards, tmp_path, stage):
 # -- what is left behind ----------------------------------------------------------------------------------------------
 
 
-def test_every_documented_tag_is_written_at_every_evaluation(run):
-    found = tiny.events(run)
-    for label in ("1step", "2step"):
-        for name in (*TASKS, "overall", "strict", "se", "nfe", "seconds"):
-            assert [event.step for event in found.Scalars(f"eval/shapes/{name}/{label}")] == [2, 4], name
-    for name in (*TASKS, "overall"):
-        assert found.Scalars(f"eval/shapes/{name}/ceiling")[-1].value == 1
-        assert found.Scalars(f"eval/shapes/{name}/chance")[-1].value < 0.5
-    assert [event.value for event in found.Scalars("eval/shapes/nfe/2step")] == [2, 2]
-
-
-def test_custom_scalars_put_the_step_counts_into_one_chart_for_overall_and_each_task(run):
-    from tensorboard.plugins.custom_scalar import layout_pb2
-
-    found = tiny.events(run)
-    content = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    charts = layout_pb2.Layout.FromString(content).category[0].chart
-    names = ["overall", *TASKS, "strict", "seen", "held_out"]
-    assert [chart.title for chart in charts] == [f"shapes, {name}" for name in names]
-    for chart in charts[: 1 + len(TASKS)]:
-        tags = {tag for tag in found.Tags()["scalars"] if any(re.match(line, tag) for line in chart.multiline.tag)}
-        name = chart.title.removeprefix("shapes, ")
-        assert tags == {f"eval/shapes/{name}/{line}" for line in ("1step", "2step", "ceiling", "chance")}
-
-
-def test_runs_with_other_step_counts_have_the_same_charts(run, shards, tmp_path):
-    fit(shards, tmp_path / "run", sampling(steps=[4], guidance_scale=[1.0, 2.0]), max_steps=1)
-
-    first, second = (tiny.events(where).Tensors("custom_scalars__config__")[0] for where in (run, tmp_path / "run"))
-    assert first.tensor_proto == second.tensor_proto
+def test_each_step_count_and_level_is_a_run_of_its_own_in_tensorboard_with_the_same_tags(run):
+    names = ["overall", *(f"parts/{name}" for name in (*TASKS, "strict", "se")), "sampling/nfe", "sampling/seconds"]
+    for steps, curve in ((1, "1 step"), (2, "2 steps")):
+        found = tiny.events(run / curve)
+        for name in names:
+            assert [event.step for event in found.Scalars(f"eval/shapes/{name}")] == [2, 4], name
+        assert [event.value for event in found.Scalars("eval/shapes/sampling/nfe")] == [steps, steps]
+        assert min(tag for tag in found.Tags()["scalars"]) == "eval/shapes/overall"
+    for name in ("overall", *(f"parts/{task}" for task in TASKS)):
+        ceiling, chance = (tiny.events(run / level).Scalars(f"eval/shapes/{name}") for level in ("ceiling", "chance"))
+        assert [event.step for event in ceiling] == [event.step for event in chance] == [2, 4]
+        assert ceiling[-1].value == 1 and chance[-1].value < 0.5
+    assert not [tag for tag in tiny.events(run).Tags()["scalars"] if tag.startswith("eval")]
 
 
 def test_figures_are_in_tensorboard_and_on_disk(run):
     found = tiny.events(run)
     for name, steps in (("contact_sheet", [2, 4]), ("step_counts", [2, 4]), ("training_curves", [4])):
-        assert [image.step for image in found.Images(f"eval/shapes/{name}")] == steps
+        assert [image.step for image in found.Images(f"eval/shapes/pictures/{name}")] == steps
         image = np.asarray(Image.open(run / "shapes" / f"{name}.png"))
         assert image.std() > 1, f"{name} is empty"
 
@@ -343,7 +326,8 @@ def test_a_run_resumed_elsewhere_has_the_whole_curves(run, shards, tmp_path):
     kept = ("stage", "step", "label", "overall")
     first, second = ([{k: r[k] for k in kept} for r in scores(where)] for where in (run, tmp_path / "second"))
     assert second == first
-    assert [event.step for event in tiny.events(tmp_path / "second").Scalars("eval/shapes/overall/1step")] == [2, 4]
+    found = tiny.events(tmp_path / "second" / "1 step")
+    assert [event.step for event in found.Scalars("eval/shapes/overall")] == [2, 4]
 
 
 def test_a_run_resumed_in_its_own_directory_repeats_no_line(run, shards):
@@ -352,6 +336,8 @@ def test_a_run_resumed_in_its_own_directory_repeats_no_line(run, shards):
 
     assert [r["scores"] for r in scores(run)] == [r["scores"] for r in before]
     assert [(r["stage"], r["step"]) for r in scores(run)] == [(r["stage"], r["step"]) for r in before]
+    for curve in ("1 step", "2 steps", "ceiling", "chance"):
+        assert [event.step for event in tiny.events(run / curve).Scalars("eval/shapes/overall")] == [2, 4], curve
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -373,3 +359,20 @@ def test_bare_loaders_are_refused_with_the_remedy(shards, tmp_path):
     data.setup("fit")
     with pytest.raises(ValueError, match="hand the trainer a datamodule"):
         tiny.trainer(tmp_path / "run", sampling()).fit(tiny.meanflow(), train_dataloaders=data.train_dataloader())
+
+
+def test_equal_prompts_of_a_suite_have_noises_and_files_of_their_own(shards, tmp_path):
+    suite = Twice(per_task=6, scenes_per_task=6)
+    texts, model = [prompt.prompt for prompt in suite.prompts()], NoiseKeeper(suite)
+    callback = sampling(suite=suite, steps=[1], final_images_per_task=9, at_start=False, batch_size=5, figures=True)
+    tiny.trainer(tmp_path / "run", callback, max_steps=1).fit(model, datamodule=tiny.data(shards))
+    (results,) = (tmp_path / "run/shapes/results").iterdir()
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert scores(tmp_path / "run")[-1]["overall"] == 1
+    assert len({row["filename"] for row in rows}) == len(rows) == 9 * len(TASKS)
+    several = 1 + max(int(row["filename"][-8:-4]) for row in rows)
+    for row, noise in zip(rows, model.noises, strict=True):
+        number, image = int(row["filename"][:5]), int(row["filename"][-8:-4])
+        assert texts[number] == row["prompt"]
+        occurrence = texts[:number].count(texts[number])
+        assert torch.equal(noise, fixed_noise(0, texts[number], occurrence * several + image, noise.shape))

@@ -79,3 +79,13 @@ def test_impossible_settings_are_refused(tmp_path, data):
         RunSummary(SUITE, prompts_per_task=0)
     with pytest.raises(ValueError, match="needs TrainingLog"):
         summary_of(tmp_path / "run", data)
+
+
+def test_the_suite_is_that_of_few_step_sampling_and_prompts_alone_have_no_distances(tmp_path, data):
+    for name, arguments in (("suite", {"suite": SUITE}), ("prompts", {"prompts": ["a"]})):
+        sampling = FewStepSampling(steps=[1], images_per_task=1, final_images_per_task=1, figures=False, **arguments)
+        summary = RunSummary(None, [1], prompts_per_task=1, images_per_prompt=2)
+        tiny.trainer(tmp_path / name, sampling, TrainingLog(), summary).fit(tiny.meanflow(), datamodule=data)
+        found = json.loads((tmp_path / name / "summary.json").read_text())
+        assert found["steps"] == 4
+        assert ("distribution" in found) == (name == "suite")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.dpg.dpg_bench import DpgBench
+from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.reports.report import Report
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
-from tests.callbacks.oracle import Oracle
+from tests.callbacks.oracle import NoiseKeeper, Oracle, Twice
 from tests.evaluation.dpg.test_dpg_bench import Scripted, write
 
 SUITE = ShapesSuite(per_task=4, scenes_per_task=4)
@@ -286,3 +288,27 @@ def test_a_metric_without_prompts_is_no_benchmark(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     with pytest.raises(ValueError, match="FrechetDistance has no prompts of its own; put it into `extra_metrics`"):
         sweep(benchmarks=[FrechetDistance(RandomFeatures(width=8), tmp_path)])
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_equal_prompts_of_a_benchmark_have_noises_and_files_of_their_own(shards, tmp_path, batch_size):
+    suite = Twice(per_task=4, scenes_per_task=4)
+    texts, model = [prompt.prompt for prompt in suite.prompts()], NoiseKeeper(suite)
+    callback = sweep(benchmarks=[SuiteScore(suite)], steps=[1], batch_size=batch_size)
+    report = evaluated(tmp_path / "run", shards, callback, model)
+    rows = rows_of(tmp_path / "run/results/shapes-1step.jsonl")
+    assert report.rows[0].images == len(rows) == 2 * len(texts)
+    assert report.rows[0].scores["score"] == 1
+    files = {row["filename"]: row["prompt"] for row in rows}
+    assert files == {f"{n:05d}/samples/{i:04d}.png": text for n, text in enumerate(texts) for i in range(2)}
+    for row, noise in zip(rows, model.noises, strict=True):
+        number, image = int(row["filename"][:5]), int(row["filename"][-8:-4])
+        occurrence = texts[:number].count(texts[number])
+        assert torch.equal(noise, fixed_noise(0, texts[number], occurrence * 2 + image, noise.shape))
+
+
+def test_a_suite_that_means_two_things_by_one_text_is_refused():
+    suite = Twice(per_task=4, scenes_per_task=4)
+    suite._prompts = (*suite._prompts[1:], replace(suite._prompts[0], tag="counting"))
+    with pytest.raises(ValueError, match="SuiteScore: shapes has different prompts of the text 'a photo of"):
+        SuiteScore(suite)

@@ -150,7 +150,9 @@ def test_a_file_without_prompts_is_an_error(world: Path, capsys: pytest.CaptureF
     assert "'empty.txt' holds no prompt; give one a line" in complaint(
         capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT, "--data.prompts", "empty.txt"
     )
-    assert "prompts is not set" in complaint(capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT)
+    assert "prompts: none are given; add --prompt" in complaint(
+        capsys, "predict", "--config", run, "--ckpt_path", CHECKPOINT
+    )
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="this machine has a GPU")
@@ -205,7 +207,7 @@ def test_a_file_that_is_no_checkpoint_is_an_error(
 
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "fti").startswith("emf fti: no such verb; the verbs are fit, validate, test, predict, ")
+    assert complaint(capsys, "fti").startswith("emf fti: no such verb; did you mean fit? the verbs are fit, validate, ")
 
 
 def test_debugging_shows_the_error_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ CHANGE_OF_CLASS = "{model: {init_args: {optimization: {scheduler: {class_path: t
 def test_an_interpolation_that_a_change_of_class_would_drop_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(capsys, "fit", "--config", "base.yaml", "--config", CHANGE_OF_CLASS)
 
-    assert "scheduler" in line
+    assert "total: ${trainer.max_steps} of WarmupCosine would be lost" in line
     assert "values with ${...} do not survive a change of class" in line
 
 

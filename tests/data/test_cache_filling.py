@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -169,3 +170,67 @@ def test_shards_without_a_usable_sample_are_named(encoder, tmp_path):
     data = make(encoder, [write_tar(tmp_path / "x.tar", {"0.png": noise_image(0)})], tmp_path)
     with pytest.raises(ValueError, match=r"data\.shards: no usable sample in 1 shards"):
         CacheFiller(data, CPU).options(1)
+
+
+@pytest.fixture
+def captioned(tmp_path) -> tuple[list[str], dict[str, object], int]:
+    """Shards of 12 images, options with their captions in a file, and the number of captions."""
+    shards = [
+        write_tar(tmp_path / f"{shard}.tar", {f"{n}.png": noise_image(n) for n in range(shard * 6, shard * 6 + 6)})
+        for shard in range(2)
+    ]
+    counts = [1, 5, 2, 3] * 3
+    records = [{"image": f"{n}.png", "caption": f"{n} ball and {k} ring"} for n in range(12) for k in range(counts[n])]
+    records += [{"image": "1.png", "caption": "1 ball and 0 ring"}, {"image": "1.png", "caption": None}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return shards, {"captions": str(tmp_path / "c.jsonl")}, sum(counts)
+
+
+@pytest.mark.parametrize("reads_images", [False, True])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_every_caption_of_an_image_is_cached_and_every_pass_of_training_finds_it(
+    encoder, captioned, tmp_path, reads_images, seed
+):
+    shards, options, captions = captioned
+    text = encoder if reads_images else WordEncoder(width=8, length=4)
+    filling = CacheFiller(make(text, shards, tmp_path, batch_size=5, **options), CPU)
+    assert filling.entries(filling.count()) == {"features": captions, "latents": 12}
+    *_, last = filling.fill()
+    assert (last.done, last.present, last.skipped) == (captions, 0, {})
+    again = make(text, shards, tmp_path, **options)
+    assert fill(again) == (0, captions)
+    data = make(text, shards, tmp_path, seed=seed, **options)
+    data.setup("fit")
+    seen = set()
+    for _ in range(5):
+        for raw in data.train_dataloader():
+            assert raw.features.found.all() and raw.latents.found.all()
+            seen.update(data.on_after_batch_transfer(raw, 0).captions)
+            data.train_dataloader().acknowledge(raw)
+    assert len(seen) == captions
+    assert data.cache.misses == data.latent_cache.misses == 0
+
+
+def test_an_interrupted_call_goes_on_between_the_captions_of_an_image(captioned, tmp_path):
+    shards, options, captions = captioned
+    text = WordEncoder(width=8, length=4)
+    running = CacheFiller(make(text, shards, tmp_path, **options), CPU).fill()
+    assert next(running).done == 4
+    running.close()
+    done = [CacheFiller(make(text, shards, tmp_path, **options), CPU, rank, 2) for rank in range(2)]
+    counts = [list(filling.fill())[-1] for filling in done]
+    assert sum(count.done for count in counts) == captions - 4
+    assert sum(count.present for count in counts) == 4
+
+
+def test_latents_alone_are_computed_once_an_image(captioned, tmp_path):
+    shards, options, _ = captioned
+    assert fill(make(WordEncoder(width=8, length=4), shards, tmp_path, cache=None, **options)) == (12, 0)
+
+
+def test_a_broken_image_with_several_captions_is_counted_once(captioned, tmp_path):
+    shards, options, captions = captioned
+    members = {f"{n}.png": noise_image(n)[:60] if n == 1 else noise_image(n) for n in range(6)}
+    write_tar(tmp_path / "0.tar", members)
+    *_, last = CacheFiller(make(WordEncoder(width=8, length=4), shards, tmp_path, **options), CPU).fill()
+    assert (last.done, last.skipped) == (captions - 5, {"corrupt image": 1})

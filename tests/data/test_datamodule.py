@@ -207,6 +207,16 @@ def test_text_features_follow_the_order_asked_for(tmp_path: Path) -> None:
     assert data.text.asked == ["red", "a blue circle", "green"]
 
 
+def test_text_features_of_what_python_hands_over(tmp_path: Path) -> None:
+    data = make(write_numbered(tmp_path, [8]), cache=FeatureCache(tmp_path / "cache", 0.01))
+    data.setup("fit")
+    features = data.text_features(["a \ud83d cat", "a \ufffd cat", ""])
+    assert torch.equal(features.context[0], features.context[1])
+    for captions in ([None], ["a", 3], None, ["a\0b"]):
+        with pytest.raises(ValueError, match=r"^captions: .*no text"):
+            data.text_features(captions)  # type: ignore[arg-type]
+
+
 def test_null_features_first_asked_for_by_validation_serve_training(tmp_path: Path) -> None:
     data = CaptionImageData(WordEncoder(width=8, length=4), Pixels(), str(tmp_path))
     with torch.inference_mode():  # Lightning's validation loop

@@ -52,5 +52,5 @@ def test_a_missing_or_short_file_is_named(folder, name):
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, json.dumps(3)])
 def test_damaged_digests_are_one_sentence(folder, text):
     (folder / DIGESTS).write_text(text)
-    with pytest.raises(ValueError, match="json is damaged"):
+    with pytest.raises(ValueError, match=r"digests.json (cannot be read|holds no) .*; write the folder again"):
         check_digests(folder)

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import _common
+from omegaconf.basecontainer import BaseContainer
+from torch.distributed.checkpoint import Metadata
 
 from emf_lightning.cli import main
 from emf_lightning.cli.load_run import load_run
@@ -264,8 +268,20 @@ def run_folder(content: Any) -> Path:
     return Path("run/config.yaml")
 
 
-@pytest.mark.parametrize("call", ["import", "through our module"])
-@pytest.mark.parametrize("place", PLACES)
+def quick(cases: Iterable[tuple[str, str]], kinds: tuple[str, ...], with_second: str) -> list[Any]:
+    """All ``cases``, of which those of ``kinds`` with one value of the second are quick, one of each kind."""
+    return [
+        pytest.param(*case, marks=() if case[0] in kinds and case[1] == with_second else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+KINDS = ("callback", "strategy", "text", "net", "weighting", "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("place", "call"), quick(product(PLACES, ("import", "through our module")), KINDS, "through our module")
+)
 def test_a_run_folder_that_names_another_class_is_refused(capsys, place, call):
     run_folder(crafted(PLACES[place], spec(call)))
     said = refused(capsys, "export", "--run", "run", "--out", "out")
@@ -321,8 +337,10 @@ LOOSE: dict[str, tuple[tuple[str, ...], Any]] = {
 """Places that take functions, or values of any type."""
 
 
-@pytest.mark.parametrize("place", LOOSE)
-@pytest.mark.parametrize("verb", ["export", "test"])
+LOOSE_KINDS = ("a callable as a name", "an argument of any type", "keywords of a strategy", "a dict", "a tag of YAML")
+
+
+@pytest.mark.parametrize(("place", "verb"), quick(product(LOOSE, ("export", "test")), LOOSE_KINDS, "export"))
 def test_a_run_folder_calls_nothing_where_a_place_takes_anything(place, verb):
     keys, value = LOOSE[place]
     config = run_folder(crafted(keys, value))
@@ -344,6 +362,22 @@ def test_a_file_for_a_function_is_refused_alike(capsys, tmp_path):
     Path("encoders.yaml").write_text(yaml.safe_dump({"encoders": {"one": spec("os.system")}}))
     assert "trust_remote_code" in refused(capsys, "score", "--config", "score.yaml")
     assert "trust_remote_code" in refused(capsys, "encoders", "--config", "encoders.yaml")
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:SECRET}", "a/${oc.env:SECRET,b}", "${oc.create:${oc.env:SECRET}}", "${own:1}"]
+)
+@pytest.mark.parametrize("verb", ["export", "plan"])
+def test_a_run_folder_reads_no_environment(capsys, monkeypatch, verb, value):
+    monkeypatch.setenv("SECRET", "hush")
+    monkeypatch.setitem(BaseContainer._resolvers, "own", lambda *_: Path(CANARY).touch())
+    run_folder(crafted(("data", "shards"), value))
+    options = ["--run", "run", "--out", "out"] if verb == "export" else ["--config", "run/config.yaml"]
+    said = refused(capsys, verb, *options)
+    assert "shards: ${o" in said
+    assert "trust_remote_code" in said
+    assert "hush" not in said
+    assert "own" in BaseContainer._resolvers
 
 
 def test_a_run_folder_cannot_trust_itself(capsys):
@@ -418,17 +452,20 @@ def test_a_pickle_in_a_checkpoint_is_not_run(capsys):
     assert "cannot be read as a checkpoint" in refused(capsys, "export", "--run", "run", "--out", "out")
 
 
-def test_the_index_of_a_sharded_checkpoint_is_a_pickle_and_needs_trust(capsys):
+@pytest.mark.parametrize("verb", ["validate", "fit"])
+@pytest.mark.parametrize("file", [".metadata", "meta.pt"])
+def test_a_pickle_in_a_sharded_checkpoint_is_not_run(capsys, verb, file):
     strategy = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": 1, "tensor_parallel_size": 1},
     }
     config = run_folder(crafted(("trainer", "strategy"), strategy))
     Path("sharded").mkdir()
-    Path("sharded/.metadata").write_bytes(pickle.dumps(Bomb()))
+    Path("sharded/.metadata").write_bytes(pickle.dumps(Bomb() if file == ".metadata" else Metadata({})))
     torch.save(Bomb(), "sharded/meta.pt")
-    said = refused(capsys, "validate", "--config", str(config), "--ckpt_path", "sharded", "--trainer.devices", "1")
-    assert "trust_remote_code" in said
+    said = refused(capsys, verb, "--config", str(config), "--ckpt_path", "sharded", "--trainer.devices", "1")
+    assert f"sharded/{file} cannot be read as part of a sharded checkpoint" in said
+    assert file != ".metadata" or "it names posix.system" in said
 
 
 def test_a_checkpoint_that_the_file_itself_names_is_read_without_pickles(capsys):

@@ -20,6 +20,14 @@ TWICE = {
     "a number": ("a:\n  1: x\n  1: y\n", "1", 2, 3),
     "equal values": ("seed_everything: 1\nseed_everything: 1\n", "seed_everything", 1, 2),
 }
+DOTTED = {
+    "inside and dotted": "trainer: {max_steps: 1}\ntrainer.max_steps: 2\n",
+    "dotted first": "trainer.max_steps: 2\ntrainer: {max_steps: 1}\n",
+    "another value below": "trainer: {max_steps: 1}\ntrainer.precision: 32\n",
+    "two dots": "model.init_args.net: {}\nmodel.init_args: {net: {}}\n",
+    "below": "model:\n  init_args.net: {}\n  init_args: {}\n",
+    "appended": "trainer.callbacks+: [a]\ntrainer: {}\n",
+}
 ONCE = [
     "",
     "{}",
@@ -30,6 +38,9 @@ ONCE = [
     "a: &one {b: *one}\n",
     "a:\n  1: x\n  '1': y\n",
     "- {x: 1}\n- {x: 2}\n",
+    "trainer.max_steps: 1\ntrainer.precision: 32\n",
+    "a.b: 1\na.bc: 2\nab: 3\n",
+    "1: x\n1.5: y\n",
 ]
 
 
@@ -42,6 +53,12 @@ def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path, case):
     with pytest.raises(ValueError) as error:
         config_files(file)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("case", DOTTED)
+def test_a_dotted_key_beside_the_one_that_it_is_about_is_named(case):
+    with pytest.raises(ValueError, match=r"experiment.yaml: the keys '.*' in line \d and '.*' in line \d are about"):
+        check_keys(DOTTED[case], "experiment.yaml")
 
 
 @pytest.mark.parametrize("text", ONCE)
@@ -78,3 +95,22 @@ def test_a_damaged_file_is_one_line(tmp_path, text):
     (tmp_path / "one.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"one\.yaml"):
         expand(["fit", "--config", str(tmp_path / "one.yaml")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{data: bad.yaml}",
+        "{data: {text: bad.yaml}}",
+        "{trainer: bad.yaml}",
+        pytest.param("{model: {init_args: {net: bad.yaml}}}", marks=pytest.mark.slow),
+        pytest.param("{trainer: {callbacks: [bad.yaml]}}", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_that_a_value_names_is_checked_alike(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("class_path: WordEncoder\nclass_path: SanaFlowMap\n")
+    Path("one.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "one.yaml"])
+    assert "bad.yaml: the key 'class_path' is there twice, in line 1 and in line 2" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
@@ -19,6 +20,7 @@ usage: emf VERB [options]
 {verbs}
 
 An experiment is a YAML file:   emf fit --config experiments/shapes/demo.yaml
+or the name of a shipped one:   emf fit --config shapes/demo
 Options override its values:    emf fit --config FILE --trainer.max_steps 1000
 All options of a verb:          emf VERB --help
 Options of a part:              emf fit --config FILE --model.net.architecture.help
@@ -40,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         verbs = {**TRAINER_VERBS, **EXPERIMENT_VERBS, **FUNCTION_VERBS}
-        print(_HELP.format(verbs="\n".join(f"  {name:<10} {line}" for name, line in verbs.items())), end="")
+        print(_HELP.format(verbs="\n".join(f"  {name:<11} {line}" for name, line in verbs.items())), end="")
     elif verb == "--version":
         print(f"emf_lightning {version('emf_lightning')}")
     else:
@@ -49,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
         except Exception as error:
             from emf_lightning.cli.parsing.errors import user_message
 
-            line = user_message(error)
+            line = user_message(error, verb)
             if line is None or os.environ.get("EMF_DEBUG"):
                 raise
             print(f"emf {verb}: {line}", file=sys.stderr)
@@ -60,12 +62,23 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    from emf_lightning.cli.parsing.experiment_files import expand
+    from emf_lightning.cli.parsing.experiment_files import expand, with_options
+    from emf_lightning.cli.parsing.own_classes import find_own_classes
     from emf_lightning.part_classes import FLAG, trusting
 
     flag = f"--{FLAG}"
-    with trusting(verb == "fit" or flag in arguments):
-        _call(verb, expand([argument for argument in arguments if argument != flag]))
+    trust, arguments = verb == "fit" or flag in arguments, [argument for argument in arguments if argument != flag]
+    if verb in TRAINER_VERBS or verb in EXPERIMENT_VERBS:
+        arguments = with_options(arguments)
+    if verb in TRAINER_VERBS:
+        from emf_lightning.cli.runs import with_run
+
+        arguments = with_run(arguments)
+    arguments = expand(arguments)
+    if trust:
+        find_own_classes(arguments)
+    with trusting(trust):
+        _call(verb, arguments)
 
 
 def _call(verb: str, arguments: list[str]) -> None:
@@ -84,6 +97,7 @@ def _call(verb: str, arguments: list[str]) -> None:
 
         call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), arguments)
     else:
-        raise ValueError(
-            f"no such verb; the verbs are {', '.join((*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS))}"
-        )
+        verbs = (*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS)
+        near = get_close_matches(verb, verbs, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no such verb; {hint}the verbs are {', '.join(verbs)}")

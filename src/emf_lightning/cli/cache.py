@@ -9,13 +9,15 @@ import torch
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing.builder import BuildingCLI
+from emf_lightning.cli.verbs import examples
 from emf_lightning.data.cache.entry_cache import format_bytes
 from emf_lightning.data.cache_filling import CacheFiller
 
 HELP = """\
-usage: emf cache --config FILE [--dry_run] [options of emf fit]
+usage: emf cache EXPERIMENT.yaml [--dry_run] [options of emf fit]
 
 Compute the text features and the latents that the experiment will train on, into data.cache and data.latent_cache.
+Of several captions of an image it computes all, as training takes another one in each pass.
 First prints the size in each dtype, with the rounding error; then writes all missing entries. Repeat a call that was
 interrupted: it continues. `emf fit` reads the caches, and computes entries that are still missing.
 
@@ -41,7 +43,7 @@ class DataCLI(BuildingCLI):
 def cache(arguments: list[str]) -> None:
     """Runs ``emf cache`` with its ``arguments``, experiments expanded."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
+        print(f"{HELP}\n{examples('cache')}")
         return
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
@@ -53,7 +55,7 @@ def cache(arguments: list[str]) -> None:
         _announce(filler, samples, ranks)
     filler.check(samples)
     if not dry:
-        _fill(filler, samples // ranks, rank)
+        _fill(filler, max(filler.entries(samples).values()) // ranks, rank)
 
 
 def _number(torchrun: str, slurm: str, default: int) -> int:
@@ -72,7 +74,9 @@ def _announce(filler: CacheFiller, samples: int, ranks: int) -> None:
     began = time.perf_counter()
     options = filler.options(samples)
     for name, choices in options.items():
-        print(f"{name} of {samples:,} samples, by dtype:")
+        number = filler.entries(samples)[name]
+        about = "" if number == samples else f", {number:,} captions"
+        print(f"{name} of {samples:,} samples{about}, by dtype:")
         for choice in choices:
             chosen = choice.dtype == filler.caches[name].dtype and choice.token_pool == 1
             how = choice.dtype if choice.token_pool == 1 else f"{choice.dtype}, token_pool {choice.token_pool}"

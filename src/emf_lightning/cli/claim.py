@@ -12,6 +12,8 @@ import yaml
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
+from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.bootstrap import Estimate
@@ -62,9 +64,9 @@ def claim(
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
     settings = {grade: _settings(grade) for grade in chosen}
-    for experiment in (flow_matching, meanflow):
-        if not experiment.is_file():
-            raise ValueError(f"no experiment {experiment}; run this from the repository, or name another")
+    [flow_matching], [meanflow] = (
+        named_experiments(name, [file]) for name, file in (("flow_matching", flow_matching), ("meanflow", meanflow))
+    )
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
     if train:
@@ -80,9 +82,7 @@ def claim(
         for kind, folder in trainings[seed, grade].items():
             if not _final_scores(folder):
                 common = [*settings[grade][kind], "--seed_everything", str(seed), *(options or [])]
-                place = {"save_dir": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
-                logger = [f"--trainer.logger.init_args.{name}={value}" for name, value in place.items()]
-                fit(["--config", str(kinds[kind]), *logger, *common, *start], folder, jobs)
+                fit(["--config", str(kinds[kind]), *common, *start], folder, jobs)
             start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
 
     def finished() -> tuple[ClaimRun, ...]:
@@ -111,7 +111,7 @@ def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[s
     files = [file for experiment in experiments for file in config_files(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
     content, record = yaml.safe_dump(settings, sort_keys=False), out / "trained.yaml"
-    if record.is_file() and record.read_text() != content:
+    if record.is_file() and without_place(record.read_text()) != without_place(content):
         raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(record, content)
@@ -140,7 +140,7 @@ def _final_scores(run: Path) -> dict[int, float]:
     """Network steps -> score at the end of a training; empty for an unfinished one."""
     history = ScoreHistory.read_if_there(run / "shapes" / SCORES)
     final = [record for record in history.records if record.stage == "final" and record.sampling.is_main]
-    scores = {record.sampling.steps: record.scores.overall for record in final}
+    scores = {record.sampling.steps: record.overall for record in final if record.overall is not None}
     return scores if {*FEW_STEPS, MANY_STEPS} <= scores.keys() else {}
 
 

@@ -11,8 +11,11 @@ from typing import Any
 
 import yaml
 
+from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.files import write_atomic
 
 CALIBRATION = 40
@@ -61,7 +64,7 @@ class Training:
 
     def check(self) -> None:
         """Raises a ``ValueError`` where the folder holds a run of other files or settings."""
-        if self.file.is_file() and self.file.read_text() != self._config():
+        if self.file.is_file() and without_place(self.file.read_text()) != without_place(self._config()):
             raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
 
     def train(self, jobs: int = 1) -> None:
@@ -78,9 +81,7 @@ class Training:
 
     def _config(self) -> str:
         """Content of the configuration file of this run."""
-        suite = {"class_path": "ShapesSuite", "init_args": {"world": "small"}}
-        settings = {"suite": suite, "images_per_prompt": self.images_per_prompt}
-        summary = {"class_path": "RunSummary", "init_args": settings}
+        summary = {"class_path": "RunSummary", "init_args": {"images_per_prompt": self.images_per_prompt}}
         short = self.steps < SHORT
         callbacks = {"callbacks": ["TrainingLog", summary]} if self.trial else {"callbacks+": [summary]}
         config: dict[str, Any] = {
@@ -91,7 +92,7 @@ class Training:
                 # scores and checkpoints: a run killed after a checkpoint at its last step would lose its last scores
                 "val_check_interval": self.steps if short else self.steps // 8 + 1,
                 "limit_val_batches": 0,  # validation losses of different methods do not compare
-                "logger": {"init_args": {"save_dir": str(self.folder.parent), "name": "", "version": self.folder.name}},
+                "default_root_dir": str(self.folder.parent),
                 **callbacks,
             },
         }
@@ -108,14 +109,16 @@ def compare(
     jobs: int = 1,
     images_per_prompt: int = 8,
 ) -> None:
-    """Train experiments of the shapes world for the same time, the same steps, or both, and compare their images.
+    """Train experiments on one data set for the same time, the same steps, or both, and compare their images.
 
+    The tables have the metrics of the experiments' FewStepSampling, and for the shapes world distances to real images.
     For the same time, each experiment first takes 40 steps to measure the time of one; `minutes` of training are then a
     number of steps, so that the learning-rate schedule reaches its end. Sampling is not counted. Repeat an interrupted
     call: complete runs are kept, others resume from their last checkpoint, and a longer list adds to the tables.
 
     Args:
-        experiments: YAML files, all of the shapes world and from the same parent.
+        experiments: YAML files or names as in `emf experiments`, all on one data set, with the same metrics and from
+            the same parent.
         out: folder of the runs, the tables and the figure.
         minutes: minutes of training, for each experiment and seed; 30 where neither minutes nor steps are given.
         steps: optimiser steps of each run.
@@ -124,17 +127,15 @@ def compare(
         jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: images of each prompt for distances and diversity.
     """
-    for option, files in (("experiments", experiments), ("overlays", overlays or [])):
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{option}: no file {file}")
+    experiments = named_experiments("experiments", experiments)
+    on_top = tuple(named_experiments("overlays", overlays or []))
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     if minutes is None and steps is None:
         minutes = 30.0
-    all_seeds, on_top = seeds if seeds is not None else [0], tuple(overlays or [])
+    all_seeds = seeds if seeds is not None else [0]
 
     def trainings(counts: dict[Path, int]) -> list[Training]:
         return [
@@ -186,4 +187,4 @@ def _write(out: Path, groups: dict[str, list[Training]]) -> None:
         if runs := [Run.read(training.experiment.stem, training.folder) for training in group if training.done]:
             shown[title] = runs
     write_atomic(out / TABLE, comparison(shown))
-    comparison_figure([*shown.values()][-1]).savefig(out / FIGURE, dpi=150)
+    save_figure(comparison_figure([*shown.values()][-1]), out / FIGURE, dpi=150)

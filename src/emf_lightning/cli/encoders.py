@@ -22,6 +22,7 @@ from emf_lightning.evaluation.encoders.features import Features, pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.encoders.report import EncoderStudy, StudiedEncoder
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
+from emf_lightning.files import replacing
 from emf_lightning.text.base import TextEncoder
 
 import_classes("text")
@@ -44,7 +45,7 @@ def encoders(
 
     Args:
         encoders: name -> encoder, e.g. in a file given with --config.
-        corpus: caption-image pairs: ShapesPairs, the default, or CocoPairs with COCO's folder and a DINOv3.
+        corpus: caption-image pairs: OwnPairs of your own data, ShapesPairs, the default, or CocoPairs with DINOv3.
         prompts: prompts of the removals: text file with a prompt a line, or DPG-Bench's CSV file; by default the
             captions.
         out: directory of encoders.md, .json and .png, of retrieved.png and of the cached pooled features.
@@ -93,8 +94,8 @@ def encoders(
     }
     study = EncoderStudy(tuple(studied), about, paper_corpus=pairs.matches_paper, paper_prompts=of_dpg)
     study.write(out, pairs)
-    print(study.markdown())
-    print(f"encoders.md, encoders.json, encoders.png and retrieved.png: {out}")
+    print(study.table())
+    print(f"\nencoders.md, with intervals and an explanation, encoders.json, encoders.png, retrieved.png: {out}")
 
 
 def _cached_features(
@@ -112,8 +113,7 @@ def _cached_features(
         before = truncations(encoder)
         features = pooled_features(encoder, corpus.captions, batch_size, on_progress)
         cut = (truncations(encoder) - before) / len(set(corpus.captions))
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, features=features, cut=cut)
-        partial.replace(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, features=features, cut=cut)
     with np.load(path) as cached:
         return cached["features"], float(cached["cut"])

@@ -12,6 +12,8 @@ from jsonargparse import Namespace
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
+from emf_lightning.cli.runs import checkpoint_of, find_run
+from emf_lightning.files import replacing_folder
 from emf_lightning.modules.generation import pipeline_of
 
 
@@ -22,23 +24,26 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     a text encoder from the hub stays a name, which loading downloads, and one from a folder is copied.
 
     Args:
-        run: directory of the run, which holds its config.yaml.
+        run: its directory, runs/<name> for its newest version, or one of its checkpoints.
         out: folder to write.
         checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
-    built = build_run(run, checkpoint)
+    found = find_run(run)
+    run, built = found.directory, build_run(found.directory, checkpoint or checkpoint_of(found))
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters
     net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
     specs = {"net": net, "autoencoder": _spec(settings.data.autoencoder), "text": _spec(settings.data.text)}
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
-    pipeline.save_pretrained(str(out))
-    for figure in sorted(run.glob("*/*.png")):
-        shutil.copy(figure, out / f"{figure.parent.name}_{figure.name}")
-    (out / "README.md").write_text(model_card(run, out, settings, pipeline))
+    with replacing_folder(out) as partial:
+        pipeline.save_pretrained(str(partial))
+        pipeline.check_saved(partial)
+        for figure in sorted(run.glob("*/*.png")):
+            shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
+        (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
 
 

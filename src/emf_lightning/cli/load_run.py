@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.experiment_files import expand
+from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run
 from emf_lightning.modules.checkpoint_files import whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.generation import pipeline_of
@@ -20,10 +21,8 @@ def build_run(run: str | Path, checkpoint: str | Path | None = None, trust_remot
     Raises:
         ValueError: for a folder that is no run, a missing checkpoint, or a run that trained its text encoder.
     """
-    run = Path(run)
-    config, weights = run / "config.yaml", Path(checkpoint or run / "checkpoints" / "last.ckpt")
-    if not config.is_file():
-        raise ValueError(f"run: no config.yaml in {run}; give the directory of a run, e.g. runs/shapes/emf/version_0")
+    found = find_run(run)
+    config, weights = found.directory / CONFIG, Path(checkpoint) if checkpoint else checkpoint_of(found)
     options = ["--seed_everything", "false", "--model.init_args.init_from", str(whole_checkpoint(weights))]
     with trusting(trusted() or trust_remote_code), isolate_rng():  # the network's initial weights are random
         built = BuildingCLI.run(expand(["fit", "--config", str(config), *options]))
@@ -40,7 +39,7 @@ def load_run(
     The images are those of ``emf predict``. Relative paths in the run's config.yaml start from the current directory.
 
     Args:
-        run: directory of the run, which holds its config.yaml.
+        run: its directory, ``runs/<name>`` for its newest version, or one of its checkpoints.
         checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
         device: of all parts, e.g. ``cuda``.
         trust_remote_code: whether the run's config.yaml may name classes of your own: building those runs code.

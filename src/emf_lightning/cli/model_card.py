@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
+from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.pipeline import EMFPipeline
 
@@ -39,15 +42,13 @@ prompt fix the noise, so that a prompt's image is the same in any batch. `transf
 {figures}"""
 
 
-def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline) -> str:
-    """The model card: usage, training, last scores, and the figures of ``run``, which lie in the exported ``out``."""
+def model_card(run: Path, folder: str, figures: Sequence[Path], settings: Namespace, pipeline: EMFPipeline) -> str:
+    """The model card: usage, training, last scores and ``figures``, which lie beside it in ``folder``."""
     net = settings.model.init_args.net
     source = net.get("init_args.pretrained") or settings.model.init_args.get("init_from")
-    logger = settings.trainer.get("logger")
-    name = logger.get("init_args.name") if isinstance(logger, Namespace) else None
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     facts = {
-        "experiment": name or run.name,
+        "experiment": experiment_name(settings.trainer) or run.name,
         "objective": trained.rpartition(".")[2],
         "started from": getattr(source, "path", source) or "nothing",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",
@@ -60,10 +61,10 @@ def model_card(run: Path, out: Path, settings: Namespace, pipeline: EMFPipeline)
     }
     return _CARD.format(
         title=facts["experiment"],
-        folder=out.name,
+        folder=folder,
         facts=markdown_table(["", ""], [[name, str(value)] for name, value in facts.items()]),
         scores=_scores(run),
-        figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in sorted(out.glob("*.png"))),
+        figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures),
     )
 
 
@@ -76,9 +77,12 @@ def _scores(run: Path) -> str:
     rows = []
     for path in sorted(run.glob("*/scores.jsonl")):
         for record in ScoreHistory.read_if_there(path).latest():
-            sampling, overall = record.sampling, f"{record.scores.overall:.3f} ± {record.scores.standard_error:.3f}"
-            row = [path.parent.name, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}", overall]
-            rows.append([*row, f"{record.stage}, step {record.step:,}"])
+            sampling, stage = record.sampling, f"{record.stage}, step {record.step:,}"
+            for name, found in record.results.items():
+                metric = name if name == record.suite else f"{found.heading} (images of {record.suite})"
+                row = [metric, str(sampling.steps), str(record.nfe), f"{sampling.guidance_scale:g}"]
+                error = "" if math.isnan(found.error) else f" ± {found.of({'score': found.error}).text()}"
+                rows.append([*row, found.text() + error, stage])
     if not rows:
         return "This run has no scores.\n"
-    return markdown_table(["suite", "steps", "NFE", "guidance scale", "overall", "stage"], rows) + "\n"
+    return markdown_table(["metric", "steps", "NFE", "guidance scale", "score", "stage"], rows) + "\n"

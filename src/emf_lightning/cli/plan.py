@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.sizes import encoder_size, encoding_flops, network_cost, on_meta
+from emf_lightning.cli.verbs import examples
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 
@@ -18,7 +19,7 @@ DEVICES = {"A100": (312, 80), "H100": (989, 80), "H200": (989, 141), "B200": (22
 """Name -> dense bf16 TFLOP/s and GB of memory, from the makers' data sheets."""
 
 HELP = f"""\
-usage: emf plan --config FILE [--device H100] [--utilisation 0.3] [--samples 170000] [options of emf fit]
+usage: emf plan EXPERIMENT.yaml [--device H100] [--utilisation 0.3] [--samples 170000] [options of emf fit]
 
 Estimate an experiment before anything is downloaded or rented: parameters by part, memory of a device by strategy,
 caches and checkpoints on disk, operations, time. Counts the network as it is built, without its weights.
@@ -49,7 +50,7 @@ def plan(arguments: Sequence[str]) -> None:
     if not 0 < own.utilisation <= 1 or own.samples < 1:
         raise ValueError(f"utilisation must lie in (0, 1], samples be positive; got {own.utilisation}, {own.samples}")
     if not rest or {"-h", "--help"} & set(rest):
-        print(HELP, end="")
+        print(f"{HELP}\n{examples('plan')}")
         return
     estimate = Plan(PlanningCLI.run(["fit", *rest]).settings, own.device, own.utilisation, own.samples)
     sections = (estimate.parameters(), estimate.memory(), estimate.disk(), estimate.time())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.evaluation.geneval.suite import GenEvalSuite
+from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure, training_figure
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -31,7 +32,9 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
     names = _names(runs)
     rows: list[ReportRow] = []
     all_levels: list[Levels] = []
-    curves: dict[str, Curves] = {}
+    curves: dict[tuple[str, str], Curves] = {}
+    units: dict[str, str] = {}
+    unscored: list[str] = []
     for run, name in zip(runs, names, strict=True):
         if not run.is_dir():
             raise ValueError(f"runs: no directory {run}")
@@ -42,18 +45,31 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
             found = Report.read(run / REPORT)
             rows += [replace(row, run=name) for row in found.rows]
             all_levels += [found.levels]
+        elif of_training := [row for suite, history in histories.items() for row in _rows(name, suite, history)]:
+            rows += of_training
         elif histories:
-            rows += [row for suite, history in histories.items() for row in _rows(name, suite, history)]
+            unscored.append(name)
         else:
             raise ValueError(f"runs: {run} has no scores; `emf fit` and `emf test` write them into a run's directory")
         for suite, history in histories.items():
-            curves.setdefault(suite, {})[name] = _curves(history)
-    everything = Report(tuple(rows), {"runs": ", ".join(str(run) for run in runs)}, _common_levels(all_levels))
+            units |= {metric: scores.unit for record in history.records for metric, scores in record.results.items()}
+            for metric, lines in _curves(history).items():
+                curves.setdefault((suite, metric), {})[name] = lines
+    if not rows:
+        raise ValueError(
+            f"runs: {', '.join(unscored)} drew prompts without any metric, so there is nothing to tabulate; look at "
+            "their contact sheets, or give FewStepSampling extra_metrics"
+        )
+    about = {"runs": ", ".join(str(run) for run in runs)}
+    about |= {"runs without any metric": ", ".join(unscored)} if unscored else {}
+    everything = Report(tuple(rows), about, _common_levels(all_levels))
     everything.write(out)
-    steps_figure(everything).savefig(out / "steps.png")
-    for suite, of_run in curves.items():
+    save_figure(steps_figure(everything), out / "steps.png")
+    for (suite, metric), of_run in curves.items():
         nonempty = {run: lines for run, lines in of_run.items() if lines}
-        training_figure(nonempty, TITLES.get(suite, suite)).savefig(out / f"training-{suite}.png")
+        title = TITLES.get(metric, suite if metric == suite else f"{suite}: {metric}")
+        file = f"training-{suite}.png" if metric == suite else f"training-{suite}-{metric}.png"
+        save_figure(training_figure(nonempty, title, units[metric]), out / file)
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
 
@@ -73,32 +89,36 @@ def _common_levels(all_levels: list[Levels]) -> Levels:
 
 
 def _rows(run: str, suite: str, history: ScoreHistory) -> list[ReportRow]:
-    """A row for each sampling config of the training: its last scores."""
-    rows = []
-    for record in history.latest():
-        values = record.scores.values()
-        values["score"] = values.pop("overall")
-        rows.append(
-            ReportRow(
-                run=run,
-                metric=suite,
-                title=TITLES.get(suite, suite),
-                weights="averaged",
-                step=record.step,
-                steps=record.sampling.steps,
-                guidance_scale=record.sampling.guidance_scale or 1.0,
-                nfe=record.nfe,
-                images=sum(record.scores.images.values()),
-                seeds=(),
-                scores=values,
-                seconds=record.seconds,
-            )
+    """A row for each metric and sampling config of the training: its last scores."""
+    return [
+        ReportRow(
+            run=run,
+            metric=name,
+            title=TITLES.get(name, found.title) + ("" if name == suite else f", images of {TITLES.get(suite, suite)}"),
+            weights="averaged",
+            step=record.step,
+            steps=record.sampling.steps,
+            guidance_scale=record.sampling.guidance_scale or 1.0,
+            nfe=record.nfe,
+            images=record.images,
+            seeds=(),
+            scores=found.values,
+            seconds=record.seconds,
+            benchmark=suite,
         )
-    return rows
+        for record in history.latest()
+        for name, found in record.results.items()
+    ]
 
 
-def _curves(history: ScoreHistory) -> dict[int, list[tuple[int, float]]]:
-    """Network steps -> (optimiser step, overall score) points of the main guidance scale, for two points or more."""
+def _curves(history: ScoreHistory) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    """Metric -> network steps -> (optimiser step, main number) of the main guidance scale, for two points or more."""
+    curves: dict[str, dict[int, list[tuple[int, float]]]] = {}
     configs = {record.sampling.steps: record.sampling for record in history.records if record.sampling.is_main}
-    lines = {n: [(r.step, r.scores.overall) for r in history.curve(config)] for n, config in configs.items()}
-    return {steps: points for steps, points in lines.items() if len(points) > 1}
+    for config in configs.values():
+        for record in history.curve(config):
+            for name, found in record.results.items():
+                curves.setdefault(name, {}).setdefault(config.steps, []).append((record.step, found.score))
+    return {
+        name: {steps: points for steps, points in lines.items() if len(points) > 1} for name, lines in curves.items()
+    }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +18,10 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+from emf_lightning.callbacks.loggers.run_directory import UNNAMED, file_loggers, place
+from emf_lightning.cli.trainings import RUN_DIRECTORY
 
 LOCK = "run.lock"
 """File in the run directory, locked while a process trains there; it names the process and what it trains."""
@@ -34,57 +39,111 @@ class _NoForeignState(_CheckpointConnector):
     _hpc_resume_path = None
 
 
-def open_run(trainer: Trainer, config: Namespace, fitting: bool) -> tuple[str | None, IO[str] | None]:
+_STARTED = (LOCK, "config.yaml", "hparams.yaml", "events.out.tfevents")
+"""Beginnings of the names of the files that a start writes before it has any result."""
+
+
+@dataclass
+class OpenRun:
+    """The directory of one call of a verb.
+
+    Attributes:
+        checkpoint: to load.
+        directory: into which the call writes, on the first rank.
+        lock: held by ``fit`` until it ends.
+        created: the directory and those above it that this call has made.
+    """
+
+    checkpoint: str | None
+    directory: Path | None = None
+    lock: IO[str] | None = None
+    created: Sequence[Path] = ()
+
+    def close(self) -> None:
+        """Lets other processes train here."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def remove_if_empty(self) -> None:
+        """Removes what this call has made, unless there is a result in it: a file that no start writes."""
+        own = self.directory
+        if own in self.created and own is not None and all(_is_of_start(path, own) for path in own.rglob("*")):
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # another run is beside it
+                for parent in self.created[1:]:
+                    parent.rmdir()
+
+
+def _is_of_start(path: Path, directory: Path) -> bool:
+    within_wandb = path.relative_to(directory).parts[0] == "wandb"
+    return path.is_dir() or within_wandb or path.name.startswith(_STARTED)
+
+
+def open_run(trainer: Trainer, config: Namespace, fitting: bool, path: str | None, run: Path | None) -> OpenRun:
     """Gives ``fit`` a run directory of its own, which no other process trains in while its lock is held.
 
     A job that SLURM or torchrun starts again goes on in its directory, from its last checkpoint. So does
     ``--ckpt_path last``, in the newest directory of this experiment that has one.
 
-    Returns:
-        The checkpoint to go on from, and the lock.
+    Args:
+        trainer: whose logger gets its directory.
+        config: of the verb.
+        fitting: whether the verb is ``fit``; any other one writes beside the results of the run it evaluates.
+        path: the checkpoint to load, if any.
+        run: the directory to write into; by default the logger's, with the next free version.
 
     Raises:
         ValueError: for ``last`` without a checkpoint or of another experiment; for a directory that is in use.
     """
     trainer._checkpoint_connector = _NoForeignState(trainer)
-    path = config.get("ckpt_path")
-    logger: Any = trainer.logger
     first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer does not know its rank yet
-    numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
-    root = Path(logger.root_dir) if isinstance(logger, TensorBoardLogger | CSVLogger) else Path()
-    before, directory = started_before(trainer, root, numbered, config) if fitting else None, None
+    root, own = _places(trainer, config, run)
+    # an earlier run without a logger lies in the folder itself
+    places = [own] if own is not None else [*versions(root), *([root] if (root / "checkpoints").is_dir() else [])]
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    before, directory = started_before(places, config) if fitting else None, None
     if before is not None:
-        _use(logger, before, numbered)
+        place(trainer, before)
         path = _newest_checkpoint(trainer) or path
     elif path == "last":
-        for directory in versions(root) if numbered else [_directory(trainer)]:
-            _use(logger, directory, numbered)
+        for directory in places:
+            place(trainer, directory)
             if path := _newest_checkpoint(trainer):
                 break
         if not path or path == "last":
             raise ValueError(
-                f"ckpt_path: no last checkpoint in {root if numbered else _directory(trainer)}; leave --ckpt_path out "
+                f"ckpt_path: no last checkpoint in {own or root}; leave --ckpt_path out "
                 "to start anew, or give the path of a .ckpt"
             )
         assert directory is not None
         check_identity(directory, config)
-        if numbered and not fitting:
-            logger._version = None  # results of other verbs lie in a directory of their own
-    elif fitting and numbered and first:
-        logger._version = claim(root)
-    held = lock(_directory(trainer), record(config)) if fitting and first else None
-    return path, held
+    elif own is not None:
+        place(trainer, own)
+    elif first:
+        place(trainer, root / f"version_{claim(root)}")
+        missing.insert(0, Path(trainer.default_root_dir))
+    if not first:  # the trainer takes the directory from the first rank
+        return OpenRun(path)
+    used = Path(trainer.default_root_dir)
+    if not used.exists():
+        missing.insert(0, used)
+    return OpenRun(path, used, lock(used, record(config)) if fitting else None, missing)
 
 
-def _directory(trainer: Trainer) -> Path:
-    logger = trainer.logger
-    own = logger.log_dir if isinstance(logger, TensorBoardLogger | CSVLogger) else None
-    return Path(own or trainer.default_root_dir)
+def _places(trainer: Trainer, config: Namespace, run: Path | None) -> tuple[Path, Path | None]:
+    """The folder of the run's versions, and the run's directory where the user names it.
 
-
-def _use(logger: Any, directory: Path, numbered: bool) -> None:
-    if numbered:
-        logger._version = int(directory.name.removeprefix("version_"))
+    A ``TensorBoardLogger`` or ``CSVLogger`` with a name gives the folder, else ``trainer.default_root_dir``.
+    """
+    if given := os.environ.pop(RUN_DIRECTORY, run):
+        return Path(given).parent, Path(given)
+    files = file_loggers(trainer.loggers)
+    by_logger = [logger for logger in files if logger.name != UNNAMED or config.trainer.default_root_dir is None]
+    root = Path(by_logger[0].root_dir if by_logger else trainer.default_root_dir)
+    version = files[0]._version if files else None
+    if version is None:
+        return root, None
+    return root, root / (version if isinstance(version, str) else f"version_{version}")
 
 
 def _newest_checkpoint(trainer: Trainer) -> str | None:
@@ -164,7 +223,7 @@ def read(directory: Path) -> dict[str, Any]:
 def claim(root: Path) -> int:
     """Creates ``root/version_n`` with a number above all others, which no other process gets; returns the number."""
     root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name.removeprefix("version_")) for path in versions(root)), default=-1) + 1
+    number = max(map(_number, versions(root)), default=-1) + 1
     while True:
         try:
             (root / f"version_{number}").mkdir()
@@ -177,14 +236,18 @@ def claim(root: Path) -> int:
 def versions(root: Path) -> Sequence[Path]:
     """The run directories ``root/version_n``, the newest first."""
     found = [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("version_")))
+    return sorted(found, key=lambda path: -_number(path))
 
 
-def started_before(trainer: Trainer, root: Path, numbered: bool, config: Namespace) -> Path | None:
-    """The directory of this job's run of the same settings, where the job is started again."""
+def _number(version: Path) -> int:
+    return int(version.name.removeprefix("version_"))
+
+
+def started_before(places: Sequence[Path], config: Namespace) -> Path | None:
+    """The one of ``places`` with this job's run of the same settings, where the job is started again."""
     if not is_restart():
         return None
-    ours, places = record(config), versions(root) if numbered else [_directory(trainer)]
+    ours = record(config)
     same = (path for path in places if all(read(path).get(key) == ours[key] for key in ("job", "config")))
     return next(same, None)
 

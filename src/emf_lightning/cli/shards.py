@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,17 @@ from tqdm import tqdm
 
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import WORLDS
+
+_MISSING = re.compile(r"'(data/shapes/(small|full))/(?:train|validation)' matches no file")
+
+
+def missing_shards(message: str) -> str:
+    """The commands that write the shards that an error's ``message`` misses, if they are a shapes world's."""
+    if (found := _MISSING.search(message)) is None:
+        return ""
+    folder, world = found.groups()
+    train = f"emf shards --world {world} --count 50000 --seed 0 --out {folder}/train"
+    return f"; first run: {train} && emf shards --world {world} --count 1000 --seed 1 --out {folder}/validation"
 
 
 def shards(

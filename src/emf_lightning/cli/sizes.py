@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
@@ -61,7 +62,7 @@ def build_part(spec: dict[str, Any], kind: type, **arguments: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=kind)
     with known_classes_only():
-        return parser.instantiate_classes(parser.parse_object({"part": spec})).part
+        return parser.instantiate_classes(parser.parse_object({"part": with_shipped_files(spec)})).part
 
 
 def encoder_size(part: Namespace) -> EncoderSize:

@@ -18,6 +18,9 @@ Result = TypeVar("Result")
 ENDS_WITH_PARENT = "EMF_ENDS_WITH_PARENT"
 """Environment variable of a process whose standard input closes when its parent ends."""
 
+RUN_DIRECTORY = "EMF_RUN_DIRECTORY"
+"""Environment variable of a training with the directory that it writes into."""
+
 LOG = "fit.log"
 """File of a training's output where several run at a time."""
 
@@ -26,7 +29,7 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
     """Runs `emf fit` with ``arguments`` in the run directory ``folder``; resumes from its last checkpoint, if any.
 
     Args:
-        arguments: arguments of ``emf fit``, among them those by which it writes into ``folder``.
+        arguments: arguments of ``emf fit``.
         folder: run directory, created if missing.
         jobs: trainings that run at the same time. If there are several, each gets its share of the CPU's threads, and
             its output goes to ``fit.log`` in its folder.
@@ -35,18 +38,18 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         ValueError: where the training fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = ["--ckpt_path", str(last)] if last.is_file() else []
+    last = max((folder / "checkpoints").glob("last*.ckpt"), key=os.path.getmtime, default=None)
+    resume = [] if last is None else ["--ckpt_path", str(last)]
     command = [sys.executable, "-m", "emf_lightning", "fit", *arguments, *resume]
     print(f"training: {folder}{f', log in {LOG}' if jobs > 1 else ''}\n", end="", flush=True)  # one write, one line
+    environment = {**os.environ, RUN_DIRECTORY: str(folder)}
     if jobs == 1:
-        status, place = _run(command), "above"
+        status, place = _run(command, env=environment), "above"
     else:
         threads = max((os.cpu_count() or 1) // jobs, 1)  # more threads than cores slow each other down
         place = f"in {folder / LOG}"
         with (folder / LOG).open("a") as log:
-            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-            status = _run(command, stdout=log, stderr=log, env=environment)
+            status = _run(command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads), **environment})
     if status:
         said = f"what it said is {place}; the same call resumes it"
         raise ValueError(f"the training in {folder} ended with status {status}; {said}")
@@ -54,7 +57,7 @@ def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
 
 def _run(command: Sequence[str], **options: Any) -> int:
     """Status of ``command``, which ends with this process, however it ends: the pipe to it closes."""
-    environment = options.pop("env", os.environ) | {ENDS_WITH_PARENT: "1"}
+    environment = options.pop("env") | {ENDS_WITH_PARENT: "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, **options) as process:
         return process.wait()
 

@@ -18,9 +18,8 @@ from emf_lightning.data.cache.entry_cache import EntryCache, format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.raw_batch import RawBatch
-from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.sources import count
 from emf_lightning.data.reading.streams import CACHED
-from emf_lightning.data.reading.tar_samples import count_samples
 from emf_lightning.text.blip3o_next import BLIP3oNext
 
 DTYPES: tuple[StoredDtype, ...] = ("float32", "bfloat16", "float16", "float8")
@@ -38,7 +37,10 @@ class StorageOption:
 
 @dataclass(frozen=True)
 class FillProgress:
-    """Progress of this rank: samples written, cached already, left out (by reason), and seconds since the start."""
+    """Progress of this rank: samples written, cached already, left out (by reason), and seconds since the start.
+
+    Each of several captions of an image is a sample.
+    """
 
     done: int
     present: int
@@ -68,7 +70,7 @@ class CacheFiller:
             )
         self.data = data
         self.device = device
-        self.shards = shard_paths(data.shards, "CaptionImageData: shards")
+        self.shards = data.training_sources
         data.encoder.open_caches(str(data.transform))
         data.encoder.device = device
         caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
@@ -83,7 +85,12 @@ class CacheFiller:
 
     def count(self) -> int:
         """Number of samples in all shards."""
-        return sum(map(count_samples, self.shards))
+        return sum(map(count, self.shards))
+
+    def entries(self, samples: int) -> dict[str, int]:
+        """Number of entries of each cache for ``samples`` samples: an image may have several captions."""
+        captions = self.data.caption_files.per_image if self.data.caption_files is not None else 1
+        return {name: round(samples * (captions if name == "features" else 1)) for name in self.caches}
 
     @torch.no_grad()
     def options(self, samples: int) -> dict[str, list[StorageOption]]:
@@ -102,20 +109,22 @@ class CacheFiller:
         for name, cache in self.caches.items():
             context, mask = (tensor.cpu() for tensor in cache.to_tokens(encode[name](batch)))
             entries = [EntryFormat(cache.entry_format.length, cache.entry_format.width, dtype) for dtype in DTYPES]
-            options[name] = [StorageOption(e.dtype, cache.size(samples, e), e.error(context, mask)) for e in entries]
+            number = self.entries(samples)[name]
+            options[name] = [StorageOption(e.dtype, cache.size(number, e), e.error(context, mask)) for e in entries]
             if name == "features" and isinstance(data.text, BLIP3oNext) and data.text.token_pool == 1:
-                options[name] += _pooled_options(cache, context, samples)
+                options[name] += _pooled_options(cache, context, number)
         return options
 
     def check(self, samples: int) -> dict[str, str]:
         """The sentence of ``EntryCache.estimate`` for each cache.
         Raises ``ValueError`` if the entries do not fit the disk, alone or together, or a cache's ``max_gb``.
         """
-        sentences = {name: cache.estimate(samples) for name, cache in self.caches.items()}
+        entries = self.entries(samples)
+        sentences = {name: cache.estimate(entries[name]) for name, cache in self.caches.items()}
         for name, cache in self.caches.items():
-            if cache.size(samples) > cache.max_gb * 1e9:
+            if cache.size(entries[name]) > cache.max_gb * 1e9:
                 raise ValueError(f"data: the {name} would not fit: {sentences[name]}")
-        needed = sum(cache.size(samples) for cache in self.caches.values())
+        needed = sum(cache.size(entries[name]) for name, cache in self.caches.items())
         room = min(cache.available_bytes() for cache in self.caches.values())
         limit = min(cache.max_gb for cache in self.caches.values()) * 1e9
         paths = {str(cache.path.resolve()) for cache in self.caches.values()}

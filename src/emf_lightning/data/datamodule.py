@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,12 @@ from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import RawBatch
-from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.sources import HubDataset, Source, open_sources
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.data.reading.tar_samples import MEMBER_MB
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.text.base import TextEncoder, TextFeatures
+from emf_lightning.text.plain import prompt_texts
 
 
 class CaptionImageData(LightningDataModule):
@@ -37,8 +38,15 @@ class CaptionImageData(LightningDataModule):
     Args:
         text: frozen text encoder.
         autoencoder: frozen autoencoder.
-        shards: training shards: files, folders, globs, ranges ``data-{000000..000012}.tar``, URLs, or a list of these.
-        validation_shards: likewise; null turns validation off.
+        shards: training samples, one of these or a list: tar shards (files, folders, globs, URLs, ranges
+            ``data-{000000..000012}.tar``), parquet files, a folder of pictures with texts beside them or a
+            ``metadata.jsonl``, a data set of the Hugging Face hub (``owner/name``, or name, split, subset, revision).
+        validation_shards: likewise; null turns validation off, unless ``validation_share`` is set.
+        validation_share: share of the samples of ``shards`` that is held out for validation, chosen by the digests of
+            their names.
+        caption_column: column or JSON key of the captions, where it is none of caption, prompt and text; it may hold
+            lists of captions, of which each pass takes the next.
+        image_column: column of the pictures in parquet files, where there are several.
         captions: JSON or JSON-lines files of captions by image name, for shards of images alone in the same folder or
             below, the format of ShareGPT-4o-Image and Echo-4o-Image.
         cache: of text features; null encodes every caption each time.
@@ -51,7 +59,7 @@ class CaptionImageData(LightningDataModule):
         seed: of the shuffle.
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
-        prompts: text file with one prompt a line, for prediction.
+        prompts: text file with one prompt a line, or a list of prompts, for prediction.
         member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
@@ -73,9 +81,12 @@ class CaptionImageData(LightningDataModule):
         self,
         text: TextEncoder,
         autoencoder: Autoencoder,
-        shards: str | list[str],
+        shards: str | HubDataset | list[str | HubDataset],
         *,
-        validation_shards: str | list[str] | None = None,
+        validation_shards: str | HubDataset | list[str | HubDataset] | None = None,
+        validation_share: float = 0.0,
+        caption_column: str | None = None,
+        image_column: str | None = None,
         captions: str | list[str] | None = None,
         cache: FeatureCache | None = None,
         latent_cache: LatentCache | None = None,
@@ -87,7 +98,7 @@ class CaptionImageData(LightningDataModule):
         seed: int = 0,
         validation_samples: int = 1024,
         flip: bool = False,
-        prompts: str | Path | None = None,
+        prompts: str | Path | list[str] | None = None,
         member_mb: float = MEMBER_MB,
         images: bool = True,
         image_limits: ImageLimits = ImageLimits(),
@@ -102,11 +113,19 @@ class CaptionImageData(LightningDataModule):
                 f"CaptionImageData: resolution {resolution} is not a multiple of the autoencoder's downsampling"
                 f" {autoencoder.downsampling}"
             )
+        if not 0 <= validation_share < 1 or (validation_share and validation_shards is not None):
+            raise ValueError(
+                f"CaptionImageData: validation_share must lie in [0, 1), got {validation_share}, and be 0 beside "
+                "validation_shards"
+            )
         self._encoder = BatchEncoder(text, autoencoder, cache, latent_cache, resolution, images)
         self.text = text
         self.autoencoder = autoencoder
         self.shards = shards
         self.validation_shards = validation_shards
+        self.validation_share = validation_share
+        self.caption_column = caption_column
+        self.image_column = image_column
         self.captions = captions
         self.cache = cache
         self.latent_cache = latent_cache
@@ -150,13 +169,13 @@ class CaptionImageData(LightningDataModule):
         self._encoder.open_caches(str(self.transform))
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
-            self._train = self._loader("shards", self.num_workers, **options)
-        if stage in ("validate", "test") and self.validation_shards is None:
+            self._train = self._loader(self.training_sources, self.num_workers, share=self.validation_share, **options)
+        if stage in ("validate", "test") and not self.validates:
             raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
-        if stage in ("fit", "validate", "test") and self.validation_shards is not None:
+        if stage in ("fit", "validate", "test") and self.validates:
             # one worker is enough for few samples, and keeps their order
             workers = min(self.num_workers, 1)
-            self._validation = self._loader("validation_shards", workers, limit=self.validation_samples)
+            self._validation = self._loader(self.validation_sources, workers, **self._validation_options)
         if stage == "predict" and self.prompts is not None:
             self._prompts = PromptList(self.prompts)
 
@@ -165,9 +184,38 @@ class CaptionImageData(LightningDataModule):
         """Captions from files beside the shards, if there are any."""
         return None if self.captions is None else CaptionFiles(self.captions)
 
-    def _loader(self, argument: str, num_workers: int, **options: Any) -> ShardLoader:
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation samples."""
+        return self.validation_shards is not None or self.validation_share > 0
+
+    @cached_property
+    def training_sources(self) -> tuple[str | Source, ...]:
+        """The sources of ``shards``; ValueError if they are missing or hold nothing to train on."""
+        return self._sources("shards")
+
+    @cached_property
+    def validation_sources(self) -> tuple[str | Source, ...]:
+        """The sources of the validation samples; with ``validation_share`` the training's own."""
+        return self.training_sources if self.validation_share else self._sources("validation_shards")
+
+    @property
+    def _validation_options(self) -> dict[str, Any]:
+        return {"limit": self.validation_samples, "share": self.validation_share, "held_out": self.validation_share > 0}
+
+    def _sources(self, argument: str) -> tuple[str | Source, ...]:
+        return open_sources(
+            getattr(self, argument),
+            f"CaptionImageData: {argument}",
+            caption_column=self.caption_column,
+            image_column=self.image_column,
+            images=self.images,
+            captioned=self.captions is not None,
+        )
+
+    def _loader(self, sources: Sequence[str | Source], num_workers: int, **options: Any) -> ShardLoader:
         stream = self.stream(
-            shard_paths(getattr(self, argument), f"CaptionImageData: {argument}"),
+            sources,
             rank=self.trainer.global_rank if self.trainer else 0,
             ranks=self.trainer.world_size if self.trainer else 1,
             lanes=max(num_workers, 1),
@@ -179,10 +227,25 @@ class CaptionImageData(LightningDataModule):
         )
         return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
-    def stream(self, shards: Sequence[str], **options: Any) -> ShardStream:
+    def validation_batches(self, images: bool = True) -> Iterator[RawBatch]:
+        """The first ``validation_samples`` validation samples in order, on every rank all of them, past the caches.
+
+        Args:
+            images: whether to decode their images, ``[B, 3, resolution, resolution]``.
+
+        Raises:
+            ValueError: without validation samples, or where no sample can be used.
+        """
+        if not self.validates:
+            raise ValueError("CaptionImageData: validation_shards is not set; give shards of validation samples")
+        stream = self.stream(self.validation_sources, seed=self.seed, images=images, **self._validation_options)
+        return iter(ShardLoader(stream))
+
+    def stream(self, shards: Sequence[str | Source], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""
         options |= {"encoder_image_size": self.text.image_size, "captions": self.caption_files}
         options |= {"member_mb": self.member_mb, "image_limits": self.image_limits}
+        options |= {"caption_column": self.caption_column}
         return ShardStream(shards, self.transform, self.batch_size, **options)
 
     def train_dataloader(self) -> ShardLoader:
@@ -226,7 +289,7 @@ class CaptionImageData(LightningDataModule):
 
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of ``captions`` on the training device; through the cache, if there is one."""
-        return self.encoder.text_features(captions)
+        return self.encoder.text_features(prompt_texts(captions, "captions"))
 
     def null_features(self) -> TextFeatures:
         """Features ``[1, L, D]`` of the null caption, on the training device."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from emf_lightning.evaluation.bootstrap import bootstrap_means
+
+if TYPE_CHECKING:
+    from emf_lightning.data.datamodule import CaptionImageData
 
 Self = TypeVar("Self", bound="ImageMetric")
 
@@ -27,6 +30,9 @@ class ImageMetric(Metric):
     Attributes:
         name: used in tags and file names; a network other than the benchmark's own is part of it.
         title: heading in reports.
+        unit: quantity on a figure's axis; by default the title.
+        higher_is_better: direction of ``score``; None where it has none.
+        draws_all: whether each evaluation during training samples every prompt once, unless a number is set.
         rows: one dict for each image of the last ``update``, for a line of ``results.jsonl``.
         needs_prompts: whether images must have prompts.
     """
@@ -35,6 +41,8 @@ class ImageMetric(Metric):
     higher_is_better: bool | None = True
     name: str
     title: str
+    unit: str = ""
+    draws_all = False
     needs_prompts = True
 
     def __init__(self) -> None:
@@ -60,6 +68,28 @@ class ImageMetric(Metric):
     def prompts(self) -> Sequence[str]:
         """The benchmark's prompts; empty if the metric takes any prompt."""
         return ()
+
+    def tasks(self) -> Mapping[str, Sequence[int]]:
+        """Task -> the places of its prompts among ``prompts``; a benchmark without tasks is one task."""
+        return {"": range(len(self.prompts()))}
+
+    def requests(self, images_per_task: int) -> list[tuple[int, int]]:
+        """``images_per_task`` images of each task: every prompt once, then every one again, ...
+
+        In each task, the images for a smaller number are the first of those for a larger one.
+
+        Returns:
+            The place of the prompt among ``prompts``, and the number of its image.
+        """
+        tasks = filter(None, self.tasks().values())
+        return [(places[i % len(places)], i // len(places)) for places in tasks for i in range(images_per_task)]
+
+    def levels(self) -> dict[str, dict[str, float]]:
+        """Level, e.g. ``ceiling`` or ``chance`` -> scores that are known without a model, named as in ``compute``."""
+        return {}
+
+    def use_data(self, data: CaptionImageData) -> None:
+        """Hands over a run's data before its first image, for metrics that compare with the validation samples."""
 
     def prompt_of(self, path: PurePath) -> str | None:
         """The prompt of the image at ``path`` in the benchmark's own folder layout; None where it has none."""
@@ -112,6 +142,13 @@ class PromptMeans(ImageMetric):
 
     def prompts(self) -> Sequence[str]:
         return self._texts
+
+    def tasks(self) -> Mapping[str, Sequence[int]]:
+        first = dict(
+            zip(self._places[::-1].tolist(), self._groups[::-1].tolist(), strict=False)
+        )  # of a repeated prompt
+        names = [first.get(index, "") for index in range(len(self._texts))]
+        return {task: [i for i, name in enumerate(names) if name == task] for task in dict.fromkeys(names)}
 
     @abstractmethod
     def values(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:

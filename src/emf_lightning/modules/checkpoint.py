@@ -6,8 +6,11 @@ import errno
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from emf_lightning.digests import check_digests
 
 if TYPE_CHECKING:
     from emf_lightning.networks.base import FlowMapNetwork
@@ -30,11 +33,18 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
     """The checkpoint at ``path``; its tensors are on the CPU, and read from the file when they are used.
 
     Raises:
-        ValueError: for a missing file or one with other content; the message begins with ``argument``.
+        ValueError: for a missing file, other content and a sharded checkpoint; the message begins with ``argument``.
     """
     import torch
 
     remedy = "give the path of a .ckpt file that `emf fit` wrote"
+    if Path(path).is_dir():
+        check_digests(Path(path))
+        sharded = "add --config experiments/devices/fsdp2.yaml, on any number of devices, or make"
+        raise ValueError(
+            f"{argument}: {path} is a sharded checkpoint: {sharded if argument == 'ckpt_path' else 'make'} one file of "
+            f"it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     if not Path(path).is_file():
         raise ValueError(f"{argument}: no checkpoint at {path}; {remedy}")
     if damage := damage_of(Path(path)):
@@ -55,8 +65,14 @@ def damage_of(path: Path) -> str | None:
     """A sentence about the damage of a checkpoint file; None where it is whole, or nothing in it tells.
 
     ``torch.load`` does not compare the checksums (CRC32) that ``torch.save`` writes beside each tensor. Reads the file
-    once: a second for some 1.5 GB.
+    once, unless it changes: a second for some 1.5 GB.
     """
+    found = path.stat()
+    return _damage(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache
+def _damage(path: Path, *version: int) -> str | None:
     with path.open("rb") as file:
         try:
             if not zipfile.is_zipfile(file):

@@ -36,9 +36,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = lambda storage, _: storage, weights_only: Any = None
     ) -> dict[str, Any]:
-        if _is_local_file_protocol(path) and Path(path).is_file() and (damage := damage_of(Path(path))):
-            raise ValueError(f"{path}: {damage}; give another checkpoint")
+        if _is_local_file_protocol(path) and Path(path).is_file():
+            path = checked(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
+
+
+def checked(path: Path) -> Path:
+    """``whole_checkpoint`` of ``path``; a ``ValueError`` where that is damaged, too."""
+    path = whole_checkpoint(path)
+    if damage := damage_of(path):
+        raise ValueError(f"{path}: {damage}; give another checkpoint")
+    return path
 
 
 def whole_checkpoint(path: Path) -> Path:
@@ -52,6 +60,11 @@ def whole_checkpoint(path: Path) -> Path:
             rank_zero_warn(f"{path}: {damage}; {other}, the newest whole checkpoint beside it, is used instead")
             return other
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint, a file or a sharded one's folder, shows no damage."""
+    return path.is_dir() or _unusable(path) is None
 
 
 def _unusable(path: Path) -> str | None:

@@ -124,7 +124,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             seed: of the noise, a function of (seed, prompt, image index).
 
         Raises:
-            ValueError: for a module without a datamodule, and for no prompts, steps or images.
+            ValueError: for a module without a datamodule, for no prompts, steps or images, and for a prompt that is no
+                text.
         """
         from emf_lightning.modules.generation import attached_pipeline  # imports diffusers
 

@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from emf_lightning.networks.prediction import Prediction
 
+WEIGHTS = "model.safetensors"
+"""File of the weights in the base class's format."""
+
 
 class FlowMapNetwork(nn.Module, ABC):
     """A text-conditioned two-time network.
+
+    A subclass sets ``prediction`` and implements ``backbone``. The command line fills ``latent_channels``,
+    ``latent_size`` and ``context_width`` where the constructor takes them. All arguments must be plain values or
+    objects that are built from plain values, since a run and an export build the network again from them.
 
     Attributes:
         prediction: rule from the backbone's output to u.
@@ -60,9 +68,15 @@ class FlowMapNetwork(nn.Module, ABC):
         """The settings beside the shapes that give saved weights their meaning, as plain values by name."""
         return {"prediction": describe(self.prediction)}
 
-    @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the weights, and the configuration that builds the network again, into a folder that it makes."""
+        """Writes the weights into a folder that it makes, as ``model.safetensors``.
+
+        A class whose constructor takes ``pretrained`` overrides this: the folder must hold all that
+        ``pretrained=directory`` needs to build the same network, its size included. For a class without this argument,
+        an exported folder holds the constructor's arguments beside the weights.
+        """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        save_model(self, str(Path(directory) / WEIGHTS))
 
     def refit_time(self, time_scale: float) -> float:
         """Fits the time embedding anew for inputs ``time_scale`` t, and returns the relative error of the fit.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.text.plain import prompt_texts
+
 NULL_CAPTION = ""
 """The caption of the unconditional half of classifier-free guidance."""
 
@@ -134,8 +136,8 @@ class TextEncoder(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextFeatures:
-        """``encode`` without gradients."""
-        return self.encode(captions)
+        """``encode`` without gradients, of texts that are made fit by ``prompt_texts``."""
+        return self.encode(prompt_texts(captions, "captions"))
 
     def freeze(self) -> None:
         """Ends construction: permanent eval mode, no gradient for any parameter."""

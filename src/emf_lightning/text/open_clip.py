@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -42,17 +42,12 @@ class OpenClipTextEncoder(TextEncoder):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quick_gelu: bool = False,
     ) -> None:
-        import regex  # type: ignore[import-untyped]  # OpenCLIP's
-
         super().__init__()
         if "{caption}" not in template:
             raise ValueError(f"OpenClipTextEncoder: template={template!r} must contain {{caption}}")
-        self.tower, self.tokenizer, self._architecture = _load(model, pretrained, quick_gelu)
-        self._inner = getattr(self.tokenizer, "tokenizer", None)  # of transformers; None for OpenAI's tokenizer
-        self._special = special_tokens(self._inner)
-        if self._inner is None:  # its pattern would take "<end_of_text>" in a caption for the end
-            words = self.tokenizer.pat.pattern.removeprefix("<start_of_text>|<end_of_text>|")
-            self.tokenizer.pat = regex.compile(words, regex.IGNORECASE)
+        self.tower, tokenizer, self._architecture = _load(model, pretrained, quick_gelu)
+        self.tokenizer = literal(tokenizer)
+        self._inner = getattr(tokenizer, "tokenizer", None)  # of transformers; None for OpenAI's tokenizer
         self._padding = 0 if self._inner is None else self._inner.pad_token_id
         self.tower.to(getattr(torch, dtype))
         self.template = template
@@ -81,7 +76,7 @@ class OpenClipTextEncoder(TextEncoder):
         )
 
     def _ids(self, captions: Sequence[str], length: int) -> Tensor:
-        texts = [self.template.replace("{caption}", neutral(caption, self._special)) for caption in captions]
+        texts = [self.template.replace("{caption}", caption) for caption in captions]
         return self.tokenizer(texts, context_length=length)
 
     def _mask(self, ids: Tensor) -> Tensor:
@@ -116,6 +111,23 @@ class OpenClipTextEncoder(TextEncoder):
         tokens = tokens[:, : self.length]
         mask = nn.functional.pad(mask[:, first:], (0, first))[:, : self.length].to(tokens.device)
         return TextFeatures(tokens.masked_fill(~mask[..., None], 0.0), mask)
+
+
+def literal(tokenizer: Any) -> Any:
+    """An OpenCLIP tokenizer, changed so that texts like ``<end_of_text>`` are words, and not the end of a caption."""
+    import regex  # type: ignore[import-untyped]  # OpenCLIP's
+
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        special = "".join(f"{tokenizer.decoder[index]}|" for index in tokenizer.all_special_ids)
+        tokenizer.pat = regex.compile(tokenizer.pat.pattern.removeprefix(special), regex.IGNORECASE)
+    elif clean := getattr(tokenizer, "clean_fn", None):  # afterwards: it makes "</s>" of "&lt;/s&gt;"
+        tokenizer.clean_fn = partial(_cleaned, clean, special_tokens(inner))
+    return tokenizer
+
+
+def _cleaned(clean: Callable[[str], str], special: frozenset[str], text: str) -> str:
+    return neutral(clean(text), special)
 
 
 def _load(model: str, pretrained: str | None, quick_gelu: bool) -> tuple[Any, Any, dict[str, Any]]:

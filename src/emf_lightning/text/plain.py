@@ -5,20 +5,43 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _MARKUP = re.compile(r"[<＜][^<>＜＞]*[>＞]|[\[［][^\[\]［］]*[\]］]")
 
 
 def plain(text: str) -> str:
-    """``text`` in valid Unicode, without a byte-order mark and white space around it.
+    """``text`` in valid Unicode, without a byte-order mark and white space around it."""
+    return _valid(text).strip().lstrip("\ufeff").lstrip()
 
-    Halves of surrogate pairs, which JSON can escape and UTF-8 cannot hold, become U+FFFD.
+
+def prompt_texts(prompts: Any, argument: str = "prompt") -> list[str]:
+    """One prompt or several from Python, in valid Unicode and without a byte-order mark, otherwise as they are.
+
+    The empty string is the unconditional prompt.
+
+    Raises:
+        ValueError: for a prompt that is no text or holds NUL characters; the message begins with ``argument``.
     """
-    if not text.isascii():
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.strip().lstrip("\ufeff").lstrip()
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ValueError(f"{argument}: {type(prompts).__name__} is no text; give a string, or a list of strings")
+    texts = []
+    for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"{argument}: number {number} is {type(prompt).__name__} ({shorten(repr(prompt), 40)}), no text; leave "
+                "it out, or give '' for an image without a prompt"
+            )
+        if "\0" in prompt:
+            raise ValueError(f"{argument}: number {number} holds NUL characters, so it is no text; remove them")
+        texts.append(_valid(prompt).removeprefix("\ufeff"))
+    return texts
+
+
+def _valid(text: str) -> str:
+    """``text``, with U+FFFD for halves of surrogate pairs, which JSON can escape and UTF-8 cannot hold."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def lines(text: str) -> list[str]:

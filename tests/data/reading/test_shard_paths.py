@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from emf_lightning.data.reading.shard_paths import shard_paths
+from emf_lightning.data.reading.tar_samples import COUNTED, count_samples, read_samples
 
 
 @pytest.fixture
@@ -35,6 +38,35 @@ def test_compressed_shards_of_a_folder_are_taken_too(tmp_path: Path) -> None:
 def test_addresses_are_taken_as_they_are_or_listed(folder: Path) -> None:
     assert shard_paths("https://host/x-{00..01}.tar") == ("https://host/x-00.tar", "https://host/x-01.tar")
     assert names(shard_paths(f"file://{folder}/a-*.tar")) == ["a-000.tar", "a-001.tar", "a-002.tar"]
+
+
+@pytest.mark.parametrize("how", ["plain", "glob", "range", "list"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("reference://{}/r.json/a.tar", "reference::file://{}/r.json", "zip://a.tar::file://{}/z.zip"),
+        *("simplecache::file://{}/a-000.tar", "github://o:r@main/a.tar", "memory://a.tar", "FILE://{}/a-000.tar"),
+        *("file://{}/a-000.tar::reference://x", "dir://a.tar", "://{}/a-000.tar", "data://x.tar", "smb://host/a.tar"),
+    ],
+)
+def test_an_address_of_another_protocol_is_refused(folder: Path, address: str, how: str) -> None:
+    entry = address.format(folder)
+    shards: Any = {"plain": entry, "glob": f"{entry[:-1]}*", "range": f"{entry}{{0..1}}.tar", "list": [folder, entry]}[
+        how
+    ]
+    with pytest.raises(ValueError, match=r"^shards: '.*' has a protocol that is not read; give a local path"):
+        shard_paths(shards)
+    if how == "plain":
+        assert [sample.fault for sample in read_samples(entry)] == ["unreadable shard (ValueError)"]
+
+
+def test_a_local_name_is_no_chain_of_protocols(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "zip::x.tar.gz", "w:gz") as tar:
+        for number in range(COUNTED + 10):
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+    (path,) = shard_paths(tmp_path)
+    assert len(list(read_samples(path))) == COUNTED + 10
+    assert count_samples(path) > 0
 
 
 @pytest.mark.parametrize("missing", ["none.tar", "none-*.tar", "a-{000..007}.tar"])

@@ -82,5 +82,6 @@ def test_files_hold_runs_slopes_and_both_panels(tmp_path):
     assert content["slopes"][0]["mean"] == pytest.approx(1.0)
     assert "for the claim" in (tmp_path / "claim.md").read_text()
     parents, models, kept = found.figure().axes
+    assert (parents.get_ylabel(), kept.get_ylabel()) == ("score", "share of the parent's 30-step score")
     assert [text.get_text() for text in models.get_legend().get_texts()] == ["1 step", "2 steps", "4 steps", "30 steps"]
     assert [len(axes.containers) for axes in (parents, models, kept)] == [4, 4, 3]

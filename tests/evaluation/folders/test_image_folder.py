@@ -143,7 +143,7 @@ def test_a_prompt_that_is_null_or_no_text_leaves_its_image_out(tmp_path):
         row["prompt"] = other
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     images = generated_images(tmp_path, SuiteScore(SUITE), partial=True)
-    assert [image.fault for image in images[:4]] == ["prompt that is null or no text"] * 4
+    assert [image.fault for image in images[:4]] == ["missing caption"] * 4
     assert {image.fault for image in images[4:]} == {""}
     assert {image.fault for image in generated_images(tmp_path, Distance())} == {""}  # needs no prompts
     (tmp_path / "prompts.jsonl").unlink()
@@ -151,7 +151,7 @@ def test_a_prompt_that_is_null_or_no_text_leaves_its_image_out(tmp_path):
     (tmp_path / "x" / "metadata.jsonl").write_text('{"prompt": null}')
     scene_image(PROMPTS[0]).save(tmp_path / "x" / "samples" / "0.png")
     found = generated_images(tmp_path, SuiteScore(SUITE), partial=True, files="x/*")
-    assert [image.fault for image in found] == ["prompt that is null or no text"]
+    assert [image.fault for image in found] == ["missing caption"]
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "gif", "jfif", "JPE", "tiff", "avif", "ppm", "jp2"])

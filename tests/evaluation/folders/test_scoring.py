@@ -146,14 +146,14 @@ def test_images_that_cannot_be_used_are_left_out_by_reason_and_the_others_are_sc
     bad = [
         GeneratedImage(tmp_path / name, images[9].prompt) for name in ("broken.jpg", "empty.png", "line.png", "no.gif")
     ]
-    bad.append(GeneratedImage(images[0].path, "", "prompt that is null or no text"))
+    bad.append(GeneratedImage(images[0].path, "", "missing caption"))
     listed = [*images[:9], *bad, *images[9:]]
     scores = score_images(listed, SuiteScore(SUITE), tmp_path / "out", batch_size=4)
     assert scores["left_out"] == {
         "corrupt image": [str(tmp_path / "broken.jpg"), str(tmp_path / "empty.png")],
         "image with an aspect ratio above 32": [str(tmp_path / "line.png")],
         "unreadable image file (No such file or directory)": [str(tmp_path / "no.gif")],
-        "prompt that is null or no text": [str(images[0].path)],
+        "missing caption": [str(images[0].path)],
     }
     alone = score_images(images, SuiteScore(SUITE), tmp_path / "alone", batch_size=4)
     assert (scores["scores"], scores["images"]) == (alone["scores"], len(images))

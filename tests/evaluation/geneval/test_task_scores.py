@@ -10,7 +10,7 @@ import torch.distributed as dist
 from emf_lightning.data.geneval_prompts import TASKS
 from emf_lightning.data.shapes.prompts import evaluation_prompts
 from emf_lightning.data.shapes.world import SMALL
-from emf_lightning.evaluation.geneval.task_scores import TaskScores, score_table
+from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 
 PROMPTS = evaluation_prompts(SMALL, per_task=20)
@@ -92,12 +92,3 @@ def test_tasks_without_images_are_left_out():
     scores = TaskScores.of(row for row in evaluated(0.5) if row[0].tag == "colors")
     assert list(scores.correct) == ["colors"]
     assert scores.overall == scores.correct["colors"]
-
-
-def test_the_table_has_a_row_a_score_and_a_column_a_task():
-    table = score_table({"1 step": TaskScores.of(evaluated(0.3)), "4 steps": TaskScores.of(evaluated(1.0))})
-    head, _, first, last = table.splitlines()
-    assert head.count("|") == first.count("|") == len(TASKS) + 5
-    assert "attribution" in head
-    assert last.startswith("| 4 steps | 1.000 |")
-    assert "**1.000** ± 0.000" in last

@@ -82,3 +82,37 @@ def test_the_figure_shows_each_method_at_its_own_time(tmp_path):
 def test_a_run_that_is_not_complete_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no complete run"):
         Run.read("emf", tmp_path)
+
+
+def test_runs_of_other_metrics_are_compared_by_these(tmp_path):
+    folder = run(tmp_path / "a", {"1step": 0.5})
+    (folder / "shapes/scores.jsonl").unlink()
+    (folder / "shapes").rename(folder / "prompts")
+    clip, kid = ({"title": t, "unit": t, "higher_is_better": t == "CLIP score"} for t in ("CLIP score", "KID x 1000"))
+    lines = [
+        {
+            "label": "1step",
+            "stage": stage,
+            "step": step,
+            "scores": None,
+            "metrics": {
+                "clip": clip | {"values": {"score": 20.0 + step, "se": 0.5}},
+                "kid": kid | {"values": {"score": 90.0, "spread": 4.0}},
+            },
+        }
+        for stage, step in (("fit", 0), ("final", 3))
+    ]
+    (folder / "prompts/scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Run.read("own", folder)
+    head, row = methods_table([found])
+    assert head[1:3] == ["prompts: clip, 1 step", "prompts: kid, 1 step"]
+    assert row[1:3] == ["23.000 ± 0.500", "90.000"]
+    panels = comparison_figure([found]).axes
+    assert [panel.get_ylabel() for panel in panels] == ["CLIP score", "KID x 1000"]
+    assert panels[1].get_ylim()[1] > 80
+
+
+def test_a_run_without_a_metric_says_what_it_needs(tmp_path):
+    folder = run(tmp_path / "a", {})
+    with pytest.raises(ValueError, match="no metric to compare; give the experiments' FewStepSampling"):
+        Run.read("own", folder)

@@ -1,10 +1,11 @@
-"""The model and the data of an experiment, for verbs that do not train."""
+"""The model and the data of an experiment, and its parser, for verbs that do not train."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from emf_lightning.cli.parsing.emf_cli import EMFCLI, add_linked_arguments
 
@@ -30,3 +31,25 @@ class BuildingCLI(EMFCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs nothing."""
+
+
+class ParserCLI(BuildingCLI):
+    """Makes the parsers of the trainer's verbs, and parses and builds nothing."""
+
+    @classmethod
+    def parser_of(cls, verb: str) -> LightningArgumentParser:
+        """The parser of one of ``TRAINER_VERBS``, with the classes that files can name."""
+        return cls.run([verb])._subcommand_parsers[verb]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        self.config = Namespace(subcommand=args[0])
+
+    def _set_seed(self) -> None:
+        """Sets no seed."""
+
+    def before_instantiate_classes(self) -> None:
+        """Reads no settings."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""

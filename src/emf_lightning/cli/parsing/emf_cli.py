@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from emf_lightning.callbacks.save_last_state import SaveLastState
 from emf_lightning.callbacks.signal_stop import SignalStop
 from emf_lightning.cli.parsing import import_classes
-from emf_lightning.cli.parsing.experiment_files import without_base
+from emf_lightning.cli.parsing.errors import naming_options
+from emf_lightning.cli.parsing.experiment_files import ExperimentFileParser, check_every_text
+from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
+from emf_lightning.cli.parsing.nested_help import Help
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
+from emf_lightning.cli.parsing.setting_checks import check_devices, check_sharding, check_val_interval, check_warmup
+from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
-from emf_lightning.cli.verbs import TRAINER_VERBS
+from emf_lightning.cli.runs import OPTION
+from emf_lightning.cli.shipped import with_shipped_files
+from emf_lightning.cli.verbs import TRAINER_VERBS, examples
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.checkpoint_files import WholeCheckpointIO, whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
-from emf_lightning.part_classes import FLAG, trusted
+from emf_lightning.modules.sharded_checkpoint import ShardedCheckpoints, check_index
+from emf_lightning.part_classes import trusted
 
 CLASS_PACKAGES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes YAML can name without their module."""
@@ -40,26 +48,33 @@ IGNORED_WARNINGS = (
     ".*LeafSpec",  # from Lightning's use of torch
     ".torch.jit.script. is deprecated",  # from torch's forward-mode derivatives
     ".*does not have many workers",  # the experiment sets data.num_workers
+    "Experiment logs directory",  # a resumed run's rows are kept
+    "Total length of .* across ranks is zero",  # the experiment has no validation shards
+    "predict returned None",  # callbacks write the images
+    "Precision .* is not supported by the model summary",  # about a size in MB that it estimates
 )
 """Patterns of warnings that concern no user."""
 
-PARTS_HELP = (
-    "The options of a part: --model.help=CLASS, --model.net.help=CLASS; of a part of a part, with the classes of an "
-    "experiment: --config FILE --model.net.architecture.help."
-)
+PARTS_HELP = """\
+options of a part:         --model.help=CLASS, --model.net.help=CLASS
+with its own parts, too:   --config FILE --model.net.architecture.help"""
 """Shown by `emf fit --help`."""
 
 LINKED_ARGUMENTS = ("context_width", "latent_channels", "latent_size")
 """Attributes of the datamodule that become arguments of the network, if it has them."""
 
+_CHANGE = re.compile(r"Due to class_path change from '([\w.]+)' to '([\w.]+)', discarding init_args")
+_LOST = re.compile(r"'?(\w+)'?(?:=|: )(?:\[[^\]]*?)?['\"]([^'\"]*\$\{[^'\"]*)['\"]")
+"""A key and a value with ``${`` in the text of a mapping or a namespace."""
+
 CLI = TypeVar("CLI", bound="EMFCLI")
 
 
-class ExperimentParser(LightningArgumentParser):
-    """Parser of experiment files without their ``base:``, which ``experiment_files.expand`` has followed before."""
+class ExperimentParser(ExperimentFileParser, LightningArgumentParser):
+    """Parser of the files of an experiment that trains."""
 
-    def parse_string(self, content: str, path: str | os.PathLike = "", *args: Any, **kwargs: Any) -> Any:
-        return super().parse_string(without_base(content) if path else content, path, *args, **kwargs)
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Any:
+        return super().instantiate(with_shipped_files(namespace), *args, **kwargs)
 
 
 class EMFCLI(LightningCLI):
@@ -71,6 +86,7 @@ class EMFCLI(LightningCLI):
         import_classes(*CLASS_PACKAGES)
         # keeps `${a.b}` absolute within a file, although the parser nests its values below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        check_every_text()
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
         for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
@@ -87,17 +103,30 @@ class EMFCLI(LightningCLI):
             # omegaconf+ resolves interpolations after all files and overrides; plain omegaconf does so file by file
             parser_kwargs={
                 "prog": "emf",
+                "formatter_class": Help,
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "logger": _parser_log(),
-                **{verb: {"description": f"{line}. {PARTS_HELP}"} for verb, line in TRAINER_VERBS.items()},
+                **{verb: {"description": _description(verb)} for verb in TRAINER_VERBS},
             },
-            # a resumed run writes into the directory that it already has
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunLog,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the optimiser is the model's
             args=arguments,
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        add_options(parser, subcommand)
+        parser.usage = f"emf {subcommand} EXPERIMENT.yaml|--run RUN [options]"
+        parts = ("model", "data", "trainer")  # after what is ours
+        places = {
+            id(group): parts.index(name.partition(".")[0])
+            for name, group in parser.groups.items()
+            if name.partition(".")[0] in parts
+        }
+        parser._action_groups.sort(key=lambda group: places.get(id(group), -1))
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in LINKED_ARGUMENTS:
@@ -107,7 +136,8 @@ class EMFCLI(LightningCLI):
         """Parses ``args`` without Lightning's warning that ``sys.argv`` is given as well."""
         assert isinstance(args, list)
         self.arguments = args[1:]
-        self.config = parser.parse_args(args)
+        with naming_options(self._subcommand_parsers[args[0]]):
+            self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Ignores the checkpoint's hyperparameters, which Lightning would let override the command line."""
@@ -118,35 +148,47 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
-        path, lock = open_run(self.trainer, config, fitting)
-        self.config_init[subcommand]["ckpt_path"] = path
-        if path and Path(path).is_file():
-            self.config_init[subcommand]["ckpt_path"] = str(whole_checkpoint(Path(path)))
+        run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
+        prepare_logging(self.trainer)
+        path = self.config_init[subcommand]["ckpt_path"] = run.checkpoint
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         stop = SignalStop(["fit", *_without_place(self.arguments)])
         if fitting:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks.insert(0, SaveLastState())
+            callbacks.insert(0, SaveLastState(same_run=self.chosen.directory is not None))
             callbacks.append(stop)  # after all others, also after ModelCheckpoint
             stop.install(self.trainer)
+        else:  # the step at which Lightning logs an evaluation
+            step = _check_checkpoint(path, True) if self.chosen.checkpoint == "last" else self.chosen.step
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = step
         try:
             super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.trainer.global_step <= self.chosen.step:
+                run.remove_if_empty()
+            raise
         finally:
             stop.restore()
-            if lock is not None:
-                lock.close()
+            run.close()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        self.chosen = choose(config, self.subcommand == "fit", self.arguments)
+        if self.subcommand == "predict":
+            set_prediction(config)
         add_linked_arguments(config)
-        _check_devices(config.trainer.devices, config.trainer.accelerator)
-        sharded = _check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
+        complete_loggers(config.trainer)
+        check_devices(config.trainer.devices, config.trainer.accelerator)
+        sharded = check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)
+        if sharded and class_of(config.trainer.strategy.class_path) is ModelParallelStrategy:
+            config.trainer.strategy.class_path = f"{ShardedCheckpoints.__module__}.{ShardedCheckpoints.__qualname__}"
         if self.subcommand == "fit":
-            _check_val_interval(config.trainer)
+            check_val_interval(config.trainer)
+            check_warmup(config)
         if not trusted():
             config["weights_only"] = True  # also of a checkpoint that the file names, or that Lightning finds
-        _check_checkpoint(config.get("ckpt_path"), sharded)
+        self.chosen.step = _check_checkpoint(self.chosen.checkpoint, sharded)
 
 
 def add_linked_arguments(config: Namespace) -> None:
@@ -163,8 +205,14 @@ def add_linked_arguments(config: Namespace) -> None:
                 net[f"init_args.{name}"] = None
 
 
+def _description(verb: str) -> str:
+    return f"{TRAINER_VERBS[verb]}\n\n{examples(verb)}\n\n{PARTS_HELP}"
+
+
 def _without_place(arguments: list[str]) -> list[str]:
-    """``arguments`` without the checkpoint and the version of the run directory."""
+    """``arguments`` without the checkpoint and the version of the run directory, and what ``--run`` stands for."""
+    if any(argument.partition("=")[0] == OPTION for argument in arguments):
+        arguments = arguments[2:]
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -176,48 +224,12 @@ def _without_place(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _check_devices(devices: Any, accelerator: Any) -> None:
-    """Raises if the machine has fewer devices than asked for: Lightning would start as many CPU processes."""
-    numbers = devices if isinstance(devices, list) else re.findall(r"-?\d+", str(devices))
-    if isinstance(devices, list) or "," in str(devices):
-        wanted = max(map(int, numbers), default=0) + 1  # device indices
-    else:
-        wanted = int(numbers[0]) if numbers else 1
-    if accelerator == "cpu" and numbers != [str(devices)] and devices != "auto":
-        raise ValueError(f"trainer.devices is {devices}: on CPUs it is the number of processes, 1 or more")
-    there = torch.accelerator.device_count()
-    if accelerator in ("gpu", "cuda", "mps") and there == 0:
-        raise ValueError(f"trainer.accelerator is {accelerator}, but torch sees no GPU here: leave it at auto")
-    if accelerator in ("auto", "gpu", "cuda") and wanted > max(there, 1):
-        raise ValueError(
-            f"trainer.devices is {devices}, but this machine has {there or 'no'} GPU{'s' if there > 1 else ''}: leave "
-            f"it at auto, or run {wanted} processes on its {os.cpu_count()} CPU cores with --trainer.accelerator cpu"
-        )
-
-
-def _check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
-    """True if ``strategy`` shards the network.
+def _check_checkpoint(path: str | None, sharded: bool) -> int:
+    """The step of the checkpoint at ``path``, 0 where it is not known yet.
 
     Raises:
-        ValueError: if its sizes are not those of data parallelism over all devices: Lightning would form tensor ranks,
-            which would train on different data without an error.
+        ValueError: if no checkpoint there fits the strategy, before anything is built.
     """
-    if not isinstance(strategy, Namespace) or not strategy.class_path.endswith(".ModelParallelStrategy"):
-        return False
-    sizes = [strategy.init_args[f"{kind}_parallel_size"] for kind in ("data", "tensor")]
-    there = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
-    if "auto" in sizes or sizes[1] != 1 or (there is not None and sizes[0] != there * num_nodes):
-        wanted = "devices x num_nodes" if there is None else there * num_nodes
-        raise ValueError(
-            f"trainer.strategy: data_parallel_size is {sizes[0]} and tensor_parallel_size {sizes[1]}, on {num_nodes} x "
-            f"{devices} devices; these networks shard over data only: set them to {wanted} and 1 (auto would train "
-            "wrongly, each device for itself)"
-        )
-    return True
-
-
-def _check_checkpoint(path: str | None, sharded: bool) -> None:
-    """Raises if no checkpoint at ``path`` fits the strategy, before anything is built."""
     if path == "best":
         raise ValueError(
             "ckpt_path: which one is the best is known only where it was trained; give the path of a .ckpt"
@@ -225,32 +237,12 @@ def _check_checkpoint(path: str | None, sharded: bool) -> None:
     if path in ("hpc", "registry"):
         raise ValueError(f"ckpt_path: {path} is not used here; give `last`, or the path of a .ckpt")
     if not path or path == "last":
-        return  # the newest checkpoint of this run
-    if not Path(path).is_dir():
-        read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path")
-    elif not sharded:
-        raise ValueError(
-            f"ckpt_path: {path} is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml, on any number of "
-            f"devices, or make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    elif not trusted():
-        raise ValueError(
-            f"ckpt_path: {path} is a sharded checkpoint, whose index is a pickle, and reading it may run any code; if "
-            f"you trust who wrote it, add --{FLAG}"
-        )
-
-
-def _check_val_interval(trainer: Namespace) -> None:
-    """Raises if training ends before its first validation, checkpoint and scores."""
-    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    if epochs is not None or not isinstance(interval, int) or trainer.fast_dev_run or trainer.limit_val_batches == 0:
-        return
-    batches = trainer.max_steps * trainer.accumulate_grad_batches
-    if 0 < batches < interval:
-        raise ValueError(
-            f"trainer.val_check_interval is {interval} batches, but training ends after {batches}: nothing would be "
-            f"validated, scored or saved on the way; give --trainer.val_check_interval {batches} or less"
-        )
+        return 0  # the newest checkpoint of this run
+    if not sharded or not Path(path).is_dir():
+        return int(read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path").get("global_step", 0))
+    if not Path(path).name.startswith("last"):  # in place of which another may be used
+        check_index(Path(path))
+    return 0
 
 
 def _parser_log() -> logging.Logger:
@@ -269,10 +261,12 @@ def _refuse_lost_interpolations(record: logging.LogRecord) -> bool:
     types before it resolves interpolations: `total: ${trainer.max_steps}` is no number yet and gets its default.
     """
     message = record.getMessage()
-    if record.levelno == logging.DEBUG and "discarding init_args" in message and "${" in message:
+    if record.levelno == logging.DEBUG and (change := _CHANGE.match(message)) and (lost := _LOST.findall(message)):
+        keys = ", ".join(dict.fromkeys(f"{key}: {re.sub(r'[$][{][.]+', '${', value)}" for key, value in lost))
+        old, new = (name.rpartition(".")[2] for name in change.groups())
         raise ValueError(
-            f"{message.removeprefix('Due to ')}: values with ${{...}} do not survive a change of class; "
-            "write them out, or build on a file with the same class_path"
+            f"{keys} of {old} would be lost: values with ${{...}} do not survive a change of class, here to {new}; "
+            f"write them again below `class_path: {new}` as plain values, or build on a file with the same class_path"
         )
     return True
 

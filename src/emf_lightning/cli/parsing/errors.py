@@ -5,30 +5,52 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from emf_lightning.cli.parsing.parser_errors import parser_error
+from emf_lightning.cli.shards import missing_shards
+from emf_lightning.cli.verbs import OWN_OPTIONS
 from emf_lightning.files import full_disk
 from emf_lightning.modules.checkpoint import first_difference
+from emf_lightning.part_classes import FLAG
+
+OPTIONS = "options_of_the_verb"
+"""Attribute of a parser's error with the options that the verb has."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGE_FOLDERS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'callbacks').resolve()}/")  # callbacks/ is linked into the package
 _KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal|exited unexpectedly)")
+_MISSING = re.compile(r"Problem with given class_path '([\w.]+)'.*?`(pip install [^`]+)`", re.DOTALL)
 _WORKER = re.compile(r"Caught (\w+) in .*?Original Traceback.*\n\1: (.*)", re.DOTALL)
 
 
-def user_message(error: BaseException) -> str | None:
+@contextmanager
+def naming_options(parser: ArgumentParser) -> Iterator[None]:
+    """A context whose parser errors know the options of ``parser``, for the nearest one."""
+    try:
+        yield
+    except ArgumentError as error:
+        names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        setattr(error, OPTIONS, names)
+        raise
+
+
+def user_message(error: BaseException, verb: str = "") -> str | None:
     """One line with the error and its remedy; None for a defect, which needs its traceback.
 
     The user can fix errors of the command line and of the Trainer's configuration, ``ValueError``s of this package,
     files that are missing or not accessible, and checkpoints that do not fit the configuration.
     """
     if found := _package_error(error):
-        return _one_line(str(found))
+        return _one_line(str(found)) + missing_shards(str(found))
+    if missing := _MISSING.search(str(error)):
+        return f"{missing[1].rpartition('.')[2]} needs a package that is not installed: {missing[2]}"
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ArgumentError):
-        return parser_error(str(error))
+        return parser_error(str(error), [*getattr(error, OPTIONS, ()), *OWN_OPTIONS.get(verb, ())])
     if "MisconfigurationException" in kinds:
         return _one_line(str(error))
     if "OmegaConfBaseException" in kinds:
@@ -77,5 +99,10 @@ def _interpolation(text: str) -> str:
     """OmegaConf's message with absolute keys as the user wrote them, without the verb."""
     where = re.search(r"full_key: \w+\.(\S+)", text)
     key = re.search(r"resolved to '\w+\.(.+?)'", text) or re.search(r"Interpolation key '(.+?)' not found", text)
+    if resolver := re.search(r"Unsupported interpolation type (\S+)", text):
+        return (
+            f"{where[1] if where else 'a value'}: ${{{resolver[1]}:...}} may read the environment or run code; write "
+            f"the value itself, or if you trust who wrote the files, add --{FLAG}"
+        )
     message = f"there is no value ${{{key[1]}}}" if key else _one_line(text.partition("full_key")[0])
     return f"{where[1]}: {message}" if where else message

@@ -10,6 +10,10 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from emf_lightning.cli.parsing.errors import naming_options
+from emf_lightning.cli.parsing.experiment_files import ExperimentFileParser, check_every_text
+from emf_lightning.cli.parsing.nested_help import Help
+from emf_lightning.cli.verbs import examples
 from emf_lightning.import_policy import known_classes_only
 
 
@@ -26,11 +30,24 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
         several = str(parameter.annotation).startswith("list")
         taken = words if several else words[:1]
         options = [f"--{name}={json.dumps(taken) if several else taken[0]}", *options[len(taken) :]]
-    description = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")[0]
-    parser = ArgumentParser(prog=f"emf {verb}", description=description, exit_on_error=False)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")
-    parser.add_function_arguments(function, as_group=False)
-    with known_classes_only(imported=True):
+    parser = function_parser(verb, function)
+    check_every_text()
+    with known_classes_only(imported=True), naming_options(parser):
         namespace = parser.instantiate(parser.parse_args(options))
     namespace.pop("config", None)
     return function(**namespace.as_dict())
+
+
+def function_parser(verb: str, function: Callable[..., Any]) -> ArgumentParser:
+    """The parser of a verb, from the function's signature and docstring."""
+    about = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")[0]
+    parser = ExperimentFileParser(
+        prog=f"emf {verb}",
+        usage=f"emf {verb} [options]",
+        description=f"{about}\n\n{examples(verb)}",
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with values for the options below")
+    parser.add_function_arguments(function, as_group=False)
+    return parser

@@ -1,16 +1,22 @@
-"""Help for parts of parts: `emf fit --config FILE --model.net.architecture.help`."""
+"""Help, also for parts of parts: `emf fit --config FILE --model.net.architecture.help`."""
 
 from __future__ import annotations
 
 import re
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 
 _HELP = re.compile(r"--(model|data\.\w+|trainer\.\w+)((?:\.\w+)*)\.help(?:=(.+))?")
+
+
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help whose description keeps its lines, so that examples can be copied."""
 
 
 def with_classes(arguments: Sequence[str]) -> list[str]:

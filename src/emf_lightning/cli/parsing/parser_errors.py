@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from emf_lightning.cli.parsing.option_names import nearest_option
 from emf_lightning.import_policy import refusal
 from emf_lightning.renames import ARGUMENTS, CLASSES
 
@@ -20,7 +21,7 @@ _KEY = re.compile(r'Parser key "(.+?)"')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)'|Got value: Namespace\(.*?class_path='(.+?)'")
 _OPTION = re.compile(r"Option '(.+?)' is not accepted")
 _GROUP = re.compile(r"(?:Group '(.+?)'|Subcommand '.+?') does not accept option '(.+?)'")
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: --(model|data|trainer)\.(\w+)")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _TYPE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
@@ -37,8 +38,14 @@ _ROOTS = ("model", "data", "trainer", "seed_everything", "ckpt_path", "weights_o
 _TYPE_NAMES = {"trainer": "lightning.pytorch.Trainer", "data": "emf_lightning.data.datamodule.CaptionImageData"}
 
 
-def parser_error(text: str) -> str:
-    """One line for jsonargparse's indented tree of alternatives: the first one with a definite error."""
+def parser_error(text: str, options: Sequence[str] = ()) -> str:
+    """One line for jsonargparse's indented tree of alternatives: the first one with a definite error.
+
+    Args:
+        text: of the parser's error.
+        options: of the verb, such as ``--trainer.max_steps``.
+    """
+    roots = _ROOTS if "--model" in options or not options else [option.removeprefix("--") for option in options]
     if refused := refusal(text):  # before the search for a class, which would import it
         return refused
     path: list[str] = []  # as in YAML, with init_args
@@ -58,15 +65,15 @@ def parser_error(text: str) -> str:
                 return _unknown_option([*path, group], _type_of(owner, group), option)
             root = group.partition(".")[0]
             if root in ("", *_ROOTS):
-                return _unknown_option([group], _find_class(_TYPE_NAMES.get(group)), option)
-            return _unknown_option([], None, root)
+                return _unknown_option([group] if group else [], _find_class(_TYPE_NAMES.get(group)), option, roots)
+            return _unknown_option([], None, root, roots)
         if found := _UNRECOGNIZED.search(line):
-            return _unknown_option([found[1]], _find_class(_TYPE_NAMES.get(found[1])), found[2])
+            return _unrecognized(found[1], options)
         if found := _REQUIRED.search(line):
             remedy = "an experiment names them: --config FILE" if _VERB.search(found[0]) else "--help explains them"
             return f"{_VERB.sub('', found[0])}; {remedy}"
         if found := _OPTION.search(line):
-            return _unknown_option(path, owner, found[1].partition(".")[0])
+            return _unknown_option(path, owner, found[1].partition(".")[0], roots)
         if found := _NO_CLASS.search(line):
             return f"{where}: {_unknown_class(found[1])}"
         if line == _ANY_CLASS and path:
@@ -77,15 +84,32 @@ def parser_error(text: str) -> str:
     return _simplified(text)
 
 
-def _unknown_option(path: list[str], owner: type | None, option: str) -> str:
+def _unrecognized(word: str, options: Sequence[str]) -> str:
+    """Message for a word of the command line that is no option of the verb, nor the value of one."""
+    if not word.startswith("--"):
+        return f"{word} is no option, nor the value of one; name experiments right after the verb, or with --config"
+    name = word.partition("=")[0].removeprefix("--")
+    group, _, option = name.rpartition(".")
+    owner = _find_class(_TYPE_NAMES.get(group))
+    if owner is not None and (new := ARGUMENTS.get((owner.__name__, option))):
+        return _renamed([group], option, new)
+    found = nearest_option(name, options)
+    return f"there is no option --{name}; " + (f"did you mean --{found}?" if found else "--help lists them")
+
+
+def _renamed(path: list[str], option: str, new: str) -> str:
+    old, is_sentence = ".".join([*path, option]), " " in new.partition("; ")[0]
+    return f"{old}: {new}" if is_sentence else f"{old} is now {'.'.join([*path, new])}"
+
+
+def _unknown_option(path: list[str], owner: type | None, option: str, roots: Sequence[str] = _ROOTS) -> str:
     """Message for an option that the class ``owner`` at ``path`` does not have; names its new name if renamed."""
     kinds = owner.__mro__ if owner else ()
     for new in filter(None, (ARGUMENTS.get((kind.__name__, option)) for kind in kinds)):
-        old, is_sentence = ".".join([*path, option]), " " in new.partition("; ")[0]
-        return f"{old}: {new}" if is_sentence else f"{old} is now {'.'.join([*path, new])}"
+        return _renamed(path, option, new)
     where = ".".join(key for key in path if key != "init_args")
     name = f"{owner.__name__} has" if owner else "there is"
-    suggestion = _suggestion(option, _options(owner) if owner else _ROOTS)
+    suggestion = _suggestion(option, _options(owner) if owner else roots)
     return f"{where + ': ' if where else ''}{name} no option {option!r}{suggestion}"
 
 

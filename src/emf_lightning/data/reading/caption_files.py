@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
+from emf_lightning.data.reading.names import CAPTIONS, IMAGES
 from emf_lightning.data.reading.shard_paths import ENDINGS
 from emf_lightning.text.plain import lines, parse_json, shorten
-
-CAPTIONS = ("caption", "prompt", "text", "txt", "instruction", "input_prompt")
-IMAGES = ("output_image", "image_path", "image", "file_name")
-"""Field names for a caption and for its image in published files."""
 
 Image = tuple[str, tuple[str, ...]]
 """Folder of the caption file, and the components of the image's path in it."""
@@ -45,12 +42,30 @@ class CaptionFiles:
                 if caption not in captions:
                     captions.append(caption)
 
+    @property
+    def per_image(self) -> float:
+        """Mean number of captions of an image."""
+        return sum(map(len, self._captions.values())) / len(self._captions)
+
     def find(self, location: str, seed: int = 0, epoch: int = 0) -> str | None:
         """The caption of the sample at ``location`` (``shard/name``); None if no file has it.
 
         Of several captions each pass ``epoch`` takes the next, the first by ``seed``. Raises ``UnusableSampleError`` if
         several images match equally well.
         """
+        image = self._find(location)
+        if image is None:
+            return None
+        captions = self._captions[image]
+        return captions[(zlib.crc32(f"{seed} {'/'.join(image[1])}".encode()) + epoch) % len(captions)]
+
+    def find_all(self, location: str) -> Sequence[str]:
+        """All captions of the sample at ``location``, which ``find`` takes in turns."""
+        image = self._find(location)
+        return () if image is None else self._captions[image]
+
+    def _find(self, location: str) -> Image | None:
+        """The image of the files that is the sample's; None if no file has it."""
         place = os.path.abspath(location.replace("\\", "/"))
         *folders, name = place.split("/")
         inside = next((n for n, part in enumerate(folders) if part.endswith(ENDINGS)), len(folders) - 1)
@@ -70,8 +85,7 @@ class CaptionFiles:
             return None
         if others:
             raise UnusableSampleError("several images in the caption files match")
-        captions = self._captions[image]
-        return captions[(zlib.crc32(f"{seed} {'/'.join(image[1])}".encode()) + epoch) % len(captions)]
+        return image
 
 
 def _common(first: Sequence[str], second: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from emf_lightning.data.geneval_prompts import with_article
+from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
 from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
-from emf_lightning.files import read_json, remove_partial
+from emf_lightning.data.reading.urls import is_url, open_url
+from emf_lightning.files import read_json, remove_partial, replacing
 
 MANIFEST = "manifest.json"
 
@@ -94,11 +95,9 @@ def dataset_samples(
         for number in range(len(undecoded)):
             try:
                 row = undecoded[number]
-                text = caption_of(row)
-                if text is None or not text.strip():
-                    raise UnusableImageError("missing caption" if text is None else "empty caption")
+                text = usable_caption(caption_of(row))
                 image = read_pixels(_image_file(row[column]), limits)
-            except UnusableImageError as reason:
+            except (UnusableImageError, UnusableSampleError) as reason:
                 left_out(number, str(reason))
             except UnicodeDecodeError:
                 left_out(number, "caption not UTF-8")
@@ -116,11 +115,11 @@ def _image_file(stored: dict[str, Any] | None) -> BinaryIO:
         raise UnusableImageError("missing image")
     if stored["bytes"] is not None:
         return io.BytesIO(stored["bytes"])
-    import fsspec
-
     try:
-        with fsspec.open(stored["path"], "rb") as file:
+        with open_url(stored["path"]) if is_url(stored["path"]) else open(stored["path"], "rb") as file:
             return io.BytesIO(file.read())
+    except ValueError as error:
+        raise UnusableImageError("image at an address that is not read") from error
     except OSError as error:
         raise UnusableImageError(f"unreadable image file ({error.strerror or type(error).__name__})") from error
 
@@ -154,7 +153,8 @@ def write_samples(
         raise ValueError(
             f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete this one"
         )
-    manifest.write_text(json.dumps(identity, indent=1) + "\n")
+    with replacing(manifest, shared=True) as partial:
+        partial.write_text(json.dumps(identity, indent=1) + "\n")
     paths: list[Path] = []
     remaining, done = iter(samples), 0
     while block := list(islice(remaining, samples_per_shard)):
@@ -170,12 +170,10 @@ def write_samples(
 
 
 def _write_shard(path: Path, samples: Sequence[tuple[bytes | None, str]], first: int) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w") as tar:
+    with replacing(path, shared=True) as partial, tarfile.open(partial, "w") as tar:
         for number, (png, caption) in enumerate(samples, first):
             for suffix, content in (("png", png), ("txt", caption.encode())):
                 if content is not None:
                     member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    os.replace(partial, path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,25 +27,58 @@ class UnusableSampleError(Exception):
     """A sample that is left out; it is counted under this message."""
 
 
-def decode_caption(sample: TarSample) -> str:
-    """The sample's caption: its txt member, else the JSON member's "caption", "prompt" or "text".
-    Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
+def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, epoch: int = 0) -> str:
+    """The sample's caption: of its row, its txt member, or its JSON member's ``column``.
+
+    Of several captions each pass ``epoch`` takes the next, the first by ``seed``. Without ``column`` it is "caption",
+    "prompt" or "text". Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not
+    UTF-8.
     """
+    captions = decode_captions(sample, column)
+    name = sample.location.rpartition("/")[2]
+    return captions[(zlib.crc32(name.encode("utf-8", "replace")) + seed + epoch) % len(captions)]
+
+
+def decode_captions(sample: TarSample, column: str | None = None) -> list[str]:
+    """All usable captions of the sample, which ``decode_caption`` takes in turns; its errors where there is none."""
+    captions: Any = list(sample.captions)
+    if not captions and sample.text is None and sample.json is not None:
+        captions = _field(sample.json, CAPTION_KEYS if column is None else (column,))
+    elif not captions:
+        captions = sample.text
+    usable, reason = [], UnusableSampleError("missing caption")
+    for caption in reversed(captions if isinstance(captions, list) else [captions]):
+        try:
+            usable.append(usable_caption(caption))
+        except UnusableSampleError as error:
+            reason = error  # at last the first one's
+    if not usable:
+        raise reason
+    return usable[::-1]
+
+
+def json_caption(record: bytes, keys: Sequence[str]) -> str:
+    """The caption in a JSON object, under the first of ``keys`` that it has; errors as of ``decode_caption``."""
+    return usable_caption(_field(record, keys))
+
+
+def _field(record: bytes, keys: Sequence[str]) -> Any:
     try:
-        if sample.text is not None:
-            caption: Any = sample.text.decode("utf-8-sig")
-        else:
-            record = None if sample.json is None else parse_json(sample.json)
-            caption = next((record[key] for key in CAPTION_KEYS if isinstance(record, dict) and key in record), None)
+        fields = parse_json(record)
     except UnicodeDecodeError as error:
         raise UnusableSampleError("caption not UTF-8") from error
     except ValueError as error:
         raise UnusableSampleError("broken JSON") from error
-    return usable_caption(caption)
+    return next((fields[key] for key in keys if isinstance(fields, dict) and key in fields), None)
 
 
 def usable_caption(caption: Any) -> str:
-    """``caption`` in valid Unicode; UnusableSampleError if it is no text, or none that was written as UTF-8."""
+    """``caption``, text or its bytes, in valid Unicode; UnusableSampleError if it is empty or not UTF-8 text."""
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UnusableSampleError("caption not UTF-8") from error
     if not isinstance(caption, str):
         raise UnusableSampleError("missing caption")
     if "\0" in caption:

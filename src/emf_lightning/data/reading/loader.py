@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -19,6 +20,16 @@ from emf_lightning.text.plain import shorten
 
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
+
+OUTLIVES = 600
+"""Seconds after SIGTERM at which a worker ends by itself."""
+
+
+def _outlive(worker: int) -> None:
+    """Lets a data worker go on after SIGTERM: a scheduler sends it to all processes of a job, and the trainer needs
+    the worker's batches until it has saved its state.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES))  # torch ends its workers by another way first
 
 
 class ShardLoader:
@@ -80,6 +91,7 @@ class ShardLoader:
             num_workers=self.num_workers,
             prefetch_factor=BATCHES_AHEAD if self.num_workers else None,
             pin_memory=self.pin_memory,
+            worker_init_fn=_outlive,
             generator=torch.Generator(),  # DataLoader would advance the global generator otherwise
         )
         ticket = 0
@@ -150,13 +162,16 @@ class ShardLoader:
     def _identity(self) -> dict[str, Any]:
         """Settings under which saved positions are valid."""
         stream = self.stream
-        names = "\n".join(shard.rpartition("/")[2] for shard in stream.shards)  # names only: a folder may have moved
+        # names only: a folder may have moved
+        names = [shard.rpartition("/")[2] if isinstance(shard, str) else shard.identity for shard in stream.shards]
+        held_out = {"validation_share": stream.share} if stream.share else {}
         return {
-            "shards": hashlib.sha256(names.encode()).hexdigest(),
+            "shards": hashlib.sha256("\n".join(names).encode()).hexdigest(),
             "seed": stream.seed,
             "shuffle_block": stream.shuffle_block,
             "ranks": stream.ranks,
             "workers": stream.lanes,
+            **held_out,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,8 +212,8 @@ class ShardLoader:
             change()
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
         stream = self.stream
+        remedy = "raise validation_share" if stream.held_out else "lower batch_size or num_workers"
         return (
             f"a whole pass over {len(stream.shards)} shards ({stream.shards[0]}, ...) gave no batch of"
-            f" {stream.batch_size} samples ({counts or 'none skipped'}); check the shards, or lower batch_size or"
-            " num_workers"
+            f" {stream.batch_size} samples ({counts or 'none skipped'}); check the shards, or {remedy}"
         )

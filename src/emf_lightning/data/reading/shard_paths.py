@@ -7,8 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from emf_lightning.data.reading.urls import check_url, is_url
+
 ENDINGS = (".tar", ".tar.gz", ".tgz")
-"""Endings of shard names; gzip is decompressed while reading."""
+"""Endings of tar shards; gzip is decompressed while reading."""
+PARQUET = ".parquet"
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -17,8 +20,9 @@ def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shar
     """The shards' files or URLs, in order.
 
     Args:
-        shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a folder of them, a glob, a range like
-            ``data-{000000..000012}.tar``, a URL (``hf://``, ``https://``, ``s3://``), or a list of these.
+        shards: a tar file (``.tar``, ``.tar.gz``, ``.tgz``), a parquet file, a folder of tar files, a glob, a range
+            like ``data-{000000..000012}.tar``, a URL of ``PROTOCOLS`` (``hf://``, ``https://``, ``s3://``, ...), or a
+            list of these.
         argument: name in the ValueError for an entry that matches no shard.
     """
     entries = [shards] if isinstance(shards, (str, Path)) else list(shards)
@@ -26,8 +30,8 @@ def shard_paths(shards: str | Path | Sequence[str | Path], argument: str = "shar
         raise ValueError(f"{argument} is empty; give at least one tar shard")
     paths = [path for entry in entries for part in _ranges(str(entry)) for path in _expand(part, argument)]
     for path in paths:
-        if not path.endswith(ENDINGS):
-            raise ValueError(f"{argument}: {path!r} is not a shard; they end in {', '.join(ENDINGS)}")
+        if not path.endswith((*ENDINGS, PARQUET)):
+            raise ValueError(f"{argument}: {path!r} is not a shard; they end in {', '.join((*ENDINGS, PARQUET))}")
     return tuple(paths)
 
 
@@ -41,7 +45,8 @@ def _ranges(entry: str) -> list[str]:
 
 
 def _expand(entry: str, argument: str) -> list[str]:
-    if "://" in entry:
+    if is_url(entry):
+        check_url(entry, argument)
         if not glob.has_magic(entry):
             return [entry]  # checked when it is read: checking here would cost one request a shard
         import fsspec

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache, partial
+from hashlib import blake2b
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +21,18 @@ from emf_lightning.data.reading.decoding import (
     SquareTransform,
     UnusableSampleError,
     decode_caption,
+    decode_captions,
     decode_image,
     image_key,
     stretch_to_square,
 )
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
-from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
+from emf_lightning.data.reading.sources import Source
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything, read_samples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
@@ -47,7 +55,7 @@ class ShardStream(IterableDataset[RawBatch]):
     Arguments that are not listed: see ``CaptionImageData``.
 
     Args:
-        shards: files or URLs, in a fixed order.
+        shards: tar shards, as files or URLs, and other sources, in a fixed order.
         transform: makes images square.
         shuffle_block: samples a block; 1 shuffles shards only, 0 turns shuffling off.
         lanes: lanes of this rank: the number of workers, or 1 without workers.
@@ -56,13 +64,17 @@ class ShardStream(IterableDataset[RawBatch]):
         feature_cache: an open cache of text features; None leaves all captions to the encoder.
         latent_cache: an open cache of latents; None leaves all images to the autoencoder.
         encoder_image_size: side of the text encoder's images (``TextEncoder.image_size``).
-        only_missing: leaves out samples that the caches hold and decodes only what the caches lack, to fill them.
+        only_missing: leaves out samples that the caches hold and decodes only what the caches lack, to fill them; each
+            of several captions of an image is a sample.
         captions: captions from files beside the shards; they override those in the shards.
         images: False decodes no images for the autoencoder; samples then need none.
         image_limits: bounds beyond which an image is left out.
+        caption_column: key of the captions in the samples' JSON; by default one of ``CAPTION_KEYS``.
+        share: share of samples that is held out, chosen by the digests of their names.
+        held_out: reads only the held-out samples, rather than only the others.
     """
 
-    shards: Sequence[str]
+    shards: Sequence[str | Source]
     transform: SquareTransform
     batch_size: int
     _: KW_ONLY
@@ -82,6 +94,9 @@ class ShardStream(IterableDataset[RawBatch]):
     images: bool = True
     image_limits: ImageLimits = ImageLimits()
     member_mb: float = MEMBER_MB
+    caption_column: str | None = None
+    share: float = 0.0
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -90,7 +105,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """Sets the start of the next iteration: pass, position of each lane, and lane of the first batch."""
         self._epoch, self._positions, self._first = epoch, tuple(positions), first
 
-    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str, int, int]]:
+    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int]]:
         """The lane's shards of one pass in order, as (path, part, parts): the lane reads one part of each."""
         order: Sequence[int] = range(len(self.shards))
         if self.shuffle_block > 0:
@@ -121,29 +136,48 @@ class ShardStream(IterableDataset[RawBatch]):
             for reason, location in sample.ignored:
                 skipped[reason] += 1
                 examples.setdefault(reason, location)
-            try:
-                samples.append(self._load(sample, flipped))
-            except UnusableSampleError as error:
-                skipped[str(error)] += 1
-                if str(error) != CACHED:
-                    examples.setdefault(str(error), sample.location)
-                continue
-            if len(samples) == self.batch_size:
-                yield batch(position)
+            for loaded in self._load(sample, flipped):
+                if isinstance(loaded, Sample):
+                    samples.append(loaded)
+                    if len(samples) == self.batch_size:
+                        yield batch(position)
+                else:
+                    skipped[loaded] += 1
+                    if loaded != CACHED:
+                        examples.setdefault(loaded, sample.location)
         if self.drop_last:
             samples.clear()
         if samples:
             yield batch(position)
         yield batch(position)
 
-    def _load(self, sample: TarSample, flipped: bool) -> Sample:
-        """Looks the sample up in the caches, and decodes its image if they lack its features or latents.
-        Raises ``UnusableSampleError`` for a sample that is left out.
-        """
+    def _load(self, sample: TarSample, flipped: bool) -> Iterator[Sample | str]:
+        """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
+        try:
+            decode = cache(lambda: decode_image(sample, self.image_limits))
+            for caption in self._captions(sample):
+                yield self._look_up(sample, flipped, caption, decode)
+        except UnusableSampleError as error:
+            yield str(error)
+
+    def _captions(self, sample: TarSample) -> Sequence[str]:
+        """This pass's caption of the sample, or all that passes take; ``UnusableSampleError`` for none."""
         if sample.fault is not None:
             raise UnusableSampleError(sample.fault)
-        caption = self.captions.find(sample.location, self.seed, self._epoch) if self.captions is not None else None
-        caption = caption or decode_caption(sample)
+        found: Sequence[str] = ()
+        every = self.only_missing and self.feature_cache is not None
+        if self.captions is not None and every:
+            found = self.captions.find_all(sample.location)
+        elif self.captions is not None and (caption := self.captions.find(sample.location, self.seed, self._epoch)):
+            found = (caption,)
+        if found:
+            return found
+        if every:
+            return decode_captions(sample, self.caption_column)
+        return (decode_caption(sample, self.caption_column, self.seed, self._epoch),)
+
+    def _look_up(self, sample: TarSample, flipped: bool, caption: str, decode: Callable[[], Image]) -> Sample | str:
+        """Looks the sample up in the caches, and decodes its image if they lack its features or latents."""
         features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         named = latents is not None or (size is not None and features is not None)
         name = image_key(sample, flipped) if named else None
@@ -155,7 +189,7 @@ class ShardStream(IterableDataset[RawBatch]):
             cache is None or key is None or cache.holds(key)
             for cache, key in ((features, feature_key), (latents, latent_key))
         ):
-            raise UnusableSampleError(CACHED)
+            return CACHED
         feature_entry = features.fetch(feature_key) if features is not None and feature_key is not None else None
         latent_entry = latents.fetch(latent_key) if latents is not None and latent_key is not None else None
         image = encoder_image = None
@@ -164,7 +198,7 @@ class ShardStream(IterableDataset[RawBatch]):
             size is not None and feature_entry is None and not (self.only_missing and features is None)
         )
         if needs_image or needs_encoder_image:
-            decoded = decode_image(sample, self.image_limits)
+            decoded = decode()
             try:
                 image = _flip(self.transform(decoded), flipped) if needs_image else None
                 encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
@@ -195,10 +229,16 @@ class ShardStream(IterableDataset[RawBatch]):
         """The lane's undecoded samples in shard order, from the start of the block at ``position`` on."""
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
-        for shard, (path, part, parts) in shards[position.shard :]:
-            for sample in read_samples(path, offset, number, part, parts, self.member_mb):
+        wanted = everything if self.share == 0 else self._wanted
+        for shard, (source, part, parts) in shards[position.shard :]:
+            read = partial(read_samples, source) if isinstance(source, str) else source.samples
+            for sample in read(offset, number, part, parts, self.member_mb, wanted):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
+
+    def _wanted(self, key: str) -> bool:
+        digest = blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).digest()
+        return (int.from_bytes(digest, "big") < self.share * 2**32) == self.held_out
 
 
 def _flip(image: NDArray[np.uint8], flipped: bool) -> NDArray[np.uint8]:

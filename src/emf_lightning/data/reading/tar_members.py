@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import BinaryIO, NamedTuple, cast
 
+from emf_lightning.data.reading.urls import is_url, open_url
+
 BLOCK = tarfile.BLOCKSIZE
 END = -1
 """Offset behind the last readable byte of a shard."""
@@ -89,16 +91,14 @@ class ShardFile(AbstractContextManager["ShardFile"]):
 
 
 def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) are opened by fsspec.
+    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) by ``open_url``.
 
     Gzip is decompressed while reading. That is cheap, as images hardly compress, but a start in the middle decompresses
     everything before.
     """
-    if "://" not in path:
+    if not is_url(path):
         return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith("gz") else open(path, "rb", buffering=1 << 18)
-    import fsspec
-
-    return fsspec.open(path, "rb", compression="gzip" if path.endswith("gz") else None).open()
+    return open_url(path, compression="gzip" if path.endswith("gz") else None)
 
 
 def members(file: ShardFile, offset: int) -> Iterator[Member]:

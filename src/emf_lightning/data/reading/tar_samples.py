@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from emf_lightning.data.reading.pixels import EXTENSIONS
 from emf_lightning.data.reading.tar_members import END, Member, ShardFile, members
+from emf_lightning.data.reading.urls import check_url, is_url
 
 IMAGES = EXTENSIONS
 MEMBER_MB = 64.0
 """Megabytes of a member from which it is left out."""
+HIDDEN = "hidden image (of macOS, or its name starts with a dot)"
+NO_EXTENSION = "name without an extension"
+NO_FILE = "image is no file"
+"""Reasons for files that are passed over, in shards and in folders."""
 COUNTED = 64
 """Number of samples from which ``count_samples`` extrapolates."""
 
@@ -29,6 +35,7 @@ class TarSample:
         number: running number in the shard.
         end: byte offset in the shard after the sample; reading can resume there.
         image, text, json: the members' bytes; None for a missing member.
+        captions: captions that override ``text`` and ``json``, of a picture's row in a table.
         fault: reason why the sample, or a stretch of the shard, is left out.
         ignored: (reason, location) of members that were passed over since the sample before.
     """
@@ -39,23 +46,65 @@ class TarSample:
     image: bytes | None = None
     text: bytes | None = None
     json: bytes | None = None
+    captions: tuple[str, ...] = ()
     fault: str | None = None
     ignored: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
-class _Run:
-    """A run of members with one key, as far as it is read; ``start`` is the offset of its first member."""
+class SampleFiles:
+    """The files of one key, as far as they are read.
+
+    Attributes:
+        key: None before the first sample.
+        start: offset of the first file.
+        wanted: whether the files are read.
+        found: content by kind: image, text or json.
+        fault: reason why the sample is left out.
+    """
 
     key: str | None = None
     start: int = 0
+    wanted: bool = True
     found: dict[str, bytes] = field(default_factory=dict)
-    extensions: set[str] = field(default_factory=set)
     fault: str | None = None
+    _extensions: set[str] = field(default_factory=set)
+
+    def add(self, extension: str, size: int, read: Callable[[], bytes | None], member_mb: float) -> str | None:
+        """Takes a file that ``read`` reads whole, or not at all; returns the reason if it is passed over."""
+        kind, reason = kind_of(extension), None
+        if extension in self._extensions:
+            self.fault = "the same name twice in a sample"
+        elif kind in self.found:
+            reason = "second image in a sample"
+        elif kind is not None and size > member_mb * 1e6:
+            reason = f"member larger than member_mb={member_mb:g}"
+        elif kind is not None and (data := read()) is not None:
+            self.found[kind] = data
+        elif kind is None and _image(extension):
+            reason = "image under a double extension"
+        self._extensions.add(extension)
+        return reason
+
+
+def kind_of(extension: str) -> str | None:
+    """The kind of file by its extension in lower case: image, text or json; None for others."""
+    return "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
+
+
+def everything(key: str) -> bool:
+    """True for each sample."""
+    return True
 
 
 def read_samples(
-    path: str, offset: int = 0, number: int = 0, part: int = 0, parts: int = 1, member_mb: float = MEMBER_MB
+    path: str,
+    offset: int = 0,
+    number: int = 0,
+    part: int = 0,
+    parts: int = 1,
+    member_mb: float = MEMBER_MB,
+    wanted: Callable[[str], bool] = everything,
 ) -> Iterator[TarSample]:
     """The samples of one shard with ``number % parts == part``.
 
@@ -70,8 +119,10 @@ def read_samples(
         part: index of the part to yield; the bytes of other samples are not read.
         parts: number of parts that the shard's samples are dealt to.
         member_mb: members that are larger are not read.
+        wanted: says by ``shard/key`` whether a sample is read; others are passed over.
     """
-    run, ignored, place = _Run(), list[tuple[str, str]](), offset
+    run, ignored, place = SampleFiles(), list[tuple[str, str]](), offset
+    shard = path.rpartition("/")[2]
 
     def sample(where: str, end: int, **content: object) -> TarSample:
         made = TarSample(where, number, end, **content, ignored=tuple(ignored))  # type: ignore[arg-type]
@@ -82,12 +133,12 @@ def read_samples(
         nonlocal number, run
         if run.key is not None:
             # members before a fault are a sample, unless there are none: then they are lost with the fault
-            if number % parts == part and (whole or run.found):
+            if run.wanted and (whole or run.found):
                 yield sample(f"{path}/{run.key}", end, fault=run.fault, **run.found)
-            elif number % parts != part:
+            elif not run.wanted:
                 ignored.clear()
             number += 1
-        run = _Run()
+        run = SampleFiles()
 
     def lost(reason: str, start: int, end: int) -> Iterator[TarSample]:
         nonlocal number
@@ -102,34 +153,30 @@ def read_samples(
             for member in members(file, offset):
                 if member.fault is not None:
                     if run.start == member.start:  # of a member that turned out to be cut off
-                        run = _Run()
+                        run = SampleFiles()
                     yield from close(member.start, whole=False)
                     yield from lost(member.fault, member.start, member.end)
                     continue
                 place = member.end
-                matched = _key(member)
+                matched = sample_key(member)
                 if matched is None or member.odd is not None:
-                    if (reason := _reason(member)) is not None:
+                    if (reason := reason_of(member)) is not None:
                         ignored.append((reason, f"{path}/{member.name}"))
                     continue
                 key, extension = matched
                 if key != run.key:
                     yield from close(member.start)
-                    run = _Run(key, member.start)
-                if number % parts != part:
+                    mine = number % parts == part and wanted(f"{shard}/{key}")
+                    run = SampleFiles(key, member.start, mine)
+                if not run.wanted:
                     continue
-                kind = "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
-                if extension in run.extensions:
-                    run.fault = "the same name twice in a sample"
-                elif kind in run.found:
-                    ignored.append(("second image in a sample", f"{path}/{member.name}"))
-                elif kind is not None and member.size > member_mb * 1e6:
-                    ignored.append((f"member larger than member_mb={member_mb:g}", f"{path}/{member.name}"))
-                elif kind is not None and len(data := file.read(member.data, member.size)) == member.size:
-                    run.found[kind] = data
-                elif kind is None and _image(extension):
-                    ignored.append(("image under a double extension", f"{path}/{member.name}"))
-                run.extensions.add(extension)
+
+                def read(member: Member = member) -> bytes | None:
+                    data = file.read(member.data, member.size)
+                    return data if len(data) == member.size else None
+
+                if (reason := run.add(extension, member.size, read, member_mb)) is not None:
+                    ignored.append((reason, f"{path}/{member.name}"))
             yield from close(place)
             if ignored and number % parts == part:
                 (reason, where) = ignored.pop(0)
@@ -140,7 +187,7 @@ def read_samples(
     except OSError as error:
         fault = f"unreadable shard ({type(error).__name__})"
     except Exception as error:  # each kind of URL has errors of its own
-        if "://" not in path or isinstance(error, ImportError):
+        if not is_url(path) or isinstance(error, ImportError):
             raise
         fault = f"unreadable shard ({type(error).__name__})"
     yield from close(place, whole=False)
@@ -153,10 +200,10 @@ def count_samples(path: str) -> int:
     try:
         with ShardFile(path) as file:
             for member in members(file, 0):
-                matched = None if member.fault is not None or member.odd is not None else _key(member)
+                matched = None if member.fault is not None or member.odd is not None else sample_key(member)
                 if matched is not None and matched[0] != last:
                     count, last = count + 1, matched[0]
-                if count > COUNTED and ("://" in path or path.endswith("gz")):
+                if count > COUNTED and (is_url(path) or path.endswith("gz")):
                     return round(_size(path) / member.start * COUNTED)  # images hardly compress
     except (EOFError, zlib.error, OSError):
         pass  # reported when the shard is read
@@ -167,11 +214,14 @@ def _size(path: str) -> int:
     """Bytes of the file, compressed or not."""
     import fsspec
 
+    if not is_url(path):
+        return os.path.getsize(path)
+    check_url(path)
     system, inside = fsspec.core.url_to_fs(path)
     return int(system.size(inside) or 0)
 
 
-def _key(member: Member) -> tuple[str, str] | None:
+def sample_key(member: Member) -> tuple[str, str] | None:
     """The key of the sample that a member belongs to, and its extension in lower case; None if it belongs to none."""
     matched = _NAME.fullmatch(member.name)
     if matched is None or "__MACOSX" in member.name:
@@ -183,11 +233,11 @@ def _image(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGES
 
 
-def _reason(member: Member) -> str | None:
+def reason_of(member: Member) -> str | None:
     """Reason under which a member that belongs to no sample is counted; None for one that can be no image."""
     base = member.name.rpartition("/")[2]
     if member.odd is not None:
         return f"image is {member.odd}" if _image(base) else None
     if base.startswith(".") or "__MACOSX" in member.name:
-        return "hidden image (of macOS, or its name starts with a dot)" if _image(base) else None
-    return "name without an extension"
+        return HIDDEN if _image(base) else None
+    return NO_EXTENSION

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +17,7 @@ import numpy as np
 
 from emf_lightning.data.shapes.scenes import TASK_WEIGHTS, training_scene
 from emf_lightning.data.shapes.world import World
-from emf_lightning.files import read_json, remove_partial
+from emf_lightning.files import read_json, remove_partial, replacing
 
 MANIFEST = "manifest.json"
 
@@ -53,8 +52,8 @@ def _write_shard(spec: _ShardSpec, index: int, path: Path) -> Path:
 
     rng = np.random.default_rng([spec.seed, index])
     first = index * spec.samples_per_shard
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    # a killed process leaves no part of a shard under its name
+    with replacing(path, shared=True) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(first, min(first + spec.samples_per_shard, spec.count)):
             scene = training_scene(spec.world, rng, spec.task_weights)
             png = io.BytesIO()
@@ -63,7 +62,6 @@ def _write_shard(spec: _ShardSpec, index: int, path: Path) -> Path:
             _add(tar, f"{number:09d}.png", png.getvalue())
             _add(tar, f"{number:09d}.txt", scene.prompt.prompt.encode())
             _add(tar, f"{number:09d}.json", json.dumps(record).encode())
-    os.replace(partial, path)  # a killed process leaves no part of a shard under its name
     return path
 
 
@@ -84,9 +82,8 @@ def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
         return
     if leftover := next(directory.glob("shapes-*.tar"), None):
         raise ValueError(f"write_shards: {str(leftover)!r} has no {MANIFEST} beside it; choose another directory")
-    partial = path.with_name(f".{MANIFEST}.{os.getpid()}.partial")  # several processes may write here at once
-    partial.write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(partial, path)
+    with replacing(path, shared=True) as partial:
+        partial.write_text(json.dumps(wanted, indent=1) + "\n")
 
 
 def write_shards(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.text.fingerprint import weights_digest
+from emf_lightning.text.open_clip import literal
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_clip(
                 force_quick_gelu=quick_gelu or script or tag.get("quick_gelu", False),
                 weights_only=not script,  # reading a TorchScript archive does not unpickle
             )
-        tokenizer = open_clip.get_tokenizer(model)
+        tokenizer = literal(open_clip.get_tokenizer(model))
     except Exception as error:  # many types: unknown name, missing file, no network, other weights
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emf_lightning.evaluation.distances.image_features import ImageFeatures
+from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.evaluation.distances.image_features import ImageFeatures, RandomFeatures
 from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resize, statistics
+from emf_lightning.evaluation.distances.validation_images import ValidationImages
 from emf_lightning.evaluation.image_metric import ImageMetric
 
 
@@ -23,20 +25,32 @@ class _Distance(ImageMetric):
     higher_is_better = False
     needs_prompts = False
 
-    def __init__(self, features: ImageFeatures, reference: Path, resolution: int | None, count: int | None) -> None:
+    def __init__(
+        self, features: ImageFeatures | None, reference: Path | None, resolution: int | None, count: int | None
+    ) -> None:
         super().__init__()
+        self._features = features = features or RandomFeatures()
         if features.name:
             self.name, self.title = f"{self.name}_{features.name}", f"{self.title} ({features.name} features)"
-        self._features = features
-        self.reference = Path(reference)
+        self.reference = None if reference is None else Path(reference)
         self.resolution = resolution
         self.count = count
-        self._images: ReferenceImages | None = None  # None if statistics come from a file
-        if self.reference.suffix != ".npz":
+        # None if statistics come from a file, or before the run's data are known
+        self._images: ReferenceImages | ValidationImages | None = None
+        if self.reference is not None and self.reference.suffix != ".npz":
             self._images = ReferenceImages(type(self).__name__, self.reference, features, resolution)
 
+    def use_data(self, data: CaptionImageData) -> None:
+        if self.reference is None and (not isinstance(self._images, ValidationImages) or self._images.data is not data):
+            self._images = ValidationImages(type(self).__name__, data, self._features, self.resolution)
+
     def check_count(self, images: int) -> None:
-        """Raises a ``ValueError`` for another number of images than the protocol's."""
+        """Raises a ``ValueError`` for another number of images than the protocol's, and without a reference."""
+        if self.reference is None and self._images is None:
+            raise ValueError(
+                f"{type(self).__name__}: reference is not set; give a folder of real images (only in a run, the "
+                "validation samples stand for it)"
+            )
         if self.count is not None and images != self.count:
             raise ValueError(
                 f"{self.title}: {images:,} images, but count is {self.count:,}; the number of images shifts the "
@@ -45,8 +59,8 @@ class _Distance(ImageMetric):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "reference": str(self.reference),
-            "reference_images": len(self._images.files) if self._images else None,
+            "reference": "validation samples" if self.reference is None else str(self.reference),
+            "reference_images": self._images.count if self._images else None,
             "features": self._features.digest,
             "resize": self._features.resize,
             "resolution": self.resolution,
@@ -66,9 +80,11 @@ class FrechetDistance(_Distance):
     pytorch-fid's resize; COCO, 30,000 against val2014 or 5,000 against val2017, at 256 px.
 
     Args:
-        features: the feature network.
+        features: the feature network; by default ``RandomFeatures``, which need no download: they tell checkpoints of
+            one data set apart, but compare with no published number.
         reference: folder of reference images, or an ``.npz`` with their mean ``mu`` ``[D]`` and covariance ``sigma``;
-            a folder's statistics are kept in such a file in ``FOLDER-statistics`` beside it.
+            a folder's statistics are kept in such a file in ``FOLDER-statistics`` beside it. By default, in a run, the
+            validation samples of its data at the training resolution.
         resolution: side in pixels of the square that reference and generated images are cropped and resized to.
         count: number of generated images in the protocol.
 
@@ -82,16 +98,20 @@ class FrechetDistance(_Distance):
     images: Tensor
 
     def __init__(
-        self, features: ImageFeatures, reference: Path, resolution: int | None = None, count: int | None = None
+        self,
+        features: ImageFeatures | None = None,
+        reference: Path | None = None,
+        resolution: int | None = None,
+        count: int | None = None,
     ) -> None:
         super().__init__(features, reference, resolution, count)
-        width = features.width
+        width = self._features.width
         self.add_sum("total", width)
         self.add_sum("products", width, width)
         self.add_sum("images", dtype=torch.int64)
-        if self._images is None:
-            self._statistics = statistics(self.reference, features, resolution)
-        elif len(self._images.files) < 2:
+        if self.reference is not None and self._images is None:
+            self._statistics = statistics(self.reference, self._features, resolution)
+        elif self._images is not None and self._images.count < 2:
             raise ValueError(f"FrechetDistance: reference {reference} has one image; give two or more")
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
@@ -118,8 +138,9 @@ class KernelDistance(_Distance):
     varies more.
 
     Args:
-        features: the feature network.
-        reference: folder of reference images; their features are kept in ``FOLDER-statistics`` beside it.
+        features: see ``FrechetDistance``.
+        reference: folder of reference images; their features are kept in ``FOLDER-statistics`` beside it. By default
+            see ``FrechetDistance``; subsets are then as large as the smaller set of images allows.
         resolution: see ``FrechetDistance``.
         count: see ``FrechetDistance``.
         subsets: random subsets over which KID is averaged; ``spread`` is the standard deviation over them, which papers
@@ -136,8 +157,8 @@ class KernelDistance(_Distance):
 
     def __init__(
         self,
-        features: ImageFeatures,
-        reference: Path,
+        features: ImageFeatures | None = None,
+        reference: Path | None = None,
         resolution: int | None = None,
         count: int | None = None,
         subsets: int = 100,
@@ -145,20 +166,20 @@ class KernelDistance(_Distance):
     ) -> None:
         super().__init__(features, reference, resolution, count)
         self.subsets, self.subset_size = subsets, subset_size
-        if self._images is None:
+        if self.reference is not None and self._images is None:
             raise ValueError(
                 f"KernelDistance: reference {reference} must be a folder of images: KID needs each of them"
             )
-        if len(self._images.files) < subset_size:
+        if self._images is not None and self._images.count < subset_size:
             raise ValueError(
-                f"KernelDistance: reference {reference} has {len(self._images.files)} images, fewer than subset_size="
+                f"KernelDistance: reference {reference} has {self._images.count} images, fewer than subset_size="
                 f"{subset_size}; give more images or a smaller subset_size"
             )
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("keys", [], dist_reduce_fx="cat")
 
     def check_count(self, images: int) -> None:
-        if images < self.subset_size:
+        if self.reference is not None and images < self.subset_size:
             raise ValueError(
                 f"{self.title}: {images} images, fewer than subset_size={self.subset_size}; generate more, or set "
                 "a smaller subset_size"
@@ -184,7 +205,8 @@ class KernelDistance(_Distance):
             raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
         assert self._images is not None
         generated, real = features[keys.argsort()], self._images.feature_matrix(self.device)
-        distances = kernel_distances(real, generated, self.subsets, min(self.subset_size, len(generated)))
+        size = min(self.subset_size, len(generated), len(real))
+        distances = kernel_distances(real, generated, self.subsets, size)
         return {"score": distances.mean(), "spread": distances.std(unbiased=False)}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.folders.image_files import image_files, usable_pixels
+from emf_lightning.files import remove_partial, replacing
 from emf_lightning.text.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,48 @@ PIXELS = "displayed"
 """Distinguishes kept features from those of versions that did not apply transparency and the range of 16 bits."""
 
 
-class ReferenceImages:
+class KeptFeatures(ABC):
+    """Base of reference images: their features and moments, in memory and in a file.
+
+    Args:
+        caller: begins messages.
+        features: the feature network.
+        resolution: side in pixels of the squares that images are resized to first; None leaves them as they are.
+    """
+
+    def __init__(self, caller: str, features: ImageFeatures, resolution: int | None) -> None:
+        self.caller, self.features, self.resolution = caller, features, resolution
+        self._arrays: dict[str, Arrays] = {}
+
+    @abstractmethod
+    def _path(self, kind: str) -> Path | None:
+        """The file of the arrays of one kind; None where they cannot be told from those of other images."""
+
+    def _kept(self, kind: str, compute: Callable[[], Arrays], device: torch.device) -> Arrays:
+        """Arrays in memory or in a file; all ranks compute and keep them unless each has them."""
+        path = self._path(kind)
+        here = kind in self._arrays or (path is not None and path.is_file())
+        if all(gathered(torch.tensor([int(here)]), device)):
+            if kind not in self._arrays:
+                assert path is not None
+                with np.load(path) as content:
+                    self._arrays[kind] = dict(content)
+            return self._arrays[kind]
+        arrays = self._arrays[kind] = compute()
+        if path is None or (_is_distributed() and dist.get_rank() > 0):
+            return arrays
+        about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_partial(path.parent)
+            with replacing(path, shared=True) as partial, partial.open("wb") as file:
+                np.savez(file, **(arrays | about))  # type: ignore[arg-type]
+        except OSError as error:  # the folder may be read-only
+            log.info("%s: cannot keep the features in %s (%s)", self.caller, path.parent, error)
+        return arrays
+
+
+class ReferenceImages(KeptFeatures):
     """A folder of images and their features.
 
     Features and moments are kept in ``FOLDER-statistics`` beside the folder, under a name that depends on the feature
@@ -49,9 +91,14 @@ class ReferenceImages:
     """
 
     def __init__(self, caller: str, folder: Path, features: ImageFeatures, resolution: int | None) -> None:
-        self.caller, self.folder, self.features, self.resolution = caller, folder, features, resolution
+        super().__init__(caller, features, resolution)
+        self.folder = folder
         self.files = image_files(folder, f"{caller}: reference")
-        self._arrays: dict[str, Arrays] = {}
+
+    @property
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.files)
 
     def moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean ``[D]`` and covariance ``[D, D]`` of the features, fp64. All ranks must call it, see ``gathered``."""
@@ -129,29 +176,6 @@ class ReferenceImages:
     def _path(self, kind: str) -> Path:
         folder = self.folder.resolve()
         return folder.with_name(f"{folder.name}-statistics") / f"{kind}-{self._key}.npz"
-
-    def _kept(self, kind: str, compute: Callable[[], Arrays], device: torch.device) -> Arrays:
-        """Arrays in memory or in a file; all ranks compute and keep them unless each has them."""
-        path = self._path(kind)
-        here = kind in self._arrays or path.is_file()
-        if all(gathered(torch.tensor([int(here)]), device)):
-            if kind not in self._arrays:
-                with np.load(path) as content:
-                    self._arrays[kind] = dict(content)
-            return self._arrays[kind]
-        arrays = self._arrays[kind] = compute()
-        if _is_distributed() and dist.get_rank() > 0:
-            return arrays
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same file
-        about = {"features": np.array(self.features.digest), "resolution": np.array(self.resolution or 0)}
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with partial.open("wb") as file:
-                np.savez(file, **(arrays | about))  # type: ignore[arg-type]
-            os.replace(partial, path)
-        except OSError as error:  # the folder may be read-only
-            log.info("%s: cannot keep the features of %s (%s)", self.caller, self.folder, error)
-        return arrays
 
 
 def statistics(path: Path, features: ImageFeatures, resolution: int | None) -> tuple[Tensor, Tensor]:

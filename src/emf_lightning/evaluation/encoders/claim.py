@@ -19,7 +19,7 @@ import numpy as np
 
 from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.figures import paper_style, step_colour
+from emf_lightning.evaluation.reports.figures import paper_style, save_figure, step_colour
 from emf_lightning.evaluation.sampling_config import step_name
 from emf_lightning.files import to_json, write_atomic
 
@@ -112,7 +112,7 @@ class Claim:
         content = {"runs": [asdict(run) for run in self.runs], "slopes": [asdict(slope) for slope in self.slopes()]}
         write_atomic(directory / "claim.json", to_json(content))
         write_atomic(directory / "claim.md", self.markdown())
-        self.figure().savefig(directory / "claim.png")
+        save_figure(self.figure(), directory / "claim.png")
 
     def markdown(self) -> str:
         """Tables of all encoders, the slopes and the verdicts."""
@@ -164,7 +164,8 @@ class Claim:
                 self._line(kept, [run.kept(n) for run in self.runs], n)
             parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
             models.set(title="MeanFlow from it")
-            kept.set(title=f"MeanFlow, share of the parent's {MANY_STEPS} steps", ylim=(-0.02, None))
+            kept.set(title="MeanFlow, relative to its parent", ylim=(-0.02, None))
+            kept.set_ylabel(f"share of the parent's {MANY_STEPS}-step score")
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             if any(run.graded for run in self.runs):
                 models.legend(loc="best", handlelength=1.8, labelspacing=0.3)

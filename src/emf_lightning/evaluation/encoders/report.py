@@ -16,7 +16,7 @@ from emf_lightning.evaluation.encoders.disentanglement import Disentanglement
 from emf_lightning.evaluation.encoders.features import VARIANTS
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.markdown import markdown_table
-from emf_lightning.evaluation.reports.figures import paper_style
+from emf_lightning.evaluation.reports.figures import paper_style, save_figure
 from emf_lightning.evaluation.reports.report_figures import MARKERS
 from emf_lightning.files import to_json, write_atomic
 
@@ -65,8 +65,8 @@ class EncoderStudy:
         content = {"about": self.about, "encoders": [asdict(encoder) for encoder in self.encoders]}
         write_atomic(directory / "encoders.json", to_json(content))
         write_atomic(directory / "encoders.md", self.markdown())
-        self.figure().savefig(directory / "encoders.png")
-        self.retrieved(corpus).savefig(directory / "retrieved.png")
+        save_figure(self.figure(), directory / "encoders.png")
+        save_figure(self.retrieved(corpus), directory / "retrieved.png")
 
     def markdown(self) -> str:
         """The tables and an explanation."""
@@ -91,6 +91,21 @@ class EncoderStudy:
         lines += [markdown_table(columns, rows)]
         return "\n".join([*lines, "", READING])
 
+    def table(self) -> str:
+        """The means as plain text of at most 100 columns; intervals and the other numbers are in ``markdown``."""
+        names = [_shortened(encoder.name) for encoder in self.encoders]
+        width = max(len(name) for name in ("encoder", *names))
+        lines = [f"{'':{width}}  {'discriminability':^23}  {'disentanglement':^23}"]
+        lines += [
+            f"{'encoder':{width}}  {'raw':>7} {'centred':>7} {'chance':>7}  {'ablated':>7} {'contrast':>8}  cut off"
+        ]
+        for name, encoder in zip(names, self.encoders, strict=True):
+            found, part = encoder.discriminability, encoder.disentanglement
+            first = f"{found.score['raw'].mean:7.3f} {found.score['centred'].mean:7.3f} {found.chance:7.3f}"
+            second = f"{part.ablated['raw'].mean:7.3f} {part.contrast['centred'].mean:8.3f}"
+            lines.append(f"{name:{width}}  {first}  {second}  {_share(encoder.truncated)}")
+        return "\n".join(lines)
+
     def figure(self) -> Figure:
         """Encoders by both scores: raw, as in the paper, and centred, with the contrast in place of the cosine."""
         from matplotlib.figure import Figure
@@ -99,6 +114,7 @@ class EncoderStudy:
             figure = Figure(figsize=(6.8, 3.0), layout="constrained")
             panels = figure.subplots(1, 2)
             titles = {"raw": "as published", "centred": "without the common direction"}
+            quantities = {"raw": "disentanglement", "centred": "contrast with unrelated prompts"}
             for axes, (name, title) in zip(panels, titles.items(), strict=True):
                 for number, encoder in enumerate(self.encoders):
                     x = encoder.discriminability.score[name]
@@ -110,7 +126,7 @@ class EncoderStudy:
                 chance = self.encoders[0].discriminability.chance
                 if not np.isnan(chance):
                     axes.axvline(chance, color="#999999", linestyle=":", linewidth=0.8)
-                axes.set(title=title, xlabel="discriminability", ylabel="disentanglement")
+                axes.set(title=title, xlabel="discriminability", ylabel=quantities[name])
                 axes.margins(x=0.1, y=0.1)
             panels[0].legend(loc="best", labelspacing=0.3)
         return figure
@@ -163,3 +179,7 @@ def _published(column: int, width: int) -> list[list[str]]:
 
 def _bars(estimate: Estimate) -> Sequence[Sequence[float]]:
     return [[max(estimate.mean - estimate.low, 0)], [max(estimate.high - estimate.mean, 0)]]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 36 else f"{name[:35]}…"

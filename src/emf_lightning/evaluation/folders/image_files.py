@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.data.reading.pixels import EXTENSIONS, ImageLimits, UnusableImageError, read_pixels
+from emf_lightning.data.reading.tar_samples import HIDDEN, NO_EXTENSION, NO_FILE
 
 SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 
 
 def image_files(folder: Path, argument: str) -> list[Path]:
-    """Sorted paths of all image files below ``folder``, except GenEval's grids and names that begin with a dot.
+    """Sorted paths of all image files below ``folder``, except GenEval's grids and hidden ones.
+
+    A warning counts what is passed over.
 
     Raises:
         ValueError: for a missing folder, or one without images; the message begins with ``argument``.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{argument}: no folder {folder}")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths, ignored = [], dict[str, list[Path]]()
+    for path in sorted(Path(folder).rglob("*")):
+        image = path.suffix.lower() in SUFFIXES
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+        if image and not hidden and path.is_file():
+            paths.append(path)
+        elif image:
+            ignored.setdefault(HIDDEN if hidden else NO_FILE, []).append(path)
+        elif not hidden and not path.suffix and path.is_file():
+            ignored.setdefault(NO_EXTENSION, []).append(path)
+    if ignored:
+        counts = ", ".join(f"{len(found):,} x {reason} ({found[0]} first)" for reason, found in ignored.items())
+        warnings.warn(f"{argument}: passed over: {counts}", stacklevel=2)
     geneval_folders = {path.parent.parent for path in paths if path.parent.name == "samples"}
     paths = [path for path in paths if path.parent not in geneval_folders]  # 00012/grid.png beside 00012/samples
     if not paths:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
+from emf_lightning.data.reading.decoding import UnusableSampleError, json_caption, usable_caption
 from emf_lightning.evaluation.folders.image_files import image_files
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.text.plain import lines, plain
+from emf_lightning.text.plain import lines, parse_json
 
 PROMPTS = "prompts.jsonl"
 """The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
 SAMPLING = ("steps", "guidance")
 """Sampling settings in a line of ``prompts.jsonl``; images of different settings have no common score."""
 
-NO_TEXT = "prompt that is null or no text"
-"""Reason for leaving out an image."""
 UNKNOWN = object()
 """Stands for the prompt of an image for which no layout knows one."""
 
@@ -64,9 +61,13 @@ def generated_images(
     if not partial:
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
-    stated = _prompts(folder, paths, metric, listed)
-    prompts = {path: _encodable(prompt) for path, prompt in stated.items() if isinstance(prompt, str)}
-    faults = dict.fromkeys(stated.keys() - prompts.keys(), NO_TEXT) if metric.needs_prompts else {}
+    stated, own = _prompts(folder, paths, metric, listed), set(metric.prompts())
+    prompts, faults = {}, {}
+    for path, prompt in stated.items():
+        try:
+            prompts[path] = prompt if isinstance(prompt, str) and prompt in own else _usable(prompt)
+        except UnusableSampleError as reason:
+            faults[path] = str(reason) if metric.needs_prompts else ""
     if metric.needs_prompts and (without := [path for path in paths if path not in stated]):
         raise ValueError(
             f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known layouts: "
@@ -79,8 +80,7 @@ def generated_images(
 
 
 def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: dict[str, Any]) -> dict[Path, Any]:
-    """The prompts of the paths for which a layout knows one, as stated: not a string if it is null or no text."""
-    metadata = cache(_metadata)  # one file for all images of a prompt
+    """The prompts of the paths for which a layout knows one, as stated: any value, or the bytes of a file."""
 
     def prompt(path: Path) -> Any:
         relative = PurePath(path.relative_to(folder))
@@ -88,44 +88,28 @@ def _prompts(folder: Path, paths: Sequence[Path], metric: ImageMetric, listed: d
             return listed[str(relative)]["prompt"]
         beside = path.with_suffix(".txt")
         if beside.is_file():
-            try:
-                return beside.read_text(encoding="utf-8-sig").strip()
-            except UnicodeDecodeError:
-                return None
-        text = metadata(path.parent.parent / "metadata.jsonl") if path.parent.name == "samples" else UNKNOWN
-        if text is not UNKNOWN:
-            return text
+            return beside.read_bytes()
+        metadata = path.parent.parent / "metadata.jsonl"  # GenEval's
+        if path.parent.name == "samples" and metadata.is_file():
+            return metadata
         own = metric.prompt_of(relative)
         return UNKNOWN if own is None else own
 
     return {path: text for path in paths if (text := prompt(path)) is not UNKNOWN}
 
 
-def _encodable(prompt: str) -> str:
-    """The prompt, or where it holds half of a surrogate pair its plain text; a benchmark's own prompts stay as is."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return plain(prompt)
-    return prompt
+def _usable(prompt: Any) -> str:
+    """The text of a prompt, of a text file's bytes, or of a record of GenEval's; UnusableSampleError for none."""
+    return json_caption(prompt.read_bytes(), ("prompt",)) if isinstance(prompt, Path) else usable_caption(prompt)
 
 
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
     """Lines of ``prompts.jsonl`` by the image's path below the folder."""
     try:
-        rows = [json.loads(line) for line in lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
+        rows = [parse_json(line) for line in lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
         return {str(PurePath(row["file"])): {"prompt": row["prompt"], **row} for row in rows}
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"folder: {path} must have `file` and `prompt` in every line ({error})") from error
-
-
-def _metadata(path: Path) -> Any:
-    if not path.is_file():
-        return UNKNOWN
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))["prompt"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"folder: {path} is no record of GenEval's ({error})") from error
 
 
 def _check_complete(listed: Mapping[str, Any], names: Sequence[str], files: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_files import usable_pixels
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.files import write_atomic
+from emf_lightning.files import replacing, write_atomic
+from emf_lightning.text.plain import plain
 
 SCORES = "scores.json"
 LEFT_OUT = "left_out"
@@ -129,7 +129,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
 
 def left_out_text(left_out: Mapping[str, Sequence[str]]) -> str:
     """The number of images by reason, and the first of each."""
-    return ", ".join(f"{len(paths):,} x {reason} ({paths[0]} first)" for reason, paths in left_out.items())
+    return ", ".join(f"{len(paths):,} x {reason} ({plain(paths[0])} first)" for reason, paths in left_out.items())
 
 
 def _left_out(results: Path, ranks: int) -> dict[str, list[str]]:
@@ -181,6 +181,5 @@ class _Progress:
 
     def save(self) -> None:
         """Writes the progress file; a killed process leaves the old one or the new one."""
-        partial = self.path.with_suffix(".partial")
-        torch.save({"key": self.key, "done": self.done, "state": self.metric.metric_state}, partial)
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            torch.save({"key": self.key, "done": self.done, "state": self.metric.metric_state}, partial)

@@ -17,10 +17,11 @@ from emf_lightning.evaluation.geneval.verdict import Verdict
 
 @dataclass(frozen=True)
 class PromptImage:
-    """One image to generate: the ``index``-th of ``prompt``."""
+    """One image to generate: the ``index``-th of ``prompt``, the ``number``-th of the suite's prompts."""
 
     prompt: Prompt
     index: int
+    number: int
 
 
 class PromptSuite(ABC):
@@ -65,6 +66,8 @@ class PromptSuite(ABC):
         """
         images = []
         for task in dict.fromkeys(prompt.tag for prompt in self.prompts()):
-            prompts = [prompt for prompt in self.prompts() if prompt.tag == task]
-            images += [PromptImage(prompts[i % len(prompts)], i // len(prompts)) for i in range(images_per_task)]
+            prompts = [(prompt, number) for number, prompt in enumerate(self.prompts()) if prompt.tag == task]
+            for i in range(images_per_task):
+                prompt, number = prompts[i % len(prompts)]
+                images.append(PromptImage(prompt, i // len(prompts), number))
         return images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
-from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.geneval.task_scores import SHARE, TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 from emf_lightning.evaluation.image_metric import ImageMetric
 
@@ -28,9 +28,10 @@ class SuiteScore(ImageMetric):
         suite: e.g. ``GenEvalSuite`` or ``ShapesSuite``.
 
     Raises:
-        ValueError: for a suite that has a prompt twice.
+        ValueError: for a suite that asks for different things in the same words.
     """
 
+    unit = SHARE
     images: Tensor
     correct: Tensor
     strict: Tensor
@@ -39,20 +40,32 @@ class SuiteScore(ImageMetric):
         super().__init__()
         self.suite = suite
         self.name, self.title = suite.name, suite.title
+        self._texts = [prompt.prompt for prompt in suite.prompts()]
         self._prompts = {prompt.prompt: prompt for prompt in suite.prompts()}
         self._index = {text: index for index, text in enumerate(self._prompts)}
-        if len(self._prompts) < len(suite.prompts()):
-            raise ValueError(f"SuiteScore: the prompts of {suite.name} must differ: their texts tell them apart")
+        if other := next((prompt for prompt in suite.prompts() if prompt != self._prompts[prompt.prompt]), None):
+            raise ValueError(
+                f"SuiteScore: {suite.name} has different prompts of the text {other.prompt!r}; their texts must tell "
+                "them apart, or their fields be the same, too"
+            )
         for name in ("images", "correct", "strict"):
             self.add_sum(name, len(self._prompts), dtype=torch.int64)
 
     def prompts(self) -> Sequence[str]:
-        return list(self._prompts)
+        return self._texts
+
+    def tasks(self) -> Mapping[str, Sequence[int]]:
+        tags = [prompt.tag for prompt in self.suite.prompts()]
+        return {tag: [i for i, own in enumerate(tags) if own == tag] for tag in dict.fromkeys(tags)}
+
+    def levels(self) -> dict[str, dict[str, float]]:
+        known = {"ceiling": self.suite.ceiling(), "chance": self.suite.chance()}
+        return {level: scores.numbers() for level, scores in known.items() if scores is not None}
 
     def prompt_of(self, path: PurePath) -> str | None:
         parts = path.parts
-        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._prompts):
-            return self.prompts()[int(parts[0])]
+        if len(parts) == 3 and parts[0].isdigit() and parts[1] == "samples" and int(parts[0]) < len(self._texts):
+            return self._texts[int(parts[0])]
         return None
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
@@ -74,9 +87,7 @@ class SuiteScore(ImageMetric):
             self.strict[index] += verdict.strict
 
     def compute(self) -> dict[str, Tensor]:
-        values = self._counted().values()
-        values["score"] = values.pop("overall")
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self._counted().numbers().items()}
 
     def task_scores(self) -> TaskScores:
         """The scores of all ranks' images; every rank must call it."""
@@ -84,7 +95,7 @@ class SuiteScore(ImageMetric):
             return self._counted()
 
     def settings(self) -> dict[str, Any]:
-        return {"prompts": len(self._prompts), **self.suite.settings()}
+        return {"prompts": len(self._texts), **self.suite.settings()}
 
     def _prompt(self, text: str) -> Prompt:
         if text not in self._prompts:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.bootstrap import bootstrap_means
 from emf_lightning.evaluation.geneval.verdict import Verdict
-from emf_lightning.evaluation.markdown import markdown_table
 
 HEADINGS = {
     "single_object": "single",
@@ -22,6 +21,8 @@ HEADINGS = {
     "color_attr": "attribution",
 }
 """Column headings of GenEval's tags in tables and figures."""
+SHARE = "share of correct images"
+"""Unit of these scores."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class TaskScores:
             numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out)}
         return numbers
 
+    def numbers(self) -> dict[str, float]:
+        """``values`` as a metric's ``compute`` names them: ``score`` for ``overall``."""
+        return {"score" if name == "overall" else name: value for name, value in self.values().items()}
+
     @classmethod
     def of(cls, evaluated: Iterable[tuple[Prompt, Verdict]]) -> TaskScores:
         """The scores of single images, each a prompt and its image's verdict."""
@@ -99,18 +104,6 @@ class TaskScores:
             seen=shares(correct, ~unseen, split),
             held_out=shares(correct, unseen, split),
         )
-
-
-def score_table(scores: Mapping[str, TaskScores]) -> str:
-    """A Markdown table: a row for each named score, a column for each task, the overall score ± its standard error."""
-    tasks = list(dict.fromkeys(task for row in scores.values() for task in row.correct))
-    rows = []
-    for name, row in scores.items():
-        shares = [f"{row.correct[task]:.3f}" if task in row.correct else "" for task in tasks]
-        overall = f"**{row.overall:.3f}** ± {row.standard_error:.3f}"
-        held_out = f"{_mean(row.held_out):.3f}" if row.held_out else ""
-        rows.append([name, *shares, overall, f"{row.overall_strict:.3f}", held_out])
-    return markdown_table(["", *(HEADINGS.get(task, task) for task in tasks), "overall", "strict", "held out"], rows)
 
 
 def _mean(shares: Mapping[str, float]) -> float:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emf_lightning.evaluation.geneval.task_scores import SHARE
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Column = tuple[str, str]
+"""Metric and ``SamplingConfig.title``."""
 
 REAL = "real"
 """Key in ``summary.json`` of the distances between two sets of real images."""
@@ -28,35 +33,46 @@ class Run:
     Attributes:
         method: name of the run's experiment.
         summary: content of ``summary.json``, which ``RunSummary`` wrote.
-        scores: ``SamplingConfig.title`` -> the final overall score and its standard error.
-        curves: ``SamplingConfig.title`` -> (optimiser step, overall score) points during training.
+        scores: column -> the final score and its standard error.
+        curves: column -> (optimiser step, score) points during training.
+        units: metric -> its unit.
     """
 
     method: str
     summary: dict[str, Any]
-    scores: dict[str, tuple[float, float]]
-    curves: dict[str, list[tuple[int, float]]]
+    scores: dict[Column, tuple[float, float]]
+    curves: dict[Column, list[tuple[int, float]]]
+    units: dict[str, str]
 
     @classmethod
     def read(cls, method: str, folder: Path) -> Run:
         """The run in a run directory.
 
         Raises:
-            ValueError: where a file is missing.
+            ValueError: where a file is missing, or no metric was computed.
         """
         try:
             summary = read_json(folder / "summary.json", "delete the run's folder and repeat")
-            lines = (folder / "shapes" / "scores.jsonl").read_text().strip("\n").split("\n")
+            files = sorted(folder.glob("*/scores.jsonl"))
+            rows = [(file.parent.name, json.loads(line)) for file in files for line in file.read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"compare: {folder} holds no complete run ({error}); delete it and repeat") from error
-        scores: dict[str, tuple[float, float]] = {}
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for row in map(json.loads, lines):
+        scores: dict[Column, tuple[float, float]] = {}
+        curves: dict[Column, list[tuple[int, float]]] = {}
+        units: dict[str, str] = {}
+        for suite, row in rows:
             title = SamplingConfig.from_row(row).title
-            curves.setdefault(title, []).append((row["step"], row["overall"]))
-            if row["stage"] == "final":
-                scores[title] = row["overall"], row["scores"]["standard_error"]
-        return cls(method, summary, scores, curves)
+            for metric, unit, score, deviation in _numbers(suite, row):
+                units[metric] = unit
+                curves.setdefault((metric, title), []).append((row["step"], score))
+                if row["stage"] == "final":
+                    scores[metric, title] = score, deviation
+        if not scores:
+            raise ValueError(
+                f"compare: {folder} has no metric to compare; give the experiments' FewStepSampling `benchmarks` or "
+                "`extra_metrics`"
+            )
+        return cls(method, summary, scores, curves, units)
 
     def distances(self) -> dict[str, dict[str, Any]]:
         """``SamplingConfig.title`` -> distances to real images; empty for a summary without distances."""
@@ -86,11 +102,11 @@ ABOUT = (
 
 def methods_table(runs: Sequence[Run]) -> list[list[str]]:
     """A heading, then a row for each method: scores at each step count, and cost, as means over seeds."""
-    titles = list(dict.fromkeys(title for run in runs for title in run.scores))
-    rows = [["method", *titles, "minutes", "training steps", "GB", "seeds"]]
+    columns = list(dict.fromkeys(column for run in runs for column in run.scores))
+    rows = [["method", *_headings(columns), "minutes", "training steps", "GB", "seeds"]]
     for method, seeds in _by_method(runs).items():
         seconds, steps, memory = (_mean([run.summary[n] for run in seeds]) for n in ("seconds", "steps", "memory_gb"))
-        scores = [_score(seeds, title) for title in titles]
+        scores = [_score(seeds, column) for column in columns]
         rows.append([method, *scores, f"{seconds / 60:.1f}", f"{steps:.0f}", f"{memory:.2f}", str(len(seeds))])
     return rows
 
@@ -111,18 +127,20 @@ def comparison_figure(runs: Sequence[Run]) -> Figure:
     """Score against training time, a panel for each step count and a line for each method (its first seed)."""
     from matplotlib.figure import Figure
 
-    titles = list(dict.fromkeys(title for run in runs for title in run.curves))
-    figure = Figure(figsize=(4.2 * len(titles), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+    columns = list(dict.fromkeys(column for run in runs for column in run.curves))
+    units = {metric: unit for run in runs for metric, unit in run.units.items()}
+    figure = Figure(figsize=(4.2 * len(columns), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
     firsts = list({run.method: run for run in reversed(runs)}.values())[::-1]
-    for panel, title in zip(panels, titles, strict=True):
+    for panel, column, heading in zip(panels, columns, _headings(columns), strict=True):
         for number, run in enumerate(firsts):
-            points = np.array(run.curves.get(title, []), float).reshape(-1, 2)
+            points = np.array(run.curves.get(column, []), float).reshape(-1, 2)
             minutes = points[:, 0] * run.summary["step_seconds"] / 60
             panel.plot(minutes, points[:, 1], label=run.method, color=f"C{number}", marker=".")
-        panel.set(title=title, xlabel="minutes of training", ylim=(0, 1))
+        panel.set(title=heading, xlabel="minutes of training", ylabel=units[column[0]])
+        if units[column[0]] == SHARE:
+            panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("GenEval-style score, shapes world")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
@@ -131,13 +149,29 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {method: [run for run in runs if run.method == method] for method in dict.fromkeys(r.method for r in runs)}
 
 
-def _score(runs: Sequence[Run], title: str) -> str:
-    scores = [run.scores[title] for run in runs if title in run.scores]
+def _numbers(suite: str, row: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float]]:
+    """Name, unit, score and error of each metric in a line of ``scores.jsonl``."""
+    if row.get("scores"):
+        yield suite, SHARE, row["overall"], row["scores"]["standard_error"]
+    for name, found in row.get("metrics", {}).items():
+        values = found["values"]
+        score, error = (math.nan if value is None else value for value in (values.get("score"), values.get("se")))
+        yield name if name == suite else f"{suite}: {name}", found["unit"], score, error
+
+
+def _headings(columns: Sequence[Column]) -> list[str]:
+    """The columns' sampling, with the metric before it where there are several."""
+    several = len({metric for metric, _ in columns}) > 1
+    return [f"{metric}, {title}" if several else title for metric, title in columns]
+
+
+def _score(runs: Sequence[Run], column: Column) -> str:
+    scores = [run.scores[column] for run in runs if column in run.scores]
     if not scores:
         return ""
-    values = [overall for overall, _ in scores]
+    values = [score for score, _ in scores]
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else scores[0][1]
-    return f"{_mean(values):.3f} ± {error:.3f}"
+    return f"{_mean(values):.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def _distances(of_seeds: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from emf_lightning.evaluation.geneval.task_scores import SHARE
 from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, label_level, paper_style, set_step_axis, step_colour
 from emf_lightning.evaluation.reports.published import PUBLISHED
 from emf_lightning.evaluation.reports.report import FAMILIES, Report
@@ -72,10 +73,12 @@ def steps_figure(report: Report) -> Figure:
     return figure
 
 
-def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str) -> Figure:
+def training_figure(
+    curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], title: str, unit: str = SHARE
+) -> Figure:
     """Score against optimiser steps, a colour for each step count, a line style for each run: the paper's Figure 4.
 
-    ``curves`` is run -> network steps -> (optimiser step, score) points in order.
+    ``curves`` is run -> network steps -> (optimiser step, score) points in order; ``unit`` is the score's.
     """
     from matplotlib.figure import Figure
 
@@ -90,6 +93,8 @@ def training_figure(curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]
             axes.plot([], [], color=OTHER_COLOUR, linestyle=style, label=run)
         for steps in sorted({steps for lines in curves.values() for steps in lines}):
             axes.plot([], [], color=step_colour(steps), label=step_name(steps))
-        axes.set(title=title, xlabel="optimiser steps", ylabel="score", ylim=(-0.02, 1.04))
+        axes.set(title=fill(title, 60), xlabel="optimiser steps", ylabel=fill("score" if unit == SHARE else unit, 40))
+        if unit == SHARE:
+            axes.set_ylim(-0.02, 1.04)
         axes.legend(loc="best", handlelength=2.2, labelspacing=0.3)
     return figure

@@ -1,0 +1,1 @@
+"""The run's directory, and curves and pictures in any of Lightning's loggers."""

@@ -1,0 +1,123 @@
+"""Sharded checkpoints are whole or not used: damage on any rank is seen by all, and a kill while saving loses nothing.
+
+``sharded_ranks.py`` runs them on two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emf_lightning.modules.sharded_checkpoint import check_index
+
+POINTS = range(1, 10)
+"""A save renames its digests, the folder that it replaces, and its own: the fourth ends in the ninth."""
+
+
+def ranks(out: Path, root: Path, *arguments: str) -> Path:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.sharded_ranks", str(out), *arguments]
+    subprocess.run(command, env=env, cwd=root, check=True)
+    return out
+
+
+def check_damage(out: Path) -> None:
+    said, other = (json.loads((out / "damaged" / f"damaged-{rank}.json").read_text()) for rank in (0, 1))
+    assert said == other  # all ranks use the same checkpoint, or refuse it
+    for case, found in said.items():
+        target = case.rpartition(": ")[2]
+        if case.startswith("no damage"):
+            assert found == (5 if target == "last.ckpt" else 4)
+        elif target == "last.ckpt":
+            assert found == 4, case  # the newest whole one
+        else:
+            assert found.startswith("ckpt_path: /step=4.ckpt: "), case
+            assert found.endswith("; give another checkpoint"), case
+    assert not list((out / "damaged").rglob("canary"))
+    assert not list((out / "damaged" / "run").glob(".*"))
+
+
+def check_kill(out: Path, point: int) -> None:
+    (killed, other), resumed = json.loads((out / "statuses.json").read_text())[f"killed-{point}"]
+    assert killed == signal.SIGKILL
+    assert other
+    assert resumed == [0, 0]
+    assert (out / f"killed-{point}" / "run" / "step=6.ckpt" / "digests.json").is_file()
+    assert not list((out / f"killed-{point}" / "run").glob(".*"))  # nothing is left of the killed one
+
+
+def test_damage_and_a_kill_between_the_two_renames_lose_nothing(tmp_path, root):
+    out = ranks(tmp_path, root, "few", "8")
+    check_damage(out)
+    check_kill(out, 8)
+
+
+@pytest.mark.slow
+def test_no_damage_of_any_file_is_used(tmp_path, root):
+    check_damage(ranks(tmp_path, root, "all"))
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_rename_loses_nothing(tmp_path, root):
+    points = [0, *POINTS[4:]]  # the first saves have no last.ckpt to go on from
+    out = ranks(tmp_path, root, "few", *map(str, points))
+    for point in points:
+        check_kill(out, point)
+
+
+class Calls:
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (os.system, ("touch canary",)),
+        (print, ("canary",)),
+        (getattr, (os, "system")),
+        (pickle.loads, (b"",)),
+        (subprocess.Popen, (["touch", "canary"],)),
+        (check_index, (Path("."),)),
+    ],
+)
+def test_an_index_calls_nothing(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    if call[0] is getattr:
+        content = b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
+    else:
+        content = pickle.dumps(Calls(*call))
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read as part of a sharded checkpoint .*it names "):
+        check_index(tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.distributed.checkpoint.filesystem os.system",
+        "torch.distributed.checkpoint.filesystem os",
+        "torch.distributed.checkpoint.filesystem FileSystemWriter",
+        "torch.distributed.checkpoint.metadata Metadata.__init__",
+        "torch load",
+        "torch hub",
+        "torch.serialization load",
+        "pathlib Path.touch",
+    ],
+)
+def test_an_index_reaches_nothing_through_torch(tmp_path, name):
+    module, name = name.split()
+    (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(ValueError, match=f"it names {module}.{name}"):
+        check_index(tmp_path)

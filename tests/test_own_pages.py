@@ -1,0 +1,140 @@
+"""The pages on parts of one's own: their code, experiments and commands run as written, from a folder of the user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from emf_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs/how_to"
+SHORT = """
+trainer:
+  max_steps: 2
+  val_check_interval: 2
+  accelerator: cpu
+  precision: 32-true
+data: {batch_size: 8, num_workers: 0, resolution: 24, validation_share: 0.3}
+"""
+
+
+def pictures(folder: Path, count: int = 40) -> None:
+    """Faces with a mood, in two folders, each with its text beside it."""
+    for number in range(count):
+        mood, colour = ("happy", "sad")[number % 2], ("yellow", "tomato", "skyblue")[number % 3]
+        image = Image.new("RGB", (40, 32), "white")
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((2, 2, 30, 30), fill=colour)
+        draw.arc((8, 12, 24, 26), *((20, 160) if mood == "happy" else (200, 340)), fill="black", width=2)
+        place = folder / mood
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{number:03d}.png")
+        (place / f"{number:03d}.txt").write_text(f"a {mood} {colour} face")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which holds the experiments and ``my/pictures``, and whose files can be imported."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    pictures(tmp_path / "my/pictures")
+    (tmp_path / "short.yaml").write_text(SHORT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def write_page(name: str) -> list[list[str]]:
+    """Writes a page's own class and experiment as ``my_<part>.py`` and ``.yaml``; returns its commands on them."""
+    text = (PAGES / f"own_{name}.md").read_text()
+    code = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "\nclass " in block]
+    experiments = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if block.startswith("base:")]
+    assert len(code) == len(experiments) == 1
+    Path(f"my_{name}.py").write_text(code[0])
+    Path(f"my_{name}.yaml").write_text(experiments[0])
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in blocks.splitlines() if "my_" in line and "compare" not in line]
+
+
+def fit(*options: str) -> None:
+    """`emf fit` with these options, for two steps."""
+    scheduled = "own_data/" in Path(options[1]).read_text()
+    warmup = ["--model.init_args.optimization.scheduler.init_args.warmup", "1"] if scheduled else []
+    main(["fit", *options, "--config", "short.yaml", *warmup])
+
+
+@pytest.mark.parametrize("name", ["network", "encoder", "metric"])
+def test_a_class_of_ones_own_trains_from_its_page(name: str, folder: Path) -> None:
+    commands = write_page(name)
+    for command in commands:
+        if command[0] == "fit":
+            fit(*command[1:])
+        else:
+            main(command)
+    (run,) = Path("runs").glob("**/version_0")
+    assert run.name == "version_0" and run.parent.name == f"my_{name}"
+    assert (run / "validation_captions/contact_sheet.png").is_file()
+    if name == "metric":
+        assert "colourfulness" in (run / "validation_captions/scores.jsonl").read_text()
+    if name == "network":
+        assert drawn_afresh("exported").shape == (24, 24, 3)
+
+
+def drawn_afresh(export: str) -> np.ndarray:
+    """An image that a process of its own draws from an export, with the current folder on its path."""
+    code = (
+        "from emf_lightning import EMFPipeline\n"
+        f"pipe = EMFPipeline.from_pretrained({export!r}, trust_remote_code=True)\n"
+        "pipe('a happy face', num_inference_steps=1).images[0].save('drawn.png')"
+    )
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+    return np.asarray(Image.open("drawn.png"))
+
+
+def test_an_objective_of_ones_own_starts_from_a_parent(folder: Path) -> None:
+    fit("--config", "experiments/own_data/flow_matching.yaml", "--data.shards", "my/pictures")
+    (command,) = write_page("objective")
+    fit(*command[1:])
+    assert (Path("runs/my_objective/version_0/checkpoints/last.ckpt")).is_file()
+    main(["export", "--run", "runs/my_objective/version_0", "--out", "exported", "--trust_remote_code"])
+    assert drawn_afresh("exported").std() > 0
+
+
+FORGETFUL = """
+from my_network import MyFlowMap
+
+
+class Forgetful(MyFlowMap):
+    def __init__(self, pretrained: str | None = None, latent_size: int = 24, context_width: int = 128) -> None:
+        super().__init__(8, 3, latent_size, context_width)
+"""
+
+
+def test_an_export_that_would_load_other_weights_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_page("network")
+    Path("forgetful.py").write_text(FORGETFUL)
+    net = json.dumps({"class_path": "forgetful.Forgetful"})
+    fit("--config", "my_network.yaml", "--data.shards", "my/pictures", "--model.init_args.net", net)
+    with pytest.raises(SystemExit):
+        main(["export", "--run", "runs/my_network/version_0", "--out", "exported", "--trust_remote_code"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "exported was written, but loads with other weights (layers.0.weight, ...)" in said
+    assert "Forgetful.save_pretrained must write what its argument `pretrained` reads" in said
+
+
+@pytest.mark.parametrize("corpus", ["--corpus.shards", "--corpus.init_args.shards"])
+def test_the_encoder_study_takes_ones_own_pictures(corpus: str, folder: Path) -> None:
+    main(["encoders", "--config", "experiments/encoders/own_data.yaml", corpus, "my/pictures", "--queries", "10"])
+    about = json.loads(Path("runs/encoders/own_data/encoders.json").read_text())
+    assert "own data, 40 pairs, random features" in json.dumps(about)
+    assert Path("runs/encoders/own_data/retrieved.png").is_file()
