@@ -4,9 +4,11 @@ from .flow.derivative.finite_difference import FiniteDifference
 from .flow.derivative.forward_mode import ForwardMode
 from .flow.guidance import TargetGuidance
 from .flow.objectives.alpha_flow import AlphaFlow
+from .flow.objectives.distribution_matching import DMD, DistributionMatching
 from .flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from .flow.objectives.flow_matching import FlowMatching
 from .flow.objectives.improved_meanflow import ImprovedMeanFlow
+from .flow.objectives.joint import JointObjective
 from .flow.objectives.meanflow import MeanFlow
 from .flow.objectives.self_corrected import SelfCorrectedFlow
 from .flow.objectives.split_meanflow import SplitMeanFlow
@@ -18,6 +20,7 @@ from .flow.weighting import AdaptiveWeighting, TransitionWeighting, UniformWeigh
 from .modules.encoder_tuning import EncoderTuning
 from .modules.fgm import FGM
 from .modules.flow_map import FlowMapModule
+from .modules.joint_distillation import JointDistillation
 from .modules.optimization import Optimization
 from .modules.scflow import SCFlow
 from .networks.mmdit import MMDiTFlowMap
@@ -26,12 +29,14 @@ from .networks.unet import TextUNetFlowMap, UNetFlowMap
 from .pipeline import EMFPipeline
 
 __all__ = [
+    "DMD",
     "FGM",
     "AdaptiveWeighting",
     "AlphaFlow",
     "AverageVelocity",
     "CaptionImageData",
     "ConditionalVelocity",
+    "DistributionMatching",
     "EMFPipeline",
     "EncoderTuning",
     "EulerSampler",
@@ -42,6 +47,8 @@ __all__ = [
     "FlowMatching",
     "ForwardMode",
     "ImprovedMeanFlow",
+    "JointDistillation",
+    "JointObjective",
     "LogitNormalTimes",
     "MMDiTFlowMap",
     "MeanFlow",

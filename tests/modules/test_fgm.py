@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emf_lightning.callbacks import TrainingLog
-from emf_lightning.flow.objectives.flow_generator_matching import AlphaMatching, ExactMatching, FlowGeneratorMatching
+from emf_lightning.flow.objectives.distribution_matching import AlphaMatching, ExactMatching
+from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
 from emf_lightning.modules.alternating import Alternation
 from emf_lightning.modules.fgm import FGM

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from emf_lightning.flow.objectives.self_corrected import LossTerm, SelfCorrectedFlow
+from emf_lightning.flow.objectives.base import LossTerm
+from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, UniformTimes
 from emf_lightning.modules.alternating import Alternation
 from emf_lightning.modules.optimization import Optimization

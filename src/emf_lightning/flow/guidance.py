@@ -14,12 +14,21 @@ from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, expand_context
 
 
-def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
-    """u with guidance at sampling: u_null + scale (u_text - u_null); every call costs two network evaluations."""
+def guided(
+    conditional: Velocity, unconditional: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> Velocity:
+    """u with guidance at sampling: u_null + scale (u_text - u_null); every call costs two network evaluations.
+
+    Samples with t outside the closed ``interval`` have scale 1.
+    """
 
     def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         null = unconditional(z, r, t)
-        return null + scale * (conditional(z, r, t) - null)
+        guidance = conditional(z, r, t) - null
+        if interval == (0.0, 1.0):
+            return null + scale * guidance
+        active = (t >= interval[0]) & (t <= interval[1])
+        return null + expand_like(torch.where(active, scale, 1.0), null).to(null.dtype) * guidance
 
     return u
 

@@ -42,9 +42,8 @@ class FlowMapSampler(Sampler):
         tensor([[3.]])
     """
 
-    @torch.no_grad()
     def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return _integrate(noise, steps, u)
+        return flow_map_rollout(u, noise, steps, 0)
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,8 @@ class EulerSampler(Sampler):
         tensor([[4.]])
     """
 
-    @torch.no_grad()
     def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return _integrate(noise, steps, lambda z, r, t: u(z, t, t))
+        return flow_map_rollout(lambda z, r, t: u(z, t, t), noise, steps, 0)
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,33 @@ def multistep_sample(
     return x
 
 
+def flow_map_rollout(u: Velocity, noise: Tensor, steps: int, gradient_jumps: int) -> Tensor:
+    """Data as ``FlowMapSampler`` makes them, with the graph of the last ``gradient_jumps`` jumps.
+
+    Args:
+        u: average velocity of the B samples.
+        noise: ``[B, C, H, W]``, unit normal, the state at t = 1.
+        steps: jumps.
+        gradient_jumps: how many of them have a graph, 0 to ``steps`` or more.
+
+    Raises:
+        ValueError: for no steps.
+    """
+    _check_steps(steps)
+    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, len(noise))
+    jumps = list(zip(grid, grid[1:], strict=False))
+    without_graph = max(steps - gradient_jumps, 0)
+
+    def move(z: Tensor, jumps: list[tuple[Tensor, Tensor]]) -> Tensor:
+        for t, r in jumps:
+            z = z - expand_like(t - r, z) * u(z, r, t).to(z.dtype)
+        return z
+
+    with no_grad_pass():
+        z = move(noise, jumps[:without_graph])
+    return move(z, jumps[without_graph:])
+
+
 def _fresh_noise(e: Tensor, k: int) -> Tensor:
     """Unit normal noise like ``e``, ``[B, ...]``; that of a sample is a function of its bits in ``e`` and of ``k``."""
     first = e.detach().flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()
@@ -154,15 +179,6 @@ def _fresh_noise(e: Tensor, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(((a & 0x7FFFFFFF) << 32 | (b & 0xFFFFFFFF)) ^ k)
         samples.append(torch.randn(e.shape[1:], generator=generator))
     return torch.stack(samples).to(e)
-
-
-def _integrate(noise: Tensor, steps: int, average_velocity: Velocity) -> Tensor:
-    _check_steps(steps)
-    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, len(noise))
-    z = noise
-    for t, r in zip(grid, grid[1:], strict=False):
-        z = z - expand_like(t - r, z) * average_velocity(z, r, t).to(z.dtype)
-    return z
 
 
 def _check_steps(steps: int) -> None:

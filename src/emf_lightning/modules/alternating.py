@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.velocity import fresh_casts
 from emf_lightning.modules.flow_map import FlowMapModule
-from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.frozen import FrozenNetwork
 
 _STEPS, _EARLIER_STEPS = "auxiliary_steps", "critic_steps"
 """Keys of a checkpoint under which it counts the auxiliary network's steps, today and in earlier versions."""

@@ -19,12 +19,12 @@ from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.accumulation import MeanOfAccumulated
-from emf_lightning.modules.frozen import FrozenNetwork
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
 from emf_lightning.modules.requirements import check_network
 from emf_lightning.modules.sharding import LIVE, ShardableModule
 from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.frozen import FrozenNetwork
 from emf_lightning.text.base import TextFeatures
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from torch import Tensor
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
 from emf_lightning.modules.alternating import AlternatingModule, Alternation
-from emf_lightning.modules.frozen import EMATarget
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import DiscriminatorCallable
+from emf_lightning.networks.frozen import EMATarget
 
 _TARGET = "target"
 """Key of a checkpoint under which it keeps the consistency target's weights."""

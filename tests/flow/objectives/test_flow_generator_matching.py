@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.objectives.flow_generator_matching import (
+from emf_lightning.flow.objectives.distribution_matching import (
     AlphaMatching,
     ExactMatching,
-    FlowGeneratorMatching,
     MatchingLoss,
     TimeWeight,
 )
+from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 
 M, S = 0.7, 0.4
 """The teacher's data are N(M, S^2)."""

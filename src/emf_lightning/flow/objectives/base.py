@@ -30,6 +30,7 @@ class FlowMapTerms:
         cosine: ``[B]``, of u and v over all dimensions, detached.
         derivative_norm: ``[N]``, root mean square over dimensions of du/dt; empty for objectives without it.
         times: the samples' (r, t).
+        u: ``[B, C, H, W]``, the prediction, with a graph; None after ``detached``.
     """
 
     loss: Tensor
@@ -38,10 +39,23 @@ class FlowMapTerms:
     cosine: Tensor
     derivative_norm: Tensor
     times: Times
+    u: Tensor | None = None
 
     def detached(self) -> FlowMapTerms:
-        """The same without the loss's graph."""
-        return replace(self, loss=self.loss.detach())
+        """The same without a graph."""
+        return replace(self, loss=self.loss.detach(), u=None)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """Weight of a term of the loss, 0 before the optimiser step ``start``."""
+
+    weight: float = 0.1
+    start: int = 0
+
+    def __call__(self, step: int) -> float:
+        """The weight at an optimiser step."""
+        return self.weight if step >= self.start else 0.0
 
 
 class Objective(ABC):
@@ -184,4 +198,5 @@ def weighted_mse(
         cosine=torch.cosine_similarity(u.detach().float().flatten(1), v.float().flatten(1)),
         derivative_norm=v.new_zeros(0) if dudt is None else dudt.float().square().flatten(1).mean(1).sqrt(),
         times=times,
+        u=u,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
+from emf_lightning.flow.objectives.base import LossTerm
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.flow.times import Schedule, TimeSampler, UniformTimes
@@ -124,18 +125,6 @@ def step_alignment(student: Velocity, x: Tensor, e: Tensor, t: Tensor) -> Tensor
     """
     x = x.detach()
     return (predict_x0(student, interpolate(x, e, t), t) - x).square().flatten(1).mean(1)
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """Weight of a term of the loss, 0 before the optimiser step ``start``."""
-
-    weight: float = 0.1
-    start: int = 0
-
-    def __call__(self, step: int) -> float:
-        """The weight at an optimiser step."""
-        return self.weight if step >= self.start else 0.0
 
 
 @dataclass(frozen=True)
