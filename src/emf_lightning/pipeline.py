@@ -317,7 +317,11 @@ class EMFPipeline(DiffusionPipeline):
     def _progress(self, nfe: int) -> Iterator[None]:
         """A progress bar over the network evaluations of a batch."""
         with self.progress_bar(total=nfe) as bar:
-            handle = self.transformer.part.register_forward_hook(lambda *_: bar.update())
+
+            def count(*_: Any) -> None:  # a hook that returned tqdm's bool would replace the output by it
+                bar.update()
+
+            handle = self.transformer.part.register_forward_hook(count)
             try:
                 yield
             finally:
