@@ -72,7 +72,7 @@ def fit(*options: str) -> None:
     main(["fit", *options, "--config", "short.yaml", *warmup])
 
 
-@pytest.mark.parametrize("name", ["network", "encoder", "metric"])
+@pytest.mark.parametrize("name", ["network", "metric", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_a_class_of_ones_own_trains_from_its_page(name: str, folder: Path) -> None:
     commands = write_page(name)
     for command in commands:
@@ -101,6 +101,7 @@ def drawn_afresh(export: str) -> np.ndarray:
     return np.asarray(Image.open("drawn.png"))
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_starts_from_a_parent(folder: Path) -> None:
     fit("--config", "experiments/own_data/flow_matching.yaml", "--data.shards", "my/pictures")
     (command,) = write_page("objective")
@@ -120,6 +121,7 @@ class Forgetful(MyFlowMap):
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_would_load_other_weights_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_page("network")
     Path("forgetful.py").write_text(FORGETFUL)
@@ -132,9 +134,9 @@ def test_an_export_that_would_load_other_weights_is_refused(folder: Path, capsys
     assert "Forgetful.save_pretrained must write what its argument `pretrained` reads" in said
 
 
-@pytest.mark.parametrize("corpus", ["--corpus.shards", "--corpus.init_args.shards"])
-def test_the_encoder_study_takes_ones_own_pictures(corpus: str, folder: Path) -> None:
-    main(["encoders", "--config", "experiments/encoders/own_data.yaml", corpus, "my/pictures", "--queries", "10"])
+def test_the_encoder_study_takes_ones_own_pictures(folder: Path) -> None:
+    options = ["--corpus.shards", "my/pictures", "--queries", "10"]
+    main(["encoders", "--config", "experiments/encoders/own_data.yaml", *options])
     about = json.loads(Path("runs/encoders/own_data/encoders.json").read_text())
     assert "own data, 40 pairs, random features" in json.dumps(about)
     assert Path("runs/encoders/own_data/retrieved.png").is_file()
