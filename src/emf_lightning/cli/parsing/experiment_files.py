@@ -128,7 +128,7 @@ def check_every_text() -> None:
     from jsonargparse._optionals import get_omegaconf_loader
     from jsonargparse._util import config_load_stack
 
-    for mode, load in {"yaml": yaml_load, "omegaconf+": get_omegaconf_loader("omegaconf+")}.items():
+    for mode, load in {"yaml": yaml_load, "omegaconf+": get_omegaconf_loader("omegaconf+")}.items():  # type: ignore[no-untyped-call]
 
         def checked(text: str, load: Callable[[str], Any] = load) -> Any:
             stack = config_load_stack.get()
