@@ -82,7 +82,7 @@ RECORDS: dict[str, tuple[bytes, str, str]] = {
     "twice": (b'{"prompt": "one", "prompt": "two"}', "", "missing caption"),
     "null": (b'{"prompt": null}', "", "missing caption"),
     "seven": (b'{"prompt": 7}', "", "missing caption"),
-    "a list": (b'{"prompt": ["a"]}', "", "missing caption"),
+    "a list": (b'{"prompt": [7, null]}', "", "missing caption"),
     "no key": (b'{"url": "a"}', "", "missing caption"),
     "no object": (b"[1, 2]", "", "missing caption"),
     "json empty": (b'{"prompt": ""}', "", "empty caption"),

@@ -263,7 +263,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def run_folder(content: Any) -> Path:
-    Path("run").mkdir(exist_ok=True)
+    Path("run/checkpoints").mkdir(parents=True, exist_ok=True)
+    Path("run/checkpoints/step=1.ckpt").touch()
     Path("run/config.yaml").write_text(yaml.safe_dump(content))
     return Path("run/config.yaml")
 
@@ -391,8 +392,7 @@ def test_a_class_of_ones_own_needs_the_flag_outside_fit(capsys, tmp_path):
         "from emf_lightning.text.words import WordEncoder\n\n\nclass OwnWords(WordEncoder):\n    pass\n"
     )
     config = run_folder(crafted(("data", "text"), {"class_path": "own_words.OwnWords", "init_args": {"width": 16}}))
-    Path("run/checkpoints").mkdir()
-    Path("run/checkpoints/last.ckpt").write_bytes(b"")
+    Path("run/checkpoints/last.ckpt").touch()
     assert "own_words.OwnWords" in refused(capsys, "plan", "--config", str(config))
     main(["plan", "--config", str(config), "--trust_remote_code"])
     assert "cannot be read as a checkpoint" in refused(

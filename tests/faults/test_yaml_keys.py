@@ -85,6 +85,8 @@ def test_every_verb_says_it_in_one_line(tmp_path, monkeypatch, capsys, verb, whe
 
 def test_the_config_of_a_run_folder_is_read_alike(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data: {}\ndata: {}\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step=1.ckpt").touch()
     with pytest.raises(SystemExit):
         main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "config.yaml: the key 'data' is there twice, in line 1 and in line 2" in capsys.readouterr().err

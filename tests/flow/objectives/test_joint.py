@@ -198,7 +198,7 @@ def test_real_images_of_the_discriminator_are_the_datas_or_the_teachers():
         return z.flatten(1).mean(1)
 
     x = torch.full((64, 1, 2, 2), 5.0)
-    clean = LogitNormalTimes(mu=Schedule(-9.0), sigma=Schedule(0.1), flow_matching_weight=LossTerm(1.0))
+    clean = LogitNormalTimes(mu=Schedule(-9.0), sigma=Schedule(0.1), flow_matching_ratio=Schedule(1.0))
     for real_steps, mean in ((None, 5.0), (50, gaussian.M)):
         seen.clear()
         objective = JointObjective(real_steps=real_steps, discriminator_times=clean, adversarial_weight=LossTerm(1.0))

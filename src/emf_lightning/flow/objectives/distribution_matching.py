@@ -82,6 +82,11 @@ class DMD(MatchingLoss):
     Args:
         project: whether to take away the part of g along x_v - x, which estimates the online flow's own error
             (PDMD, arXiv 2609.35768): g - <g, c - v> / |c - v|^2 (c - v).
+
+    Example:
+        >>> x, e, u, v = torch.zeros(1, 2, requires_grad=True), torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
+        >>> torch.autograd.grad(DMD()(u, v, e - x).sum(), x)[0]  # (u - v) / 1, over two dimensions
+        tensor([[-0.5000, -0.5000]])
     """
 
     differentiates_flows = False

@@ -64,6 +64,13 @@ class JointObjective:
 
     Raises:
         ValueError: for values out of range.
+
+    Example:
+        >>> net = torch.nn.Linear(4, 4)
+        >>> student, flow = lambda z, r, t: net(z), lambda z, r, t: z
+        >>> terms = JointObjective()(student, torch.randn(8, 4), teacher=flow, online_flow=lambda z, r, t: 2 * z)
+        >>> sorted(terms.metrics)
+        ['cosine', 'matching_gradient', 'regression_gradient', 'sample_std', 'velocity_gap']
     """
 
     needs_guidance_conditioning = False
