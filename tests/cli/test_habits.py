@@ -30,10 +30,12 @@ class PixelNet(FlowMapNetwork):
 
     takes_interval = False
 
-    context_width, latent_channels, latent_size = 16, 3, 36
-
-    def __init__(self) -> None:
+    def __init__(
+        self, context_width: int | None = None, latent_channels: int | None = None, latent_size: int | None = None
+    ) -> None:
         super().__init__()
+        assert context_width and latent_channels and latent_size
+        self.context_width, self.latent_channels, self.latent_size = context_width, latent_channels, latent_size
         self.prediction = PredictVelocity()
         self.layer = torch.nn.Conv2d(3, 3, 1)
 

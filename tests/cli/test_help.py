@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,7 +36,8 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_opens_with_our_own_options(capsys) -> None:
     text = output(capsys, "fit", "--help")
-    places = [text.index(part) for part in ("examples:", "--config", "--run", "--model", "--data.text", "--trainer.")]
+    options = r"-c ", r"--run ", r"--model", r"--data\.text", r"--trainer\."
+    places = [text.index("examples:"), *(re.search(rf"^ +{option}", text, re.M).start() for option in options)]
     assert places == sorted(places)
     assert text.startswith("usage: emf fit ")
 
