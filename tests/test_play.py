@@ -19,7 +19,7 @@ from PIL import Image
 from emf_lightning import EMFPipeline, load_run
 from emf_lightning.cli import main
 from emf_lightning.cli.play import run_model
-from emf_lightning.play import PROMPTS, Drawn, PlayedModel, check_gradio, draw, exported_model
+from emf_lightning.play import PROMPTS, Drawn, PlayedModel, draw, exported_model
 from tests.cli.world import BASE
 
 PROMPT = "a photo of a red circle"
@@ -94,7 +94,7 @@ def test_seed_and_guidance_change_the_images_and_the_evaluations() -> None:
 
 @pytest.mark.parametrize("seed", [None, 0.5])
 def test_a_seed_that_is_no_whole_number_is_refused(seed) -> None:
-    with pytest.raises(ValueError, match="seed: .* is no whole number"):
+    with pytest.raises(ValueError, match=r"seed: .* is no whole number"):
         next(draw(PlayedModel("", pipeline=None), PROMPT, seed))  # type: ignore[arg-type]
 
 

@@ -38,6 +38,8 @@ if __name__ == "__main__":
 
 _SHOWN = 256  # pixels: smaller images are enlarged, each pixel to a square
 
+_HOUR = 3600  # after which images that were shown are deleted
+
 
 @dataclass(frozen=True)
 class PlayedModel:
@@ -163,7 +165,7 @@ def page(model: PlayedModel) -> Any:
         except ValueError as error:
             raise gr.Error(str(error)) from error
 
-    with gr.Blocks(title=f"emf play {model.name}", analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"emf play {model.name}", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as blocks:
         gr.Markdown(f"## {model.name}\nThe same noise at each number of steps. {model.remark}")
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(next(iter(model.prompts), ""), label="prompt", scale=6)
@@ -177,7 +179,9 @@ def page(model: PlayedModel) -> Any:
         with gr.Row():
             for heading in model.headings:
                 with gr.Column(min_width=160):
-                    cells.append(gr.Image(label=heading, format="png", interactive=False, height=_SHOWN))
+                    gr.Markdown(f"**{heading}**")
+                    settings = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+                    cells.append(gr.Image(label=heading, show_label=False, height=_SHOWN, **settings))
                     cells.append(gr.Markdown())
         if model.prompts:
             gr.Examples([[text] for text in model.prompts], [prompt], cache_examples=False)
