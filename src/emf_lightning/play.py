@@ -129,7 +129,7 @@ def draw(
     for pipeline, steps, scale in wanted:
         scale = pipeline.config.guidance_scale if scale is None else scale
         began = time.perf_counter()
-        output = pipeline(prompt, num_inference_steps=steps, guidance_scale=scale, seed=int(seed))
+        output: Any = pipeline(prompt, num_inference_steps=steps, guidance_scale=scale, seed=int(seed))
         yield Drawn(output.images[0], time.perf_counter() - began, output.nfe, scale)
 
 
