@@ -194,12 +194,13 @@ def serve(blocks: Any, host: str | None = None, port: int | None = None) -> None
     """Serves ``page`` until it is interrupted: by default on this machine alone, at the first free port from 7860.
 
     Raises:
-        ValueError: for a port that is taken.
+        ValueError: for a port that is taken, and for another machine's address.
     """
     try:
         blocks.launch(server_name=host, server_port=port, share=False, ssr_mode=False, footer_links=["api"])
     except OSError as error:
-        raise ValueError(f"port: {error}; give another, or none for the first free one") from error
+        place = f"{port or 'no free port'} at {host or 'this machine'}"
+        raise ValueError(f"port: {place} cannot be taken; give another, or none for the first free one") from error
 
 
 def check_gradio() -> None:
