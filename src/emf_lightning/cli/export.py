@@ -12,16 +12,20 @@ from jsonargparse import Namespace
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.model_card import model_card
 from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
+from emf_lightning.cli.play import example_prompts
 from emf_lightning.cli.runs import checkpoint_of, find_run
 from emf_lightning.files import replacing_folder
 from emf_lightning.modules.generation import pipeline_of
+from emf_lightning.part_classes import trusted
+from emf_lightning.play import APP, PROMPTS
 
 
 def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
     """Write a trained model as a folder in diffusers' format, with a model card.
 
     EMFPipeline.from_pretrained(out) loads it. The folder holds the network and a published autoencoder as safetensors;
-    a text encoder from the hub stays a name, which loading downloads, and one from a folder is copied.
+    a text encoder from the hub stays a name, which loading downloads, and one from a folder is copied. app.py is the
+    page of `emf play`, also for a Gradio Space.
 
     Args:
         run: its directory, runs/<name> for its newest version, or one of its checkpoints.
@@ -43,6 +47,9 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
         pipeline.check_saved(partial)
         for figure in sorted(run.glob("*/*.png")):
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
+        if prompts := example_prompts(run, settings):
+            (partial / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        (partial / "app.py").write_text(APP.format(options=", trust_remote_code=True" if trusted() else ""))
         (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
 

@@ -18,6 +18,8 @@ _CARD = """\
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [emf_lightning, few-step, meanflow]
+sdk: gradio
+app_file: app.py
 ---
 # {title}
 
@@ -32,7 +34,7 @@ pipe(["a red circle"], num_inference_steps=1, seed=0).images[0]
 
 The model was trained for few `num_inference_steps`; a `guidance_scale` other than 1 doubles the evaluations. `seed` and
 prompt fix the noise, so that a prompt's image is the same in any batch. `transformer/` and, of a published autoencoder,
-`vae/` are in diffusers' format.
+`vae/` are in diffusers' format. `python app.py` shows the model as a web page (`pip install 'emf_lightning[play]'`).
 
 ## Training
 {facts}

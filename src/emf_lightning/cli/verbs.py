@@ -14,6 +14,7 @@ FUNCTION_VERBS = {
     "experiments": "list the shipped experiments, with the question and the cost of each",
     "new": "copy a shipped experiment, to change it",
     "export": "write a trained model as a diffusers pipeline",
+    "play": "show a model as a local web page: a prompt at 1, 2, 4 and 30 steps, beside its parent",
     "compare": "train experiments for the same time and compare their images",
     "images": "write an image data set of the Hugging Face hub as shards",
     "captions": "write a file of prompts as shards without images",
@@ -62,6 +63,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "emf export --run runs/shapes/demo --out exported",
         "emf export runs/shapes/demo/version_0/checkpoints/last.ckpt --out exported",
     ),
+    "play": ("emf play runs/shapes/demo", "emf play --run exported --port 7861"),
     "compare": (
         "emf compare experiments/shapes/emf.yaml experiments/shapes/fgm.yaml --minutes 30 --out runs/compare",
         "emf compare experiments/shapes/*.yaml --overlays [experiments/parts/short_comparison.yaml] --out runs/all",

@@ -1,0 +1,119 @@
+"""`emf play`: a run, or an exported folder, as a local web page."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+
+from emf_lightning.callbacks.scores.score_history import ScoreHistory
+from emf_lightning.cli.load_run import build_run
+from emf_lightning.cli.parsing.builder import BuildingCLI
+from emf_lightning.cli.parsing.experiment_files import expand
+from emf_lightning.cli.parsing.experiment_loggers import experiment_name
+from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run, run_of
+from emf_lightning.cli.shipped import with_shipped_files
+from emf_lightning.data.prompt_list import PromptList
+from emf_lightning.exported_files import INDEX
+from emf_lightning.flow.guidance import ClassifierFreeGuidance
+from emf_lightning.flow.sampling import EulerSampler
+from emf_lightning.modules.checkpoint import load_network
+from emf_lightning.modules.checkpoint_files import whole_checkpoint
+from emf_lightning.modules.generation import pipeline_of, spec_of
+from emf_lightning.part_classes import trusted
+from emf_lightning.pipeline import EMFPipeline, PipelinePart
+from emf_lightning.play import PlayedModel, check_gradio, exported_model, page, serve
+from emf_lightning.text.plain import shorten
+
+_EXAMPLES = 6
+"""Prompts that the page offers."""
+
+
+def play(
+    run: Path,
+    checkpoint: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Show a model as a local web page: a prompt at 1, 2, 4 and 30 steps of the same noise, the parent beside it.
+
+    Under each image are its time and network evaluations. The parent is the model that the run started from, at 30
+    steps with its own guidance scale. The page needs the package gradio: pip install 'emf_lightning[play]'.
+
+    Args:
+        run: its directory, runs/<name> for its newest version, one of its checkpoints, or an exported folder.
+        checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
+        host: address at which the page is served; 0.0.0.0 lets other machines see it.
+        port: of the page; by default the first free one from 7860.
+        device: of all parts; by default cuda where there is one.
+    """
+    check_gradio()
+    if (run / INDEX).is_file():
+        model = exported_model(run, device, trusted())
+    else:
+        model = run_model(run, checkpoint).to(device)
+    serve(page(model), host, port)
+
+
+def run_model(run: Path, checkpoint: Path | None = None) -> PlayedModel:
+    """The model of a run, and its parent where the run started from one that can be loaded."""
+    found = find_run(run)
+    weights = whole_checkpoint(checkpoint or checkpoint_of(found))
+    try:  # the experiment as it began: its network is the parent
+        built = BuildingCLI.run(expand(["fit", "--config", str(found.directory / CONFIG), "--seed_everything=false"]))
+        if built.model.tunes_encoder:
+            raise ValueError("the run trained its text encoder")
+        start, remark = deepcopy(built.model.net), ""
+        load_network(built.model.net, str(weights))
+    except ValueError as error:
+        built, start = build_run(found.directory, weights), None
+        remark = f"The parent is left out: {shorten(str(error), 200)}"
+    settings = built.settings
+    pipeline = pipeline_of(built.model.eval(), built.datamodule, str(settings.trainer.precision))
+    name = experiment_name(settings.trainer) or found.directory.name
+    prompts = example_prompts(found.directory, settings)
+    source = settings.model.init_args.get("init_from") or settings.model.init_args.net.get("init_args.pretrained")
+    if start is None or source is None:
+        remark = remark or "The run started from no other model, so it has no parent."
+        return PlayedModel(name, pipeline, prompts, remark=remark)
+    source = with_shipped_files(str(getattr(source, "path", source)))
+    parent = EMFPipeline(
+        transformer=PipelinePart(start.eval(), {}),
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        sampler=spec_of(EulerSampler()),  # the velocity u(z, t, t) alone: the second time is new to the parent
+        guidance=spec_of(ClassifierFreeGuidance()),
+        guidance_scale=_guidance_of(Path(source)),
+        latent_size=pipeline.config.latent_size,
+        autocast=pipeline.config.autocast,
+        features=pipeline.config.features,
+    )
+    return PlayedModel(name, pipeline, prompts, parent, f"The parent is {source}.")
+
+
+def example_prompts(directory: Path, settings: Namespace) -> list[str]:
+    """Some prompts of a run: one of each task that it scored, or the first of its ``data.prompts``."""
+    for file in sorted(directory.glob("*/results/*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, 10_000)]
+        found = {row.get("tag") or row["prompt"]: row["prompt"] for row in reversed(rows) if row.get("prompt")}
+        if found:
+            return list(found.values())[::-1][:_EXAMPLES]
+    listed = settings.data.get("prompts")
+    return PromptList(listed).prompts[:_EXAMPLES] if listed and Path(listed).is_file() else []
+
+
+def _guidance_of(source: Path) -> float:
+    """The guidance scale of the run in which ``source`` lies, or of the scores beside it; 1 where nothing says it."""
+    run = run_of(source) if source.exists() else None
+    if run is not None:
+        settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["model"].get("init_args", {})
+        return float(settings.get("guidance_scale", 1.0))
+    known = ScoreHistory.read_if_there(source / "scores.jsonl").latest()
+    main = [record.sampling for record in known if record.sampling.is_main]
+    return max(main, key=lambda sampling: sampling.steps).guidance_scale or 1.0 if main else 1.0
