@@ -31,6 +31,7 @@ from emf_lightning.evaluation.metric_scores import MetricScores
 from emf_lightning.evaluation.own_prompts import OwnPrompts, ValidationCaptions, chosen_benchmarks
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
 from emf_lightning.files import write_json_lines
+from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.modules.flow_map import FlowMapModule
 
 SCORES = "scores.jsonl"
@@ -277,9 +278,9 @@ class FewStepSampling(Callback):
             scale = next((config.guidance_scale for config in known if config.steps == self.parent_steps), None)
             config = SamplingConfig(self.parent_steps, scale).resolve(module.guidance_scale)
             shown = self._shown(benchmark)
-            requested = [one for one in self._requested(trainer, benchmark, "final") if one in shown]
+            requested = [one for one in _requests(benchmark, self._asked(trainer, benchmark, "final")) if one in shown]
             total = len(requested)
-            with sampling_context(trainer, module):
+            with sampling_context(trainer, module), module.sampling_with(EulerSampler()):
                 (result,) = sample_and_score(
                     trainer,
                     module,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.objectives.base import FlowMapTerms, Objective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
-from emf_lightning.flow.sampling import sample
+from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.modules import checkpoint as checkpoints
@@ -96,6 +97,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         self.pipeline: Any = None
         self._non_finite = NonFiniteGuard(nan_patience)
         self._planned_steps = 0
+        self._sampler: Sampler | None = None
         self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
         check_network(self.net, self.objective)
         if init_from is not None:
@@ -163,11 +165,20 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             noise,
             text.conditioning,
             steps=steps,
-            sampler=self.objective.sampler,
+            sampler=self._sampler or self.objective.sampler,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             null_context=null.conditioning,
             guidance=self.objective.sampling_guidance,
         )
+
+    @contextmanager
+    def sampling_with(self, sampler: Sampler) -> Iterator[None]:
+        """A context in which ``sample_latents`` takes ``sampler`` in place of the objective's."""
+        self._sampler = sampler
+        try:
+            yield
+        finally:
+            self._sampler = None
 
     def nfe(self, steps: int, guidance_scale: float | None = None) -> int:
         """Network evaluations per image."""
