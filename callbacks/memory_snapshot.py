@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class MemorySnapshot(Callback):
@@ -52,6 +52,6 @@ class MemorySnapshot(Callback):
     def _write(self) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(self._path))
+            torch.cuda.memory._dump_snapshot(str(self._path))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)
             self._path = None

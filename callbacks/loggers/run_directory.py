@@ -35,13 +35,15 @@ def place(trainer: Trainer, directory: Path) -> None:
     """Makes ``directory`` the run's own: that of its loggers which write files, and of its checkpoints."""
     number = directory.name.removeprefix("version_")
     for logger in file_loggers(trainer.loggers):
-        logger._root_dir = logger._save_dir = str(directory.parent)
+        logger._root_dir = str(directory.parent)
+        logger._save_dir = str(directory.parent)  # type: ignore[union-attr]
         logger._name = ""
         logger._version = int(number) if number.isdecimal() and number != directory.name else directory.name
     earlier, checkpoints = (str(Path(path, "checkpoints")) for path in (trainer.default_root_dir, directory))
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath in (None, earlier):
             callback.dirpath = checkpoints
-    if trainer.profiler.dirpath in (None, trainer.default_root_dir):
-        trainer.profiler.dirpath = str(directory)
-    trainer._default_root_dir = str(directory)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if profiler.dirpath in (None, trainer.default_root_dir):
+        profiler.dirpath = str(directory)
+    trainer._default_root_dir = str(directory)  # type: ignore[attr-defined]

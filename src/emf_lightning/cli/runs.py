@@ -34,8 +34,8 @@ def find_run(run: str | Path) -> Run:
     for directory in (path, *versions(path)):
         if (directory / CONFIG).is_file():
             return Run(directory if directory.name not in ("", "..") else directory.resolve(), _last(directory))
-    if path.exists() and (directory := run_of(path)) is not None:
-        return Run(directory, path if path.suffix == ".ckpt" else _last(directory))
+    if path.exists() and (inside := run_of(path)) is not None:
+        return Run(inside, path if path.suffix == ".ckpt" else _last(inside))
     what = f"no {CONFIG} in {path}" if path.exists() else f"{path} is not there"
     raise ValueError(f"run: {what}; give the directory of a run, e.g. runs/shapes/emf/version_0")
 

@@ -56,7 +56,7 @@ def file_schema(verb: str) -> dict[str, Any]:
     Raises:
         ValueError: for a verb that reads no files.
     """
-    found = _loosened(FileSchema().generate(parser_of(verb)))
+    found = _loosened(FileSchema().generate(parser_of(verb)))  # type: ignore[no-untyped-call]
     found["properties"][KEY] = NAMES | {"description": "files that this one builds on, oldest first, relative to it"}
     if trainer := found["properties"].get("trainer"):
         remark = {"description": "classes to take out of what the files before have put here"}
@@ -79,7 +79,7 @@ class FileSchema(ParserJsonschema):
     """jsonargparse's schema, with short names of classes, and without those of other libraries."""
 
     def callable_schema(self, typehint: Any, action: Any) -> dict[str, Any]:
-        returned = get_callable_return_type(typehint)
+        returned = get_callable_return_type(typehint)  # type: ignore[no-untyped-call]
         kinds = [kind for kind in get_args(returned) or (returned,) if isclass(kind)]
         return {"anyOf": [{"type": "string"}, *(self.class_ref(kind, action, subclass=True) for kind in kinds)]}
 

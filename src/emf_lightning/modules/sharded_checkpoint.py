@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from emf_lightning.digests import DIGESTS, read_digests, sha256
 from emf_lightning.files import full_disk, to_json, write_atomic
@@ -67,6 +68,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         path = self._whole(path) if path.is_dir() else checked(path)
+        assert self.lightning_module is not None
         self.lightning_module.trainer.ckpt_path = str(path)  # callbacks read their part from there
         try:
             with _no_pickles(), _failures():

@@ -110,7 +110,7 @@ def test_lines_behind_the_last_save_are_written_again(folder, tmp_path):
 def test_a_kill_while_saving_leaves_the_save_before(folder, tmp_path):
     with pytest.raises(KilledError):
         run(folder, tmp_path, save_seconds=0, report=kill_at_20)
-    (tmp_path / ".progress-0-of-1.partial").write_bytes(b"half a file")
+    (tmp_path / ".progress-0-of-1.pt.partial").write_bytes(b"half a file")
     seen = []
     run(folder, tmp_path, report=lambda done, total: seen.append(done))
     assert seen[0] == 20

@@ -82,8 +82,8 @@ def test_strange_prompts_are_errors():
     metric = SuiteScore(Fixed(PROMPTS[:3]))
     with pytest.raises(ValueError, match=f"'{PROMPTS[5].prompt}' is none of the 3"):
         metric.count([PROMPTS[5]], [RIGHT])
-    with pytest.raises(ValueError, match="prompts of fixed must differ"):
-        SuiteScore(Fixed([PROMPTS[0], PROMPTS[0]]))
+    with pytest.raises(ValueError, match="fixed has different prompts of the text"):
+        SuiteScore(Fixed([PROMPTS[0], replace(PROMPTS[0], tag="another")]))
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         metric.count(PROMPTS[:2], [RIGHT])
 

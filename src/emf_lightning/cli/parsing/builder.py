@@ -43,7 +43,7 @@ class ParserCLI(BuildingCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
-        self.config = Namespace(subcommand=args[0])
+        self.config = Namespace(subcommand=args[0])  # type: ignore[no-untyped-call]
 
     def _set_seed(self) -> None:
         """Sets no seed."""

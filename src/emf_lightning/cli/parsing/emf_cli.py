@@ -122,10 +122,10 @@ class EMFCLI(LightningCLI):
         parts = ("model", "data", "trainer")  # after what is ours
         places = {
             id(group): parts.index(name.partition(".")[0])
-            for name, group in parser.groups.items()
+            for name, group in (parser.groups or {}).items()
             if name.partition(".")[0] in parts
         }
-        parser._action_groups.sort(key=lambda group: places.get(id(group), -1))
+        parser._action_groups = sorted(parser._action_groups, key=lambda group: places.get(id(group), -1))
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -27,7 +27,7 @@ def complete_loggers(trainer: Namespace) -> None:
     """Gives the experiment's name to loggers that take one, and MLflow a folder of its own beside the runs."""
     name = experiment_name(trainer)
     for logger in _loggers(trainer):
-        settings = logger.get("init_args") or Namespace()
+        settings = logger.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
         for argument in ("name", "run_name"):
             if argument in settings and settings[argument] is None:
                 settings[argument] = name

@@ -57,7 +57,7 @@ def _modules() -> list[type]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
+    for child in list[type](kind.__subclasses__()):
         if child.__module__.startswith("emf_lightning."):
             yield child
         yield from _subclasses(child)

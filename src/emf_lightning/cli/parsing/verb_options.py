@@ -58,7 +58,7 @@ def scales(text: str | float | Sequence[float]) -> list[float]:
     """Numbers from ``1.5`` or ``1,2``."""
     if isinstance(text, str):
         return [float(word) for word in text.strip("[]").split(",")]
-    return list(text) if isinstance(text, Sequence) else [text]
+    return [text] if isinstance(text, int | float) else list(text)
 
 
 def choose(config: Namespace, fitting: bool, arguments: Sequence[str]) -> Chosen:
@@ -105,7 +105,7 @@ def set_prediction(config: Namespace) -> None:
     writers = [callback for callback in callbacks if issubclass(class_of(callback.class_path), SampleWriter)]
     if not writers:
         path = f"{SampleWriter.__module__}.{SampleWriter.__name__}"
-        writers = [Namespace(class_path=path, init_args=Namespace())]
+        writers = [Namespace(class_path=path, init_args=Namespace())]  # type: ignore[no-untyped-call]
         config.trainer.callbacks = [*callbacks, *writers]
     for writer in writers:
         for name, value in options.items():
