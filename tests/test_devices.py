@@ -105,7 +105,7 @@ def test_few_step_sampling_leaves_sharded_training_as_it_was(out):
         assert difference(watched[kind], unwatched[kind]) == 0
     records = [json.loads(line) for line in (out / "watched/shapes/scores.jsonl").read_text().splitlines()]
     assert [(r["step"], r["steps"]) for r in records] == [(0, 1), (0, 2), (2, 1), (2, 2), (STEPS, 1), (STEPS, 2)]
-    assert all(sum(record["scores"]["images"].values()) == 11 for record in records), "each image once"
+    assert all(sum(record["scores"]["images"].values()) == 15 for record in records), "each image once"
 
 
 def test_the_self_check_goes_through_a_sharded_network_on_all_ranks_together(out):

@@ -68,7 +68,7 @@ def test_a_base_may_be_a_shipped_experiment_and_one_beside_the_file_wins() -> No
         ("shapes/dmo", "did you mean shapes/demo?"),
         ("demo.yaml", "did you mean shapes/demo?"),
         ("experiments/scores/hsp.yaml", "did you mean scores/hps?"),
-        ("flow_matching", "did you mean claim/flow_matching or shapes/flow_matching?"),
+        ("flow_matching", "did you mean claim/flow_matching or own_data/flow_matching or shapes/flow_matching?"),
         ("qqqqqqqq", "is shipped (`emf experiments` lists them)"),
     ],
 )
