@@ -139,6 +139,13 @@ class EMFCLI(LightningCLI):
         with naming_options(self._subcommand_parsers[args[0]]):
             self.config = parser.parse_args(args)
 
+    def _dump_config(self) -> None:
+        """Gives a network without arguments of its own a place for its linked ones, which Lightning records there."""
+        super()._dump_config()
+        net = self.config_dump.get("model", {}).get("init_args", {}).get("net")
+        if isinstance(net, dict) and "class_path" in net:
+            net.setdefault("init_args", {})
+
     def _parse_ckpt_path(self) -> None:
         """Ignores the checkpoint's hyperparameters, which Lightning would let override the command line."""
 
