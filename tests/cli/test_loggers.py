@@ -136,6 +136,7 @@ LOGGERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", LOGGERS)
 def test_all_files_of_a_run_lie_in_its_own_directory_with_any_logger(logger: str, here: Path) -> None:
     for version in (0, 1):
@@ -147,6 +148,7 @@ def test_all_files_of_a_run_lie_in_its_own_directory_with_any_logger(logger: str
     assert run_of(0).joinpath("checkpoints/last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_a_named_logger_gives_the_directory_as_in_earlier_versions(here: Path) -> None:
     fit("--trainer.logger.init_args.name", "earlier")
     fit("--trainer.logger.init_args.version", "chosen")
@@ -155,6 +157,7 @@ def test_a_named_logger_gives_the_directory_as_in_earlier_versions(here: Path) -
     assert Path("runs/shapes/scored/chosen/checkpoints/last.ckpt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["none", "a user's"])
 def test_the_last_checkpoint_is_found_with_any_logger(logger: str, here: Path) -> None:
     fit(*LOGGERS[logger], "--trainer.max_steps", "2")
@@ -197,6 +200,7 @@ def test_every_logger_of_several_gets_the_same_curves_pictures_and_settings(here
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loggers", [("CSVLogger",), (TENSORBOARD, "CSVLogger")])
 def test_an_interrupted_run_goes_on_in_its_directory_without_doubled_points(loggers: Any, here: Path) -> None:
     options = with_loggers(*({"class_path": name, "init_args": {"save_dir": "runs"}} for name in loggers))
@@ -222,6 +226,7 @@ def _every_second_step() -> str:
     return "often.yaml"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_has_the_whole_curves(here: Path) -> None:
     fit("--trainer.max_steps", "2")
     user = ("--trainer.logger", "tests.cli.test_loggers.Recorder")
@@ -241,6 +246,7 @@ def test_a_logger_without_its_package_is_one_sentence(here: Path, capsys: pytest
     assert line.startswith("emf fit: CometLogger needs a package that is not installed: pip install -U 'comet-ml")
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_as_many_curves_and_pictures_as_tensorboard(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +266,7 @@ def test_weights_and_biases_gets_as_many_curves_and_pictures_as_tensorboard(
     assert (name, config["trainer"]["max_steps"]) == ("shapes/scored", 4)
 
 
+@pytest.mark.slow
 def test_mlflow_gets_as_many_curves_and_pictures_as_tensorboard(here: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{here}/mlflow.db"
