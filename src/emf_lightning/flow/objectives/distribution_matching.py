@@ -96,7 +96,7 @@ class DMD(MatchingLoss):
 
     def __call__(self, u: Tensor, v: Tensor, c: Tensor) -> Tensor:
         with torch.no_grad():
-            u, v, fixed = u.flatten(1), v.flatten(1), c.flatten(1)
+            u, v, fixed = u.flatten(1), v.flatten(1), c.detach().flatten(1)
             g = (u - v) / (fixed - u).abs().mean(1, keepdim=True)
             if self.project:
                 error = fixed - v
