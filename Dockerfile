@@ -22,8 +22,8 @@ RUN python3 -m venv /opt/emf \
 COPY . ./
 RUN uv pip install --python /opt/emf --no-cache --compile-bytecode --no-deps --no-build-isolation .
 
-# any user may run it: runs, data and downloads go into the folder that is mounted at /work
-ENV HOME=/tmp USER=emf HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+# any user may run it: runs, data and downloads go into the folder that is mounted at /workspace
+ENV HOME=/tmp USER=emf HF_HOME=/workspace/.cache/huggingface
+WORKDIR /workspace
 ENTRYPOINT ["emf"]
 CMD ["--help"]

@@ -20,7 +20,7 @@ NONE = "none"
 
 @dataclass
 class Chosen:
-    """What a verb loads and where it writes.
+    """Checkpoint that a verb loads, and directory that it writes into.
 
     Attributes:
         checkpoint: its path, or ``last``; None where there is none.
