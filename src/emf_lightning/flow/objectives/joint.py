@@ -20,7 +20,7 @@ from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discri
 from emf_lightning.flow.objectives.base import FlowMapTerms, LossTerm, Objective
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
-from emf_lightning.flow.path import interpolate
+from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import Sampler, flow_map_rollout
 from emf_lightning.flow.target_velocity import TargetVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler
@@ -192,7 +192,7 @@ class JointObjective:
             metrics |= {"adversarial_gradient": _norm(gradient), "fake_logits": logits.detach().mean()}
             pull += _scaled(gradient, adversarial * reference)
         finite = samples.detach().isfinite().flatten(1).all(1)
-        product = (torch.where(finite.view(-1, *[1] * (x.ndim - 1)), samples, 0) * pull).sum()
+        product = (torch.where(expand_like(finite, samples), samples, 0) * pull).sum()
         loss = terms.loss + product - product.detach()
         return JointTerms(loss, terms, terms.finite & finite, metrics)
 
@@ -246,7 +246,7 @@ class JointObjective:
 def _finite(gradient: Tensor) -> Tensor:
     """``gradient`` with zeros for the samples in which a value is not finite."""
     finite = gradient.isfinite().flatten(1).all(1)
-    return torch.where(finite.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0)
+    return torch.where(expand_like(finite, gradient), gradient, 0)
 
 
 def _norm(gradient: Tensor) -> Tensor:
