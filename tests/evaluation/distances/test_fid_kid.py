@@ -204,6 +204,20 @@ def test_too_few_images_are_refused(reference):
         FrechetDistance(FEATURES, reference, count=5000).check_count(5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (KernelDistance, {"subsets": 0}, "subsets must be at least 1, got 0"),
+        (KernelDistance, {"subset_size": 1}, "subset_size must be at least 2, got 1"),
+        (KernelDistance, {"count": 0}, "count must be at least 1, got 0"),
+        (FrechetDistance, {"resolution": 0}, "resolution must be at least 1, got 0"),
+    ],
+)
+def test_numbers_that_no_distance_has_are_refused(kind, settings, said):
+    with pytest.raises(ValueError, match=f"{kind.__name__}: {said}"):
+        kind(FEATURES, **settings)
+
+
 def test_images_of_other_sizes_are_brought_to_the_protocols(reference):
     wide = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in images_of(0)]
     assert distance(reference, wide, resolution=36) < 0.2 * distance(reference, images_of(1, noise=90.0))

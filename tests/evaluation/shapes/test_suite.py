@@ -50,3 +50,20 @@ def test_an_image_is_evaluated_by_its_prompt():
 def test_an_unknown_world_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="no world 'huge'; the worlds are small, full"):
         ShapesSuite("huge")
+
+
+@pytest.mark.parametrize("world", ["small", "full"])
+def test_a_task_of_one_prompt_has_chance_scores_by_the_worlds_other_prompts(world):
+    suite = ShapesSuite(world, per_task=1, scenes_per_task=10)
+    assert Counter(prompt.tag for prompt in suite.prompts())["two_object"] == 1
+
+    assert suite.ceiling().overall == 1
+    assert suite.chance().overall < 0.5
+    assert set(suite.chance().correct) == set(TASKS)
+
+
+@pytest.mark.parametrize("argument", ["per_task", "scenes_per_task"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_no_prompts_or_scenes_are_refused(argument, value):
+    with pytest.raises(ValueError, match=f"ShapesSuite: {argument} must be at least 1, got {value}"):
+        ShapesSuite(**{argument: value})

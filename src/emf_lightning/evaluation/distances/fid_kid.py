@@ -29,6 +29,9 @@ class _Distance(ImageMetric):
         self, features: ImageFeatures | None, reference: Path | None, resolution: int | None, count: int | None
     ) -> None:
         super().__init__()
+        for argument, value in {"resolution": resolution, "count": count}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}: {argument} must be at least 1, got {value}")
         self._features = features = features or RandomFeatures()
         if features.name:
             self.name, self.title = f"{self.name}_{features.name}", f"{self.title} ({features.name} features)"
@@ -165,6 +168,9 @@ class KernelDistance(_Distance):
         subset_size: int = 1000,
     ) -> None:
         super().__init__(features, reference, resolution, count)
+        for argument, value, lowest in (("subsets", subsets, 1), ("subset_size", subset_size, 2)):
+            if value < lowest:
+                raise ValueError(f"KernelDistance: {argument} must be at least {lowest}, got {value}")
         self.subsets, self.subset_size = subsets, subset_size
         if self.reference is not None and self._images is None:
             raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.data.geneval_prompts import Prompt
-from emf_lightning.data.shapes.prompts import evaluation_prompts
+from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import WORLDS
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
@@ -28,7 +28,7 @@ class ShapesSuite(PromptSuite):
         scenes_per_task: scenes of each task for ``ceiling`` and ``chance``.
 
     Raises:
-        ValueError: for another world.
+        ValueError: for another world, and for numbers below 1.
     """
 
     name = "shapes"
@@ -37,6 +37,9 @@ class ShapesSuite(PromptSuite):
     def __init__(self, world: str = "small", per_task: int = 100, scenes_per_task: int = 100) -> None:
         if world not in WORLDS:
             raise ValueError(f"ShapesSuite: no world {world!r}; the worlds are {', '.join(WORLDS)}")
+        for argument, value in {"per_task": per_task, "scenes_per_task": scenes_per_task}.items():
+            if value < 1:
+                raise ValueError(f"ShapesSuite: {argument} must be at least 1, got {value}")
         self.world = WORLDS[world]
         self.per_task = per_task
         self.scenes_per_task = scenes_per_task
@@ -73,10 +76,17 @@ class ShapesSuite(PromptSuite):
         evaluated = []
         for asked in self.images(self.scenes_per_task):
             prompt = asked.prompt
-            task = [other for other in self._prompts if other.tag == prompt.tag]
-            # any other prompt of the task
-            other = task[(task.index(prompt) + int(rng.integers(1, len(task)))) % len(task)]
+            other = self._other_prompt(prompt, rng)
             image = scene_for(self.world, other if of_other_prompts else prompt, rng).render(self.world)
             evaluated.append((prompt, self.evaluate(image, prompt)))
         self._scene_scores[of_other_prompts] = TaskScores.of(evaluated)
         return self._scene_scores[of_other_prompts]
+
+    def _other_prompt(self, prompt: Prompt, rng: np.random.Generator) -> Prompt:
+        """Any other prompt of the task; of the world's, where the suite has no other."""
+        task = [other for other in self._prompts if other.tag == prompt.tag]
+        if len(task) > 1:
+            return task[(task.index(prompt) + int(rng.integers(1, len(task)))) % len(task)]
+        while (other := random_prompt(self.world, prompt.tag, rng)).prompt == prompt.prompt:
+            pass
+        return other
