@@ -49,7 +49,7 @@ class ExperimentProgressBar(TQDMProgressBar):
         self._terminal = sys.stdout.isatty()
         self._last_line = float("-inf")
         self._began = (0.0, 0)
-        self._scores = ""
+        self._scores: dict[str, tuple[str, str]] = {}
         self._closing: list[str] = []
         self._sampling: Tqdm | None = None
 
@@ -74,10 +74,10 @@ class ExperimentProgressBar(TQDMProgressBar):
             self._sampling.close()
             self._sampling = None
 
-    def show_scores(self, scores: Mapping[str, float], name: str = "scores") -> None:
-        """Adds ``scores`` (step count -> main number of the metric ``name``) to the bar."""
+    def show_scores(self, scores: Mapping[str, float], name: str = "scores", benchmark: str = "") -> None:
+        """Shows ``scores`` (step count -> main number of the metric ``name``) in the bar, in place of the last ones."""
         numbers = " ".join(f"{score:.2f}".removeprefix("0") for score in scores.values())  # .42 rather than 0.42
-        self._scores = f"{name} {'/'.join(scores)} {numbers}"
+        self._scores[benchmark] = name, f"{'/'.join(scores)} {numbers}"
 
     def show_at_end(self, text: str) -> None:
         """Writes ``text`` at the end of the run, above the last line."""
@@ -161,7 +161,11 @@ class ExperimentProgressBar(TQDMProgressBar):
     def _numbers(self, trainer: Trainer) -> str:
         logged = trainer.callback_metrics
         shown = [f"{name} {float(logged[tag]):.3g}" for tag, name in SHOWN.items() if tag in logged]
-        return ", ".join([*shown, *filter(None, [self._scores])])
+        several = len(self._scores) > 1  # benchmarks: each is named
+        for benchmark, (name, numbers) in self._scores.items():
+            title = name if benchmark in ("", name) or not several else f"{benchmark} {name}"
+            shown.append(f"{title} {numbers}")
+        return ", ".join(shown)
 
 
 def progress_bar(trainer: Trainer) -> ExperimentProgressBar | None:

@@ -324,7 +324,7 @@ class FewStepSampling(Callback):
         if last.results and (bar := progress_bar(trainer)):
             main = next(iter(last.results))
             scores = {record.sampling.short_title: record.results[main].score for record in records}
-            bar.show_scores(scores, "scores" if last.scores else main)
+            bar.show_scores(scores, "scores" if last.scores else main, benchmark.name)
         show_line(trainer, f"step {last.step}: {_summary(records)} ({last.images} images each, {seconds:.0f} s)")
         if last.stage != "fit" and (table := board.table(records)):
             show_line(trainer, f"{benchmark.name}, step {last.step}\n{table}", at_end=True)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from emf_lightning.callbacks import ExperimentProgressBar, FewStepSampling, TrainingLog
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
+from tests.callbacks.test_own_prompts import Brightness
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,13 @@ def test_refresh_rate_0_is_silent(shards, tmp_path, capsys):
     trainer.fit(tiny.meanflow(), datamodule=tiny.data(shards))
 
     assert capsys.readouterr().out == ""
+
+
+def test_each_benchmark_of_several_callbacks_keeps_its_scores(shards, tmp_path, capsys):
+    prompts = FewStepSampling(
+        steps=[1], at_start=False, prompts=["one", "two"], extra_metrics=[Brightness()], every_n_steps=2
+    )
+    lines = fit(shards, tmp_path / "run", capsys, sampling(every_n_steps=2), prompts)
+
+    last = next(line for line in lines if line.startswith("step 4/4"))
+    assert re.search(r", shapes scores 1/2 \.?\d+ \.?\d+, prompts brightness 1 ", last), last
