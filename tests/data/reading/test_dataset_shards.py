@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from emf_lightning.cli import main
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.dataset_shards import dataset_samples, open_dataset, write_samples
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
 from tests import pipelines
+from tests.data.tars import noise_image
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,44 @@ def test_a_copy_that_save_to_disk_wrote_is_read_too(cifar, tmp_path):
     assert again[5]["label"] == whole[5]["label"]
     with pytest.raises(ValueError, match="there are no samples"):
         write_samples(iter(()), tmp_path / "none", {})
+
+
+def folder_of(path, listed, pictures):
+    for number, name in enumerate(pictures):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(noise_image(number))
+    (path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name}", "text": "{name}"}}\n' for name in listed))
+    return path
+
+
+@pytest.mark.parametrize("caption", ["text", "a photo"])
+def test_pictures_that_the_metadata_file_does_not_list_are_counted(tmp_path, capsys, caption):
+    folder = folder_of(tmp_path / "set", ["a.png", "gone.png"], ["a.png", "b.png", "in/c.png"])
+    main(["images", "--dataset", str(folder), "--out", str(tmp_path / "out"), "--caption", caption])
+
+    said = capsys.readouterr().out
+    assert "1 samples in 1 shards" in said
+    assert "1 x unreadable image file (No such file or directory) (row 1 first)" in said
+    assert f"2 x not listed in the metadata file ({folder}/b.png first)" in said
+
+
+def test_a_folder_without_metadata_and_one_whose_pictures_are_listed_lose_none(tmp_path, capsys):
+    for number, listed in enumerate(([], ["a.png", "in/c.png"])):
+        folder = folder_of(tmp_path / f"set{number}", listed, ["a.png", "in/c.png"])
+        if not listed:
+            (folder / "metadata.jsonl").unlink()
+        main(["images", "--dataset", str(folder), "--out", str(tmp_path / f"out{number}")])
+        said = capsys.readouterr().out
+        assert "2 samples in 1 shards" in said and "left out" not in said
+
+
+@pytest.mark.parametrize(
+    "line", [r'{"file_name": "a.png", "text": "a \ud83d cat"}', '{"file_name": "a.p', '{"name": "a"}']
+)
+def test_a_damaged_metadata_file_names_the_folder_that_training_reads(tmp_path, line):
+    folder = folder_of(tmp_path / "set", ["a.png"], ["a.png"])
+    (folder / "metadata.jsonl").write_text(line)
+    with pytest.raises(
+        ValueError, match=r"cannot read split .*set \(.*\); check the split, and the files there; .*data.shards"
+    ):
+        open_dataset(str(folder), "train")

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from emf_lightning.data.geneval_prompts import with_article
 from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
-from emf_lightning.data.reading.pixels import ImageLimits, UnusableImageError, read_pixels
+from emf_lightning.data.reading.pixels import EXTENSIONS, ImageLimits, UnusableImageError, read_pixels
 from emf_lightning.data.reading.urls import is_url, open_url
 from emf_lightning.files import read_json, remove_partial, replacing
 
@@ -33,10 +33,22 @@ def open_dataset(name: str, split: str, revision: str | None = None) -> Any:
         return load_dataset(name, split=split, revision=revision)
     except Exception as error:  # many kinds: hub, files, split names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"dataset: cannot read split {split!r} of {name} ({reason}); give a hub name that can be reached, or the "
-            "path of a local copy"
-        ) from error
+        remedy = "give a hub name that can be reached, or the path of a local copy"
+        if Path(name).exists():
+            remedy = "check the split, and the files there; a folder of pictures is also read as it is, by data.shards"
+        raise ValueError(f"dataset: cannot read split {split!r} of {name} ({reason}); {remedy}") from error
+
+
+def unlisted_images(dataset: Any, name: str, split: str) -> list[str]:
+    """Paths of images in the local folder ``name`` that its metadata file does not list: the data set lacks them."""
+    from datasets import Image, load_dataset_builder
+
+    if getattr(dataset, "builder_name", None) != "imagefolder" or not Path(name).is_dir():
+        return []
+    column = image_column(dataset)
+    listed = {row[column]["path"] for row in dataset.select_columns(column).cast_column(column, Image(decode=False))}
+    files = map(str, (load_dataset_builder(name).config.data_files or {}).get(split, ()))
+    return [file for file in files if file.rpartition(".")[2].lower() in EXTENSIONS and file not in listed]
 
 
 def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], str | None]:
