@@ -260,6 +260,17 @@ def test_metadata_overrides_texts_and_several_captions_take_turns(tmp_path: Path
     assert skipped(sources) == {"missing caption": 1}
 
 
+def test_halves_of_surrogate_pairs_in_metadata_are_replaced_or_name_no_picture(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(noise_image(1))
+    lines = [r'{"file_name": "a.png", "text": "a \ud83d cat"}', r'{"file_name": "b\ud83d.png", "text": "x"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, r'{"file_name": "\udcff.png", "text": "x"}']))
+    with pytest.warns(UserWarning, match="2 of 3 captions name a picture that is not there; they are left out"):
+        sources = open_sources(str(tmp_path), "shards")
+    assert captions(sources) == ["a \ufffd cat"]
+    assert skipped(sources) == {"missing caption": 1}
+
+
 def test_lists_of_captions_take_turns_in_json_and_parquet(tmp_path: Path) -> None:
     record = json.dumps({"caption": ["one", "two"]}).encode()
     shard = write_tar(tmp_path / "x.tar", {"0.png": noise_image(0), "0.json": record})

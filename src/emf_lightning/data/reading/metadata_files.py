@@ -67,7 +67,11 @@ def _hash(path: str) -> int:
     """Digest of a path without what follows the first dot of its last component."""
     folder, name = os.path.split(os.path.normpath(path))
     stem = os.path.join(folder, name.partition(".")[0])
-    return int.from_bytes(blake2b(os.fsencode(stem), digest_size=8).digest(), "little")
+    try:
+        data = os.fsencode(stem)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and no file's name holds
+        data = stem.encode("utf-16", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def _pairs(file: str, images: Sequence[str], columns: Sequence[str]) -> Iterator[tuple[str, str]]:
