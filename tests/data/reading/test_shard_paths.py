@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,25 @@ def test_nothing_at_all_and_other_files_are_refused(folder: Path) -> None:
         shard_paths([])
     with pytest.raises(ValueError, match=r"notes\.txt' is not a shard; they end in \.tar, \.tar\.gz, \.tgz"):
         shard_paths(folder / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{0..99999999999}", "names 100,000,000,000 shards, more than 1,000,000; correct its range"),
+        ("{0..9999}-{0..9999}", "names 100,000,000 shards"),
+        (f"{{0..{'9' * 30}}}", "has a range of numbers of more than 18 digits"),
+        ("{7..3}", "has a range that ends before it starts, so it names no shard"),
+        ("{0..999999999}-{7..3}", "has a range that ends before it starts"),
+    ],
+)
+@pytest.mark.parametrize("place", ["", "https://host/"])
+def test_a_range_of_too_many_or_no_shards_is_refused_before_it_is_expanded(name: str, said: str, place: str) -> None:
+    with pytest.raises(ValueError, match=f"^data.shards: '{re.escape(f'{place}a-{name}.tar')}' {said}"):
+        shard_paths(["https://host/b.tar", f"{place}a-{name}.tar"], "data.shards")
+
+
+def test_ranges_of_an_entry_are_combined_with_their_leading_zeros() -> None:
+    assert names(shard_paths("https://host/{1..2}-{08..10}.tar")) == [
+        *("1-08.tar", "1-09.tar", "1-10.tar", "2-08.tar", "2-09.tar", "2-10.tar")
+    ]
