@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,9 +163,7 @@ class ScoreBoard:
         from PIL import Image
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():  # a prompt may hold letters that matplotlib's font lacks
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            save_figure(figure, self.directory / f"{name}.png")
+        save_figure(figure, self.directory / f"{name}.png")
         pixels = np.asarray(Image.open(self.directory / f"{name}.png").convert("RGB"))
         self.log.picture(self._group, name, pixels, step)
 

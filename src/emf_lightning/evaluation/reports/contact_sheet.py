@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.evaluation.reports.figures import paper_style
+from emf_lightning.evaluation.reports.letters import drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +53,7 @@ def contact_sheet(
         for number, prompt in enumerate(prompts):
             block, row = divmod(number, rows)
             left, bottom = block_width * block + LABEL, CELL * (rows - 1 - row)
-            text = "\n".join(wrap(prompt.removeprefix("a photo of "), 22, max_lines=4, placeholder=" ..."))
+            text = _wrapped(drawable(prompt.removeprefix("a photo of ")))
             place = (left - 0.08) / width, (bottom + CELL / 2) / height
             figure.text(*place, text, ha="right", va="center", fontsize=7.5 if text.count("\n") < 3 else 6.5, **plain)
             for column, (heading, images) in enumerate(columns.items()):
@@ -65,6 +67,12 @@ def contact_sheet(
                     words = fill(heading, 11, break_long_words=False)
                     figure.text(*place, words, ha="center", va="bottom", fontsize=6.5, fontweight="bold", **plain)
     return figure
+
+
+def _wrapped(text: str) -> str:
+    """``text`` in at most four lines of 22 columns; a letter of Chinese, Japanese or Korean takes two."""
+    columns = "".join(f"{letter}\0" if east_asian_width(letter) in "WF" else letter for letter in text)
+    return "\n".join(wrap(columns, 22, max_lines=4, placeholder=" ...")).replace("\0", "")
 
 
 def _show(axes: Any, image: NDArray[np.uint8], correct: bool | None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS, SHARE
 from emf_lightning.evaluation.metric_scores import MetricScores
+from emf_lightning.evaluation.reports.letters import use_fonts_of_machine
 from emf_lightning.evaluation.sampling_config import step_name
 from emf_lightning.files import replacing
 
@@ -52,7 +53,8 @@ STYLE = {
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Writes a figure as PNG, atomically."""
+    """Writes a figure as PNG, atomically; letters that its font lacks come from others."""
+    use_fonts_of_machine(figure)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", **options)
 
