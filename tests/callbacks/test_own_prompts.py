@@ -21,6 +21,8 @@ from emf_lightning.evaluation.own_prompts import OwnPrompts
 from emf_lightning.evaluation.reports.report import Report
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
+from tests.data.reading.test_sources import imagefolder, jsonl
+from tests.data.tars import noise_image
 
 PROMPTS = ["a fox for $5", "ein Fuchs für 5 €", "x" * 300]
 
@@ -166,6 +168,37 @@ def test_statistics_of_validation_samples_are_read_again_and_depend_on_their_num
     assert first != other
     monkeypatch.setattr("emf_lightning.data.datamodule.CaptionImageData.validation_batches", None)  # no second reading
     assert (score(20), score(30)) == (first, other)
+
+
+def test_statistics_of_validation_pictures_are_kept_until_a_file_changes(tmp_path, monkeypatch):
+    def score(**settings) -> float:
+        metric = FrechetDistance(RandomFeatures(width=8))
+        metric.use_data(tiny.data(tmp_path / "set", **{"validation_share": 0.3} | settings))
+        metric.update(list(np.zeros((4, 36, 36, 3), np.uint8)), [""] * 4)
+        return float(metric.compute()["score"])
+
+    def kept() -> int:
+        return len(list((tmp_path / "set-statistics").iterdir()))
+
+    imagefolder(tmp_path / "set", jsonl)
+    first = score()
+    with monkeypatch.context() as patch:
+        patch.setattr("emf_lightning.data.datamodule.CaptionImageData.validation_batches", None)  # no second reading
+        assert score() == first
+    assert kept() == 1
+    stream = tiny.data(tmp_path / "set", validation_share=0.3).validation_stream()
+    held_out = next(name for name in (f"{n:03d}" for n in range(9)) if stream.wanted(name))
+    rest = next(name for name in (f"{n:03d}" for n in range(9)) if not stream.wanted(name))
+    (tmp_path / f"set/{rest}.png").write_bytes(noise_image(99))  # of the training
+    assert score() == first and kept() == 1
+    (tmp_path / f"set/{held_out}.png").write_bytes(noise_image(99))
+    assert score() != first and kept() == 2
+    text = (tmp_path / "set/metadata.jsonl").read_text()
+    (tmp_path / "set/metadata.jsonl").write_text(text.replace(f'"{held_out}.png"', f'"{rest}.png"'))
+    score()
+    assert kept() == 3, "another caption, or none, decides which pictures are used"
+    score(validation_share=0.4)
+    assert kept() == 4
 
 
 def test_a_distance_without_reference_outside_a_run_names_the_remedy():

@@ -236,10 +236,13 @@ class CaptionImageData(LightningDataModule):
         Raises:
             ValueError: without validation samples, or where no sample can be used.
         """
+        return iter(ShardLoader(self.validation_stream(images)))
+
+    def validation_stream(self, images: bool = True) -> ShardStream:
+        """The stream of ``validation_batches``."""
         if not self.validates:
             raise ValueError("CaptionImageData: validation_shards is not set; give shards of validation samples")
-        stream = self.stream(self.validation_sources, seed=self.seed, images=images, **self._validation_options)
-        return iter(ShardLoader(stream))
+        return self.stream(self.validation_sources, seed=self.seed, images=images, **self._validation_options)
 
     def stream(self, shards: Sequence[str | Source], **options: Any) -> ShardStream:
         """A stream over ``shards`` with this module's transform, batch size and captions."""

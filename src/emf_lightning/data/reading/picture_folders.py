@@ -107,8 +107,25 @@ class PictureFolders:
     def _key(self, number: int) -> str:
         """Path of the sample without an ending."""
         place, names = self._files(number)
-        matched = sample_key(Member(0, 0, names[0]))
-        return os.path.join(self._folders[place][0], names[0] if matched is None else matched[0])
+        return os.path.join(self._folders[place][0], _key_of(names))
+
+    def stamps(self, count: int, wanted: Callable[[str], bool] = everything) -> list[tuple[str, int, int]]:
+        """Name, size and time of the metadata's files and of those of the first ``count`` samples that are wanted.
+
+        Raises:
+            OSError: for a file that is gone.
+        """
+        files = [(path, os.path.basename(path)) for path in (() if self._captions is None else self._captions.files)]
+        for number in self._order:
+            place, names = self._files(int(number))
+            folder, relative = self._folders[place]
+            if wanted(os.path.normpath(f"{relative}/{_key_of(names)}")):
+                files += [(os.path.join(folder, name), f"{relative}/{name}") for name in names]
+                count -= 1
+            if count <= 0:
+                break
+        found = [(name, os.stat(path)) for path, name in files]
+        return [(name, about.st_size, about.st_mtime_ns) for name, about in found]
 
     def samples(
         self,
@@ -124,12 +141,11 @@ class PictureFolders:
         for number in range(first, len(self), parts):
             place, names = self._files(int(self._order[number]))
             folder, relative = self._folders[place]
-            matched = sample_key(Member(0, 0, names[0]))
-            key = names[0] if matched is None else matched[0]
+            key = _key_of(names)
             if not wanted(os.path.normpath(f"{relative}/{key}")):
                 continue
             location = os.path.join(folder, key)
-            if matched is None:
+            if sample_key(Member(0, 0, names[0])) is None:
                 yield TarSample(location, number, number + 1, fault=reason_of(Member(0, 0, names[0])))
                 continue
             files, ignored = SampleFiles(key), list[tuple[str, str]]()
@@ -147,6 +163,12 @@ class PictureFolders:
                 fault=files.fault,
                 ignored=tuple(ignored),
             )
+
+
+def _key_of(names: Sequence[str]) -> str:
+    """The key of the sample of these files; the name of a file that belongs to none."""
+    matched = sample_key(Member(0, 0, names[0]))
+    return names[0] if matched is None else matched[0]
 
 
 def _take(files: SampleFiles, path: str, extension: str, member_mb: float) -> str | None:

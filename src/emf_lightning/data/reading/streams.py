@@ -29,7 +29,7 @@ from emf_lightning.data.reading.decoding import (
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
 from emf_lightning.data.reading.sources import Source
-from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything, read_samples
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,14 +229,16 @@ class ShardStream(IterableDataset[RawBatch]):
         """The lane's undecoded samples in shard order, from the start of the block at ``position`` on."""
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
-        wanted = everything if self.share == 0 else self._wanted
         for shard, (source, part, parts) in shards[position.shard :]:
             read = partial(read_samples, source) if isinstance(source, str) else source.samples
-            for sample in read(offset, number, part, parts, self.member_mb, wanted):
+            for sample in read(offset, number, part, parts, self.member_mb, self.wanted):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
 
-    def _wanted(self, key: str) -> bool:
+    def wanted(self, key: str) -> bool:
+        """Whether the sample with this key is on the stream's side of ``share``."""
+        if self.share == 0:
+            return True
         digest = blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).digest()
         return (int.from_bytes(digest, "big") < self.share * 2**32) == self.held_out
 

@@ -18,8 +18,8 @@ from emf_lightning.text.fingerprint import fingerprint
 class ValidationImages(KeptFeatures):
     """The images of a run's validation samples, as the training sees them: same reader, crop and resolution.
 
-    Every rank reads all of them, one batch after another. Features and moments of shards on this machine are kept in
-    ``FOLDER-statistics`` beside the folder of the first shard.
+    Every rank reads all of them, one batch after another. Features and moments of files on this machine are kept in
+    ``FOLDER-statistics`` beside the folder of the pictures, or of the first shard.
 
     Raises:
         ValueError: for data without ``validation_shards``.
@@ -76,16 +76,21 @@ class ValidationImages(KeptFeatures):
 
     def _path(self, kind: str) -> Path | None:
         data = self.data
-        if any(isinstance(source, PictureFolders) for source in data.validation_sources):
-            return None  # the names of pictures do not tell whether they changed
-        shards = [Path(str(source)) for source in data.validation_sources]
+        wanted, files = data.validation_stream().wanted, list[tuple[str, int, int]]()
         try:
-            files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+            for source in data.validation_sources:
+                if isinstance(source, PictureFolders):
+                    files += source.stamps(data.validation_samples, wanted)
+                else:
+                    path, about = Path(str(source)), Path(str(source)).stat()
+                    files.append((path.name, about.st_size, about.st_mtime_ns))
         except OSError:  # URLs
             return None
-        which = [data.validation_samples, data.validation_share, data.image_column]
+        which = [data.validation_samples, data.validation_share, data.image_column, data.caption_column]
         reading = [*which, str(data.transform), data.member_mb, str(data.image_limits)]
         settings = {"features": self.features.digest, "resolution": self.resolution, "reading": reading}
         key = fingerprint(files=files, captions=str(data.captions), **settings)[:16]
-        folder = shards[0].resolve().parent
+        first = data.validation_sources[0]
+        folder = Path(str(first)).resolve()
+        folder = folder if isinstance(first, PictureFolders) else folder.parent
         return folder.with_name(f"{folder.name}-statistics") / f"validation-{kind}-{key}.npz"
