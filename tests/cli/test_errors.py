@@ -64,6 +64,18 @@ OPTIMIZER = "{model: {init_args: {optimization: {optimizer: {class_path: %s, ini
             "{data: {text: {init_args: {widht: 8}}}}",
             "data.text: WordEncoder has no option 'widht'; did you mean 'width'?",
         ),
+        (
+            "{model: {init_args: {optimization: {init_args: {optimizer: x}}}}}",
+            "model.optimization: Optimization has no option 'init_args'; there are optimizer, scheduler",
+        ),
+        (
+            "{data: {image_limits: {init_args: {max_pixels: 3}}}}",
+            "data.image_limits: ImageLimits has no option 'init_args'; there are max_aspect_ratio, max_pixels",
+        ),
+        (
+            "{data: {image_limits: {max_pixel: 3}}}",
+            "data.image_limits: ImageLimits has no option 'max_pixel'; did you mean 'max_pixels'?",
+        ),
         ("{data: {text: Pixels}}", "data.text: Pixels is a class of another kind; --help lists those that fit"),
         ("{data: {text: WrodEncoder}}", "data.text: there is no class 'WrodEncoder'; did you mean 'WordEncoder'?"),
         (

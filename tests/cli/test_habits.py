@@ -127,11 +127,20 @@ def test_a_file_of_another_verb_builds_on_its_base(capsys, tmp_path) -> None:
         ("--data.batchsize 1", "--data.batch_size"),
         ("--objectiv.times.mu 1", "--model.init_args.objective.init_args.times.init_args.mu"),
         ("--guidance_scale 1", "--model.init_args.guidance_scale"),
+        ("--data.image_limits.init_args.max_pixel 1", "--data.image_limits.max_pixels"),
+        ("--model.init_args.optimization.optimiser Adam", "--model.init_args.optimization.optimizer"),
     ],
 )
 def test_an_unknown_option_gets_the_near_name(capsys, options, meant) -> None:
     line = complaint(capsys, "fit", "base.yaml", *options.split())
     assert line.endswith(f"did you mean {meant}?"), line
+
+
+@pytest.mark.parametrize("option", ["optimization.init_args.x", "optimization.class_path", "optimization.x"])
+def test_an_option_like_none_of_its_part_gets_all_of_the_part(capsys, option) -> None:
+    line = complaint(capsys, "fit", "base.yaml", f"--model.init_args.{option}=1")
+    inside = " --model.init_args.optimization."
+    assert line == f"emf fit: there is no option --{option}; there are{inside}optimizer,{inside}scheduler"
 
 
 @pytest.mark.parametrize(

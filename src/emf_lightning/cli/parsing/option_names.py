@@ -12,12 +12,15 @@ from typing import Any, get_args, get_type_hints
 _HABITS = {"learning_rate": "lr", "checkpoint": "ckpt_path", "resume": "run", "epochs": "max_epochs"}
 """Names of other programs, and ours."""
 
+_FEW = 8
+"""Options of a part that are listed, if there are no more."""
+
 _DEPTH = 4
 """Parts within parts down to which options are listed."""
 
 
-def nearest_option(name: str, options: Sequence[str]) -> str | None:
-    """The option that ``name`` most likely means: the same last word, or a similar one.
+def nearest_option(name: str, options: Sequence[str]) -> str | list[str] | None:
+    """The option that ``name`` most likely means: the same last word, or a similar one; or all those of its part.
 
     Args:
         name: as it was typed, without dashes.
@@ -34,16 +37,21 @@ def nearest_option(name: str, options: Sequence[str]) -> str | None:
     words = {option.rpartition(".")[2] for option in known}
     like = get_close_matches(word, words, n=1, cutoff=0.75)
     whole = get_close_matches(asked, short, n=1, cutoff=0.8)
+    group = asked.rpartition(".")[0]
+    if not same and (inside := [option for option in known if _within(option, group)]):
+        near = get_close_matches(word, [option.rpartition(".")[2] for option in inside], n=1)
+        named = {option.rpartition(".")[2]: option for option in reversed(inside)}
+        if near or len(named) <= _FEW:
+            return named[near[0]] if near else sorted(named.values())
     if not same and whole:
         return short[whole[0]]
     same = same or [option for option in known if like and option.rpartition(".")[2] == like[0]]
-    group = asked.rpartition(".")[0]
     # in the part that was named, if it has such an option; else the one that is nearest to the root
     return min(same, key=lambda option: (not _within(option, group), option.count("."), len(option)), default=None)
 
 
 def _within(option: str, group: str) -> bool:
-    return bool(group) and _without_init_args(option).rpartition(".")[0] == group
+    return bool(group) and f".{_without_init_args(option).rpartition('.')[0]}".endswith(f".{group}")
 
 
 def _without_init_args(option: str) -> str:

@@ -62,10 +62,10 @@ def parser_error(text: str, options: Sequence[str] = ()) -> str:
         if found := _GROUP.search(line):
             group, _, option = ".".join(filter(None, found.groups())).rpartition(".")
             if path and owner:  # a dataclass among the arguments of a nested class
-                return _unknown_option([*path, group], _type_of(owner, group), option)
-            root = group.partition(".")[0]
-            if root in ("", *_ROOTS):
-                return _unknown_option([group] if group else [], _find_class(_TYPE_NAMES.get(group)), option, roots)
+                return _first_unknown(path, owner, [*group.split("."), option])
+            root, *inner = [*group.split("."), option] if group else [option]
+            if inner and root in _ROOTS:
+                return _first_unknown([root], _find_class(_TYPE_NAMES.get(root)), inner)
             return _unknown_option([], None, root, roots)
         if found := _UNRECOGNIZED.search(line):
             return _unrecognized(found[1], options)
@@ -94,12 +94,22 @@ def _unrecognized(word: str, options: Sequence[str]) -> str:
     if owner is not None and (new := ARGUMENTS.get((owner.__name__, option))):
         return _renamed([group], option, new)
     found = nearest_option(name, options)
+    if isinstance(found, list):
+        return f"there is no option --{name}; there are --{', --'.join(found)}"
     return f"there is no option --{name}; " + (f"did you mean --{found}?" if found else "--help lists them")
 
 
 def _renamed(path: list[str], option: str, new: str) -> str:
     old, is_sentence = ".".join([*path, option]), " " in new.partition("; ")[0]
     return f"{old}: {new}" if is_sentence else f"{old} is now {'.'.join([*path, new])}"
+
+
+def _first_unknown(path: list[str], owner: type | None, keys: list[str]) -> str:
+    """Message for the first of ``keys``, each within the one before, that the class ``owner`` at ``path`` lacks."""
+    key, *inner = keys
+    if inner and (owner is None or key in inspect.signature(owner).parameters):
+        return _first_unknown([*path, key], None if owner is None else _type_of(owner, key), inner)
+    return _unknown_option(path, owner, key, ())
 
 
 def _unknown_option(path: list[str], owner: type | None, option: str, roots: Sequence[str] = _ROOTS) -> str:
