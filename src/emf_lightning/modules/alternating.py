@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class Alternation:
                 raise ValueError(f"Alternation: {name} must be at least 1, got {getattr(self, name)}")
 
 
-class AlternatingModule(FlowMapModule):
+class AlternatingModule(FlowMapModule, ABC):
     """Base of the modules that distil ``net`` as it starts, and train an auxiliary network beside it, in turn.
 
     A batch is one step: ``auxiliary_updates`` of the auxiliary network, then one of the network, with the other's
