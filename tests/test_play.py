@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from PIL import Image
 from emf_lightning import EMFPipeline, load_run
 from emf_lightning.cli import main
 from emf_lightning.cli.play import run_model
+from emf_lightning.digests import write_digests
 from emf_lightning.play import PROMPTS, Drawn, PlayedModel, draw, exported_model
 from tests.cli.world import BASE
 
@@ -53,6 +55,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["fit", "--config", "from_checkpoint.yaml"])
         main(["fit", "--config", "from_network.yaml"])
         main(["export", "--run", "runs/from_checkpoint", "--out", "exported"])
+        main(["export", "--run", RUN, "--out", "exported_parent"])
+        main(["export", "--run", "runs/from_checkpoint", "--out", "both", "--parent", "exported_parent"])
     return path
 
 
@@ -125,6 +129,38 @@ def test_an_exported_folder_is_played_with_the_prompts_of_its_run() -> None:
     assert len(Path("exported/app.py").read_text().splitlines()) <= 25
 
 
+def test_an_exported_folder_shows_the_parent_that_it_is_given() -> None:
+    model = exported_model(Path("exported"), "cpu", parent="exported_parent")
+    assert model.headings[-1] == "parent, 30 steps" and model.remark == "The parent is exported_parent."
+    *_, parent = draw(model, PROMPT, seed=3)
+    assert (parent.nfe, parent.guidance_scale) == (60, 2)
+    assert np.array_equal(pixels(parent.image), pixels(load_run(RUN).sample(PROMPT, steps=30, seed=3)[0]))
+    assert "parent=Path(__file__).parent / '../exported_parent'" in Path("both/app.py").read_text()
+
+
+@pytest.mark.parametrize("parent", ["gone", "owner/gone", "runs"])
+def test_an_exported_folders_parent_that_cannot_be_loaded_is_left_out_with_the_reason(parent) -> None:
+    model = exported_model(Path("exported"), "cpu", parent=parent)
+    assert model.parent is None and model.remark.startswith("The parent is left out: ")
+
+
+def test_a_parent_of_other_latents_is_left_out(tmp_path) -> None:
+    shutil.copytree("exported_parent", tmp_path / "other")
+    index = tmp_path / "other/model_index.json"
+    index.write_text(index.read_text().replace('"latent_size": 36', '"latent_size": 24'))
+    write_digests(tmp_path / "other")
+    model = exported_model(Path("exported"), "cpu", parent=tmp_path / "other")
+    assert model.parent is None and "cannot start from the same noise" in model.remark
+
+
+def test_the_parent_of_an_export_must_be_an_exported_folder_or_a_hub_name(capsys) -> None:
+    for parent in ("runs/tiny", "no name", "a/b/c"):
+        with pytest.raises(SystemExit):
+            main(["export", "--run", RUN, "--out", "new", "--parent", parent])
+        assert f"parent: {parent} is no exported folder, and no name of the hub" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize(
     ("size", "shown"), [((36, 36), (252, 252)), ((36, 24), (252, 168)), ((300, 20), (300, 20)), ((1024, 512),) * 2]
 )
@@ -181,6 +217,7 @@ def served(*command: str) -> Iterator[str]:
     [
         (("-m", "emf_lightning", "play", "runs/from_checkpoint"), (PROMPT, 3, 1, 2), [1, 2, 4, 30, 60]),
         (("exported/app.py",), (PROMPT, 3, 1.5), [2, 4, 8, 60]),
+        (("both/app.py",), (PROMPT, 3, 1.5, 2), [2, 4, 8, 60, 60]),
     ],
 )
 def test_the_page_answers_with_images_and_their_numbers(command, inputs, evaluations) -> None:

@@ -15,6 +15,7 @@ from PIL.Image import Image, Resampling
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.sampling_config import step_name
 from emf_lightning.pipeline import EMFPipeline
+from emf_lightning.text.plain import shorten
 
 STEPS = (1, 2, 4, 30)
 PARENT_STEPS = 30
@@ -133,14 +134,41 @@ def draw(
         yield Drawn(output.images[0], time.perf_counter() - began, output.nfe, scale)
 
 
-def exported_model(folder: Path, device: str | None = None, trust_remote_code: bool = False) -> PlayedModel:
-    """The model in an exported folder, which holds no parent."""
+def exported_model(
+    folder: Path, device: str | None = None, trust_remote_code: bool = False, parent: str | Path | None = None
+) -> PlayedModel:
+    """The model in an exported folder, which holds no parent.
+
+    Args:
+        folder: the exported folder.
+        device: see ``PlayedModel.to``.
+        trust_remote_code: see ``EMFPipeline.from_pretrained``, also for the parent.
+        parent: exported folder of the model that it was trained from, or its name on the hub. One that cannot be loaded
+            is left out, with the reason on the page.
+    """
     pipeline = EMFPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
     prompts = PromptList(folder / PROMPTS).prompts if (folder / PROMPTS).is_file() else []
-    remark = "An exported folder holds no parent; `emf play` with the run shows it beside the model."
+    remark, beside = "An exported folder holds no parent; `emf play` with the run shows it beside the model.", None
+    if parent is not None:
+        try:
+            beside = _same_noise(pipeline, EMFPipeline.from_pretrained(parent, trust_remote_code=trust_remote_code))
+            remark = f"The parent is {parent if isinstance(parent, str) else parent.name}."
+        except (OSError, ValueError) as error:
+            remark = f"The parent is left out: {shorten(str(error), 200)}"
     card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     title = next((line[2:] for line in card.splitlines() if line.startswith("# ")), folder.resolve().name)
-    return PlayedModel(title, pipeline, prompts, remark=remark).to(device)
+    return PlayedModel(title, pipeline, prompts, beside, remark).to(device)
+
+
+def _same_noise(pipeline: EMFPipeline, parent: EMFPipeline) -> EMFPipeline:
+    """``parent``; raises ValueError if its noise has another shape than that of ``pipeline``."""
+    ours, theirs = ((one.vae.part.channels, one.config.latent_size) for one in (pipeline, parent))
+    if ours != theirs:
+        raise ValueError(
+            f"its latents have {theirs[0]} channels and {theirs[1]} positions a side, those of the model {ours[0]} and "
+            f"{ours[1]}, so the two cannot start from the same noise"
+        )
+    return parent
 
 
 def page(model: PlayedModel) -> Any:

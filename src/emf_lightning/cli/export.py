@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from emf_lightning.cli.model_card import model_card
 from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
 from emf_lightning.cli.play import example_prompts
 from emf_lightning.cli.runs import checkpoint_of, find_run
+from emf_lightning.exported_files import INDEX
 from emf_lightning.files import replacing_folder
 from emf_lightning.modules.generation import pipeline_of
 from emf_lightning.part_classes import trusted
 from emf_lightning.play import APP, PROMPTS
 
 
-def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
+def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | None = None) -> None:
     """Write a trained model as a folder in diffusers' format, with a model card.
 
     EMFPipeline.from_pretrained(out) loads it. The folder holds the network and a published autoencoder as safetensors;
@@ -31,7 +34,10 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
         run: its directory, runs/<name> for its newest version, or one of its checkpoints.
         out: folder to write.
         checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
+        parent: exported folder of the model that the run started from, or its name on the hub, for app.py to show
+            beside this one.
     """
+    beside = "" if parent is None else f", parent={_parent(parent, out)}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
     found = find_run(run)
@@ -49,9 +55,21 @@ def export(run: Path, out: Path, checkpoint: Path | None = None) -> None:
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
         if prompts := example_prompts(run, settings):
             (partial / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        (partial / "app.py").write_text(APP.format(options=", trust_remote_code=True" if trusted() else ""))
+        trust = ", trust_remote_code=True" if trusted() else ""
+        (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
         (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
+
+
+def _parent(parent: str, out: Path) -> str:
+    """Python code of a parent's name on the hub, or of its path from ``out``; ValueError for neither."""
+    if (Path(parent) / INDEX).is_file():
+        return f"Path(__file__).parent / {os.path.relpath(Path(parent).resolve(), out.resolve())!r}"
+    if Path(parent).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", parent):
+        raise ValueError(
+            f"parent: {parent} is no exported folder, and no name of the hub; export the parent's run first"
+        )
+    return repr(parent)
 
 
 def _spec(part: Namespace) -> dict[str, Any]:
