@@ -90,15 +90,18 @@ class FileSchema(ParserJsonschema):
             return {"anyOf": [{"type": "string"}, {"type": "object"}]}
         names: list[str] = []
         forms: list[dict[str, Any]] = []
+        alone: list[dict[str, Any]] = []
         for path in get_all_subclass_paths(class_type):
-            if path.startswith(_PACKAGES):
+            module, _, name = path.rpartition(".")
+            kind = getattr(import_module(module), name, None) if path.startswith(_PACKAGES) else None
+            if kind is not None:  # Lightning makes further ones while it trains
                 names += [path.rpartition(".")[2], path]
                 form = self.class_path_schema(path, action)
                 form["properties"]["class_path"] = {"enum": names[-2:]}
                 forms.append(form)
-        if len(forms) == 1 and not isabstract(class_type):  # its arguments alone will do
-            forms.append(forms[0]["properties"]["init_args"])
-        return {"anyOf": [{"enum": names}, own, *forms, unknown]}
+                if kind is class_type and not isabstract(kind):  # its arguments alone will do
+                    alone.append(form["properties"]["init_args"])
+        return {"anyOf": [{"enum": names}, own, *forms, *alone, unknown]}
 
 
 def _loosened(node: Any) -> Any:
