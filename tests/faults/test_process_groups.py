@@ -1,4 +1,4 @@
-"""Signals to a training with data workers or two ranks, to all its processes or twice; an error beside data workers."""
+"""Signals to several processes of one training: data workers, ranks, a restart by torchrun, a requeued job."""
 
 from __future__ import annotations
 
@@ -129,3 +129,53 @@ def test_a_signal_to_both_ranks_saves_one_state(here):
     again = started(*TWO, "--trainer.max_steps", str(saved + 1), "--ckpt_path", "last")
     assert again.wait(600) == 0, said()
     assert step() == saved + 1
+
+
+def _children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_lost_rank_from_the_last_checkpoint(here):
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max_restarts",
+        "1",
+        "-m",
+        "emf_lightning",
+    )
+    process = started(*TWO, launcher=launcher)
+    reached(process)
+    ranks = _children(process.pid).split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(600) == 0, said()
+    assert step() == 40 and [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]
+    assert "Restored all states from the checkpoint" in said() or "Restoring states from the checkpoint" in said()
+
+
+@pytest.mark.slow
+def test_a_requeued_job_keeps_its_directory_and_its_curve(here):
+    tools = here / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued.txt\n')
+    (tools / "scontrol").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "fit", "PATH": f"{tools}:{os.environ['PATH']}"}
+    job |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
+    process = started(**job)
+    reached(process)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait(600) == 128 + signal.SIGUSR1, said()
+    assert Path("requeued.txt").read_text().split() == ["requeue", "7"]
+    saved = step()
+    again = started("--trainer.max_steps", str(STEPS), **job, SLURM_RESTART_COUNT="1")
+    reached(again)
+    while step() <= saved:
+        assert again.poll() is None, said()
+        time.sleep(0.1)
+    os.kill(again.pid, signal.SIGUSR1)
+    assert again.wait(600) == 128 + signal.SIGUSR1, said()
+    assert step() > saved and [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]

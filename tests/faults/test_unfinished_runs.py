@@ -101,3 +101,31 @@ def test_a_comparison_waits_for_the_training_that_a_killed_one_left(tmp_path, mo
     assert "waiting up to" in again.output
     assert "state of step 2" in (tmp_path / "first.txt").read_text() and "Restor" in again.output
     assert (tmp_path / "out/one/steps3-seed0/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_keeps_what_is_done_and_finishes_the_rest(tmp_path, monkeypatch, root):
+    monkeypatch.setattr(fault_runner, "HUNG_AFTER", 900)
+    shards, files, hooks = tmp_path / "shards", [], ("on_train_batch_end", "on_train_end")
+    write_shards(SMALL, shards, 32, samples_per_shard=16)
+    (tmp_path / "experiments").symlink_to(root / "experiments")
+    for hook in hooks:
+        dies = f", callbacks+: [{{class_path: {DIES}, init_args: {{hook: {hook}}}}}]"
+        settings = {"model": "FlowMapModule", "settings": "caption_dropout: 0.0", "trainer": dies}
+        files.append(tmp_path / f"{hook}.yaml")
+        files[-1].write_text(EXPERIMENT.format(root=root, shards=shards, **settings))
+    names = ",".join(map(str, files))
+    arguments = ["compare", "--out", "out", "--experiments", f"[{names}]", "--steps", "2", "--images_per_prompt", "0"]
+    first, second = (tmp_path / "out" / hook / "steps2-seed0" for hook in hooks)
+
+    assert call(tmp_path, *arguments).status == -signal.SIGKILL  # in the first training, before a checkpoint
+    assert not (first / "summary.json").exists() and not second.exists()
+    assert call(tmp_path, *arguments).status == -signal.SIGKILL  # after the second one's last step
+    done = (first / "summary.json").stat().st_mtime_ns
+    assert (second / "checkpoints/last.ckpt").is_file() and not (second / "summary.json").exists()
+    ending = call(tmp_path, *arguments)
+    assert ending.status == 0, ending.output
+    assert f"training: {second.relative_to(tmp_path)}" in ending.output
+    assert (first / "summary.json").stat().st_mtime_ns == done
+    table = (tmp_path / "out/comparison.md").read_text()
+    assert all(f"| {hook} |" in table for hook in hooks)
