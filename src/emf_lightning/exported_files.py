@@ -10,7 +10,7 @@ from emf_lightning.earlier_exports import migrate_part
 from emf_lightning.files import read_json
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
-from emf_lightning.part_classes import FLAG, check_spec
+from emf_lightning.part_classes import FLAG, builder
 from emf_lightning.text.base import TextEncoder
 
 INDEX = "model_index.json"
@@ -20,6 +20,7 @@ HERE = "."
 _PIPELINE = "EMFPipeline"
 _OURS = ["emf_lightning.pipeline", "PipelinePart"]
 _KINDS: dict[str, type] = {"transformer": FlowMapNetwork, "vae": Autoencoder, "text_encoder": TextEncoder}
+PARTS = tuple(_KINDS.values())
 _REMEDY = "export the run again"
 
 
@@ -45,16 +46,16 @@ def check_folder(folder: Path) -> None:
         read_part(folder / name / PART, (kind,))
 
 
-def read_part(file: Path, kinds: tuple[type, ...] = tuple(_KINDS.values())) -> dict[str, Any]:
+def read_part(file: Path, kinds: tuple[type, ...] = PARTS) -> dict[str, Any]:
     """The spec in a ``part.json``, in today's names, whose class is one of ``kinds``.
 
     Raises:
-        ValueError: for another file, and for a class that ``check_spec`` refuses.
+        ValueError: for another file, and for a class that ``builder`` refuses.
     """
     spec = migrate_part(read_json(file, _REMEDY))
     if "class_path" not in spec or not isinstance(spec["init_args"], dict):
         raise ValueError(f"{file}: names no class_path with init_args; {_REMEDY}")
-    check_spec(spec, kinds, str(file))
+    builder(spec, kinds, str(file))
     return dict(spec)
 
 

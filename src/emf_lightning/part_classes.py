@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -38,28 +38,6 @@ def trusting(trust: bool) -> Iterator[None]:
         _trusted.reset(token)
 
 
-def build(spec: Any) -> Any:
-    """The object that ``spec`` describes, its arguments built alike; values that are no spec stay as they are.
-
-    It calls what ``spec`` names: ``check_spec`` comes first.
-    """
-    if isinstance(spec, list):
-        return [build(item) for item in spec]
-    if not isinstance(spec, dict):
-        return spec
-    if "class_path" not in spec:
-        return {key: build(value) for key, value in spec.items()}
-    module, _, name = spec["class_path"].rpartition(".")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"class_path {_short(spec['class_path'])} cannot be imported ({error}); put its file where Python finds "
-            "it, e.g. into the current folder"
-        ) from error
-    return kind(**build(spec.get("init_args", {})))
-
-
 def takes(kind: type, name: str) -> bool:
     """Whether the constructor of ``kind`` takes the argument ``name``, itself or among further keywords for a base."""
     for base in kind.__mro__:
@@ -71,40 +49,60 @@ def takes(kind: type, name: str) -> bool:
     return False
 
 
-def check_spec(spec: Any, kinds: tuple[type, ...], place: str) -> None:
+def builder(spec: Any, kinds: tuple[type, ...], place: str) -> Callable[[], Any]:
     """Checks every class that ``spec`` names, at any depth, without importing a module from outside this package.
 
     The class of ``spec`` must be a subclass of one of ``kinds``, those of its arguments subclasses of what the
-    parameters are annotated with. Nothing is checked inside ``trusting(True)``.
+    parameters are annotated with. Inside ``trusting(True)`` any class will do.
 
     Args:
         spec: ``class_path`` and ``init_args``, or any other value, which may hold such specs.
         kinds: the classes that ``place`` takes; none where it takes plain values.
         place: the file and the key, for messages.
 
+    Returns:
+        A function that builds the object, its arguments alike: what was checked and nothing else. Values that are no
+        spec stay as they are.
+
     Raises:
-        ValueError: for a class from outside this package, or one that does not fit its place.
+        ValueError: for a class from outside this package, or one that does not fit its place; when it is built, for
+            arguments that the class does not have.
     """
-    if trusted():
-        return
     if isinstance(spec, (list, tuple)):
-        for item in spec:
-            check_spec(item, kinds, place)
-    elif isinstance(spec, dict) and "class_path" in spec:
-        kind = _class(spec["class_path"], kinds, place)
-        arguments = spec.get("init_args") or {}
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{place}: init_args must be names and values, got {_short(arguments)}")
-        for name, value in arguments.items():
-            check_spec(value, _parameter_kinds(kind, name), f"{place}: {name}")
-    elif isinstance(spec, dict):
-        for name, value in spec.items():
-            check_spec(value, kinds, f"{place}: {name}")
+        items = [builder(item, kinds, place) for item in spec]
+        return lambda: [build() for build in items]
+    if not isinstance(spec, dict):
+        return lambda: spec
+    if "class_path" not in spec:
+        values = {name: builder(value, kinds, f"{place}: {name}") for name, value in spec.items()}
+        return lambda: {name: build() for name, build in values.items()}
+    kind = _class(spec["class_path"], kinds, place)
+    given = spec.get("init_args") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{place}: init_args must be names and values, got {_short(given)}")
+    arguments = {n: builder(value, _parameter_kinds(kind, n), f"{place}: {n}") for n, value in given.items()}
+
+    def build() -> Any:
+        values = {name: argument() for name, argument in arguments.items()}
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise ValueError(f"{place}: {error}; export the run again") from error
+
+    return build
 
 
 def _class(path: Any, kinds: tuple[type, ...], place: str) -> type:
-    """The class of this package that ``path`` names, a subclass of one of ``kinds``."""
+    """The class that ``path`` names: of this package and a subclass of one of ``kinds``, unless the file is trusted."""
     module, _, name = str(path).rpartition(".")
+    if trusted():
+        try:
+            return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{place}: class_path {_short(path)} cannot be imported ({error}); put its file where Python finds it, "
+                "e.g. into the current folder"
+            ) from error
     public = module == __package__ and name in import_module(__package__).__all__
     if not public and not module.startswith(_MODULES):
         raise ValueError(
@@ -126,6 +124,8 @@ def _class(path: Any, kinds: tuple[type, ...], place: str) -> type:
 
 def _parameter_kinds(kind: type, name: str) -> tuple[type, ...]:
     """The classes of this package with which the parameter ``name`` of a class, or of its bases, is annotated."""
+    if trusted():
+        return ()
     for base in kind.__mro__:
         init = vars(base).get("__init__")
         if init is not None and name in inspect.signature(init).parameters:

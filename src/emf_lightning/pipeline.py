@@ -19,11 +19,11 @@ from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
-from emf_lightning.exported_files import HERE, INDEX, PART, check_folder, found, kept, read_part
+from emf_lightning.exported_files import HERE, INDEX, PART, PARTS, check_folder, found, kept, read_part
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
-from emf_lightning.part_classes import Spec, build, check_spec, takes, trusted, trusting
+from emf_lightning.part_classes import Spec, builder, takes, trusted, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.plain import prompt_texts, shorten
 
@@ -81,15 +81,12 @@ class PipelinePart(ModelMixin):
         """The part saved in ``folder``; ``torch_dtype`` applies to parts without a precision of their own.
 
         Raises:
-            ValueError: for a folder that names a class from outside this package, see ``check_spec``.
+            ValueError: for a folder that names a class from outside this package, see ``builder``.
         """
         spec = read_part(Path(folder) / PART)
         arguments = spec["init_args"]
         spec["init_args"] = {name: found(value, Path(folder)) for name, value in arguments.items()}
-        try:
-            part = build(spec)
-        except TypeError as error:  # an argument that the class does not have
-            raise ValueError(f"{Path(folder) / PART}: {error}; export the run again") from error
+        part = builder(spec, PARTS, str(Path(folder) / PART))()
         if isinstance(part, FlowMapNetwork) and "pretrained" not in arguments:
             load_model(part, Path(folder) / WEIGHTS)
         if torch_dtype is not None and "dtype" not in arguments:
@@ -164,10 +161,8 @@ class EMFPipeline(DiffusionPipeline):
             model=None,
         )
         self.image_processor = VaeImageProcessor()
-        check_spec(sampler, (Sampler,), f"{INDEX}: sampler")
-        check_spec(guidance, (SamplingGuidance,), f"{INDEX}: guidance")
-        self._sampler: Sampler = build(sampler)
-        self._guidance: SamplingGuidance = build(guidance)
+        self._sampler: Sampler = builder(sampler, (Sampler,), f"{INDEX}: sampler")()
+        self._guidance: SamplingGuidance = builder(guidance, (SamplingGuidance,), f"{INDEX}: guidance")()
 
     @classmethod
     def from_pretrained(

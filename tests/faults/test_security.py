@@ -99,7 +99,7 @@ def at(*keys: str, value: Any) -> Any:
 PART = "transformer/part.json"
 
 
-SOME = ("import", "through our module", "our class elsewhere", "a list")
+SOME = ("import", "os.system", "through our module", "our class elsewhere", "a list")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,11 @@ SOME = ("import", "through our module", "our class elsewhere", "a list")
             (PART, ("init_args", "interval")),
             (PART, ("init_args", "time_scale")),
             (PART, ("init_args", "unknown")),
+            (PART, ("init_args",)),
+            ("vae/part.json", ("init_args",)),
+            ("text_encoder/part.json", ("init_args",)),
+            (PART, ("init_args", "prediction", "init_args")),
+            ("model_index.json", ("sampler", "init_args")),
             ("model_index.json", ("sampler",)),
             ("model_index.json", ("guidance",)),
             ("model_index.json", ("model",)),
