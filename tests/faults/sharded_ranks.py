@@ -1,4 +1,4 @@
-"""What test_sharded_checkpoints.py looks at: two ranks that save, load damaged copies, and are killed while they save.
+"""What test_sharded_checkpoints.py looks at: two ranks that save, or refuse to, load damaged copies, and are killed.
 
 A script for the reason that ``tests/ranks.py`` is one.
 """
@@ -128,6 +128,18 @@ def killed(point: int, rank: int, out: Path) -> None:
     train(out)
 
 
+class Poisons(Callback):
+    """Makes a part of the weights that rank 1 holds infinite, before step 4 is saved."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            next(module.net.parameters()).data.to_local().fill_(torch.inf)
+
+
+def poisoned(rank: int, out: Path) -> None:
+    (out / f"said-{rank}.txt").write_text(complaint(lambda: train(out, Poisons())))
+
+
 def resumed(rank: int, out: Path) -> None:
     last = max((out / "run").glob("last*.ckpt"), key=os.path.getmtime)
     train(out, steps=6, ckpt_path=last)
@@ -137,6 +149,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     tiny.shards(folder / "shards")
     parts = {"damaged": [partial(damaged, DAMAGE if sys.argv[2] == "all" else FEW)]}
+    parts["poisoned"] = [poisoned]
     parts |= {f"killed-{point}": [partial(killed, point), resumed] for point in map(int, sys.argv[3:])}
     statuses = {}
     for name, steps in parts.items():

@@ -1,4 +1,4 @@
-"""Sharded checkpoints are whole or not used: damage on any rank is seen by all, and a kill while saving loses nothing.
+"""Sharded checkpoints are whole or not used: damage on one rank is seen by all, a kill in saving loses nothing.
 
 ``sharded_ranks.py`` runs them on two processes.
 """
@@ -53,10 +53,21 @@ def check_kill(out: Path, point: int) -> None:
     assert not list((out / f"killed-{point}" / "run").glob(".*"))  # nothing is left of the killed one
 
 
-def test_damage_and_a_kill_between_the_two_renames_lose_nothing(tmp_path, root):
-    out = ranks(tmp_path, root, "few", "8")
-    check_damage(out)
-    check_kill(out, 8)
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    return ranks(tmp_path_factory.mktemp("few"), root, "few", "8")
+
+
+def test_damage_and_a_kill_between_the_two_renames_lose_nothing(few):
+    check_damage(few)
+    check_kill(few, 8)
+
+
+def test_all_ranks_refuse_to_save_what_is_not_finite_on_one(few):
+    said, other = ((few / "poisoned" / f"said-{rank}.txt").read_text() for rank in (0, 1))
+    assert said == other
+    assert said.startswith("at step 4 the weights are not finite (")
+    assert sorted(path.name for path in (few / "poisoned" / "run").iterdir()) == ["last.ckpt", "step=2.ckpt"]
 
 
 @pytest.mark.slow

@@ -56,9 +56,10 @@ def read_checkpoint(path: str | Path, argument: str) -> dict[str, Any]:
             f"{argument}: {path} cannot be read as a checkpoint ({type(error).__name__}): it is something else or was "
             f"cut short; {remedy}"
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{argument}: {path} holds no model's weights; {remedy}")
-    return checkpoint
+    return dict(checkpoint)
 
 
 def damage_of(path: Path) -> str | None:
@@ -92,22 +93,37 @@ def _damage(path: Path, *version: int) -> str | None:
 def check_finite(checkpoint: Mapping[str, Any], step: int, previous: str | None) -> None:
     """Raises a ``ValueError`` for weights that are not finite: a checkpoint of them would replace a good one.
 
+    A collective: where weights are sharded, a rank sees its part alone, and all refuse what one refuses.
+
     Args:
         checkpoint: with the weights in ``state_dict``, and in ``current_model_state`` beside averages.
         step: optimiser steps taken, for the message.
         previous: path of the checkpoint before.
     """
+    import torch.distributed as dist
+
+    name = _first_non_finite(checkpoint)
+    if dist.is_initialized():
+        names: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(names, name)
+        name = next(filter(None, names), None)
+    if name is not None:
+        last = f"go on from {previous}" if previous else "start anew"
+        raise ValueError(
+            f"at step {step} the weights are not finite ({name} is the first): they are not saved, and "
+            f"training ends; {last} with a lower learning rate or net.time_scale, or in fp32"
+        )
+
+
+def _first_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
     import torch
 
     for key in ("state_dict", "current_model_state"):
         for name, value in checkpoint.get(key, {}).items():
             local = getattr(value, "_local_tensor", value)  # this rank's part of a sharded tensor
             if isinstance(local, torch.Tensor) and not torch.isfinite(local).all():
-                last = f"go on from {previous}" if previous else "start anew"
-                raise ValueError(
-                    f"at step {step} the weights are not finite ({name} is the first): they are not saved, and "
-                    f"training ends; {last} with a lower learning rate or net.time_scale, or in fp32"
-                )
+                return str(name)
+    return None
 
 
 def parametrization_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
