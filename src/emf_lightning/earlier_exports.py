@@ -50,7 +50,9 @@ def migrate_part(spec: Any) -> Any:
 
 def sampling_of_model(model: Spec) -> tuple[Spec, Spec, float]:
     """Specs of the sampler and of the guidance, and the guidance scale, of a LightningModule of an earlier version."""
-    name, arguments = model["class_path"].rpartition(".")[2], model.get("init_args") or {}
+    name, arguments = model["class_path"].rpartition(".")[2], model.get("init_args")
+    if not isinstance(arguments, dict):
+        arguments = {}
     sampler: Spec = _EULER
     guidance: Spec = _CLASSIFIER_FREE
     scale = 1.0

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import Metadata
 
 from emf_lightning.cli import main
 from emf_lightning.cli.load_run import load_run
+from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from tests.cli.world import BASE
@@ -354,6 +355,14 @@ def test_a_run_folder_calls_nothing_where_a_place_takes_anything(place, verb):
     options = {"export": ["--run", "run", "--out", "out"]}.get(verb, ["--config", str(config)])
     with pytest.raises((SystemExit, ValueError)):  # at the latest for want of a checkpoint, or of shards
         main([verb, *options, *(["--ckpt_path", "run/last.ckpt"] if verb == "test" else [])])
+
+
+@pytest.mark.parametrize(
+    "path", ["stranger.Stranger", "os.system", "Stranger", "", "emf_lightning_.Stranger", "os.path"]
+)
+def test_a_class_is_looked_up_without_importing_its_module(path):
+    with pytest.raises(ValueError, match="names no class that is known here"):
+        class_of(path)
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict", "plan", "cache"])
