@@ -145,5 +145,7 @@ def _requeue(trainer: Trainer, number: int) -> None:
         job = os.environ["SLURM_JOB_ID"]
         if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
             job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        if subprocess.run(["scontrol", "requeue", job], check=False).returncode:
-            sys.stdout.write(f"SLURM did not requeue job {job}: submit it again\n")
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:  # in a container there may be no scontrol
+            sys.stdout.write(f"SLURM did not requeue job {job} ({error}): submit it again\n")

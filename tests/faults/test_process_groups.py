@@ -176,6 +176,8 @@ def test_a_requeued_job_keeps_its_directory_and_its_curve(here):
     while step() <= saved:
         assert again.poll() is None, said()
         time.sleep(0.1)
+    (tools / "scontrol").unlink()  # as in a container
     os.kill(again.pid, signal.SIGUSR1)
     assert again.wait(600) == 128 + signal.SIGUSR1, said()
+    assert "SLURM did not requeue job 7" in said() and "Traceback" not in said()
     assert step() > saved and [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from emf_lightning.callbacks.few_step_sampling import SCORES
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
-from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.sizes import build_part
 from emf_lightning.cli.trainings import fit, run_in_parallel
@@ -63,6 +64,8 @@ def claim(
         train: false reports the finished trainings without training.
     """
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
+    if not numbers:
+        raise ValueError("seeds: the list is empty; give at least one")
     settings = {grade: _settings(grade) for grade in chosen}
     [flow_matching], [meanflow] = (
         named_experiments(name, [file]) for name, file in (("flow_matching", flow_matching), ("meanflow", meanflow))
@@ -111,7 +114,7 @@ def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[s
     files = [file for experiment in experiments for file in config_files(experiment)]
     settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
     content, record = yaml.safe_dump(settings, sort_keys=False), out / "trained.yaml"
-    if record.is_file() and without_place(record.read_text()) != without_place(content):
+    if record.is_file() and not holds_settings(record, content):
         raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(record, content)
@@ -120,12 +123,12 @@ def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[s
 def _settings(grade: str) -> dict[str, list[str]]:
     """Options of a grade for the parent's training and for the model's."""
     name, _, value = grade.partition("=")
-    if name == "steps" and value.isdigit() and int(value) > 1:
+    if name == "steps" and value.isdecimal() and int(value) > 1:
         # no divisor of the steps, see experiments/claim
         shorter = ["--trainer.max_steps", value, "--trainer.val_check_interval", str(int(value) // 2 + 1)]
         return {"flow_matching": shorter, "meanflow": []}
     try:
-        float(value)
+        name = name if math.isfinite(float(value)) else ""
     except ValueError:
         name = ""
     if name not in ("noise", "shared"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from emf_lightning.cli.parsing.experiment_loggers import without_place
+from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.trainings import fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
 from emf_lightning.evaluation.reports.figures import save_figure
-from emf_lightning.files import write_atomic
+from emf_lightning.files import read_json, write_atomic
 
 CALIBRATION = 40
 """Optimiser steps that measure an experiment's speed."""
@@ -64,7 +63,7 @@ class Training:
 
     def check(self) -> None:
         """Raises a ``ValueError`` where the folder holds a run of other files or settings."""
-        if self.file.is_file() and without_place(self.file.read_text()) != without_place(self._config()):
+        if self.file.is_file() and not holds_settings(self.file, self._config()):
             raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
 
     def train(self, jobs: int = 1) -> None:
@@ -127,7 +126,10 @@ def compare(
         jobs: trainings at the same time, each with its share of the CPU's threads.
         images_per_prompt: images of each prompt for distances and diversity.
     """
-    experiments = named_experiments("experiments", experiments)
+    experiments = list({file.resolve(): file for file in named_experiments("experiments", experiments)}.values())
+    names = [file.stem for file in experiments]
+    if twice := next((file for file in experiments if names.count(file.stem) > 1), None):
+        raise ValueError(f"experiments: two have the name {twice.stem}, also of their folders in out; rename a file")
     on_top = tuple(named_experiments("overlays", overlays or []))
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -135,7 +137,9 @@ def compare(
         raise ValueError(f"steps must be positive, got {steps}")
     if minutes is None and steps is None:
         minutes = 30.0
-    all_seeds = seeds if seeds is not None else [0]
+    all_seeds = list(dict.fromkeys(seeds if seeds is not None else [0]))
+    if not experiments or not all_seeds:
+        raise ValueError(f"{'seeds' if experiments else 'experiments'}: the list is empty; give at least one")
 
     def trainings(counts: dict[Path, int]) -> list[Training]:
         return [
@@ -174,7 +178,9 @@ def _steps_in(
         pass
     counts = {}
     for trial in trials:
-        step_seconds = json.loads((trial.folder / SUMMARY).read_text())["step_seconds"]
+        step_seconds = read_json(trial.folder / SUMMARY, "delete its folder and repeat").get("step_seconds")
+        if not isinstance(step_seconds, (int, float)) or step_seconds <= 0:
+            raise ValueError(f"{trial.folder / SUMMARY}: step_seconds is {step_seconds}; delete its folder and repeat")
         count = max(round(60 * minutes / step_seconds), CALIBRATION)
         counts[trial.experiment] = steps if steps is not None and abs(count / steps - 1) < TOLERANCE else count
     return counts

@@ -57,7 +57,9 @@ def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | N
             (partial / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
         trust = ", trust_remote_code=True" if trusted() else ""
         (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
-        (partial / "README.md").write_text(model_card(run, out.name, sorted(partial.glob("*.png")), settings, pipeline))
+        (partial / "README.md").write_text(
+            model_card(run, out.resolve().name, sorted(partial.glob("*.png")), settings, pipeline)
+        )
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.parsing.builder import BuildingCLI
-from emf_lightning.cli.parsing.experiment_files import expand
+from emf_lightning.cli.parsing.experiment_files import expand, read_yaml
 from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run, run_of
 from emf_lightning.cli.shipped import with_shipped_files
@@ -27,7 +26,7 @@ from emf_lightning.modules.generation import pipeline_of, spec_of
 from emf_lightning.part_classes import trusted
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from emf_lightning.play import PlayedModel, check_gradio, exported_model, page, serve
-from emf_lightning.text.plain import shorten
+from emf_lightning.text.plain import parse_json, shorten
 
 _EXAMPLES = 6
 """Prompts that the page offers."""
@@ -99,20 +98,29 @@ def run_model(run: Path, checkpoint: Path | None = None) -> PlayedModel:
 def example_prompts(directory: Path, settings: Namespace) -> list[str]:
     """Some prompts of a run: one of each task that it scored, or the first of its ``data.prompts``."""
     for file in sorted(directory.glob("*/results/*.jsonl")):
-        with file.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, 10_000)]
-        found = {row.get("tag") or row["prompt"]: row["prompt"] for row in reversed(rows) if row.get("prompt")}
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            rows = [_result(line) for line in islice(lines, 10_000)]
+        found = {str(row.get("tag") or row["prompt"]): row["prompt"] for row in reversed(rows) if row.get("prompt")}
         if found:
             return list(found.values())[::-1][:_EXAMPLES]
     listed = settings.data.get("prompts")
     return PromptList(listed).prompts[:_EXAMPLES] if listed and Path(listed).is_file() else []
 
 
+def _result(line: str) -> dict[str, Any]:
+    """A row of a results file; empty for a damaged one, which has no prompt to show."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("prompt"), str) else {}
+
+
 def _guidance_of(source: Path) -> float:
     """The guidance scale of the run in which ``source`` lies, or of the scores beside it; 1 where nothing says it."""
     run = run_of(source) if source.exists() else None
     if run is not None:
-        settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["model"].get("init_args", {})
+        settings = read_yaml(run / CONFIG)["model"].get("init_args", {})
         return float(settings.get("guidance_scale", 1.0))
     known = ScoreHistory.read_if_there(source / "scores.jsonl").latest()
     main = [record.sampling for record in known if record.sampling.is_main]

@@ -45,9 +45,13 @@ def shards(
         workers: rendering processes; by default one for each CPU core.
     """
     processes = (os.cpu_count() or 1) if workers is None else workers
-    if -(-count // samples_per_shard) < 2 * processes:
+    for name, value in (("seed", seed), ("workers", processes)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    number = -(-count // max(samples_per_shard, 1))
+    if number < 2 * processes:
         processes = 0  # starting a process takes longer than rendering a shard
-    with tqdm(desc=f"{out}", total=-(-count // samples_per_shard), unit="shard", delay=0.1) as bar:
+    with tqdm(desc=f"{out}", total=number, unit="shard", delay=0.1) as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.n)

@@ -55,7 +55,7 @@ def blip3o_sana_config(name: str, tensors: Collection[str] = ()) -> dict[str, An
     """
     parametrization = _EMF if any(key.startswith("time_embed.interval.") for key in tensors) else {}
     try:
-        return config_of(config_of(name)["diffusion_name_or_path"], "transformer") | parametrization
+        return config_of(str(config_of(name)["diffusion_name_or_path"]), "transformer") | parametrization
     except (OSError, KeyError):
         if not tensors:
             return dict(_SIZE)

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emf_lightning.files import read_json
 from emf_lightning.pretrained.configs import CONFIGS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_REMEDY = "download it again"
+
 
 def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
-    """The ``config.json`` of a folder or hub name, else its entry in ``CONFIGS``; OSError if there is neither."""
+    """The ``config.json`` of a folder or hub name, else its entry in ``CONFIGS``.
+
+    Raises:
+        OSError: if there is neither.
+        ValueError: for a file that is no JSON object.
+    """
     try:
-        config = json.loads(_file(name, "config.json", subfolder).read_text())
+        file = _file(name, "config.json", subfolder)
     except OSError:
         known = CONFIGS.get("/".join(filter(None, (name, subfolder))))
         if known is None:
             raise
         return dict(known)
-    assert isinstance(config, dict)
-    return config
+    return read_json(file, _REMEDY)
 
 
 def tensors_of(name: str, prefix: str, wanted: Container[str] | None = None) -> dict[str, Tensor]:
@@ -57,11 +63,14 @@ def _opened(name: str, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _weight_files(name: str, prefix: str) -> Iterator[Path]:
     try:
-        index = json.loads(_file(name, "model.safetensors.index.json").read_text())
+        index = _file(name, "model.safetensors.index.json")
     except OSError:
         yield _file(name, "model.safetensors")
         return
-    for file in sorted({file for key, file in index["weight_map"].items() if key.startswith(prefix)}):
+    files = read_json(index, _REMEDY).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index}: its weight_map names no files; {_REMEDY}")
+    for file in sorted({file for key, file in files.items() if key.startswith(prefix)}):
         yield _file(name, file)
 
 

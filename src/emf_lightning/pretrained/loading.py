@@ -91,7 +91,7 @@ def load_pretrained(
     weights = PretrainedWeights.of(source)
     try:
         loaded = read_model(kind, weights, getattr(torch, dtype) if dtype else None, **arguments)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # its type depends on what is wrong in the files
         raise unreadable(caller, weights, error, argument, remedy) from error
     model = part(loaded.model)
     prefix = next(f"{name}." * bool(name) for name, module in loaded.model.named_modules() if module is model)

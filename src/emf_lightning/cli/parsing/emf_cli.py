@@ -138,6 +138,9 @@ class EMFCLI(LightningCLI):
         self.arguments = args[1:]
         with naming_options(self._subcommand_parsers[args[0]]):
             self.config = parser.parse_args(args)
+        for name in ("trainer", "data"):  # the parser takes anything here
+            if not isinstance(found := self.config[args[0]].get(name), Namespace):
+                raise ValueError(f"{name}: takes settings, `key: value`, not {str(found)[:80]}")
 
     def _dump_config(self) -> None:
         """Gives a network without arguments of its own a place for its linked ones, which Lightning records there."""
@@ -246,7 +249,8 @@ def _check_checkpoint(path: str | None, sharded: bool) -> int:
     if not path or path == "last":
         return 0  # the newest checkpoint of this run
     if not sharded or not Path(path).is_dir():
-        return int(read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path").get("global_step", 0))
+        step = read_checkpoint(whole_checkpoint(Path(path)), "ckpt_path").get("global_step")
+        return step if isinstance(step, int) else 0
     if not Path(path).name.startswith("last"):  # in place of which another may be used
         check_index(Path(path))
     return 0

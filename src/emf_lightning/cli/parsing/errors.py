@@ -48,6 +48,8 @@ def user_message(error: BaseException, verb: str = "") -> str | None:
         return _one_line(str(found)) + missing_shards(str(found))
     if missing := _MISSING.search(str(error)):
         return f"{missing[1].rpartition('.')[2]} needs a package that is not installed: {missing[2]}"
+    if isinstance(error, RecursionError):
+        return "a value is nested too deeply, or holds itself by a YAML alias; write it out"
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, ArgumentError):
         return parser_error(str(error), [*getattr(error, OPTIONS, ()), *OWN_OPTIONS.get(verb, ())])
@@ -80,13 +82,14 @@ def user_message(error: BaseException, verb: str = "") -> str | None:
 def _package_error(error: BaseException | None) -> ValueError | None:
     """The ``ValueError`` of this package in the chain of causes of ``error``, or None."""
     while error is not None:
-        if isinstance(error, ValueError) and _raised_in_package(error):
+        if isinstance(error, ValueError) and raised_in_package(error):
             return error
         error = error.__cause__
     return None
 
 
-def _raised_in_package(error: BaseException) -> bool:
+def raised_in_package(error: BaseException) -> bool:
+    """Whether a line of this package raised ``error``."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_PACKAGE_FOLDERS)
 

@@ -78,12 +78,14 @@ def read_yaml(file: Path) -> Any:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        check_keys(text, str(file))
-        return yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no YAML: it is not UTF-8 text") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    try:
+        content = yaml.safe_load(text)
+    except Exception as error:  # any type for a value that is not what its tag says, a month 13 for example
         raise ValueError(f"{file}: no valid YAML: {' '.join(str(error).split())}") from error
+    check_keys(text, str(file))
+    return content
 
 
 def check_keys(text: str, name: str) -> None:

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import Namespace
 
 from emf_lightning.callbacks.loggers.run_directory import UNNAMED
+from emf_lightning.cli.parsing.experiment_files import read_yaml
 
 
 def experiment_name(trainer: Namespace) -> str | None:
@@ -36,13 +37,20 @@ def complete_loggers(trainer: Namespace) -> None:
             settings.tracking_uri = f"file:{folder if folder.name == 'mlruns' else folder / 'mlruns'}"
 
 
-def without_place(content: str) -> Any:
-    """The settings in configuration files, but for the run's place, which earlier versions wrote elsewhere."""
-    settings = yaml.safe_load(content)
+def holds_settings(file: Path, content: str) -> bool:
+    """Whether ``file`` has the settings ``content``, but for the run's place, which earlier versions wrote elsewhere.
+
+    Raises:
+        ValueError: for a file that is no YAML.
+    """
+    return bool(_without_place(read_yaml(file)) == _without_place(yaml.safe_load(content)))
+
+
+def _without_place(settings: Any) -> Any:
     for part in settings if isinstance(settings, list) else [settings]:
         trainer = part.get("trainer") if isinstance(part, dict) else None
-        for name in ("logger", "default_root_dir"):
-            (trainer or {}).pop(name, None)
+        for name in ("logger", "default_root_dir") if isinstance(trainer, dict) else ():
+            trainer.pop(name, None)
     return settings
 
 

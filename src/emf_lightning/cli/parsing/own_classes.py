@@ -34,11 +34,12 @@ def _values(arguments: Sequence[str]) -> Iterator[str]:
     """Every plain text in the arguments and in the files that they name."""
     for argument in arguments:
         value = argument.partition("=")[2] if argument.startswith("-") else argument
-        text = Path(value).read_text() if value.endswith((".yaml", ".yml")) and Path(value).is_file() else value
         try:
-            yield from _strings(yaml.safe_load(text))
-        except yaml.YAMLError:  # a value that is no YAML, such as a prompt
+            text = Path(value).read_text() if value.endswith((".yaml", ".yml")) and Path(value).is_file() else value
+            strings = list(_strings(yaml.safe_load(text)))
+        except Exception:  # of any type, for a value that is no YAML, such as a prompt
             continue
+        yield from strings
 
 
 def _strings(node: Any) -> Iterator[str]:

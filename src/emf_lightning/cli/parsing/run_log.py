@@ -101,8 +101,9 @@ def _rows(logger: CSVLogger) -> list[dict[str, Any]]:
     file = Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
     if not file.is_file():
         return []
-    with file.open(newline="") as content:
-        return list(csv.DictReader(content))
+    text = file.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1].replace("\0", "").splitlines()  # a killed run may have torn the last line
+    return [row for row in csv.DictReader(whole) if (row.get("step") or "").isdecimal()]
 
 
 def _write_rows(logger: CSVLogger, rows: Sequence[dict[str, Any]]) -> None:
