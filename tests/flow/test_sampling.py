@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emf_lightning.flow.guidance import TargetGuidance, guided
-from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler
+from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler, sample
 from tests.flow.gaussian import M, S, average_velocity
 
 
@@ -81,3 +81,17 @@ def test_target_guidance_of_effective_scale_reproduces_guided_velocity_at_the_fi
 def test_target_guidance_refuses_impossible_settings(settings):
     with pytest.raises(ValueError, match="TargetGuidance"):
         TargetGuidance(**settings)
+
+
+def test_samples_that_are_not_finite_are_counted():
+    def net(z, r, t, context):
+        return torch.where(torch.arange(len(z)).view(-1, 1, 1, 1) == 2, torch.nan, z)
+
+    with pytest.warns(UserWarning, match="1 of 4 samples are not finite"):
+        sample(net, noise(4))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_guidance_scale_that_is_no_number_is_refused(scale: float):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+        sample(lambda z, r, t, context: z, noise(2), guidance_scale=scale)

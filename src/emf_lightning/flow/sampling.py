@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -105,14 +107,26 @@ def sample(
         guidance: how the scale acts.
 
     Raises:
-        ValueError: for no steps, or for guidance without ``null_context``.
+        ValueError: for no steps, for guidance without ``null_context``, and for a scale that is no finite number.
+
+    Warns:
+        UserWarning: where samples are not finite, which make black images.
 
     Example:
         >>> sample(lambda z, r, t, mean: z - mean, torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), steps=1)
         tensor([[1.],
                 [2.]])
     """
-    return sampler(guidance(net, context, null_context, len(noise), guidance_scale), noise, steps)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    data = sampler(guidance(net, context, null_context, len(noise), guidance_scale), noise, steps)
+    if lost := int((~data.isfinite()).reshape(len(data), -1).any(1).sum()):
+        warnings.warn(
+            f"{lost} of {len(data)} samples are not finite, and their images are black: the weights are not, or the "
+            "precision or the guidance scale does not suit them",
+            stacklevel=2,
+        )
+    return data
 
 
 def multistep_sample(
