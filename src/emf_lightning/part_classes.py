@@ -70,7 +70,7 @@ def builder(spec: Any, kinds: tuple[type, ...], place: str) -> Callable[[], Any]
     """
     if isinstance(spec, (list, tuple)):
         items = [builder(item, kinds, place) for item in spec]
-        return lambda: [build() for build in items]
+        return lambda: type(spec)(build() for build in items)
     if not isinstance(spec, dict):
         return lambda: spec
     if "class_path" not in spec:

@@ -22,7 +22,9 @@ from torch.distributed.checkpoint import Metadata
 from emf_lightning.cli import main
 from emf_lightning.cli.load_run import load_run
 from emf_lightning.cli.parsing.parser_errors import class_of
+from emf_lightning.flow.guidance import ConditionedGuidance, SamplingGuidance
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.part_classes import builder
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from tests.cli.world import BASE
 
@@ -212,6 +214,11 @@ def test_a_damaged_file_of_an_exported_folder_is_named(tmp_path, file, text):
     (Path(folder) / file).write_text(text)
     with pytest.raises(ValueError, match=file):
         EMFPipeline.from_pretrained(folder)
+
+
+def test_a_spec_keeps_the_kinds_of_its_values():
+    spec = {"class_path": "emf_lightning.flow.guidance.ConditionedGuidance", "init_args": {"interval": (0.0, 0.5)}}
+    assert builder(spec, (SamplingGuidance,), "here")() == ConditionedGuidance(interval=(0.0, 0.5))
 
 
 def test_a_class_of_ones_own_loads_from_a_folder_that_one_trusts(tmp_path, monkeypatch):
