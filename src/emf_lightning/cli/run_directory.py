@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,10 +17,8 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from emf_lightning.callbacks.loggers.run_directory import UNNAMED, file_loggers, place
-from emf_lightning.cli.parsing.errors import raised_in_package
 from emf_lightning.cli.run_lock import LOCK, lock, process, read
 from emf_lightning.cli.trainings import RUN_DIRECTORY
 
@@ -29,45 +27,6 @@ IDENTITY = (
     *("data.text", "data.autoencoder"),
 )
 """Settings that runs share of which one can go on from the other; their learning rate and length may differ."""
-
-
-class _OwnStateOnly(_CheckpointConnector):
-    """Restores what `emf fit` has saved.
-
-    Lightning would restore any ``hpc_ckpt_N.ckpt`` in the working directory of a SLURM job, whoever wrote it, and ends
-    in errors without a sentence where a checkpoint lacks something or holds it in another form.
-    """
-
-    _hpc_resume_path = None
-
-    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        with _naming(checkpoint_path):
-            super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
-
-    def restore_training_state(self) -> None:
-        with _naming(self._ckpt_path):
-            super().restore_training_state()
-
-    def restore_optimizers(self) -> None:
-        saved, there = len(self._loaded_checkpoint["optimizer_states"]), len(self.trainer.optimizers)
-        if saved != there:  # Lightning would leave the others as they began
-            raise IndexError(f"the states of {saved} optimisers for {there}")
-        super().restore_optimizers()
-
-
-@contextmanager
-def _naming(path: Any) -> Iterator[None]:
-    """Raises a ``ValueError`` that names the checkpoint ``path`` for errors of what it holds."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, ValueError) and raised_in_package(error):
-            raise
-        raise ValueError(
-            f"ckpt_path: {path} does not hold what a training saves ({type(error).__name__}: {error}); to start from "
-            "its weights alone, give --model.init_args.init_from in place of it"
-        ) from error
-
 
 _STARTED = (LOCK, "config.yaml", "hparams.yaml", "events.out.tfevents")
 """Beginnings of the names of the files that a start writes before it has any result."""
@@ -125,7 +84,6 @@ def open_run(trainer: Trainer, config: Namespace, fitting: bool, path: str | Non
     Raises:
         ValueError: for ``last`` without a checkpoint or of another experiment; for a directory that is in use.
     """
-    trainer._checkpoint_connector = _OwnStateOnly(trainer)
     first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer does not know its rank yet
     root, own = _places(trainer, config, run)
     # an earlier run without a logger lies in the folder itself

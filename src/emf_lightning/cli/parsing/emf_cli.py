@@ -21,6 +21,7 @@ from emf_lightning.cli.parsing.errors import naming_options
 from emf_lightning.cli.parsing.experiment_files import ExperimentFileParser, check_every_text
 from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.nested_help import Help
+from emf_lightning.cli.parsing.own_state import OwnStateOnly
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
 from emf_lightning.cli.parsing.setting_checks import check_devices, check_sharding, check_val_interval, check_warmup
@@ -158,6 +159,7 @@ class EMFCLI(LightningCLI):
         if config.trainer.fast_dev_run:
             super()._run_subcommand(subcommand)
             return
+        self.trainer._checkpoint_connector = OwnStateOnly(self.trainer)
         run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
         prepare_logging(self.trainer)
         path = self.config_init[subcommand]["ckpt_path"] = run.checkpoint

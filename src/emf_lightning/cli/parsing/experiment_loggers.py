@@ -48,9 +48,9 @@ def holds_settings(file: Path, content: str) -> bool:
 
 def _without_place(settings: Any) -> Any:
     for part in settings if isinstance(settings, list) else [settings]:
-        trainer = part.get("trainer") if isinstance(part, dict) else None
-        for name in ("logger", "default_root_dir") if isinstance(trainer, dict) else ():
-            trainer.pop(name, None)
+        if isinstance(part, dict) and isinstance(trainer := part.get("trainer"), dict):
+            for name in ("logger", "default_root_dir"):
+                trainer.pop(name, None)
     return settings
 
 
