@@ -84,7 +84,7 @@ def test_target_guidance_refuses_impossible_settings(settings):
 
 
 def test_samples_that_are_not_finite_are_counted():
-    def net(z, r, t, context):
+    def net(z, r, t, *_):
         return torch.where(torch.arange(len(z)).view(-1, 1, 1, 1) == 2, torch.nan, z)
 
     with pytest.warns(UserWarning, match="1 of 4 samples are not finite"):
@@ -94,4 +94,4 @@ def test_samples_that_are_not_finite_are_counted():
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_guidance_scale_that_is_no_number_is_refused(scale: float):
     with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
-        sample(lambda z, r, t, context: z, noise(2), guidance_scale=scale)
+        sample(lambda z, r, t, *_: z, noise(2), guidance_scale=scale)
