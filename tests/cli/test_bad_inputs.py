@@ -15,6 +15,12 @@ from tests.cli.world import CHECKPOINT, complaint
 RUN = "runs/tiny/version_0"
 
 
+def quick(count: int, cases: list[Any]) -> list[Any]:
+    """All ``cases``, of which the first ``count`` are quick ones."""
+    late = [case if isinstance(case, tuple) else (case,) for case in cases[count:]]
+    return [*cases[:count], *(pytest.param(*case, marks=pytest.mark.slow) for case in late)]
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -29,17 +35,20 @@ def changed(change: dict[str, Any], *left_out: str) -> str:
 
 @pytest.mark.parametrize(
     ("change", "left_out", "said"),
-    [
-        ({}, ("pytorch-lightning_version",), "'pytorch-lightning_version'"),
-        ({"pytorch-lightning_version": "x.y"}, (), "Invalid version"),
-        ({}, ("optimizer_states",), "optimizer state"),
-        ({"optimizer_states": []}, (), "IndexError"),
-        ({"optimizer_states": ["x"]}, (), "does not hold what a training saves"),
-        ({"global_step": None, "loops": {}}, (), "'fit_loop'"),
-        ({"callbacks": [1]}, (), "does not hold what a training saves"),
-        ({"flow_map": [1]}, (), "does not hold what a training saves"),
-        ({"state_dict": {1: torch.zeros(2)}}, (), "holds no model's weights"),
-    ],
+    quick(
+        3,
+        [
+            ({}, ("pytorch-lightning_version",), "'pytorch-lightning_version'"),
+            ({"pytorch-lightning_version": "x.y"}, (), "Invalid version"),
+            ({}, ("optimizer_states",), "optimizer state"),
+            ({"optimizer_states": []}, (), "IndexError"),
+            ({"optimizer_states": ["x"]}, (), "does not hold what a training saves"),
+            ({"global_step": None, "loops": {}}, (), "'fit_loop'"),
+            ({"callbacks": [1]}, (), "does not hold what a training saves"),
+            ({"flow_map": [1]}, (), "does not hold what a training saves"),
+            ({"state_dict": {1: torch.zeros(2)}}, (), "holds no model's weights"),
+        ],
+    ),
 )
 def test_a_checkpoint_that_is_none_of_a_training_is_named(capsys, change, left_out, said):
     options = ("--config", "shapes/child.yaml", "--trainer.max_steps", "3", "--ckpt_path", changed(change, *left_out))
@@ -75,13 +84,13 @@ def test_a_value_that_holds_itself_is_refused(capsys, tmp_path):
     assert "holds itself" in complaint(capsys, "fit", "--config", str(file))
 
 
-@pytest.mark.parametrize("word", ["2024-13-45", "[" * 5000, "!!timestamp x"])
+@pytest.mark.parametrize("word", quick(1, ["2024-13-45", "[" * 5000, "!!timestamp x"]))
 def test_a_prompt_that_is_no_yaml_is_a_prompt(tmp_path, word):
     main(["predict", "--run", RUN, "--trust_remote_code", "--prompt", word, "--steps", "1", "--out", str(tmp_path)])
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize("value", ["null", "3", "a"])
+@pytest.mark.parametrize("value", quick(1, ["null", "3", "a"]))
 @pytest.mark.parametrize("section", ["trainer", "data", "model"])
 def test_a_section_that_holds_no_settings_is_named(capsys, section, value):
     line = complaint(capsys, "plan", "base.yaml", "--config", f"{{{section}: {value}}}")
@@ -95,15 +104,21 @@ BLIP3O = '{"model_type": "blip3o"}'
 
 @pytest.mark.parametrize(
     ("files", "said"),
-    [
-        ({"config.json": "[]"}, "config.json holds no JSON object"),
-        ({"config.json": "{"}, "config.json cannot be read as JSON"),
-        ({"config.json": "[" * 100_000}, "config.json cannot be read as JSON"),
-        ({"config.json": '{"num_layers": "x"}'}, "cannot load"),
-        ({"config.json": BLIP3O, "model.safetensors.index.json": "{}"}, "its weight_map names no files"),
-        ({"config.json": BLIP3O, "model.safetensors.index.json": "["}, "cannot be read as JSON"),
-        ({"config.json": BLIP3O, "model.safetensors.index.json": '{"weight_map": {"model.sana.a": 3}}'}, "weight_map"),
-    ],
+    quick(
+        2,
+        [
+            ({"config.json": "[]"}, "config.json holds no JSON object"),
+            ({"config.json": "{"}, "config.json cannot be read as JSON"),
+            ({"config.json": "[" * 100_000}, "config.json cannot be read as JSON"),
+            ({"config.json": '{"num_layers": "x"}'}, "cannot load"),
+            ({"config.json": BLIP3O, "model.safetensors.index.json": "{}"}, "its weight_map names no files"),
+            ({"config.json": BLIP3O, "model.safetensors.index.json": "["}, "cannot be read as JSON"),
+            (
+                {"config.json": BLIP3O, "model.safetensors.index.json": '{"weight_map": {"model.sana.a": 3}}'},
+                "weight_map",
+            ),
+        ],
+    ),
 )
 def test_damaged_files_of_published_weights_are_named(capsys, tmp_path, files, said):
     for name, text in files.items():
@@ -155,7 +170,10 @@ def test_a_row_of_metrics_that_a_kill_has_torn_is_left_out(tmp_path):
     assert any("0.5" in row for row in rows) and not any("0.25" in row for row in rows)
 
 
-@pytest.mark.parametrize("text", ['{"prompt": "a', "[1]\n", '{"prompt": 3}\n', '{"prompt": "a", "tag": [1]}\n', "\0"])
+RESULTS = ['{"prompt": "a', "[1]\n", '{"prompt": 3}\n', '{"prompt": "a", "tag": [1]}\n', "\0"]
+
+
+@pytest.mark.parametrize("text", quick(1, RESULTS))
 def test_an_export_goes_without_examples_that_cannot_be_read(tmp_path, text):
     shutil.copytree(RUN, tmp_path / "run")
     (tmp_path / "run/shapes/results").mkdir(parents=True)
