@@ -35,6 +35,8 @@ def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, 
     UTF-8.
     """
     captions = decode_captions(sample, column)
+    if len(captions) == 1:
+        return captions[0]
     name = sample.location.rpartition("/")[2]
     return captions[(zlib.crc32(name.encode("utf-8", "replace")) + seed + epoch) % len(captions)]
 

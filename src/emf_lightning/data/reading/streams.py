@@ -154,7 +154,9 @@ class ShardStream(IterableDataset[RawBatch]):
     def _load(self, sample: TarSample, flipped: bool) -> Iterator[Sample | str]:
         """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
         try:
-            decode = cache(lambda: decode_image(sample, self.image_limits))
+            decode: Callable[[], Image] = partial(decode_image, sample, self.image_limits)
+            if self.only_missing:  # several captions of one image
+                decode = cache(decode)
             for caption in self._captions(sample):
                 yield self._look_up(sample, flipped, caption, decode)
         except UnusableSampleError as error:

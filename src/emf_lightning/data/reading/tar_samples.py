@@ -25,6 +25,8 @@ COUNTED = 64
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 """webdataset's rule: the key ends at the first dot of the last component, the rest is the extension."""
 
+_TEXTS = {"txt": "text", "json": "json"}
+
 
 @dataclass(frozen=True)
 class TarSample:
@@ -89,7 +91,7 @@ class SampleFiles:
 
 def kind_of(extension: str) -> str | None:
     """The kind of file by its extension in lower case: image, text or json; None for others."""
-    return "image" if extension in IMAGES else {"txt": "text", "json": "json"}.get(extension)
+    return "image" if extension in IMAGES else _TEXTS.get(extension)
 
 
 def everything(key: str) -> bool:
