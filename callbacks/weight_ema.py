@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,30 @@ class WeightEMA(EMAWeightAveraging):
     Lightning (2.6) copies the module in ``setup``, before it is moved to the device: on a GPU, every step would then
     send all weights to the CPU. Lightning also copies the whole module, and one sharded by FSDP2 cannot be copied; here
     each rank averages its own shards, without communication.
+
+    Args:
+        warmup: Let the decay grow, ``min(decay, (1 + n) / (10 + n))`` at the n-th average, so that averages early in
+            training are of a tenth of it and do not lag by ``1 / (1 - decay)`` steps.
     """
 
     averages_shards = True
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        warmup: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            device, use_buffers, decay, update_every_n_steps, update_starting_at_step, update_starting_at_epoch, **kwargs
+        )
+        if warmup:
+            self._kwargs["avg_fn"] = partial(_warmed_up, decay)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -59,6 +81,10 @@ class WeightEMA(EMAWeightAveraging):
             elif "averaging_state" in checkpoint:
                 checkpoint["current_model_state"] = _read_live(trainer, like=averages)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _warmed_up(decay: float, average: Tensor, live: Tensor, averaged: Tensor | int) -> Tensor:
+    return average.lerp(live, 1 - min(decay, (1 + int(averaged)) / (10 + int(averaged))))
 
 
 def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:
