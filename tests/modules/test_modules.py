@@ -286,6 +286,6 @@ def test_a_network_that_ignores_r_is_refused_when_the_module_is_built():
     from emf_lightning.networks.unet import UNetArchitecture, UNetFlowMap
 
     unet = UNetFlowMap(UNetArchitecture([8, 8], [False, True], layers=1, groups=4), latent_size=8)
-    with pytest.raises(ValueError, match="u of UNetFlowMap ignores r: take a network with a second time input"):
+    with pytest.raises(ValueError, match="u of this UNetFlowMap ignores r: give it a second time input"):
         FlowMapModule(unet, MeanFlow())
     assert FlowMapModule(unet, FlowMatching()).nfe(4) == 4

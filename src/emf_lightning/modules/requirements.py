@@ -13,8 +13,8 @@ def check_network(net: FlowMapNetwork, objective: Any) -> None:
     name, kind = type(objective).__name__, type(net).__name__
     if objective.needs_interval and not net.takes_interval:
         raise ValueError(
-            f"{name} trains u(z, r, t), and u of {kind} ignores r: take a network with a second time input, e.g. "
-            "SanaFlowMap, or an objective with one time, e.g. FlowMatching"
+            f"{name} trains u(z, r, t), and u of this {kind} ignores r: give it a second time input (for diffusers' "
+            "networks net.init_args.interval: AnchoredInterval), or take an objective with one time, e.g. FlowMatching"
         )
     if getattr(objective, "needs_guidance_conditioning", False) and not net.takes_guidance:
         raise ValueError(f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true")

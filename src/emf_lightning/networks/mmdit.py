@@ -14,7 +14,8 @@ from emf_lightning.networks.architecture_checks import (
     require_position_width,
     require_positive,
 )
-from emf_lightning.networks.single_time import SingleTimeFlowMap
+from emf_lightning.networks.backbone import BackboneFlowMap
+from emf_lightning.networks.two_time.two_time_embedding import TimePlaces
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class MMDiTArchitecture:
         require_position_width(self, self.num_attention_heads, self.attention_head_dim)
 
 
-class MMDiTFlowMap(SingleTimeFlowMap):
+class MMDiTFlowMap(BackboneFlowMap):
     """diffusers' ``SD3Transformer2DModel``, with the features of ``SD3TextEncoder``.
 
     The first token holds the pooled features, the others are the sequence. SD3 has no mask: all tokens are attended.
 
     Args:
         architecture: its size, if it starts from scratch.
-        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
+        latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.mmdit import MMDiTArchitecture
@@ -64,6 +65,12 @@ class MMDiTFlowMap(SingleTimeFlowMap):
     """
 
     context_width_key = "joint_attention_dim"
+    places = TimePlaces(
+        "time_text_embed.timestep_embedder",
+        sinusoid="time_text_embed.time_proj",
+        conditioning="time_text_embed",
+        output_norm=("norm_out", "conditioning_embedding"),
+    )
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class MMDiTFlowMap(SingleTimeFlowMap):
         size = architecture or MMDiTArchitecture()
         width = size.num_attention_heads * size.attention_head_dim
         arguments = asdict(size) | {"joint_attention_dim": context_width, "caption_projection_dim": width}
+        arguments |= {"in_channels": latent_channels, "out_channels": latent_channels, "sample_size": latent_size}
         shape = latent_channels, latent_size, context_width
         super().__init__(SD3Transformer2DModel, arguments, architecture, *shape, **options)
         config = self.model.config
@@ -93,14 +101,12 @@ class MMDiTFlowMap(SingleTimeFlowMap):
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
 
-    def backbone(
-        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
-    ) -> Tensor:
-        dtype, config = self.model.dtype, self.model.config
+    def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """The model's output; there is no mask."""
         return self.model(
-            z.to(dtype),
-            encoder_hidden_states=context[:, 1:].to(dtype),
-            pooled_projections=context[:, 0, : config.pooled_projection_dim].to(dtype),
+            z,
+            encoder_hidden_states=context[:, 1:],
+            pooled_projections=context[:, 0, : self.model.config.pooled_projection_dim],
             timestep=self.timestep(t),
             return_dict=False,
         )[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emf_lightning.networks.architecture_checks import require, require_positive
+from emf_lightning.networks.backbone import BackboneFlowMap
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
-from emf_lightning.networks.single_time import SingleTimeFlowMap
+from emf_lightning.networks.two_time.two_time_embedding import TimePlaces
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,24 @@ STABLE_DIFFUSION = UNetArchitecture([320, 640, 1280, 1280], [True, True, True, F
 """Stable Diffusion 1.x, 860 M parameters at 4 channels with a text width of 768."""
 
 
-class UNetFlowMap(SingleTimeFlowMap):
+def _shape(channels: int, side: int) -> dict[str, int]:
+    return {"in_channels": channels, "out_channels": channels, "sample_size": side}
+
+
+class _UNet(BackboneFlowMap):
+    places = TimePlaces("time_embedding", sinusoid="time_proj")
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.model.down_blocks, self.model.mid_block, *self.model.up_blocks]
+
+
+class UNetFlowMap(_UNet):
     """diffusers' ``UNet2DModel``: images without captions.
 
     Args:
         architecture: its size, if it starts from scratch.
-        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
+        latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -109,16 +123,15 @@ class UNetFlowMap(SingleTimeFlowMap):
         fits = options.get("pretrained") is not None or latent_size % 2**halvings == 0
         require(self, fits, f"{rule}; change the data's resolution or the number of stages")
         arguments = size.stages("Attn") | {"attention_head_dim": size.head_channels, "dropout": size.dropout}
+        arguments |= _shape(latent_channels, latent_size)
         super().__init__(UNet2DModel, arguments, architecture, latent_channels, latent_size, context_width, **options)
 
-    def backbone(
-        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
-    ) -> Tensor:
+    def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """The UNet's output; it ignores ``context``."""
-        return self.model(z.to(self.model.dtype), self.timestep(t), return_dict=False)[0]
+        return self.model(z, self.timestep(t), return_dict=False)[0]
 
 
-class TextUNetFlowMap(SingleTimeFlowMap):
+class TextUNetFlowMap(_UNet):
     """diffusers' ``UNet2DConditionModel``, Stable Diffusion 1.x's.
 
     InstaFlow's (arXiv 2309.06380) was trained as a rectified flow on t x 1000 and predicts x - e:
@@ -126,7 +139,7 @@ class TextUNetFlowMap(SingleTimeFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        latent_channels: C of the latents; see ``SingleTimeFlowMap`` for it and for the other arguments.
+        latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
 
     Example:
         >>> from emf_lightning.networks.unet import UNetArchitecture
@@ -153,16 +166,12 @@ class TextUNetFlowMap(SingleTimeFlowMap):
         size = architecture or STABLE_DIFFUSION
         size.require_multiples("heads", size.attending)
         arguments = size.stages("CrossAttn") | {"attention_head_dim": size.heads, "cross_attention_dim": context_width}
+        arguments |= _shape(latent_channels, latent_size)
         shape = latent_channels, latent_size, context_width
         super().__init__(UNet2DConditionModel, arguments, architecture, *shape, **options)
 
-    def backbone(
-        self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
-    ) -> Tensor:
-        dtype = self.model.dtype
-        return self.model(
-            z.to(dtype), self.timestep(t), context.to(dtype), encoder_attention_mask=mask, return_dict=False
-        )[0]
+    def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        return self.model(z, self.timestep(t), context, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 class UNetDiscriminator(Discriminator):

@@ -32,13 +32,21 @@ def config_of(name: str, subfolder: str | None = None) -> dict[str, Any]:
     return read_json(file, _REMEDY)
 
 
-def tensors_of(name: str, prefix: str, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+def tensors_of(
+    name: str,
+    prefix: str,
+    wanted: Container[str] | None = None,
+    *,
+    subfolder: str | None = None,
+    stem: str = "model",
+) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it, from a folder's or hub name's safetensors.
 
     Only the files that hold one of them are read, or downloaded. ``wanted`` are names without ``prefix``, by default
-    all. Raises ``OSError`` if there are no safetensors, ``ValueError`` if a file is damaged.
+    all. ``stem`` begins the files' names: diffusers' is ``diffusion_pytorch_model``. Raises ``OSError`` if there are no
+    safetensors, ``ValueError`` if a file is damaged.
     """
-    opened = ((key.removeprefix(prefix), key, file) for key, file in _opened(name, prefix))
+    opened = ((key.removeprefix(prefix), key, file) for key, file in _opened(name, prefix, subfolder, stem))
     return {short: file.get_tensor(key) for short, key, file in opened if wanted is None or short in wanted}
 
 
@@ -47,11 +55,11 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(file.get_slice(key).get_shape()) for key, file in _opened(name, "")}
 
 
-def _opened(name: str, prefix: str) -> Iterator[tuple[str, Any]]:
+def _opened(name: str, prefix: str, subfolder: str | None = None, stem: str = "model") -> Iterator[tuple[str, Any]]:
     """The full names that begin with ``prefix``, each with its open file."""
     from safetensors import SafetensorError, safe_open
 
-    for path in _weight_files(name, prefix):
+    for path in _weight_files(name, prefix, subfolder, stem):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  # no mapping
@@ -61,17 +69,17 @@ def _opened(name: str, prefix: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
 
 
-def _weight_files(name: str, prefix: str) -> Iterator[Path]:
+def _weight_files(name: str, prefix: str, subfolder: str | None, stem: str) -> Iterator[Path]:
     try:
-        index = _file(name, "model.safetensors.index.json")
+        index = _file(name, f"{stem}.safetensors.index.json", subfolder)
     except OSError:
-        yield _file(name, "model.safetensors")
+        yield _file(name, f"{stem}.safetensors", subfolder)
         return
     files = read_json(index, _REMEDY).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: its weight_map names no files; {_REMEDY}")
     for file in sorted({file for key, file in files.items() if key.startswith(prefix)}):
-        yield _file(name, file)
+        yield _file(name, file, subfolder)
 
 
 def _file(name: str, file: str, subfolder: str | None = None) -> Path:

@@ -66,6 +66,7 @@ def load_pretrained(
     remedy: str | None = None,
     part: Callable[[Any], Any] = lambda model: model,
     unused: tuple[str, ...] = (),
+    surplus: tuple[str, ...] = (),
     **arguments: Any,
 ) -> Any:
     """A model of class ``kind`` all of whose parameters were read; on the meta device its size alone.
@@ -83,6 +84,7 @@ def load_pretrained(
         remedy: advice at the end of messages.
         part: selects the submodule that is returned and checked.
         unused: parts of the names of weights that a checkpoint may lack, as they do not affect the output.
+        surplus: beginnings of the names of weights that a checkpoint may have beside the model's.
         **arguments: of ``from_pretrained``.
 
     Raises:
@@ -97,12 +99,12 @@ def load_pretrained(
     prefix = next(f"{name}." * bool(name) for name, module in loaded.model.named_modules() if module is model)
     lost = [name for name in loaded.missing if not any(each in name for each in unused)] + loaded.mismatched
     lost = [name for name in lost if name.startswith(prefix)]
-    surplus = loaded.surplus if _of_diffusers(kind) else []
-    if lost or surplus:
-        difference = f"lacks {len(lost)}" if lost else f"has {len(surplus)} too many"
+    others = [name for name in loaded.surplus if not name.startswith(surplus)] if _of_diffusers(kind) else []
+    if lost or others:
+        difference = f"lacks {len(lost)}" if lost else f"has {len(others)} too many"
         raise ValueError(
             f"{caller}: {_named(weights, argument)} {difference} of the weights of a {type(loaded.model).__name__}, "
-            f"{min(lost or surplus)} among them{', or has them in other shapes' * bool(lost)}: it is incomplete, or "
+            f"{min(lost or others)} among them{', or has them in other shapes' * bool(lost)}: it is incomplete, or "
             f"another model; {remedy or _remedy(weights)}"
         )
     return model.eval().requires_grad_(False) if frozen else model.train()

@@ -8,21 +8,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Modulation = tuple[Tensor, Tensor]
-"""AdaLN modulation of the blocks, ``[B, 6 D]``, and the embedding that modulates the output norm, ``[B, D]``."""
+Modulation = Tensor | tuple[Tensor, ...]
+"""A time embedding ``[B, D]``, or the tensors that a backbone makes of it.
 
+PixArt and SANA make two: adaLN modulation of the blocks, ``[B, 6 D]``, and the output norm's embedding, ``[B, D]``.
+"""
 
 Embed = Callable[[Tensor], Modulation]
 """A time embedding, of times ``[B]``."""
 
 
 class IntervalInput(ABC):
-    """A rule from (r, t) to the modulation of the blocks and of the output norm.
+    """A rule from (r, t) to a backbone's time embedding; it knows no backbone.
 
     Attributes:
         embeds_length: whether the rule uses m', the embedding of t - r.
-        blocks_at_t: for rules with two block modulations side by side, ``[B, 12 D]``, the number of leading blocks
-            that take the first; the others take the second. None for rules with one.
+        blocks_at_t: for rules with two embeddings for the blocks side by side, ``[B, 2 D]``, the number of leading
+            blocks that take the first; the others take the second. None for rules with one.
     """
 
     embeds_length: bool = True
@@ -30,7 +32,14 @@ class IntervalInput(ABC):
 
     @abstractmethod
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        """The modulation at ``r`` and ``t``, ``[B]``, from m, ``embed_time``, and m', ``embed_length`` of t - r."""
+        """The embedding at ``r`` and ``t``, ``[B]``, from m, ``embed_time``, and m', ``embed_length`` of t - r."""
+
+
+def _combined(combine: Callable[..., Tensor], *modulations: Modulation) -> Modulation:
+    """``combine`` of the modulations' tensors, one by one."""
+    if isinstance(modulations[0], Tensor):
+        return combine(*modulations)
+    return tuple(map(combine, *modulations))
 
 
 class AnchoredInterval(IntervalInput):
@@ -38,15 +47,14 @@ class AnchoredInterval(IntervalInput):
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
         end, length, zero = embed_time(t), embed_length(t - r), embed_length(torch.zeros_like(t))
-        return end[0] + (length[0] - zero[0]), end[1] + (length[1] - zero[1])
+        return _combined(lambda a, b, c: a + (b - c), end, length, zero)
 
 
 class SummedInterval(IntervalInput):
     """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        end, length = embed_time(t), embed_length(t - r)
-        return end[0] + length[0], end[1] + length[1]
+        return _combined(torch.add, embed_time(t), embed_length(t - r))
 
 
 class DecoupledInterval(IntervalInput):
@@ -71,6 +79,8 @@ class DecoupledInterval(IntervalInput):
         return self.blocks
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        """Both block modulations side by side, ``[B, 12 D]``, t's first, and r's embedding."""
+        """Both embeddings for the blocks side by side, ``[B, 2 D]``, t's first; other tensors are r's."""
         start, end = embed_time(t), embed_time(r)
-        return torch.cat([start[0], end[0]], dim=1), end[1]
+        if isinstance(start, Tensor) and isinstance(end, Tensor):
+            return torch.cat([start, end], dim=1)
+        return torch.cat([start[0], end[0]], dim=1), *end[1:]

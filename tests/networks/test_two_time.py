@@ -1,0 +1,196 @@
+"""The second time input on each backbone that knows one time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.velocity import AverageVelocity
+from emf_lightning.networks.backbone import BackboneFlowMap
+from emf_lightning.networks.mmdit import MMDiTArchitecture, MMDiTFlowMap
+from emf_lightning.networks.two_time.rules import AnchoredInterval, DecoupledInterval, IntervalInput, SummedInterval
+from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture, UNetFlowMap
+
+UNET = UNetArchitecture([8, 16], [False, True], layers=1, heads=2, groups=4)
+MMDIT = MMDiTArchitecture(3, 2, 8, pooled_projection_dim=12, pos_embed_max_size=8)
+
+KINDS: dict[str, tuple[type[BackboneFlowMap], Any, int]] = {
+    "SD3": (MMDiTFlowMap, MMDIT, 4),
+    "UNet": (UNetFlowMap, UNET, 3),
+    "text UNet": (TextUNetFlowMap, UNET, 4),
+}
+"""Name -> class, a tiny size and channels of the latents."""
+
+BY_BLOCKS = ("SD3",)
+"""Those whose blocks share a time embedding that a rule can split."""
+
+backbones = pytest.mark.parametrize("name", KINDS)
+
+
+def network(name: str, interval: IntervalInput | None, **settings: Any) -> BackboneFlowMap:
+    kind, size, channels = KINDS[name]
+    torch.manual_seed(0)
+    source = {} if "pretrained" in settings else {"architecture": size}
+    return kind(**source, latent_channels=channels, latent_size=8, context_width=16, interval=interval, **settings)
+
+
+def inputs(name: str, batch: int = 3) -> tuple[Tensor, ...]:
+    """z, r < t, and context with its mask."""
+    torch.manual_seed(1)
+    t = 0.1 + 0.8 * torch.rand(batch)
+    z, context = torch.randn(batch, KINDS[name][2], 8, 8), torch.randn(batch, 7, 16)
+    return z, t * torch.rand(batch), t, context, torch.ones(batch, 7, dtype=torch.bool)
+
+
+def stir(net: nn.Module) -> nn.Module:
+    """Changes all weights a little, so that nothing is a copy any more and no gate is zero."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+def call(net: nn.Module, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(z, r, t, context, mask)
+
+
+@backbones
+def test_anchored_it_is_the_parent_at_r_equal_t_bit_for_bit_and_stays_so(name):
+    one = stir(network(name, None)).eval()
+    two = network(name, AnchoredInterval()).eval()
+    missing, surplus = two.load_state_dict(one.state_dict(), strict=False)
+    assert all(".interval." in key for key in missing) and not surplus
+    z, r, t, *text = inputs(name)
+    assert torch.equal(call(two, z, t, t, *text), call(one, z, t, t, *text))
+    stir(two.model.get_submodule(f"{two.places.embedding}.interval"))
+    assert torch.equal(call(two, z, t, t, *text), call(one, z, t, t, *text)), "after training"
+    assert not torch.allclose(call(two, z, r, t, *text), call(one, z, t, t, *text), atol=1e-5)
+
+
+@backbones
+def test_the_second_embedding_sees_the_intervals_length_in_fp32(name):
+    """The rules' formulas, with the embedding's own layers."""
+    rules: dict[type[IntervalInput], Any] = {
+        AnchoredInterval: lambda m, n, r, t: m(t) + n(t - r) - n(0 * t),
+        SummedInterval: lambda m, n, r, t: m(t) + n(t - r),
+    }
+    z, r, t, *text = inputs(name)
+    for rule, formula in rules.items():
+        net = stir(network(name, rule())).eval()
+        seen: list[Tensor] = []
+        embedding: Any = net.model.get_submodule(net.places.embedding)
+        sinusoid: Any = net.model.get_submodule(net.places.sinusoid)
+        embedding.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output))
+        call(net, z, r, t, *text)
+        expected = formula(
+            lambda time, e=embedding, s=sinusoid: e.forward(s(1000 * time)),
+            lambda time, e=embedding, s=sinusoid: e.interval(s(1000 * time)),
+            r,
+            t,
+        )
+        torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BY_BLOCKS)
+def test_decoupled_the_first_blocks_see_t_and_the_others_r(name):
+    """With all blocks at t only the output norm sees r; with one the rest does; at r = t all are the parent."""
+    one = stir(network(name, None)).eval()
+    z, r, t, *text = inputs(name)
+    for blocks in (1, len(one.blocks)):
+        two = network(name, DecoupledInterval(blocks)).eval()
+        assert two.state_dict().keys() == one.state_dict().keys()
+        two.load_state_dict(one.state_dict())
+        assert torch.equal(call(two, z, t, t, *text), call(one, z, t, t, *text))
+        at_t, at_r = _embeddings(one, z, t, t, *text), _embeddings(one, z, r, r, *text)
+        for i, embedding in enumerate(_embeddings(two, z, r, t, *text)):
+            assert torch.equal(embedding, (at_t if i < blocks else at_r)[i])
+
+
+def _embeddings(net: BackboneFlowMap, *inputs: Tensor) -> list[Tensor]:
+    """The time embedding that each block is given."""
+    given: list[Tensor] = []
+
+    def look(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(kwargs["temb"])
+
+    handles = [block.register_forward_pre_hook(look, with_kwargs=True) for block in net.blocks]
+    call(net, *inputs)
+    for handle in handles:
+        handle.remove()
+    return given
+
+
+@pytest.mark.parametrize("name", KINDS.keys() - BY_BLOCKS)
+def test_a_rule_by_blocks_is_refused_where_blocks_share_no_embedding(name):
+    with pytest.raises(ValueError, match="blocks share no time embedding"):
+        network(name, DecoupledInterval(1))
+
+
+@backbones
+def test_dudt_is_exact(name):
+    """Forward mode against central differences in float64."""
+    net = stir(network(name, AnchoredInterval(), time_scale=5.0)).double().eval()
+    z, r, t, context, mask = inputs(name)
+    z, r, t, context = (each.double() for each in (z, r, t, context))
+    u = AverageVelocity(net, (context, mask))
+    v, h = torch.randn_like(z), 1e-4
+    dudt = ForwardMode().jvp(u, z, r, t, v)
+    with torch.no_grad():
+        expected = (u(z + h * v, r, t + h) - u(z - h * v, r, t - h)) / (2 * h)
+    error = (dudt - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < 1e-3  # diffusers computes its sinusoids in fp32
+
+
+@backbones
+def test_saved_and_read_back_it_is_the_same_network(name, tmp_path):
+    net = stir(network(name, AnchoredInterval())).eval()
+    net.save_pretrained(tmp_path / "two")
+    again = network(name, AnchoredInterval(), pretrained=str(tmp_path / "two")).eval()
+    assert torch.equal(call(again, *inputs(name)), call(net, *inputs(name)))
+    with pytest.raises(ValueError, match=r"knows intervals; set net.init_args.interval"):
+        network(name, None, pretrained=str(tmp_path / "two"))
+    with pytest.raises(ValueError, match="was trained with interval 'AnchoredInterval"):
+        network(name, SummedInterval(), pretrained=str(tmp_path / "two"))
+
+
+@backbones
+def test_from_a_flow_the_second_embedding_starts_as_a_copy_and_trains_even_if_the_flow_is_frozen(name, tmp_path):
+    flow = stir(network(name, None))
+    flow.save_pretrained(tmp_path / "flow")
+    net = network(name, AnchoredInterval(), pretrained=str(tmp_path / "flow"))
+    embedding: Any = net.model.get_submodule(net.places.embedding)
+    theirs = dict(flow.model.get_submodule(net.places.embedding).named_parameters())
+    ours = dict(embedding.interval.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].requires_grad for key in ours)
+
+    net(*inputs(name)).square().mean().backward()
+    still = {name for name, parameter in ours.items() if not parameter.grad.abs().max() > 0}
+    assert still == {"linear_2.bias"}, "which m'(t - r) - m'(0) cancels"
+
+
+@backbones
+def test_a_copy_of_the_network_has_times_of_its_own(name):
+    """A deep copy, as a frozen teacher is one, does not share the second embedding."""
+    net = stir(network(name, AnchoredInterval())).eval()
+    before, twin = call(net, *inputs(name)), copy.deepcopy(net)
+    assert torch.equal(call(twin, *inputs(name)), before)
+    stir(net)
+    assert torch.equal(call(twin, *inputs(name)), before)
+
+
+@backbones
+def test_gradient_checkpointing_changes_no_gradient(name):
+    def gradients(**settings: Any) -> Tensor:
+        net = stir(network(name, AnchoredInterval(), **settings)).train()
+        net(*inputs(name)).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    assert torch.allclose(gradients(gradient_checkpointing=True), gradients(), atol=1e-6)
