@@ -18,6 +18,7 @@ from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.networks.two_time.two_time_embedding import without_interval
 
 TIME_STEP = 5e-4
 """A step from t = .5 that bf16 rounds away at time scales from 1 to 1000."""
@@ -109,8 +110,6 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: Point) -> list[str]:
     value = u(point.z, r, t)
     if not value.isfinite().all():
         raise FaultError("u(z, t, t) is not finite before the first step: check the weights that training starts from")
-    from emf_lightning.networks.two_time.embedding import without_interval  # imports diffusers
-
     with without_interval(module.net) as anchored:
         if not anchored:
             return []

@@ -117,7 +117,7 @@ class Found(Callback):
         dtypes = self.values["times"] = []
 
         def look(embedding, args, kwargs):
-            dtypes.extend([str(args[0].dtype), str(kwargs["guidance"].dtype)])
+            dtypes.extend(str(time.dtype) for time in (args[0], *module.net.two_times._times))
 
         module.net.transformer.time_embed.register_forward_pre_hook(look, with_kwargs=True)
 

@@ -144,7 +144,7 @@ class PlainSumCalledAnchored(SanaFlowMap):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.transformer.time_embed.rule = SummedAsAnchored()
+        self.two_times.rule = SummedAsAnchored()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_plain_sum_is_the_sum_of_both_embeddings_and_not_the_parent(tmp_path):
     with torch.no_grad():
         expected = parent(z, context, t * 1000.0, encoder_attention_mask=mask, return_dict=False)[0]
         assert (net(z, t, t, context, mask) - expected).abs().max() > 1e-3
-        modulation, _ = net.transformer.time_embed(t * 1000.0, guidance=t * 500.0, hidden_dtype=z.dtype)
+        with net.two_times.at(t * 500.0, t * 1000.0):
+            modulation, _ = net.transformer.time_embed(t * 1000.0, hidden_dtype=z.dtype)
         a, b = (parent.time_embed(time * 1000.0, hidden_dtype=z.dtype)[0] for time in (t, t / 2))
         assert torch.allclose(modulation, a + b, atol=1e-5)
 
@@ -258,7 +259,7 @@ def test_decoupled_blocks_see_t_first_and_then_r():
     norm = net.transformer.norm_out.register_forward_pre_hook(lambda norm, arguments: seen.append(arguments[1]))
     with torch.no_grad():
         net(z, t / 3, t, context, mask)
-        start, end = (net.transformer.time_embed.embed_time(1000.0 * time, z.dtype) for time in (t, t / 3))
+        start, end = (net.transformer.time_embed(1000.0 * time, hidden_dtype=z.dtype) for time in (t, t / 3))
     norm.remove()
     for got, expected in zip(seen, (start[0], end[0], end[1]), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)

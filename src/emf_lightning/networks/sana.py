@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +22,7 @@ from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.guidance_conditioning import no_guidance
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput
+from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces, TwoTimeEmbedding
 from emf_lightning.pretrained.loading import PretrainedWeights, unreadable
 
 PRETRAINED_TIME_SCALE = 1000.0
@@ -109,6 +109,7 @@ class SanaFlowMap(DiffusersFlowMap):
     """
 
     context_width_key = "caption_channels"
+    places = TimePlaces("time_embed", conditioning="time_embed", argument="timestep")
 
     def __init__(
         self,
@@ -154,7 +155,11 @@ class SanaFlowMap(DiffusersFlowMap):
         else:
             self._load(kind, PretrainedWeights.of(pretrained), finetuning)
             require_patches(self, latent_size, self.transformer.config.patch_size)
-        self.transformer.set_interval_rule(self.interval)
+        if not self.interval.embeds_length:
+            delattr(self.transformer.time_embed, INTERVAL)
+        self.two_times = TwoTimeEmbedding(self.transformer, self.places, self.interval, self.blocks, time_scale)
+        if guidance_conditioning:
+            self.transformer.add_guidance()
         finetuning.freeze("SanaFlowMap", self.transformer)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
@@ -196,12 +201,14 @@ class SanaFlowMap(DiffusersFlowMap):
     def _refit(self, old_scale: float) -> float:
         if self.transformer.device.type == "meta":
             return 0.0
-        error: float = self.transformer.time_embed.refit(old_scale, self.time_scale)
-        self.transformer.time_embed.init_interval()
+        from emf_lightning.networks.two_time.refit import refit
+
+        error = refit(self.transformer.time_embed, old_scale, self.time_scale)
+        self.transformer.init_interval()
         return error
 
     def refit_time(self, time_scale: float) -> float:
-        """Fits the time embedding anew for inputs ``time_scale`` t (``IntervalEmbedding.refit``); returns its error.
+        """Fits the time embedding anew for inputs ``time_scale`` t (``two_time.refit``); returns its error.
 
         The interval's embedding becomes a copy of t's again, so this is for a network that knows no intervals yet; a
         network that starts from it may have any rule for them.
@@ -217,16 +224,15 @@ class SanaFlowMap(DiffusersFlowMap):
     ) -> Tensor:
         """SANA's output; t - r is taken in fp32 inside the time embedding, after scaling."""
         assert self.takes_guidance or conditions is None, "this network takes no conditions: set guidance_conditioning"
-        dtype, guidance = self.transformer.dtype, r * self.time_scale
+        dtype = self.transformer.dtype
         if self.takes_guidance:
-            conditions = no_guidance(t) if conditions is None else conditions
-            guidance = torch.cat([guidance[:, None], conditions], dim=1)
-        with sdpa_kernel(SDPBackend.MATH) if self.attention_backend == "math" else nullcontext():
+            self.transformer.guidance = no_guidance(t) if conditions is None else conditions
+        attention = sdpa_kernel(SDPBackend.MATH) if self.attention_backend == "math" else nullcontext()
+        with attention, self.two_times.at(self.timestep(r), self.timestep(t)):
             return self.transformer(
                 z.to(dtype),
                 context.to(dtype),
                 timestep=self.timestep(t),
-                guidance=guidance,
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]

@@ -6,34 +6,31 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import SanaTransformer2DModel
-from torch import nn
+from diffusers.models.normalization import AdaLayerNormSingle
+from torch import Tensor
 
-from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.guidance_conditioning import GUIDANCE_CONDITIONS, ConditionEmbedding, VelocityHead
-from emf_lightning.networks.two_time.embedding import IntervalEmbedding
-from emf_lightning.networks.two_time.rules import IntervalInput
+from emf_lightning.networks.two_time.two_time_embedding import INTERVAL
 from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, blip3o_sana_tensors, has_blip3o_sana
 from emf_lightning.pretrained.loading import LoadedModel, PretrainedWeights, on_meta_device, read_model
 
 _PROJECTION = "caption_projection.linear_1.weight"
 """The one weight whose shape depends on the text features' width."""
 
-_MODULATION = 4
-"""Position of the modulation among the arguments of a SANA block, which diffusers passes by position."""
-
 
 class IntervalSanaTransformer(SanaTransformer2DModel):
-    """``SanaTransformer2DModel`` whose time embedding also takes r, passed as ``guidance``.
+    """``SanaTransformer2DModel`` with a second time embedding, ``time_embed.interval``, beside its own parameters.
 
-    Its parameters keep SANA's names; new ones are ``time_embed.interval.*``. It saves and loads in diffusers' format.
+    It saves and loads in diffusers' format. Its forward pass is SANA's: ``TwoTimeEmbedding`` joins the two embeddings.
     """
 
     @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]  # from_pretrained reads the configuration off this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.time_embed = IntervalEmbedding(self.config.num_attention_heads * self.config.attention_head_dim)
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        self.time_embed = AdaLayerNormSingle(width)  # drawn anew: the documented runs drew their weights in this order
+        self.time_embed.add_module(INTERVAL, AdaLayerNormSingle(width))
 
     @classmethod
     def from_flow(cls, weights: PretrainedWeights, context_width: int | None = None) -> IntervalSanaTransformer:
@@ -75,23 +72,25 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
     def initializers(self) -> dict[str, Callable[[], None]]:
         """Initializers of the parameters that a flow's weights lack, by prefix; they keep the flow's output."""
-        return {"time_embed.interval.": self.time_embed.init_interval}
+        return {"time_embed.interval.": self.init_interval}
 
-    def set_interval_rule(self, rule: IntervalInput) -> None:
-        """Sets how r and t are combined, once, after the weights were loaded; ValueError for too few blocks."""
-        self.time_embed.set_rule(rule)
-        if rule.blocks_at_t is None:
-            return
-        count = len(self.transformer_blocks)
-        require(rule, rule.blocks_at_t <= count, f"blocks={rule.blocks_at_t}, but the network has {count}")
-        for i, block in enumerate(self.transformer_blocks):
-            block.register_forward_pre_hook(functools.partial(_take_half, half=int(i >= rule.blocks_at_t)))
+    def init_interval(self) -> None:
+        """Copies the pretrained time embedding to the interval's (arXiv 2604.18168, section 3)."""
+        interval = getattr(self.time_embed, INTERVAL, None)
+        if interval is not None:
+            own = {k: v for k, v in self.time_embed.state_dict().items() if k.startswith(("emb.", "linear."))}
+            interval.load_state_dict(own)
 
 
 class GuidedSanaTransformer(IntervalSanaTransformer):
-    """A SANA that takes guidance conditions behind r in ``guidance``, and returns u and v, twice the channels."""
+    """A SANA that takes guidance conditions, and returns u and v, twice the channels.
+
+    Attributes:
+        guidance: the conditions ``[B, K]`` of the next forward pass; they shift the time embedding.
+    """
 
     proj_out: VelocityHead
+    guidance: Tensor | None = None
 
     @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,20 +99,23 @@ class GuidedSanaTransformer(IntervalSanaTransformer):
         self.time_embed.conditions = ConditionEmbedding(GUIDANCE_CONDITIONS, width)
         self.proj_out = VelocityHead(width, out, out // self.config.patch_size**2)
 
+    def add_guidance(self) -> None:
+        """Lets ``guidance`` shift the time embedding's output; behind all hooks that are there."""
+        self.time_embed.register_forward_hook(self._shift)
+
+    def _shift(self, embedding: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.guidance is not None
+        modulation, embedded = output
+        shift, embedded_conditions = self.time_embed.conditions(self.guidance.to(modulation.dtype))
+        return modulation + shift.repeat(1, modulation.shape[1] // shift.shape[1]), embedded + embedded_conditions
+
     def initializers(self) -> dict[str, Callable[[], None]]:
         """Those of the interval's embedding, the conditions' embedding and the velocity's projection."""
         conditions = self.time_embed.conditions
-        assert conditions is not None
         return super().initializers() | {
             "time_embed.conditions.": conditions.reset_parameters,
             "proj_out.velocity.": self.proj_out.init_velocity,
         }
-
-
-def _take_half(block: nn.Module, arguments: tuple[Any, ...], half: int) -> tuple[Any, ...]:
-    """Pre-hook: the block's half of two modulations that lie side by side."""
-    mine: torch.Tensor = arguments[_MODULATION].chunk(2, dim=1)[half]
-    return (*arguments[:_MODULATION], mine, *arguments[_MODULATION + 1 :])
 
 
 def _other_weights(weights: PretrainedWeights, difference: str) -> ValueError:

@@ -44,8 +44,9 @@ class TimePlaces:
 class TwoTimeEmbedding:
     """Makes a model's time embedding depend on r and t: within ``at(r, t)``, m's output is the rule's.
 
-    The model's class, names and configuration stay as they are. m' starts as a copy of m, inside it, and trains even
-    where m is frozen. The times enter here and not through the model, which may cast them to bf16: t - r stays fp32.
+    The model's class, names and configuration stay as they are. m' is a part of m: where the model has none, a copy of
+    m, which trains even where m is frozen. The times enter here and not through the model, which may cast them to
+    bf16: t - r stays fp32.
 
     Args:
         model: of diffusers.
@@ -53,6 +54,9 @@ class TwoTimeEmbedding:
         rule: that joins r and t.
         blocks: of the model, in the order in which they run.
         scale: the model's time at t = 1.
+
+    Attributes:
+        ignored: whether m's output stays the parent's.
 
     Raises:
         ValueError: for a rule by blocks on a model that has no such blocks, or fewer.
@@ -62,6 +66,7 @@ class TwoTimeEmbedding:
         self, model: nn.Module, places: TimePlaces, rule: IntervalInput, blocks: Sequence[nn.Module], scale: float
     ) -> None:
         self.places, self.rule, self.scale = places, rule, scale
+        self.ignored = False
         self._times: tuple[Tensor, Tensor] | None = None
         self._sinusoid: nn.Module | None = None
         if rule.blocks_at_t is not None:
@@ -70,14 +75,9 @@ class TwoTimeEmbedding:
         embedding = model.get_submodule(places.embedding)
         if places.sinusoid is not None:
             self._sinusoid = model.get_submodule(places.sinusoid)
-        if rule.embeds_length:
+        if rule.embeds_length and not hasattr(embedding, INTERVAL):
             embedding.add_module(INTERVAL, copy.deepcopy(embedding).requires_grad_(True))
         embedding.register_forward_hook(self._join, with_kwargs=True)
-
-    @property
-    def anchored(self) -> bool:
-        """Whether the model is, at r = t, the flow that it was made from."""
-        return isinstance(self.rule, AnchoredInterval)
 
     @contextmanager
     def at(self, r: Tensor, t: Tensor) -> Iterator[None]:
@@ -90,7 +90,7 @@ class TwoTimeEmbedding:
 
     def _join(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Modulation:
         """Forward hook of m: the rule's output instead."""
-        if self._times is None:  # the parent's
+        if self._times is None or self.ignored:  # the parent's
             return output
 
         def embed(embedding: Any, time: Tensor) -> Modulation:
@@ -117,6 +117,23 @@ class TwoTimeEmbedding:
             position = list(inspect.signature(module.forward).parameters).index(argument)
             take = partial(_take_half, argument=argument, position=position, half=half)
             module.register_forward_pre_hook(take, with_kwargs=True)
+
+
+@contextmanager
+def without_interval(net: Any) -> Iterator[bool]:
+    """A context in which ``net`` ignores r and is the flow that it was made from.
+
+    Yields whether ``net`` has such a flow: whether its interval is anchored.
+    """
+    two_times: TwoTimeEmbedding | None = getattr(net, "two_times", None)
+    if two_times is None or not isinstance(two_times.rule, AnchoredInterval):
+        yield False
+        return
+    two_times.ignored = True
+    try:
+        yield True
+    finally:
+        two_times.ignored = False
 
 
 def _take_half(
