@@ -141,4 +141,4 @@ def patches(z: Tensor, size: int) -> Tensor:
 
 def unpatched(tokens: Tensor, height: int, size: int) -> Tensor:
     """The latents ``[B, C, H, W]`` of ``patches``, with ``height`` rows of patches."""
-    return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, -1)), size)
+    return nn.functional.pixel_shuffle(torch.unflatten(tokens.transpose(1, 2), 2, (height, -1)), size)
