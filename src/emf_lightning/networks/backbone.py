@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from emf_lightning.networks.architecture_checks import require
