@@ -1,4 +1,4 @@
-"""Tiny pipelines in the layouts of Stable Diffusion 1.5 and 3, and data sets in the hub's, by the real classes."""
+"""Tiny pipelines in published layouts, and data sets in the hub's, by the real classes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def stable_diffusion_15(folder: Path) -> Path:
 def stable_diffusion_3(folder: Path) -> Path:
     """transformer, vae, and three text encoders with their tokenizers."""
     from diffusers import SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     SD3Transformer2DModel(
@@ -96,9 +96,40 @@ def stable_diffusion_3(folder: Path) -> Path:
         config = CLIPTextConfig(**CLIP, max_position_embeddings=77, projection_dim=projection)
         CLIPTextModelWithProjection(config).save_pretrained(folder / f"text_encoder{name}")
         tokenizer(folder / f"tokenizer{name}")
+    t5(folder, "_3")
+    return folder
+
+
+def t5(folder: Path, name: str = "") -> None:
+    """A T5 of width 40 in ``text_encoder<name>``, and its tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config(vocab_size=32, d_model=40, d_kv=8, d_ff=24, num_layers=2, num_heads=2, is_encoder_decoder=False)
-    T5EncoderModel(config).save_pretrained(folder / "text_encoder_3")
-    tokenizer(folder / "tokenizer_3")
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{name}")
+    tokenizer(folder / f"tokenizer{name}")
+
+
+def flux(folder: Path) -> Path:
+    """transformer with a guidance input, vae, CLIP and T5 with their tokenizers."""
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    ).save_pretrained(str(folder / "transformer"))
+    vae(folder / "vae", scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    CLIPTextModel(CLIPTextConfig(**CLIP, max_position_embeddings=77)).save_pretrained(folder / "text_encoder")
+    tokenizer(folder / "tokenizer")
+    t5(folder, "_2")
     return folder
 
 

@@ -27,3 +27,9 @@ def require_patches(
     """Raises ``ValueError`` unless latents of side ``latent_size`` divide into patches of ``patch_size``."""
     rule = f"latents of side {latent_size} do not divide into patches of {patch_size}; {remedy}"
     require(owner, latent_size % patch_size == 0, rule)
+
+
+def require_pooled(owner: object, pooled: int, context_width: int) -> None:
+    """Raises ``ValueError`` unless pooled text features of ``pooled`` channels fit into a token of the text's."""
+    rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
+    require(owner, pooled <= context_width, f"{rule}: their first token holds the pooled features")

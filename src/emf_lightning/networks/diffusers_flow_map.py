@@ -42,13 +42,18 @@ class DiffusersFlowMap(FlowMapNetwork):
         """The model of diffusers."""
 
     @property
+    def model_channels(self) -> int:
+        """C of the latents that the model takes, by its configuration."""
+        return int(self.diffusers_model.config.in_channels)
+
+    @property
     def parametrization(self) -> dict[str, str | float]:
         return super().parametrization | {"time_scale": self.time_scale}
 
     def timestep(self, t: Tensor) -> Tensor:
         """The model's time input for ``t`` ``[B]``, fp32."""
         assert t.dtype in (torch.float32, torch.float64)
-        return t * self.time_scale
+        return self.prediction.time(t) * self.time_scale
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes ``config.json`` and safetensors in diffusers' format; ``pretrained=directory`` reads them back."""
@@ -73,7 +78,7 @@ class DiffusersFlowMap(FlowMapNetwork):
         """Compares this network's settings with those that ``weights`` were trained with, and records them."""
         config = self.diffusers_model.config
         for name, ours, theirs in (
-            ("latent channels", self.latent_channels, config.in_channels),
+            ("latent channels", self.latent_channels, self.model_channels),
             ("text feature width", self.context_width, config.get(self.context_width_key, self.context_width)),
             *((name, value, recorded[name] or value) for name, value in self.parametrization.items()),
         ):

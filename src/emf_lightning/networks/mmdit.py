@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from emf_lightning.networks.architecture_checks import (
     require,
     require_patches,
+    require_pooled,
     require_position_width,
     require_positive,
 )
@@ -30,6 +31,7 @@ class MMDiTArchitecture:
         pooled_projection_dim: channels of the pooled text features.
         pos_embed_max_size: patches along each side for which there are positions.
         qk_norm: normalisation of queries and keys: ``rms_norm`` for SD3.5, None for SD3.
+        dual_attention_layers: numbers of the blocks with a second self-attention of the image: 0 to 12 in SD3.5-medium.
     """
 
     num_layers: int = 24
@@ -39,6 +41,7 @@ class MMDiTArchitecture:
     pooled_projection_dim: int = 2048
     pos_embed_max_size: int = 192
     qk_norm: str | None = None
+    dual_attention_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_positive(self, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
@@ -94,8 +97,7 @@ class MMDiTFlowMap(BackboneFlowMap):
         require_patches(self, latent_size, patch)
         rule = f"latents of side {latent_size} have more patches of {patch} along a side than pos_embed_max_size={most}"
         require(self, latent_size <= most * patch, f"{rule}; lower the data's resolution")
-        rule = f"pooled_projection_dim={pooled} must be at most the text features' width {context_width}"
-        require(self, pooled <= context_width, f"{rule}: their first token holds the pooled features")
+        require_pooled(self, pooled, context_width)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
