@@ -98,7 +98,7 @@ class FlowMapNetwork(nn.Module, ABC):
             mask: ``[B, L]``, bool, True at tokens.
             conditions: ``[B, K]``, in [0, 1], for networks that take guidance.
         """
-        output = self.backbone(z, r, t, context, mask, conditions)
+        output = self.backbone(self.prediction.state(z, t), r, t, context, mask, conditions)
         heads = [self.prediction(head, z, t) for head in output.chunk(output.shape[1] // z.shape[1], dim=1)]
         return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
 
