@@ -23,7 +23,11 @@ from .modules.flow_map import FlowMapModule
 from .modules.joint_distillation import JointDistillation
 from .modules.optimization import Optimization
 from .modules.scflow import SCFlow
+from .networks.flux import FluxFlowMap
+from .networks.lumina2 import Lumina2FlowMap
 from .networks.mmdit import MMDiTFlowMap
+from .networks.pixart import PixArtFlowMap
+from .networks.qwen_image import QwenImageFlowMap
 from .networks.sana import SanaFlowMap
 from .networks.unet import TextUNetFlowMap, UNetFlowMap
 from .pipeline import EMFPipeline
@@ -45,15 +49,19 @@ __all__ = [
     "FlowMapModule",
     "FlowMapSampler",
     "FlowMatching",
+    "FluxFlowMap",
     "ForwardMode",
     "ImprovedMeanFlow",
     "JointDistillation",
     "JointObjective",
     "LogitNormalTimes",
+    "Lumina2FlowMap",
     "MMDiTFlowMap",
     "MeanFlow",
     "MultistepSampler",
     "Optimization",
+    "PixArtFlowMap",
+    "QwenImageFlowMap",
     "SCFlow",
     "SanaFlowMap",
     "Schedule",

@@ -7,7 +7,13 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from emf_lightning.networks.finetuning import Finetuning
+from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
+from emf_lightning.networks.lumina2 import Lumina2Architecture, Lumina2FlowMap
+from emf_lightning.networks.mmdit import MMDiTArchitecture, MMDiTFlowMap
+from emf_lightning.networks.pixart import PixArtFlowMap
+from emf_lightning.networks.qwen_image import QwenImageArchitecture, QwenImageFlowMap
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.networks.two_time.rules import AnchoredInterval
 from emf_lightning.pretrained.configs import CONFIGS
 from emf_lightning.pretrained.loading import PretrainedWeights
 
@@ -26,7 +32,7 @@ def full_size(pretrained: str, subfolder: str | None = "transformer", **settings
         )
 
 
-def count(net: SanaFlowMap, *, trainable: bool = False) -> int:
+def count(net: torch.nn.Module, *, trainable: bool = False) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad or not trainable)
 
 
@@ -61,6 +67,42 @@ def test_emf_trains_all_but_the_ends_of_the_network():
     assert count(net) - count(net, trainable=True) == (
         (32 * 2240 + 2240) + (2304 * 2240 + 2240) + (2240 * 2240 + 2240) + 2240 + (2240 * 32 + 32)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "size", "published"),
+    [
+        # in millions; those of the papers and model cards are 2 B, 2.5 B (with its table of positions), 8.1 B, 12 B,
+        # 12 B, 8 B, .6 B, 2.6 B and 20 B
+        (MMDiTFlowMap, "stabilityai/stable-diffusion-3-medium-diffusers", MMDiTArchitecture(), 2_028),
+        (
+            MMDiTFlowMap,
+            "stabilityai/stable-diffusion-3.5-medium",
+            MMDiTArchitecture(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+            2_243,
+        ),
+        (
+            MMDiTFlowMap,
+            "stabilityai/stable-diffusion-3.5-large",
+            MMDiTArchitecture(num_layers=38, num_attention_heads=38, qk_norm="rms_norm"),
+            8_057,
+        ),
+        (FluxFlowMap, "black-forest-labs/FLUX.1-dev", FluxArchitecture(), 11_901),
+        (FluxFlowMap, "black-forest-labs/FLUX.1-schnell", FluxArchitecture(guidance_embeds=False), 11_891),
+        (FluxFlowMap, "Freepik/flux.1-lite-8B", FluxArchitecture(num_layers=8), 8_163),
+        (PixArtFlowMap, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", None, 611),
+        (Lumina2FlowMap, "Alpha-VLLM/Lumina-Image-2.0", Lumina2Architecture(), 2_610),
+        (QwenImageFlowMap, "Qwen/Qwen-Image", QwenImageArchitecture(), 20_430),
+    ],
+)
+def test_other_backbones_are_of_the_published_sizes(kind, name, size, published):
+    with torch.device("meta"):
+        net = kind(pretrained=PretrainedWeights(name, "transformer"))
+        two = kind(pretrained=PretrainedWeights(name, "transformer"), interval=AnchoredInterval())
+        assert round(count(net) / 1e6) == published
+        assert count(two) - count(net) == count(net.model.get_submodule(net.places.embedding))
+        if size is not None:  # PixArt's published output has a variance, one from scratch has not
+            assert count(kind(size)) == count(net)
 
 
 def test_blip3o_next_plans_with_the_size_of_its_sana():

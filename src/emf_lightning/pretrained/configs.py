@@ -71,6 +71,21 @@ _SD3_VAE = _SD_VAE | {
 }
 _SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}
 _SD3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+_SD35_MEDIUM = _SD3 | {
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": list(range(13)),
+}
+_SD35_LARGE = _SD3 | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+_FLUX: dict[str, Any] = {"guidance_embeds": True}
+_FLUX_VAE = _SD3_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+_PIXART_SIGMA = {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False}
+_SDXL_VAE = _SD_VAE | {"sample_size": 1024, "scaling_factor": 0.13025}
 _CLIP_L = {
     "model_type": "clip_text_model",
     "hidden_size": 768,
@@ -94,7 +109,20 @@ _T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
-_SD3_NAME = "stabilityai/stable-diffusion-3-medium-diffusers"
+_SD3_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_BIGG, "text_encoder_3": _T5_XXL}
+_FLUX_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL}
+
+_PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": _SD3, "vae": _SD3_VAE, **_SD3_TEXT},
+    "stabilityai/stable-diffusion-3.5-medium": {"transformer": _SD35_MEDIUM, "vae": _SD3_VAE, **_SD3_TEXT},
+    "stabilityai/stable-diffusion-3.5-large": {"transformer": _SD35_LARGE, "vae": _SD3_VAE, **_SD3_TEXT},
+    "black-forest-labs/FLUX.1-dev": {"transformer": _FLUX, "vae": _FLUX_VAE, **_FLUX_TEXT},
+    "black-forest-labs/FLUX.1-schnell": {"transformer": {}, "vae": _FLUX_VAE, **_FLUX_TEXT},
+    "Freepik/flux.1-lite-8B": {"transformer": _FLUX | {"num_layers": 8}, "vae": _FLUX_VAE, **_FLUX_TEXT},
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": {"transformer": _PIXART_SIGMA, "vae": _SDXL_VAE, "text_encoder": _T5_XXL},
+    "Alpha-VLLM/Lumina-Image-2.0": {"transformer": {"cap_feat_dim": 2304}, "vae": _FLUX_VAE, "text_encoder": _GEMMA},
+    "Qwen/Qwen-Image": {"transformer": {}},
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer": _SANA,
@@ -110,15 +138,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "XCLiu/2_rectified_flow_from_sd_1_5/vae": _SD_VAE,
     "XCLiu/2_rectified_flow_from_sd_1_5/unet": _SD15_UNET,
     "XCLiu/2_rectified_flow_from_sd_1_5/text_encoder": _CLIP_L,
-    f"{_SD3_NAME}/transformer": _SD3,
-    f"{_SD3_NAME}/vae": _SD3_VAE,
-    f"{_SD3_NAME}/text_encoder": _CLIP_L,
-    f"{_SD3_NAME}/text_encoder_2": _CLIP_BIGG,
-    f"{_SD3_NAME}/text_encoder_3": _T5_XXL,
+    **{f"{name}/{part}": config for name, parts in _PIPELINES.items() for part, config in parts.items()},
 }
 """Configurations by hub name and subfolder, with the keys of diffusers and transformers.
 
 SANA's and DC-AE's are those of diffusers' conversion scripts, Gemma's and Qwen3-1.7B's those of their release. That
 BLIP3o-NEXT's language model is Qwen3-1.7B is inferred from its name (3B with a SANA of 1.6B): not checked against its
-weights. They serve planning alone: downloaded weights come with their own configuration.
+weights. Those of FLUX.1, SD3.5, PixArt, Lumina and Qwen-Image agree with the published sizes; they were not read off
+the files. They serve planning alone: downloaded weights come with their own configuration.
 """
