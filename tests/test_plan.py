@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from emf_lightning.cli import main
-from emf_lightning.cli.sizes import network_cost
+from emf_lightning.cli.sizes import encoder_size, network_cost
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+from emf_lightning.text.base import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +85,22 @@ def test_other_networks_and_objectives_are_planned_with_what_is_not_counted_said
     out = capsys.readouterr().out
     assert parameters in out
     assert ("FGM trains a second network, which is not counted" in out) == said
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        ("pixart_lumina.PixArtTextEncoder", (4_762_310_656, 4096, 300)),
+        ("pixart_lumina.Lumina2TextEncoder", (2_614_341_888, 2304, 256)),
+    ],
+)
+def test_encoders_in_a_pipelines_folder_are_counted(encoder, expected):
+    parser = ArgumentParser()
+    parser.add_argument("--text", type=TextEncoder)
+    part = parser.parse_object({"text": {"class_path": f"emf_lightning.text.{encoder}"}}).text
+    size = encoder_size(part)
+    assert (size.parameters, size.width, size.length) == expected
+    assert size.bytes == 2 * size.parameters
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_blocks_and_checkpointing_saves_most():

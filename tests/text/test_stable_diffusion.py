@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emf_lightning.text.no_text import NoText
-from emf_lightning.text.stable_diffusion import SD3TextEncoder, StableDiffusionTextEncoder
+from emf_lightning.text.stable_diffusion import FluxTextEncoder, SD3TextEncoder, StableDiffusionTextEncoder
 from tests import pipelines
 
 CAPTIONS = ["a red cat", "a photo of two blue dog and a cat", ""]
@@ -19,6 +19,7 @@ def folders(tmp_path_factory):
     return {
         "sd15": str(pipelines.stable_diffusion_15(root / "sd15")),
         "sd3": str(pipelines.stable_diffusion_3(root / "sd3")),
+        "flux": str(pipelines.flux(root / "flux")),
     }
 
 
@@ -50,6 +51,22 @@ def test_sd3_features_are_the_pipelines_own(folders):
     assert not torch.allclose(features.context[0], features.context[1], atol=1e-2)
 
 
+def test_flux_features_are_the_pipelines_own(folders):
+    from diffusers import FluxPipeline
+
+    encoder = FluxTextEncoder(folders["flux"], t5_length=12, dtype="float32")
+    towers, tokenizers = encoder.towers, encoder.tokenizers
+    stock = FluxPipeline(None, None, towers[0], _limited(tokenizers[0]), towers[1], tokenizers[1], None)
+    with torch.no_grad():
+        sequence, pooled, _ = stock.encode_prompt(CAPTIONS, None, max_sequence_length=12, device="cpu")
+    features = encoder(CAPTIONS)
+    assert features.context.shape == (3, encoder.length, encoder.width) == (3, 1 + 12, 40)
+    assert features.mask.all()
+    assert torch.allclose(features.context[:, 1:], sequence, atol=1e-5)
+    assert torch.allclose(features.context[:, 0, :16], pooled, atol=1e-5)
+    assert not features.context[:, 0, 16:].any()
+
+
 def _limited(tokenizer):
     tokenizer.model_max_length = 77  # the pipeline reads CLIP's length off its tokenizer
     return tokenizer
@@ -70,7 +87,7 @@ def test_stable_diffusions_features_are_clips_at_all_positions(folders):
     assert (encoder.length, encoder.width) == (77, 16)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+@pytest.mark.parametrize("kind", ["sd15", "sd3", "flux"])
 def test_captions_that_lose_their_end_are_counted_and_said_once(folders, kind):
     long = " ".join(["cat"] * 90)
     with warnings.catch_warnings(record=True) as caught:
@@ -87,10 +104,11 @@ def test_captions_that_lose_their_end_are_counted_and_said_once(folders, kind):
 def _encoder(folders, kind: str, **settings):
     if kind == "sd15":
         return StableDiffusionTextEncoder(folders["sd15"], **settings)
-    return SD3TextEncoder(folders["sd3"], **({"t5_length": 12, "dtype": "float32"} | settings))
+    encoder = FluxTextEncoder if kind == "flux" else SD3TextEncoder
+    return encoder(folders[kind], **({"t5_length": 12, "dtype": "float32"} | settings))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+@pytest.mark.parametrize("kind", ["sd15", "sd3", "flux"])
 def test_fingerprint_is_of_what_the_features_depend_on(folders, kind):
     encoder = _encoder(folders, kind)
     assert encoder.fingerprint == _encoder(folders, kind).fingerprint
@@ -105,10 +123,13 @@ def test_published_sizes_build_on_the_meta_device():
     """CLIP-L 124 M, OpenCLIP bigG 695 M and T5-XXL's encoder 4.76 B."""
     with torch.device("meta"):
         encoder = SD3TextEncoder("stabilityai/stable-diffusion-3-medium-diffusers")
+        flux = FluxTextEncoder("black-forest-labs/FLUX.1-dev")
         alone = StableDiffusionTextEncoder("XCLiu/2_rectified_flow_from_sd_1_5")
     sizes = [sum(p.numel() for p in tower.parameters()) for tower in encoder.towers]
     assert sizes == [123_650_304, 694_659_840, 4_762_310_656]
     assert (encoder.length, encoder.width) == (334, 4096)
+    assert [sum(p.numel() for p in tower.parameters()) for tower in flux.towers] == [123_060_480, 4_762_310_656]
+    assert (flux.length, flux.width) == (513, 4096)
     assert sum(p.numel() for p in alone.parameters()) == 123_060_480
 
 

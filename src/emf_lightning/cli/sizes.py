@@ -85,7 +85,7 @@ def _pretrained_size(arguments: Namespace) -> EncoderSize:
     from emf_lightning.text.pretrained import _text_tower
 
     try:
-        config = AutoConfig.for_model(**config_of(arguments.model))
+        config = AutoConfig.for_model(**config_of(arguments.model, arguments.get("subfolder")))
     except OSError as error:
         raise ValueError(
             f"data.text: the size of {arguments.model} is not known here; give a folder that is there, or a hub name "

@@ -1,7 +1,8 @@
-"""Text encoders of Stable Diffusion 1.x and 3, as in their pipelines: no position is masked."""
+"""Text encoders of Stable Diffusion 1.x and 3 and of FLUX.1, as in their pipelines: no position is masked."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -56,7 +57,58 @@ class StableDiffusionTextEncoder(TextEncoder):
         return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
 
 
-class SD3TextEncoder(TextEncoder):
+class _ClipsAndT5(TextEncoder):
+    """Base of the text encoders of pipelines with CLIPs and T5: pooled features first, T5's tokens last.
+
+    Narrower tokens are padded with zeros. No position is masked, because the network was trained to attend to padding
+    as well.
+    """
+
+    builds_on_meta = True
+
+    def __init__(self, pretrained: str, clip: Any, clips: int, before: int, t5_length: int, dtype: str) -> None:
+        from transformers import T5EncoderModel
+
+        super().__init__()
+        if t5_length < 1:
+            raise ValueError(f"{type(self).__name__}: t5_length must be at least 1, got {t5_length}")
+        self.dtype = dtype
+        kinds = dict(zip(("", "_2", "_3"), [clip] * clips + [T5EncoderModel], strict=False))
+        towers = [_tower(self, kind, pretrained, f"text_encoder{name}", dtype) for name, kind in kinds.items()]
+        self.towers = nn.ModuleList(towers)
+        self.tokenizers = [_tokenizer(self, pretrained, f"tokenizer{name}") for name in kinds]
+        self.t5_length = t5_length
+        t5: Any = self.towers[-1]
+        self.width: int = t5.config.d_model
+        self.length = before + t5_length
+        self._truncation = Truncation(type(self).__name__, t5_length)  # CLIP's 77 tokens truncate more
+        self._clip_truncation = Truncation(f"{type(self).__name__} (CLIP)", CLIP_LENGTH)
+        self.freeze()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
+
+    @abstractmethod
+    def _before_t5(self, outputs: list[Any]) -> list[Tensor]:
+        """Tokens ``[B, n, D]``, from the CLIPs' outputs."""
+
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, L, D]``, float32; no position is masked."""
+        device = next(self.towers.parameters()).device
+        *clips, (t5_tokenizer, t5) = zip(self.tokenizers, self.towers, strict=True)
+        outputs = []
+        with torch.autocast(device.type, enabled=False):
+            for i, (tokenizer, tower) in enumerate(clips):
+                ids = _padded(tokenizer, captions, CLIP_LENGTH, None if i else self._clip_truncation)
+                outputs.append(tower(ids.to(device), output_hidden_states=True))
+            ids = _padded(t5_tokenizer, captions, self.t5_length, self._truncation)
+            tokens = [*self._before_t5(outputs), t5(ids.to(device)).last_hidden_state]
+        context = torch.cat([nn.functional.pad(each.float(), (0, self.width - each.shape[-1])) for each in tokens], 1)
+        return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
+
+
+class SD3TextEncoder(_ClipsAndT5):
     """The three text encoders of Stable Diffusion 3 (arXiv 2403.03206): two CLIPs and T5-XXL.
 
     Token 0 is the pooled features of both CLIPs, tokens 1 to 77 are the CLIPs' penultimate hidden states concatenated
@@ -72,50 +124,42 @@ class SD3TextEncoder(TextEncoder):
         ValueError: if the weights or tokenizers cannot be loaded.
     """
 
-    builds_on_meta = True
-
     def __init__(
         self, pretrained: str, t5_length: int = 256, dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ) -> None:
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+        from transformers import CLIPTextModelWithProjection
 
-        super().__init__()
-        if t5_length < 1:
-            raise ValueError(f"SD3TextEncoder: t5_length must be at least 1, got {t5_length}")
-        self.dtype = dtype
-        kinds = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection, "_3": T5EncoderModel}
-        towers = [_tower(self, kind, pretrained, f"text_encoder{name}", dtype) for name, kind in kinds.items()]
-        self.towers = nn.ModuleList(towers)
-        self.tokenizers = [_tokenizer(self, pretrained, f"tokenizer{name}") for name in kinds]
-        self.t5_length = t5_length
-        t5: Any = self.towers[2]
-        self.width: int = t5.config.d_model
-        self.length = 1 + CLIP_LENGTH + t5_length
-        self._truncation = Truncation(type(self).__name__, t5_length)  # CLIP's 77 tokens truncate more
-        self._clip_truncation = Truncation(f"{type(self).__name__} (its CLIPs)", CLIP_LENGTH)
-        self.freeze()
+        super().__init__(pretrained, CLIPTextModelWithProjection, 2, 1 + CLIP_LENGTH, t5_length, dtype)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
+    def _before_t5(self, outputs: list[Any]) -> list[Tensor]:
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        return [pooled[:, None], torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)]
 
-    def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, 1 + 77 + t5_length, D]``, float32; no position is masked."""
-        device = next(self.towers.parameters()).device
-        clip, clip_2, t5 = zip(self.tokenizers, self.towers, strict=True)
-        pooled, states = [], []
-        with torch.autocast(device.type, enabled=False):
-            for (tokenizer, tower), truncation in ((clip, self._clip_truncation), (clip_2, None)):
-                ids = _padded(tokenizer, captions, CLIP_LENGTH, truncation)
-                output = tower(ids.to(device), output_hidden_states=True)
-                pooled.append(output.text_embeds.float()[:, None])
-                states.append(output.hidden_states[-2].float())
-            ids = _padded(t5[0], captions, self.t5_length, self._truncation)
-            tokens = t5[1](ids.to(device)).last_hidden_state.float()
-        clips = [torch.cat(parts, dim=-1) for parts in (pooled, states)]
-        clips = [nn.functional.pad(features, (0, self.width - features.shape[-1])) for features in clips]
-        context = torch.cat([*clips, tokens], dim=1)
-        return TextFeatures(context, torch.ones(context.shape[:2], dtype=torch.bool, device=device))
+
+class FluxTextEncoder(_ClipsAndT5):
+    """The two text encoders of FLUX.1: CLIP ViT-L/14 and T5-XXL.
+
+    Token 0 is CLIP's pooled features, padded with zeros, the rest are T5's hidden states. No position is masked,
+    because the network was trained to attend to padding as well.
+
+    Args:
+        pretrained: folder or hub name of a pipeline with two tokenizers and text encoders.
+        t5_length: T5 tokens a caption; 512 in dev's pipeline, at most 256 in schnell's.
+        dtype: of weights and computation; features are float32. float16 overflows in T5.
+
+    Raises:
+        ValueError: if the weights or tokenizers cannot be loaded.
+    """
+
+    def __init__(
+        self, pretrained: str, t5_length: int = 512, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    ) -> None:
+        from transformers import CLIPTextModel
+
+        super().__init__(pretrained, CLIPTextModel, 1, 1, t5_length, dtype)
+
+    def _before_t5(self, outputs: list[Any]) -> list[Tensor]:
+        return [outputs[0].pooler_output[:, None]]
 
 
 def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Truncation | None) -> Tensor:
