@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.networks.backbone import BackboneFlowMap
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
 from emf_lightning.networks.lumina2 import Lumina2Architecture, Lumina2FlowMap
 from emf_lightning.networks.mmdit import MMDiTArchitecture, MMDiTFlowMap
@@ -202,6 +203,45 @@ def test_from_a_flow_the_second_embedding_starts_as_a_copy_and_trains_even_if_th
     net(*inputs(name)).square().mean().backward()
     still = {name for name, parameter in ours.items() if not parameter.grad.abs().max() > 0}
     assert still == {"linear.bias" if name == "PixArt" else "linear_2.bias"}, "which m'(t - r) - m'(0) cancels"
+
+
+@backbones
+def test_refit_reads_the_new_scale_as_the_flow_read_its_own_and_forgets_intervals(name, tmp_path):
+    inside = INSIDE.get(name, 1)
+    flow = network(name, None, time_scale=4.0 / inside)  # as smooth in t as a trained one
+    flow.eval().save_pretrained(tmp_path / "flow")
+    z, _, t, *text = inputs(name, 16)
+    expected = call(flow, z, t, t, *text)
+
+    def error(net: nn.Module) -> Tensor:
+        return (call(net.eval(), z, t, t, *text) - expected).norm()
+
+    settings = {"pretrained": str(tmp_path / "flow"), "time_scale": 2.0 / inside}
+    with pytest.raises(ValueError, match=r"time_scale .*, this experiment has"):
+        network(name, AnchoredInterval(), **settings)
+    unfitted = network(name, None, time_scale=2.0 / inside)
+    unfitted.load_state_dict(flow.state_dict())
+    two = network(name, AnchoredInterval(), finetuning=Finetuning(refit=True), **settings)
+    assert error(two) < 0.25 * error(unfitted)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"knows intervals .* leave refit out"):
+        network(name, AnchoredInterval(), finetuning=Finetuning(refit=True), pretrained=str(tmp_path / "two"))
+
+    two.refit_time(3.0 / inside)
+    assert error(two) < 0.5 * error(unfitted)
+    two.save_pretrained(tmp_path / "again")
+    again = network(name, SummedInterval(), pretrained=str(tmp_path / "again"), time_scale=3.0 / inside)
+    assert error(network(name, None, pretrained=str(tmp_path / "again"), time_scale=3.0 / inside)) == error(two)
+    assert again.model.config["_flow_interval"] == "SummedInterval()"
+
+
+@backbones
+def test_only_what_is_named_trains(name):
+    net = network(name, AnchoredInterval(), finetuning=Finetuning(trainable=[KINDS[name][0].places.embedding]))
+    trained = {key for key, parameter in net.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(key.startswith(net.places.embedding) for key in trained)
+    with pytest.raises(ValueError, match="reset_text_projection is for SanaFlowMap"):
+        network(name, None, finetuning=Finetuning(reset_text_projection=True))
 
 
 @backbones

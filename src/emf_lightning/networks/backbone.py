@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import describe
 from emf_lightning.networks.diffusers_flow_map import DiffusersFlowMap
+from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import IntervalInput
 from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces, TwoTimeEmbedding
@@ -28,14 +29,18 @@ class BackboneFlowMap(DiffusersFlowMap):
 
     A subclass says where the model keeps its time (``places``) and its ``blocks``, and calls it (``call``).
 
+    Attributes:
+        published_time_scale: of weights whose configuration does not say it.
+
     Args:
         kind: diffusers' class.
         size: its arguments for a model from scratch.
         architecture: the settings that ``size`` was made from; None if they are the default ones.
         pretrained: the weights to start from instead, in diffusers' format: a local folder or hub name, or
             ``PretrainedWeights`` for a model inside a pipeline's repository.
+        finetuning: changes before training, and the parameters that train.
         prediction: rule from the backbone's output to u.
-        time_scale: factor on t before the backbone's time embedding.
+        time_scale: factor on t before the backbone's time embedding; by default that of published weights.
         interval: rule that joins r and t, e.g. ``AnchoredInterval``; None for a network with one time.
         gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass.
         compile: let torch compile the blocks, which takes a minute or more at the start.
@@ -48,6 +53,7 @@ class BackboneFlowMap(DiffusersFlowMap):
     """
 
     places: ClassVar[TimePlaces]
+    published_time_scale: ClassVar[float] = 1000.0
     takes_interval = False
 
     def __init__(
@@ -60,13 +66,16 @@ class BackboneFlowMap(DiffusersFlowMap):
         context_width: int,
         *,
         pretrained: str | PretrainedWeights | None = None,
+        finetuning: Finetuning | None = None,
         prediction: Prediction | None = None,
-        time_scale: float = 1000.0,
+        time_scale: float | None = None,
         interval: IntervalInput | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
-        super().__init__(architecture, pretrained, prediction, time_scale)
+        super().__init__(architecture, pretrained, prediction, time_scale or self.published_time_scale)
+        finetuning = finetuning or Finetuning()
+        require(self, not finetuning.reset_text_projection, "finetuning.reset_text_projection is for SanaFlowMap alone")
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         self.interval = interval
         self.takes_interval = interval is not None
@@ -79,9 +88,18 @@ class BackboneFlowMap(DiffusersFlowMap):
             self.model = load_pretrained(
                 type(self).__name__, kind, weights, frozen=False, surplus=(f"{self.places.embedding}.{INTERVAL}.",)
             )
+            recorded = self._recorded()
+            scale = recorded["time_scale"] or self.published_time_scale
+            if finetuning.refit and scale != self.time_scale:
+                rule = f"{weights} knows intervals at time_scale {scale:g}, which refit would make it forget"
+                knows = self.model.config.get("_flow_interval")
+                require(self, not knows, f"{rule}; leave refit out and set that time_scale")
+                self._refit(scale)
+                recorded["time_scale"] = None
             self._add_interval()
-            self._check_agreement(weights, self._recorded())
+            self._check_agreement(weights, recorded)
             self._load_interval(weights)
+        finetuning.freeze(type(self).__name__, self.model)
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if compile:
@@ -113,6 +131,35 @@ class BackboneFlowMap(DiffusersFlowMap):
         at = nullcontext() if self.two_times is None else self.two_times.at(self.timestep(r), self.timestep(t))
         with at:
             return self.call(z.to(self.model.dtype), t, context.to(self.model.dtype), mask)
+
+    def _refit(self, old_scale: float) -> float:
+        from emf_lightning.networks.two_time.refit import refit
+
+        if self.model.device.type == "meta":
+            return 0.0
+        embedding: Any = self.model.get_submodule(self.places.embedding)
+        if self.places.sinusoid is None:  # adaLN-single
+            parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
+            modulation = lambda embedded: embedding.linear(embedding.silu(embedded))  # noqa: E731
+            return refit(*parts, old_scale, self.time_scale, modulation)
+        return refit(embedding, self.model.get_submodule(self.places.sinusoid), old_scale, self.time_scale)
+
+    def refit_time(self, time_scale: float) -> float:
+        """Fits the time embedding anew for inputs ``time_scale`` t (``two_time.refit``); returns its error.
+
+        The network forgets its intervals; one that starts from it may have any rule for them.
+        """
+        old_scale, self.time_scale = self.time_scale, time_scale
+        error = self._refit(old_scale)
+        if self.interval is not None:
+            embedding = self.model.get_submodule(self.places.embedding)
+            if self.interval.embeds_length:
+                delattr(embedding, INTERVAL)
+            self.interval = self.two_times = None
+            self.takes_interval = False
+        self._record()
+        self.model.register_to_config(_flow_interval=None)
+        return error
 
     def _add_interval(self) -> None:
         rule = self.interval

@@ -60,7 +60,6 @@ class Lumina2FlowMap(BackboneFlowMap):
     Args:
         architecture: its size, if it starts from scratch.
         latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
-        time_scale: factor on the time before the backbone's time embedding; published weights have 1.
 
     Example:
         >>> from emf_lightning.networks.lumina2 import Lumina2Architecture
@@ -72,6 +71,7 @@ class Lumina2FlowMap(BackboneFlowMap):
     """
 
     context_width_key = "cap_feat_dim"
+    published_time_scale = 1.0
     places = TimePlaces("time_caption_embed.timestep_embedder", sinusoid="time_caption_embed.time_proj", reversed=True)
 
     def __init__(
@@ -81,7 +81,6 @@ class Lumina2FlowMap(BackboneFlowMap):
         latent_channels: int = 16,
         latent_size: int = 128,
         context_width: int = 2304,
-        time_scale: float = 1.0,
         **options: Any,
     ) -> None:
         from diffusers import Lumina2Transformer2DModel
@@ -90,7 +89,7 @@ class Lumina2FlowMap(BackboneFlowMap):
         arguments = asdict(size) | {"cap_feat_dim": context_width}
         arguments |= {"in_channels": latent_channels, "out_channels": latent_channels, "sample_size": latent_size}
         shape = latent_channels, latent_size, context_width
-        super().__init__(Lumina2Transformer2DModel, arguments, architecture, *shape, time_scale=time_scale, **options)
+        super().__init__(Lumina2Transformer2DModel, arguments, architecture, *shape, **options)
         config = self.model.config
         require_patches(self, latent_size, config.patch_size)
         most = min(config.axes_lens[1:]) * config.patch_size

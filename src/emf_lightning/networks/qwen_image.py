@@ -42,7 +42,6 @@ class QwenImageFlowMap(BackboneFlowMap):
     Args:
         architecture: its size, if it starts from scratch.
         latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
-        time_scale: factor on the time before the model, which multiplies it by 1000; published weights have 1.
 
     Example:
         >>> from emf_lightning.networks.qwen_image import QwenImageArchitecture
@@ -53,6 +52,7 @@ class QwenImageFlowMap(BackboneFlowMap):
         torch.Size([1, 4, 8, 8])
     """
 
+    published_time_scale = 1.0  # the model multiplies it by 1000
     context_width_key = "joint_attention_dim"
     places = FluxFlowMap.places
 
@@ -63,7 +63,6 @@ class QwenImageFlowMap(BackboneFlowMap):
         latent_channels: int = 16,
         latent_size: int = 128,
         context_width: int = 3584,
-        time_scale: float = 1.0,
         **options: Any,
     ) -> None:
         from diffusers import QwenImageTransformer2DModel
@@ -71,7 +70,7 @@ class QwenImageFlowMap(BackboneFlowMap):
         arguments = asdict(architecture or QwenImageArchitecture()) | {"joint_attention_dim": context_width}
         arguments |= {"in_channels": PATCH**2 * latent_channels, "out_channels": latent_channels, "patch_size": PATCH}
         shape = latent_channels, latent_size, context_width
-        super().__init__(QwenImageTransformer2DModel, arguments, architecture, *shape, time_scale=time_scale, **options)
+        super().__init__(QwenImageTransformer2DModel, arguments, architecture, *shape, **options)
         require_patches(self, latent_size, PATCH)
 
     @property

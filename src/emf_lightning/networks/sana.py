@@ -203,7 +203,9 @@ class SanaFlowMap(DiffusersFlowMap):
             return 0.0
         from emf_lightning.networks.two_time.refit import refit
 
-        error = refit(self.transformer.time_embed, old_scale, self.time_scale)
+        embedding = self.transformer.time_embed
+        parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
+        error = refit(*parts, old_scale, self.time_scale, lambda embedded: embedding.linear(embedding.silu(embedded)))
         self.transformer.init_interval()
         return error
 
