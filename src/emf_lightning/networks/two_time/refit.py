@@ -23,7 +23,7 @@ def refit(
     new_scale: float,
     modulation: Callable[[Tensor], Tensor] = lambda embedding: embedding,
 ) -> float:
-    """Fits a ``TimestepEmbedding`` of a ``sinusoid``, trained on ``old_scale`` t, anew for later inputs ``new_scale`` t.
+    """Fits the ``embedder`` of a ``sinusoid``, trained on ``old_scale`` t, anew for later inputs ``new_scale`` t.
 
     A network trained on 1000 t holds high frequencies in t that do not affect flow matching; MeanFlow's du/dt
     multiplies them. Fitting the embedding anew at a small scale keeps its values and makes its derivative smooth
