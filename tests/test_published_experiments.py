@@ -21,6 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("published")
     pipelines.stable_diffusion_15(place / "sd15")
     pipelines.stable_diffusion_3(place / "sd3")
+    pipelines.flux(place / "flux")
     pipelines.vae(place / "vae", scaling_factor=0.18215)
     pipelines.cifar10(place / "cifar10")
     pipelines.celeba_hq(place / "celebahq")
@@ -36,8 +37,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.chdir(root)
 
 
-def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
+def fit(experiment: str, out: Path, shards: Path, *overlays: Path, **settings: str) -> Path:
     """Trains two steps of an experiment and returns the run directory."""
+    files = [part for file in (f"experiments/{experiment}.yaml", *overlays) for part in ("--config", str(file))]
     model = {"model.init_args.optimization.scheduler.init_args.warmup": "0"}
     common = {
         "trainer.accelerator": "cpu",
@@ -51,7 +53,7 @@ def fit(experiment: str, out: Path, shards: Path, **settings: str) -> Path:
         "data.num_workers": "0",
     }
     options = [part for name, value in (common | model | settings).items() for part in (f"--{name}", value)]
-    main(["fit", "--config", f"experiments/{experiment}.yaml", *options])
+    main(["fit", *files, *options])
     return out / experiment / "version_0"
 
 
@@ -131,6 +133,69 @@ def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
         "model.init_args.alternation.micro_batches": "2",
     }
     trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(**{"pretrained.path": pipeline})))
+
+
+ONE_DEVICE = {"trainer.devices": "1", "trainer.strategy": "auto"}
+
+
+def test_meanflow_trains_on_cifar10_and_its_fid_is_a_curve(place, tmp_path):
+    from datasets import load_dataset
+
+    (place / "png").mkdir()
+    for i, sample in enumerate(load_dataset(str(place / "cifar10"), split="train")):
+        sample["img"].save(place / "png" / f"{i}.png")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"""
+trainer:
+  callbacks-: [FewStepSampling]
+  callbacks+:
+    - class_path: FewStepSampling
+      init_args:
+        prompts: [a picture]
+        steps: [1, 2]
+        every_n_steps: 1
+        images_per_task: 4
+        final_images_per_task: 6
+        at_start: false
+        extra_metrics: [{{class_path: FrechetDistance, init_args: {{reference: {place / "png"}, resolution: 32}}}}]
+""")
+    run = fit("meanflow/cifar10", tmp_path, place / "shards/cifar10", overlay, **ONE_DEVICE, **small_unet())
+    assert any(".interval." in name for name in trained(run))
+    scores = [json.loads(line) for line in (run / "prompts/scores.jsonl").read_text().splitlines()]
+    assert {(row["steps"], row["images"]) for row in scores} == {(1, 4), (2, 4), (1, 6), (2, 6)}
+
+
+def test_meanflow_trains_on_flux_with_its_time_embedding_fitted(place, tmp_path):
+    pipeline = str(place / "flux")
+    settings = {
+        "data.resolution": "16",
+        "data.text.init_args.pretrained": pipeline,
+        "data.text.init_args.t5_length": "12",
+        "data.autoencoder.init_args.pretrained": pipeline,
+        "data.cache.path": str(tmp_path / "cache"),
+        "data.cache.max_gb": "0.1",
+        "trainer.num_nodes": "1",
+    }
+    shards = place / "shards/cifar10"
+    run = fit("meanflow/flux_lite", tmp_path, shards, **ONE_DEVICE, **settings, **net(**{"pretrained.path": pipeline}))
+    assert any(".interval." in name for name in trained(run))
+    config = json.loads((run / "network/config.json").read_text())
+    assert config["_flow_time_scale"] == 1 and config["_flow_interval"] == "AnchoredInterval()"
+
+
+def test_meanflow_trains_on_sd3(place, tmp_path):
+    pipeline = str(place / "sd3")
+    settings = {
+        "data.resolution": "16",
+        "data.text.init_args.pretrained": pipeline,
+        "data.text.init_args.t5_length": "12",
+        "data.autoencoder.init_args.pretrained": pipeline,
+        "data.cache.path": str(tmp_path / "cache"),
+        "data.cache.max_gb": "0.1",
+    }
+    shards = place / "shards/cifar10"
+    run = fit("meanflow/sd35", tmp_path, shards, **ONE_DEVICE, **settings, **net(**{"pretrained.path": pipeline}))
+    assert any(".interval." in name for name in trained(run))
 
 
 def test_captions_are_classes_or_a_text(place):

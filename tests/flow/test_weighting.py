@@ -12,6 +12,15 @@ from emf_lightning.flow.weighting import AdaptiveWeighting, TransitionWeighting,
 from tests.flow.gaussian import average_velocity, states, velocity
 
 
+def test_a_negative_power_learns_as_the_higher_order_loss_does():
+    """The gradient of (|D|^2)^2 is twice that of sg(|D|^2) |D|^2."""
+    error = torch.randn(4, 6, requires_grad=True)
+    times = Times(torch.zeros(4), torch.ones(4), n_interval=4)
+    (gradient,) = torch.autograd.grad(AdaptiveWeighting(p=-1.0, c=1e-9)(error.square().sum(1), times).sum(), error)
+    (expected,) = torch.autograd.grad((error.square().sum(1) ** 2).sum() / 2, error)
+    assert torch.allclose(gradient, expected, rtol=1e-5)
+
+
 def test_transition_weighting_is_the_formula_and_spares_rows_with_r_equal_t():
     r, t = torch.tensor([0.0, 0.2, 0.7]), torch.tensor([1.0, 0.5, 0.7])
     losses = TransitionWeighting(0.25, p=0.5, c=0.1)(torch.tensor([3.0, 5.0, 7.0]), Times(r, t, 2))

@@ -92,7 +92,7 @@ class Plan:
         """Parameters by part."""
         parts: dict[str, list[int]] = {}
         for name, parameter in self.net.named_parameters():
-            part = parts.setdefault(name.removeprefix("transformer.").partition(".")[0], [0, 0])
+            part = parts.setdefault(name.removeprefix("transformer.").removeprefix("model.").partition(".")[0], [0, 0])
             part[0] += parameter.numel()
             part[1] += parameter.numel() * parameter.requires_grad
         autoencoder = sum(p.numel() for p in self.autoencoder.parameters())
