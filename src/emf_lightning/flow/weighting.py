@@ -39,7 +39,7 @@ class AdaptiveWeighting(Weighting):
     With p = 1 the loss stays near 1 while the network learns: read the raw mean squared errors instead.
 
     Args:
-        p: 0 is no weighting, 1 the papers' default; -1 learns as half of D^2 does, arXiv 2512.13006's higher-order loss.
+        p: 0 is no weighting, 1 the papers' default; -1 has the gradient of D^2 / 2 (arXiv 2512.13006).
         c: positive, in units of the sum over all dimensions.
 
     Example:
