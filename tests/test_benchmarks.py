@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.backbones import BACKBONES, Measurement
 from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
 from emf_lightning.networks.sana import SanaArchitecture
 
@@ -40,6 +41,15 @@ def test_recording_in_bf16_leaves_the_weights_in_bf16():
     before = [p.clone() for p in bench.half.parameters()]
     bench.steps()[RECORDED]()
     assert all(torch.equal(a, b) for a, b in zip(before, bench.half.parameters(), strict=True))
+
+
+def test_a_backbones_cells_are_what_they_say():
+    measurement = Measurement(BACKBONES["PixArt-Sigma"])
+    assert measurement.parent() == measurement.export() == "bit for bit"
+    assert measurement.parameters() == "610.9 M"
+    assert all(0.9 < float(ratio) < 1.03 for ratio in measurement.operations())
+    fp32, autocast, weights = map(float, measurement.errors())
+    assert fp32 < 1e-4 < autocast < 0.05 and weights < 0.05
 
 
 def test_the_least_is_three_passes_and_two_of_the_interval_rows():

@@ -63,7 +63,8 @@ class FluxFlowMap(BackboneFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        guidance: the guidance scale that the network is told, where it takes one.
+        guidance: the guidance scale that the network is told, where it takes one. It rounds 1000 times the scale under
+            bf16 weights or autocast: 3.5 becomes 3504, 4 stays 4000.
         latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
 
     Example:

@@ -41,6 +41,10 @@ CASES = {
     "layer norm with weights": (lambda x: F.layer_norm(x, (6,), W, B, 1e-6), X),
     "layer norm whose weight moves": (lambda x, w: F.layer_norm(x, (6,), w, B), X, W),
     "layer norm over two dimensions": (lambda x: F.layer_norm(x, (5, 6)), X),
+    "group norm": (lambda x: F.group_norm(x, 3), IMAGE),
+    "group norm with weights": (lambda x: F.group_norm(x, 2, W, B, 1e-6), IMAGE),
+    "group norm over one dimension": (lambda x: F.group_norm(x.flatten(2), 2, W), IMAGE),
+    "group norm whose weight moves": (lambda x, w: F.group_norm(x, 2, w, B), IMAGE, W),
     "attention to what stands still": (lambda q: F.scaled_dot_product_attention(q, K, V), Q),
     "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), Q, K, V),
     "attention of keys": (lambda k: F.scaled_dot_product_attention(Q, k, V), K),
@@ -87,6 +91,8 @@ def test_autocast_gives_the_stock_types(dtype):
     for function, moving in (
         (lambda x: F.linear(x, w), x),
         (lambda x: F.layer_norm(x, (6,)), x),
+        (lambda x: F.layer_norm(x, (6,), torch.ones(6), torch.zeros(6)), x),
+        (lambda x: F.group_norm(x.transpose(1, 2), 2, torch.ones(6), torch.zeros(6)), x),
         (lambda q: F.scaled_dot_product_attention(q, q.detach(), q.detach()), q),
     ):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), forward_ad.dual_level():

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class FastForwardMode(TorchFunctionMode):
-    """A mode in which linear layers, 2-D convolutions, layer norm and attention use forward rules of our own.
+    """A mode in which linear layers, 2-D convolutions, layer and group norm and attention use forward rules of our own.
 
     Torch's forward mode gives weights a tangent of zeros and multiplies by it: 2.87 forward passes' operations where
     the mathematics takes 2 (one for u, one for du/dt), and it pushes tangents through layer norm in a dozen elementwise
@@ -76,6 +76,25 @@ class _LayerNorm(torch.autograd.Function):
         return dy if w is None else dy * w
 
 
+class _GroupNorm(torch.autograd.Function):
+    """As ``_LayerNorm``, over a group's channels and all positions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.sizes = len(x), x.shape[1], x[0, 0].numel(), groups
+        y, mean, rstd = torch.native_group_norm(x, w, b, *ctx.sizes, eps)
+        ctx.save_for_forward(x, w, mean, rstd)
+        return y
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _groups: None, _w: None, _b: None, _eps: None) -> Tensor:
+        x, w, mean, rstd = ctx.saved_tensors
+        backward = torch.ops.aten.native_group_norm_backward
+        dy: Tensor = backward(dx.contiguous(), x, mean, rstd, None, *ctx.sizes, [True, False, False])[0]
+        return dy if w is None else dy * w.view(-1, *[1] * (x.ndim - 2))
+
+
 class _Attention(torch.autograd.Function):
     """softmax(q k' scale + mask) v, where some of q, k, v may have no tangent, as the text in cross-attention."""
 
@@ -119,9 +138,25 @@ def _layer_norm(given: dict[str, Any]) -> Tensor | None:
     x, w, b = given["input"], given.get("weight"), given.get("bias")
     if not (_plain(w) and _plain(b)):
         return None
+    x, kept = _norm_input(x, w)
+    return _LayerNorm.apply(x, list(given["normalized_shape"]), w, b, given.get("eps", 1e-5)).to(kept)
+
+
+def _group_norm(given: dict[str, Any]) -> Tensor | None:
+    x, w, b = given["input"], given.get("weight"), given.get("bias")
+    if not (_plain(w) and _plain(b)):
+        return None
+    x, kept = _norm_input(x, w)
+    return _GroupNorm.apply(x.contiguous(), given["num_groups"], w, b, given.get("eps", 1e-5)).to(kept)
+
+
+def _norm_input(x: Tensor, w: Tensor | None) -> tuple[Tensor, torch.dtype]:
+    """The input of a norm, as fp32 where the stock operator takes it so, and the type of its output."""
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # as autocast does for the stock operator
-    return _LayerNorm.apply(x, list(given["normalized_shape"]), w, b, given.get("eps", 1e-5))
+        return x.float(), torch.float32
+    # the backward kernels take no bf16 input with statistics in fp32, which CPUs give under autocast
+    mixed = w is not None and w.dtype != x.dtype
+    return (x.float() if mixed else x), x.dtype
 
 
 def _attention(given: dict[str, Any]) -> Tensor | None:
@@ -143,11 +178,13 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
     F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
 }
 _RULES: dict[Any, Callable[[dict[str, Any]], Tensor | None]] = {
     F.linear: _affine(F.linear),
     F.conv2d: _affine(F.conv2d),
     F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
     F.scaled_dot_product_attention: _attention,
 }
