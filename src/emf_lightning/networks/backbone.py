@@ -54,6 +54,7 @@ class BackboneFlowMap(DiffusersFlowMap):
 
     places: ClassVar[TimePlaces]
     published_time_scale: ClassVar[float] = 1000.0
+    two_times: TwoTimeEmbedding | None
     takes_interval = False
 
     def __init__(

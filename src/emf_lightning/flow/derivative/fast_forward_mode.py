@@ -82,8 +82,9 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.sizes = len(x), x.shape[1], x[0, 0].numel(), groups
-        y, mean, rstd = torch.native_group_norm(x, w, b, *ctx.sizes, eps)
+        rows, channels, positions = len(x), x.shape[1], x[0, 0].numel()
+        y, mean, rstd = torch.native_group_norm(x, w, b, rows, channels, positions, groups, eps)
+        ctx.sizes = rows, channels, positions, groups
         ctx.save_for_forward(x, w, mean, rstd)
         return y
 
