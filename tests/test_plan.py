@@ -78,6 +78,7 @@ def test_overlays_and_the_plans_own_options_count(capsys):
     [
         ("fgm/cifar10_teacher", "35,746,307", False),  # DDPM's UNet for CIFAR-10, 35.7 M (arXiv 2006.11239)
         ("shapes/fgm", "4,350,768", True),
+        ("meanflow/flux_lite", "8,173,493,824", False),  # FLUX.1-lite's 8,163 M and a second time embedding
     ],
 )
 def test_other_networks_and_objectives_are_planned_with_what_is_not_counted_said(capsys, experiment, parameters, said):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
+from emf_lightning.flow.weighting import AdaptiveWeighting
 from emf_lightning.networks.backbone import BackboneFlowMap
 from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
@@ -21,12 +26,11 @@ from emf_lightning.networks.pixart import PixArtArchitecture, PixArtFlowMap
 from emf_lightning.networks.qwen_image import QwenImageArchitecture, QwenImageFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, DecoupledInterval, IntervalInput, SummedInterval
 from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture, UNetFlowMap
+from emf_lightning.pipeline import PipelinePart
 
 UNET = UNetArchitecture([8, 16], [False, True], layers=1, heads=2, groups=4)
 MMDIT = MMDiTArchitecture(3, 2, 8, pooled_projection_dim=12, pos_embed_max_size=8)
-SD35 = MMDiTArchitecture(
-    3, 2, 8, pooled_projection_dim=12, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0, 1)
-)
+SD35 = replace(MMDIT, qk_norm="rms_norm", dual_attention_layers=(0, 1))
 FLUX = FluxArchitecture(2, 2, 2, 8, pooled_projection_dim=12, axes_dims_rope=(2, 2, 4))
 LUMINA = Lumina2Architecture(16, 2, 1, 2, 1, multiple_of=8, axes_dim_rope=(2, 2, 4), axes_lens=(16, 8, 8))
 
@@ -107,11 +111,8 @@ def test_the_second_embedding_sees_the_intervals_length_in_fp32(name):
         embedding: Any = net.model.get_submodule(net.places.embedding)
         embedding.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(_joined(output)))
         call(net, z, r, t, *text)
-        m, n = _of_time(net, embedding.forward), _of_time(net, embedding.interval)
-        if net.places.reversed:
-            expected = formula(lambda time, m=m: m(1 - time), n, r, t)
-        else:
-            expected = formula(m, n, r, t)
+        m, n, turned = _of_time(net, embedding.forward), _of_time(net, embedding.interval), net.places.reversed
+        expected = formula(lambda time, m=m, turned=turned: m(1 - time if turned else time), n, r, t)
         torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -175,6 +176,40 @@ def test_dudt_is_exact(name):
         expected = (u(z + h * v, r, t + h) - u(z - h * v, r, t - h)) / (2 * h)
     error = (dudt - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     assert error.max() < 1e-3  # diffusers computes its sinusoids in fp32
+
+
+@backbones
+def test_the_gradient_is_that_of_the_whole_batch_by_torchs_own_forward_mode(name):
+    """MeanFlow's, which takes du/dt of the r < t samples alone and by rules of its own."""
+    net = stir(network(name, AnchoredInterval(), time_scale=5.0 / INSIDE.get(name, 1)))
+    z, r, t, *text = inputs(name, 4)
+    r = torch.cat([r[:2], t[2:]])
+    u, v = AverageVelocity(net, tuple(text)), torch.randn_like(z)
+
+    def gradient(loss: Tensor) -> Tensor:
+        net.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    ours = gradient(MeanFlow().terms(u, z, v, Times(r, t, 2), AdaptiveWeighting(), 0.0).loss)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        dudt = torch.func.jvp(lambda z, t: u(z, r, t), (z, t), (v, torch.ones_like(t)))[1]
+    squares = (u(z, r, t) - v + (t - r).view(-1, 1, 1, 1) * dudt).square().flatten(1).sum(1)
+    expected = gradient((squares / (squares.detach() + 1e-3)).mean())
+    assert (ours - expected).norm() < 1e-6 * expected.norm()
+
+
+@backbones
+def test_exported_and_read_back_it_is_the_same_network(name, tmp_path):
+    net = stir(network(name, AnchoredInterval())).eval()
+    kind, size, channels = KINDS[name]
+    shape = {"latent_channels": channels, "latent_size": 8, "context_width": 16}
+    interval = {"class_path": f"{AnchoredInterval.__module__}.AnchoredInterval"}
+    arguments = {"architecture": asdict(size), "interval": interval, "gradient_checkpointing": True}
+    spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": arguments | shape}
+    PipelinePart(net, spec).save_pretrained(tmp_path)
+    again = PipelinePart.from_pretrained(tmp_path).part
+    assert torch.equal(call(again, *inputs(name)), call(net, *inputs(name)))
 
 
 @backbones
