@@ -175,9 +175,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(experiment: str, models: Path) -> list[str]:
-    """Options that replace the models of a full-size experiment by tiny ones, or a parent that is not trained yet."""
+    """Options that replace the models of a full-size experiment by tiny ones, or networks that are not trained yet."""
     if experiment == "experiments/own_data/meanflow.yaml":
         return ["--model.init_args.net.init_args.pretrained", "experiments/shapes/parent", "--data.resolution", "36"]
+    if experiment == "experiments/shapes/anyflow_on_policy.yaml":
+        return ["--model.init_args.init_from", "null"]
     if not experiment.startswith("experiments/emf/"):
         return []
     net, text, autoencoder = "--model.init_args.net.init_args", "--data.text.init_args", "--data.autoencoder.init_args"

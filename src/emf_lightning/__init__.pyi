@@ -4,19 +4,22 @@ from .flow.derivative.finite_difference import FiniteDifference
 from .flow.derivative.forward_mode import ForwardMode
 from .flow.guidance import TargetGuidance
 from .flow.objectives.alpha_flow import AlphaFlow
+from .flow.objectives.cmt import CMT
 from .flow.objectives.distribution_matching import DMD, DistributionMatching
 from .flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from .flow.objectives.flow_matching import FlowMatching
 from .flow.objectives.improved_meanflow import ImprovedMeanFlow
 from .flow.objectives.joint import JointObjective
 from .flow.objectives.meanflow import MeanFlow
+from .flow.objectives.rcgm import RCGM
 from .flow.objectives.self_corrected import SelfCorrectedFlow
 from .flow.objectives.split_meanflow import SplitMeanFlow
+from .flow.objectives.twin_flow import TwinFlow
 from .flow.sampling import EulerSampler, FlowMapSampler, MultistepSampler, sample
 from .flow.target_velocity import ConditionalVelocity, SelfVelocity, TeacherVelocity
-from .flow.times import LogitNormalTimes, Schedule, UniformTimes
+from .flow.times import AnyStepTimes, LogitNormalTimes, Schedule, UniformTimes
 from .flow.velocity import AverageVelocity
-from .flow.weighting import AdaptiveWeighting, TransitionWeighting, UniformWeighting
+from .flow.weighting import AdaptiveWeighting, AnyStepWeighting, TransitionWeighting, UniformWeighting
 from .modules.encoder_tuning import EncoderTuning
 from .modules.fgm import FGM
 from .modules.flow_map import FlowMapModule
@@ -33,10 +36,14 @@ from .networks.unet import TextUNetFlowMap, UNetFlowMap
 from .pipeline import EMFPipeline
 
 __all__ = [
+    "CMT",
     "DMD",
     "FGM",
+    "RCGM",
     "AdaptiveWeighting",
     "AlphaFlow",
+    "AnyStepTimes",
+    "AnyStepWeighting",
     "AverageVelocity",
     "CaptionImageData",
     "ConditionalVelocity",
@@ -72,6 +79,7 @@ __all__ = [
     "TeacherVelocity",
     "TextUNetFlowMap",
     "TransitionWeighting",
+    "TwinFlow",
     "UNetFlowMap",
     "UniformTimes",
     "UniformWeighting",

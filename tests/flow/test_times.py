@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emf_lightning.flow.times import LogitNormalTimes, Schedule, UniformTimes
+from emf_lightning.flow.times import AnyStepTimes, LogitNormalTimes, Schedule, UniformTimes
 
 CPU = torch.device("cpu")
 EMF = LogitNormalTimes(Schedule(-0.5, 0.5), Schedule(1.0, 2.0), Schedule(0.75, 0.25))
@@ -71,3 +71,24 @@ def test_times_are_fp32_where_another_dtype_is_the_default(sampler):
     finally:
         torch.set_default_dtype(torch.float32)
     assert times.t.dtype == times.r.dtype == torch.float32
+
+
+def test_any_step_times_have_one_step_any_interval_and_none():
+    torch.manual_seed(0)
+    sampler = AnyStepTimes(0.25, Schedule(0.5))
+    times = sampler(40_000, 0.5, CPU)
+    one = sampler.one_step(40_000)
+    assert (one, times.n_interval) == (10_000, 20_000)
+    assert (times.t[:one] == 1).all() and (times.r[:one] == 0).all()
+    t, r = times.t[one : times.n_interval], times.r[one : times.n_interval]
+    assert (r < t).all()
+    assert abs(t.mean() - 1 / 2) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
+    assert abs((r / t).mean() - 1 / 2) < 0.01 and abs((r / t).std() - 12**-0.5) < 0.01
+    assert torch.equal(times.r[times.n_interval :], times.t[times.n_interval :])
+    assert abs(times.t[times.n_interval :].mean() - 1 / 2) < 0.01
+
+
+@pytest.mark.parametrize("batch", range(1, 20))
+def test_any_step_times_of_one_step_are_intervals_at_any_batch(batch):
+    sampler = AnyStepTimes()
+    assert sampler.one_step(batch) <= sampler(batch, 0.0, CPU).n_interval

@@ -8,7 +8,7 @@ import torch
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Times
-from emf_lightning.flow.weighting import AdaptiveWeighting, TransitionWeighting, UniformWeighting
+from emf_lightning.flow.weighting import AdaptiveWeighting, AnyStepWeighting, TransitionWeighting, UniformWeighting
 from tests.flow.gaussian import average_velocity, states, velocity
 
 
@@ -67,3 +67,20 @@ def test_impossible_weightings_are_refused(settings):
         TransitionWeighting(**settings)
     with pytest.raises(ValueError, match="must be positive"):
         AdaptiveWeighting(c=-1.0)
+
+
+def test_any_step_weighting_is_the_formula():
+    r, t = torch.tensor([0.0, 0.2, 0.7]), torch.tensor([1.0, 0.5, 0.7])
+    losses = AnyStepWeighting(p=0.5, c=0.1)(torch.tensor([3.0, 5.0, 7.0]), Times(r, t, 2))
+    expected = [
+        3 / 3.1**0.5,
+        (1 + math.tan(0.7 * math.pi / 2.5)) * 5 / 5.1**0.5,
+        (1 + math.tan(math.pi / 2.5)) * 7 / 7.1**0.5,
+    ]
+    assert torch.allclose(losses, torch.tensor(expected))
+
+
+def test_any_step_weight_carries_no_gradient():
+    error = torch.tensor([2.0], requires_grad=True)
+    loss = AnyStepWeighting(p=1.0, c=0.5)(error, Times(torch.zeros(1), torch.ones(1), 1))
+    assert torch.autograd.grad(loss.sum(), error)[0].item() == pytest.approx(1 / 2.5)

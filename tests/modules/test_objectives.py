@@ -10,8 +10,11 @@ from lightning.pytorch import Trainer
 
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
+from emf_lightning.flow.objectives.cmt import CMT
 from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.objectives.rcgm import RCGM
 from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
+from emf_lightning.flow.objectives.twin_flow import TwinFlow
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
@@ -28,6 +31,8 @@ OBJECTIVES = {
     "alpha_flow": (AlphaFlow, {"alpha": AlphaSchedule(0.0, 0.9, gamma=4.0)}),
     "split_meanflow": (SplitMeanFlow, {}),
     "transition": (MeanFlow, {"derivative": FiniteDifference(0.005), "weighting": TransitionWeighting()}),
+    "rcgm": (RCGM, {}),
+    "cmt": (CMT, {"share": 1.0, "solver_steps": 4, "samples_per_path": 3}),
 }
 
 
@@ -67,6 +72,46 @@ def test_an_objective_trains_every_weight(tmp_path, net, loader, objective, prec
     assert logged["train/nan_rows"] == 0
     assert logged["train/mse_r_below_t"] > 0
     assert logged["train/mse_r_equals_t"] > 0
+
+
+def twin_network() -> SanaFlowMap:
+    torch.manual_seed(0)
+    return SanaFlowMap(
+        TINY, prediction=PredictData(), time_scale=10.0, latent_size=8, context_width=16, negative_times=True
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_twin_flow_trains_every_weight_of_both_flows_and_logs_them(tmp_path, loader, precision):
+    net = twin_network()
+    before = copy.deepcopy(net.state_dict())
+    model = FlowMapModule(net, TwinFlow(), optimization=Optimization(optimizer))
+    logged = fit(model, loader, tmp_path, precision=precision).callback_metrics
+    assert moved(before, net) == set(before)
+    assert logged["train/nan_rows"] == 0
+    assert logged["train/velocity_gap"] > 0, "the two flows have parted"
+    assert logged["train/fake_flow_mse"] > 0
+
+
+def test_twin_flow_refuses_a_network_without_negative_times(net):
+    with pytest.raises(ValueError, match=r"TwinFlow trains a second flow .* net.negative_times"):
+        FlowMapModule(net, TwinFlow(), optimization=Optimization(optimizer))
+
+
+def test_cmt_goes_on_with_meanflow_on_the_same_teacher(tmp_path, net, loader):
+    steps = []
+
+    class Watched(FlowMapModule):
+        def log_terms(self, terms):
+            steps.append(len(terms.derivative_norm))
+            super().log_terms(terms)
+
+    objective = CMT(share=0.5, solver_steps=4, times=HALF)
+    parent = copy.deepcopy(net.state_dict())
+    fit(Watched(net, objective, optimization=Optimization(optimizer)), loader, tmp_path)
+    assert steps == [0, 0, 4]
+    teacher = objective.velocity.teacher.net.state_dict()
+    assert all(torch.equal(teacher[name], value) for name, value in parent.items()), "the teacher stays the parent"
 
 
 @pytest.mark.parametrize("interval", [SummedInterval(), DecoupledInterval(1)])

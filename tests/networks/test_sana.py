@@ -351,7 +351,7 @@ def test_conditions_and_the_velocity_head_are_learned_and_survive_the_round_trip
         assert not torch.allclose(told, untold, atol=1e-3)
         u, v = told.chunk(2, dim=1)
         assert not torch.allclose(u, v, atol=1e-3)
-    with pytest.raises(ValueError, match="surplus"):
+    with pytest.raises(ValueError, match=r"surplus"):
         adapted(tmp_path, "net")
 
 
@@ -418,3 +418,45 @@ def test_a_fresh_text_projection_leaves_the_rest_of_the_weights(tmp_path):
             assert torch.equal(net.transformer.state_dict()[name], weight)
     assert net.transformer.caption_projection.linear_1.weight.shape == (16, 24)
     assert 0.05 < net.transformer.caption_projection.linear_1.weight.std() < 0.5
+
+
+@pytest.mark.parametrize("prediction", [PredictVelocity(), PredictData()], ids=["velocity", "data"])
+def test_second_flow_at_negative_times_starts_as_the_first_and_learns_apart(tmp_path, prediction):
+    stock_parent(tmp_path)
+    net = adapted(tmp_path, prediction=prediction, negative_times=True)
+    z, t, context, mask = inputs()
+    with torch.no_grad():
+        first = adapted(tmp_path, prediction=prediction)(z, t, t, context, mask)
+        assert torch.equal(net(z, t, t, context, mask), first)
+        assert torch.equal(net(z, -t, -t, context, mask), first)
+        time_embed = net.transformer.time_embed
+        time_embed.negative.linear.bias.add_(torch.randn_like(time_embed.negative.linear.bias))
+        assert torch.equal(net(z, t, t, context, mask), first)
+        second = net(z, -t, -t, context, mask)
+        assert not torch.allclose(second, first, atol=1e-3)
+        sign = torch.tensor([1.0, -1.0, 1.0])
+        mixed = net(z, sign * t, sign * t, context, mask)
+        assert torch.allclose(mixed, torch.where((sign > 0).view(-1, 1, 1, 1), first, second), atol=1e-5)
+
+
+def test_second_flow_is_saved_and_loaded(tmp_path):
+    net = tiny(negative_times=True, prediction=PredictData()).eval()
+    torch.nn.init.normal_(net.transformer.time_embed.negative.linear.weight)
+    net.save_pretrained(tmp_path / "net")
+    z, t, context, mask = inputs()
+    again = adapted(tmp_path, "net", negative_times=True, prediction=PredictData())
+    assert torch.equal(again(z, -t, -t, context, mask), net(z, -t, -t, context, mask))
+    with pytest.raises(ValueError, match=r"surplus .*negative"):
+        adapted(tmp_path, "net", prediction=PredictData())
+
+
+def test_refit_of_the_time_embedding_takes_the_second_flow_along(tmp_path):
+    stock_parent(tmp_path)
+    net = adapted(tmp_path, negative_times=True, finetuning=Finetuning(refit=True), time_scale=5.0)
+    z, t, context, mask = inputs()
+    assert torch.equal(net(z, -t, -t, context, mask), net(z, t, t, context, mask))
+
+
+def test_negative_times_and_guidance_conditions_exclude_each_other():
+    with pytest.raises(ValueError, match="guidance_conditioning or negative_times"):
+        tiny(negative_times=True, guidance_conditioning=True)

@@ -160,6 +160,42 @@ class LogitNormalTimes(TimeSampler):
         return (torch.maximum(t, r), torch.minimum(t, r)) if self.sort_first else (t, r)
 
 
+class AnyStepTimes(TimeSampler):
+    """t = 1 and r = 0, or r = t, or r uniform on (0, t), with t uniform on (0, 1) (arXiv 2512.05150).
+
+    One step starts at exactly t = 1 and ends at r = 0: continuous distributions hardly ever sample it. For r = t the
+    release takes r uniform on (.95 t, t), whose target differs from v by less than the step of its difference quotient.
+
+    Args:
+        one_step_ratio: share of the samples with t = 1 and r = 0; they are the first ones.
+        flow_matching_ratio: share of the samples with r = t.
+
+    Example:
+        >>> times = AnyStepTimes()(6, progress=0.0, device=torch.device("cpu"))
+        >>> times.n_interval, times.t[:2].tolist(), times.r[:2].tolist()
+        (4, [1.0, 1.0], [0.0, 0.0])
+    """
+
+    def __init__(self, one_step_ratio: float = 1 / 3, flow_matching_ratio: Schedule = Schedule(1 / 3)) -> None:
+        super().__init__(flow_matching_ratio, one_step_ratio)
+
+    def one_step(self, batch: int) -> int:
+        """How many of ``batch`` samples have t = 1 and r = 0."""
+        return round(self.consistency_ratio * batch)
+
+    def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
+        """t uniform on (0, 1), and r uniform on (0, t)."""
+        options = _fp32_on(device)
+        t = torch.rand(batch, **options)
+        return t, t * torch.rand(batch, **options)
+
+    def __call__(self, batch: int, progress: float, device: torch.device) -> Times:
+        """See ``TimeSampler``; the samples with t = 1 and r = 0 come first."""
+        times = super().__call__(batch, progress, device)
+        times.t[: self.one_step(batch)] = 1
+        return times
+
+
 def _fp32_on(device: torch.device) -> dict[str, Any]:
     """Tensor options for times: a precision plugin may make bf16 the default dtype, and rounded times are useless."""
     return {"dtype": torch.float32, "device": device}

@@ -56,7 +56,7 @@ class AverageVelocity:
     def slice(self: Bound, part: slice) -> Bound:
         """The same velocity for a part of the batch."""
         conditions = {name: value[part] for name, value in self.conditions.items()}
-        return replace(self, context=_map(self.context, lambda tensor: tensor[part]), conditions=conditions)
+        return replace(self, context=select_context(self.context, part), conditions=conditions)
 
 
 def call_with_context(
@@ -78,6 +78,11 @@ def call_with_context(
 def expand_context(context: Context, batch: int) -> Context:
     """Conditioning of one sample repeated for ``batch`` samples, without a copy; of ``batch`` samples as it is."""
     return _map(context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if len(tensor) == 1 else tensor)
+
+
+def select_context(context: Context, samples: slice | Tensor) -> Context:
+    """Conditioning of a part of the samples, or of those with the given indices ``[N]``."""
+    return _map(context, lambda tensor: tensor[samples])
 
 
 def slice_velocity(u: Velocity, part: slice, batch: int) -> Velocity:

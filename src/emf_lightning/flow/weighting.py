@@ -60,6 +60,31 @@ class AdaptiveWeighting(Weighting):
         return squared_error / (squared_error.detach() + self.c) ** self.p
 
 
+class AnyStepWeighting(AdaptiveWeighting):
+    """The adaptive weight times 1 + tan(.4 pi (1 - (t - r))): short intervals count more (arXiv 2512.05150).
+
+    The factor falls from 4.08 at r = t to 1 for one step. At p = 1/2 the adaptive loss is a root mean square error: the
+    release's metric, with c = 1e-6 times the number of dimensions.
+
+    Args:
+        p: see ``AdaptiveWeighting``.
+        c: see ``AdaptiveWeighting``.
+
+    Example:
+        >>> from emf_lightning.flow.times import Times
+        >>> times = Times(r=torch.tensor([0.0, 0.5]), t=torch.tensor([1.0, 0.5]), n_interval=1)
+        >>> AnyStepWeighting(p=0.0)(torch.ones(2), times)  # one step, and r = t
+        tensor([1.0000, 4.0777])
+    """
+
+    def __init__(self, p: float = 0.5, c: float = 1e-3) -> None:
+        super().__init__(p, c)
+
+    def __call__(self, squared_error: Tensor, times: Times) -> Tensor:
+        """Adaptive losses times the factor."""
+        return (1 + torch.tan(0.4 * torch.pi * (1 - (times.t - times.r)))) * super().__call__(squared_error, times)
+
+
 class TransitionWeighting(AdaptiveWeighting):
     """The adaptive weight times (tan t - tan r + sigma_d)^(-1/2): long intervals count less (arXiv 2509.04394).
 

@@ -235,6 +235,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             if len(error):
                 mean = torch.where(finite, error, 0).sum() / finite.sum()
                 self.log(f"train/mse_{name}", mean, batch_size=batch)
+        for name, value in terms.metrics.items():
+            self.log(f"train/{name}", value, batch_size=batch)
         if len(terms.derivative_norm):
             self.log("train/derivative_norm", terms.derivative_norm.nanmedian(), batch_size=batch)
 

@@ -18,6 +18,11 @@ def check_network(net: FlowMapNetwork, objective: Any) -> None:
         )
     if getattr(objective, "needs_guidance_conditioning", False) and not net.takes_guidance:
         raise ValueError(f"{name}: the network takes no guidance and gives no v; set net.guidance_conditioning to true")
+    if getattr(objective, "needs_negative_times", False) and not net.takes_negative_times:
+        raise ValueError(
+            f"{name} trains a second flow at negative times, which {kind} does not tell apart from the first: take "
+            "SanaFlowMap with net.negative_times set to true"
+        )
     if net.gradient_checkpointing and isinstance(getattr(objective, "derivative", None), Fused):
         raise ValueError(
             f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "

@@ -27,6 +27,7 @@ class FlowMapNetwork(nn.Module, ABC):
         prediction: rule from the backbone's output to u.
         takes_interval: whether u depends on r; objectives with r < t need it.
         takes_guidance: whether the network takes guidance ``conditions`` and predicts v beside u.
+        takes_negative_times: whether u(z, -t, -t) is the velocity of a second flow, which starts as the first.
         gradient_checkpointing: whether the blocks are computed again in the backward pass.
         compiled: whether ``compile_blocks`` was called; a deep copy has to call it again.
         latent_channels: C of the latents that it was built for.
@@ -37,6 +38,7 @@ class FlowMapNetwork(nn.Module, ABC):
     prediction: Prediction
     takes_interval: bool = True
     takes_guidance: bool = False
+    takes_negative_times: bool = False
     gradient_checkpointing: bool = False
     compiled: bool = False
     latent_channels: int
@@ -93,7 +95,7 @@ class FlowMapNetwork(nn.Module, ABC):
         Args:
             z: ``[B, C, H, W]``, the state at t.
             r: ``[B]``, fp32, r <= t.
-            t: ``[B]``, fp32, in [0, 1], 1 is noise.
+            t: ``[B]``, fp32, in [0, 1], 1 is noise; negative for the second flow of networks that know one.
             context: ``[B, L, D]``, token features.
             mask: ``[B, L]``, bool, True at tokens.
             conditions: ``[B, K]``, in [0, 1], for networks that take guidance.

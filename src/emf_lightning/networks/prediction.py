@@ -51,8 +51,8 @@ class PredictData(Prediction):
         self.min_time = min_time
 
     def __call__(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """(z - output) / max(t, min_time), in fp32."""
-        return (z - output.float()) / t.clamp(min=self.min_time).view(-1, 1, 1, 1)
+        """(z - output) / max(abs(t), min_time), in fp32."""
+        return (z - output.float()) / t.abs().clamp(min=self.min_time).view(-1, 1, 1, 1)
 
 
 class PredictReversedVelocity(Prediction):

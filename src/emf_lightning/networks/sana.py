@@ -86,6 +86,8 @@ class SanaFlowMap(DiffusersFlowMap):
             preserved.
         guidance_conditioning: take guidance's scale and interval as conditions and predict v beside u, for
             ``ImprovedMeanFlow``. A pass without conditions has those of no guidance.
+        negative_times: know a second flow at negative times, by a time embedding of its own that starts as a copy, for
+            ``TwinFlow``. Not together with ``guidance_conditioning``.
         attention_backend: ``math`` attends to the text by plain matrix products rather than a fused kernel: for a
             dozen tokens on a CPU the fused kernel's backward pass alone takes a third of a step.
         gradient_checkpointing: keep no activations inside the blocks and compute them again in the backward pass: a
@@ -121,6 +123,7 @@ class SanaFlowMap(DiffusersFlowMap):
         time_scale: float = 1000.0,
         interval: IntervalInput | None = None,
         guidance_conditioning: bool = False,
+        negative_times: bool = False,
         attention_backend: Literal["math"] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -128,7 +131,11 @@ class SanaFlowMap(DiffusersFlowMap):
         latent_size: int = 36,
         context_width: int = 128,
     ) -> None:
-        from emf_lightning.networks.sana_transformer import GuidedSanaTransformer, IntervalSanaTransformer
+        from emf_lightning.networks.sana_transformer import (
+            GuidedSanaTransformer,
+            IntervalSanaTransformer,
+            TwinSanaTransformer,
+        )
 
         super().__init__(architecture, pretrained, prediction, time_scale)
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
@@ -136,9 +143,12 @@ class SanaFlowMap(DiffusersFlowMap):
         require(self, known, f"attention_backend must be math or null, got {attention_backend!r}")
         self.attention_backend = attention_backend
         self.interval = interval or AnchoredInterval()
-        self.takes_guidance = guidance_conditioning
+        one = not (guidance_conditioning and negative_times)
+        require(self, one, "set guidance_conditioning or negative_times, not both")
+        self.takes_guidance, self.takes_negative_times = guidance_conditioning, negative_times
         finetuning = finetuning or Finetuning()
-        kind = GuidedSanaTransformer if guidance_conditioning else IntervalSanaTransformer
+        plain = TwinSanaTransformer if negative_times else IntervalSanaTransformer
+        kind = GuidedSanaTransformer if guidance_conditioning else plain
         if pretrained is None:
             size = architecture or SanaArchitecture()
             remedy = "change the data's resolution or architecture.patch_size"
@@ -206,7 +216,7 @@ class SanaFlowMap(DiffusersFlowMap):
         embedding = self.transformer.time_embed
         parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
         error = refit(*parts, old_scale, self.time_scale, lambda embedded: embedding.linear(embedding.silu(embedded)))
-        self.transformer.init_interval()
+        self.transformer.init_copies()
         return error
 
     def refit_time(self, time_scale: float) -> float:

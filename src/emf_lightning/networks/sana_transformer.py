@@ -11,7 +11,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor
 
 from emf_lightning.networks.guidance_conditioning import GUIDANCE_CONDITIONS, ConditionEmbedding, VelocityHead
-from emf_lightning.networks.two_time.two_time_embedding import INTERVAL
+from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, NEGATIVE
 from emf_lightning.pretrained.blip3o_sana import blip3o_sana_config, blip3o_sana_tensors, has_blip3o_sana
 from emf_lightning.pretrained.loading import LoadedModel, PretrainedWeights, on_meta_device, read_model
 
@@ -72,14 +72,31 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
     def initializers(self) -> dict[str, Callable[[], None]]:
         """Initializers of the parameters that a flow's weights lack, by prefix; they keep the flow's output."""
-        return {"time_embed.interval.": self.init_interval}
+        return {"time_embed.interval.": functools.partial(self._copy_to, INTERVAL)}
 
-    def init_interval(self) -> None:
-        """Copies the pretrained time embedding to the interval's (arXiv 2604.18168, section 3)."""
-        interval = getattr(self.time_embed, INTERVAL, None)
-        if interval is not None:
+    def init_copies(self) -> None:
+        """Copies the pretrained time embedding to the interval's (arXiv 2604.18168, section 3) and negative times'."""
+        self._copy_to(INTERVAL)
+        self._copy_to(NEGATIVE)
+
+    def _copy_to(self, name: str) -> None:
+        if hasattr(self.time_embed, name):
             own = {k: v for k, v in self.time_embed.state_dict().items() if k.startswith(("emb.", "linear."))}
-            interval.load_state_dict(own)
+            getattr(self.time_embed, name).load_state_dict(own)
+
+
+class TwinSanaTransformer(IntervalSanaTransformer):
+    """A SANA with a second flow at negative times, by a time embedding of its own, ``time_embed.negative.*``."""
+
+    @functools.wraps(SanaTransformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.time_embed.add_module(NEGATIVE, AdaLayerNormSingle(self.time_embed.linear.in_features))
+        self._copy_to(NEGATIVE)
+
+    def initializers(self) -> dict[str, Callable[[], None]]:
+        """Those of the interval's embedding and of negative times'."""
+        return super().initializers() | {"time_embed.negative.": functools.partial(self._copy_to, NEGATIVE)}
 
 
 class GuidedSanaTransformer(IntervalSanaTransformer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class FlowMapTerms:
         derivative_norm: ``[N]``, root mean square over dimensions of du/dt; empty for objectives without it.
         times: the samples' (r, t).
         u: ``[B, C, H, W]``, the prediction, with a graph; None after ``detached``.
+        metrics: further scalars to log, detached.
     """
 
     loss: Tensor
@@ -40,6 +41,7 @@ class FlowMapTerms:
     derivative_norm: Tensor
     times: Times
     u: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def detached(self) -> FlowMapTerms:
         """The same without a graph."""
@@ -66,6 +68,7 @@ class Objective(ABC):
     Attributes:
         needs_interval: whether u has to depend on r.
         needs_guidance_conditioning: whether the network has to take guidance as a condition and predict v beside u.
+        needs_negative_times: whether the network has to know a second flow, at negative times.
         takes_derivative: whether the r < t samples take du/dt.
         sampler: the sampler of models that it trains.
         sampling_guidance: how a guidance scale acts when sampling from them.
@@ -85,6 +88,7 @@ class Objective(ABC):
 
     needs_interval = True
     needs_guidance_conditioning = False
+    needs_negative_times = False
     takes_derivative = False
     sampler: Sampler = FlowMapSampler()
     sampling_guidance: SamplingGuidance = ClassifierFreeGuidance()

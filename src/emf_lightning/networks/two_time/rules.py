@@ -35,7 +35,7 @@ class IntervalInput(ABC):
         """The embedding at ``r`` and ``t``, ``[B]``, from m, ``embed_time``, and m', ``embed_length`` of t - r."""
 
 
-def _combined(combine: Callable[..., Tensor], *modulations: Modulation) -> Modulation:
+def combined(combine: Callable[..., Tensor], *modulations: Modulation) -> Modulation:
     """``combine`` of the modulations' tensors, one by one."""
     if isinstance(modulations[0], Tensor):
         return combine(*modulations)
@@ -47,14 +47,14 @@ class AnchoredInterval(IntervalInput):
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
         end, length, zero = embed_time(t), embed_length(t - r), embed_length(torch.zeros_like(t))
-        return _combined(lambda a, b, c: a + (b - c), end, length, zero)
+        return combined(lambda a, b, c: a + (b - c), end, length, zero)
 
 
 class SummedInterval(IntervalInput):
     """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
-        return _combined(torch.add, embed_time(t), embed_length(t - r))
+        return combined(torch.add, embed_time(t), embed_length(t - r))
 
 
 class DecoupledInterval(IntervalInput):

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emf_lightning.networks.architecture_checks import require
-from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput, Modulation
+from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput, Modulation, combined
 
 INTERVAL = "interval"
 """Name of m' inside m: its weights are ``<embedding>.interval.*``."""
+
+NEGATIVE = "negative"
+"""Name, inside m, of the embedding of negative times, where a network knows a second flow there."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,11 @@ class TwoTimeEmbedding:
             return embedding(taken, *args[1:], **kwargs)
 
         def embed_time(time: Tensor) -> Modulation:
-            return embed(module.forward, self.scale - time if self.places.reversed else time)
+            if not hasattr(module, NEGATIVE):
+                return embed(module.forward, self.scale - time if self.places.reversed else time)
+            negative = (time < 0)[:, None]
+            both = embed(module.forward, time.abs()), embed(getattr(module, NEGATIVE), time.abs())
+            return combined(lambda first, second: torch.where(negative, second, first), *both)
 
         return self.rule(embed_time, partial(embed, getattr(module, INTERVAL, None)), *self._times)
 
