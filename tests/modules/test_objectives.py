@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
 from emf_lightning.flow.objectives.cmt import CMT
+from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.objectives.rcgm import RCGM
 from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
@@ -19,6 +20,7 @@ from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.joint_distillation import JointDistillation
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
@@ -96,6 +98,8 @@ def test_twin_flow_trains_every_weight_of_both_flows_and_logs_them(tmp_path, loa
 def test_twin_flow_refuses_a_network_without_negative_times(net):
     with pytest.raises(ValueError, match=r"TwinFlow trains a second flow .* net.negative_times"):
         FlowMapModule(net, TwinFlow(), optimization=Optimization(optimizer))
+    with pytest.raises(ValueError, match=r"net.negative_times"):
+        JointDistillation(net, JointObjective(regression=TwinFlow()), optimization=Optimization(optimizer))
 
 
 def test_cmt_goes_on_with_meanflow_on_the_same_teacher(tmp_path, net, loader):

@@ -116,6 +116,19 @@ def test_difference_is_of_the_samples_own_noised_states():
     assert not d.requires_grad
 
 
+def test_difference_is_taken_at_the_one_step_samples():
+    taken = []
+
+    class Spy(TwinFlow):
+        def difference(self, u, x):
+            taken.append(x)
+            return super().difference(u, x)
+
+    Spy()(lambda z, r, t: z - 3.0, data(64))
+    assert taken[0].shape == (16, 1, 2, 2)
+    assert torch.allclose(taken[0], torch.tensor(3.0, dtype=f64))
+
+
 def test_difference_is_bounded():
     d = twin().difference(lambda z, r, t: torch.where(t.view(-1, 1, 1, 1) < 0, 9 + 0 * z, 0 * z), data(64))
     assert (d == 1).all()

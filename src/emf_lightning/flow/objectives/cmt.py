@@ -15,7 +15,7 @@ from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import Times, TimeSampler
-from emf_lightning.flow.velocity import AverageVelocity, Context, expand_context, no_grad_pass, select_context
+from emf_lightning.flow.velocity import AverageVelocity, Context, expand_context, select_context
 from emf_lightning.flow.weighting import Weighting
 
 
@@ -114,12 +114,11 @@ class CMT(MeanFlow):
     ) -> Tensor:
         """The teacher's states at t = 0, 1 / K, ..., 1 from ``noise`` ``[P, C, H, W]``, ``[K + 1, P, C, H, W]``."""
         states = [noise]
-        with no_grad_pass():
-            for k in range(self.solver_steps, 0, -1):
-                t = torch.full((len(noise),), k / self.solver_steps, dtype=torch.float32, device=noise.device)
-                z = states[-1]
-                v = self._target_velocity(net, z, z, t, context, null_context, dropped)
-                states.append(z - v / self.solver_steps)
+        for k in range(self.solver_steps, 0, -1):
+            z = states[-1]
+            t = torch.full((len(z),), k / self.solver_steps, dtype=torch.float32, device=z.device)
+            v = self._target_velocity(net, z, z, t, context, null_context, dropped)
+            states.append(z - v / self.solver_steps)
         return torch.stack(states[::-1])
 
     def path_terms(self, u: AverageVelocity, path: Tensor, owners: Tensor, times: Times) -> FlowMapTerms:

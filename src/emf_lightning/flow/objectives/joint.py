@@ -116,6 +116,10 @@ class JointObjective:
         return self.regression.needs_interval
 
     @property
+    def needs_negative_times(self) -> bool:
+        return self.regression.needs_negative_times
+
+    @property
     def takes_derivative(self) -> bool:
         return self.regression.takes_derivative
 
