@@ -23,6 +23,7 @@ from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.modules.checkpoint import load_network
 from emf_lightning.modules.checkpoint_files import whole_checkpoint
 from emf_lightning.modules.generation import pipeline_of, spec_of
+from emf_lightning.modules.joint_distillation import JointDistillation
 from emf_lightning.part_classes import trusted
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from emf_lightning.play import PlayedModel, check_gradio, exported_model, page, serve
@@ -67,7 +68,8 @@ def run_model(run: Path, checkpoint: Path | None = None) -> PlayedModel:
         built = BuildingCLI.run(expand(["fit", "--config", str(found.directory / CONFIG), "--seed_everything=false"]))
         if built.model.tunes_encoder:
             raise ValueError("the run trained its text encoder")
-        start, remark = deepcopy(built.model.net), ""
+        teacher = getattr(built.model, "teacher", None)
+        start, remark = deepcopy(built.model.net if teacher is None else teacher.net), ""
         load_network(built.model.net, str(weights))
     except ValueError as error:
         built, start = build_run(found.directory, weights), None
@@ -76,7 +78,9 @@ def run_model(run: Path, checkpoint: Path | None = None) -> PlayedModel:
     pipeline = pipeline_of(built.model.eval(), built.datamodule, str(settings.trainer.precision))
     name = experiment_name(settings.trainer) or found.directory.name
     prompts = example_prompts(found.directory, settings)
-    source = settings.model.init_args.get("init_from") or settings.model.init_args.net.get("init_args.pretrained")
+    source = settings.model.init_args.net.get("init_args.pretrained")
+    if not isinstance(built.model, JointDistillation):  # its teacher is the network before init_from
+        source = settings.model.init_args.get("init_from") or source
     if start is None or source is None:
         remark = remark or "The run started from no other model, so it has no parent."
         return PlayedModel(name, pipeline, prompts, remark=remark)

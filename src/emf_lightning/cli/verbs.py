@@ -15,6 +15,7 @@ FUNCTION_VERBS = {
     "new": "copy a shipped experiment, to change it",
     "export": "write a trained model as a diffusers pipeline",
     "play": "show a model as a local web page: a prompt at 1, 2, 4 and 30 steps, beside its parent",
+    "diagnose": "say where a run's few-step images of a shapes world fail, beside its parent's",
     "compare": "train experiments for the same time and compare their images",
     "images": "write an image data set of the Hugging Face hub as shards",
     "captions": "write a file of prompts as shards without images",
@@ -64,6 +65,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "emf export runs/shapes/demo/version_0/checkpoints/last.ckpt --out exported",
     ),
     "play": ("emf play runs/shapes/demo", "emf play --run exported --port 7861"),
+    "diagnose": (
+        "emf diagnose runs/shapes/demo",
+        "emf diagnose --run runs/shapes/emf --against runs/wider --images 1200 --out runs/diagnosis",
+    ),
     "compare": (
         "emf compare experiments/shapes/emf.yaml experiments/shapes/fgm.yaml --minutes 30 --out runs/compare",
         "emf compare experiments/shapes/*.yaml --overlays [experiments/parts/short_comparison.yaml] --out runs/all",

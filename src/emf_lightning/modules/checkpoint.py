@@ -170,6 +170,19 @@ def load_network(net: FlowMapNetwork, path: str) -> None:
         raise ValueError(f"{problem}: {first_difference(error)}") from error
 
 
+def live_weights(path: str | Path) -> dict[str, Any] | None:
+    """The network's weights of the last optimiser step in a checkpoint that holds averages beside them, else None.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
+    saved = read_checkpoint(path, "checkpoint")
+    if "averaging_state" not in saved or "current_model_state" not in saved:
+        return None
+    state = saved["current_model_state"]
+    return {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+
+
 def disagreement(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
     """A sentence about the first key that both have with different values; None where there is none."""
     names = (name for name in ours if name in theirs and theirs[name] != ours[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,33 @@ class ShapesDetector:
         Raises:
             ValueError: for images that are not 8-bit RGB of the world's size.
         """
+        excess, grey = self._excess(images)
+        rows_with_objects = np.flatnonzero(grey)
+        seen: list[list[Detection]] = [[] for _ in range(len(excess))]
+        for start in range(0, len(rows_with_objects), CHUNK):
+            rows = rows_with_objects[start : start + CHUNK]
+            for row, found in zip(rows, self._detect(excess[rows]), strict=True):
+                seen[row] = found
+        return seen
+
+    def contrasts(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Ids]:
+        """Contrast of each smoothed pixel to the background, 1 on a clear object, and the index of its nearest colour.
+
+        Both are ``[N, h, w]``, in the detector's working pixels; the index of blends is the number of colours. An image
+        with another background than the world's grey has contrast 0.
+        """
+        excess, grey = self._excess(images)
+        _, alphas, colour, blend = self._colours(excess)
+        contrast = np.take_along_axis(alphas, colour[..., None], -1)[..., 0]
+        return contrast * grey[:, None, None], np.where(blend, len(self._rays), colour)
+
+    @property
+    def least_area(self) -> float:
+        """Least area of a region in working pixels."""
+        return MIN_AREA * self._areas[0]
+
+    def _excess(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], Any]:
+        """Images minus their background, in working pixels, and whether that background is the world's grey."""
         images = np.asarray(images)
         side = self.world.canvas
         if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
@@ -119,23 +147,20 @@ class ShapesDetector:
         border = np.ones(pixels.shape[1:3], bool)  # the two outermost rows and columns on each side
         border[2:-2, 2:-2] = False
         background = np.median(pixels[:, border], axis=1)
-        grey = np.flatnonzero((abs(background - GREY) <= BACKGROUND_TOLERANCE).all(1))
-        seen: list[list[Detection]] = [[] for _ in range(n)]
-        for start in range(0, len(grey), CHUNK):
-            rows = grey[start : start + CHUNK]
-            for row, found in zip(rows, self._detect(pixels[rows] - background[rows, None, None]), strict=True):
-                seen[row] = found
-        return seen
+        return pixels - background[:, None, None], (abs(background - GREY) <= BACKGROUND_TOLERANCE).all(1)
+
+    def _colours(self, excess: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], Ids, Any]:
+        """Smoothed strength and alphas of every colour, the nearest colour, and whether a pixel is a blend instead."""
+        smooth = binomial(excess.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        alphas = np.maximum(smooth @ (self._rays / self._squared[:, None]).T, 0)  # [N, H, W, colours]
+        strength = (smooth**2).sum(-1)
+        distances = strength[..., None] - alphas**2 * self._squared
+        return strength, alphas, distances.argmin(-1), distances.min(-1) > COLOUR_TOLERANCE**2
 
     def _detect(self, excess: NDArray[np.float32]) -> list[list[Detection]]:
         """Detections in images minus their background."""
-        smooth = binomial(excess.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        strength, alphas, colour, blend = self._colours(excess)
         projector = self._rays / self._squared[:, None]
-        alphas = np.maximum(smooth @ projector.T, 0)  # [N, H, W, colours]
-        strength = (smooth**2).sum(-1)
-        distances = strength[..., None] - alphas**2 * self._squared
-        colour = distances.argmin(-1)
-        blend = distances.min(-1) > COLOUR_TOLERANCE**2
         sharp = (excess * projector[colour]).sum(-1)  # not smoothed, to keep narrow gaps
         classes = np.where(blend, len(self._rays), np.where(sharp > MIN_ALPHA, colour, -1))
         # blends are one more colour with an alpha of its own
