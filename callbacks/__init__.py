@@ -1,6 +1,7 @@
 """Lightning callbacks: sampling, scores, checks and logs. README.md lists their files, tags and costs."""
 
 from emf_lightning.callbacks.derivative_monitor import DerivativeMonitor
+from emf_lightning.callbacks.distillation_monitor import DistillationMonitor
 from emf_lightning.callbacks.experiment_progress_bar import ExperimentProgressBar
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
 from emf_lightning.callbacks.memory_snapshot import MemorySnapshot
@@ -16,6 +17,7 @@ from emf_lightning.evaluation.geneval import mask2former, suite  # noqa: F401  Y
 
 __all__ = [
     "DerivativeMonitor",
+    "DistillationMonitor",
     "ExperimentProgressBar",
     "FewStepSampling",
     "MemorySnapshot",

@@ -16,6 +16,7 @@ from emf_lightning.evaluation.diagnosis.failures import (
     COLOUR,
     CORRECT,
     COUNT,
+    FAINT_OBJECT,
     KINDS,
     MALFORMED,
     NOTHING,
@@ -76,13 +77,16 @@ CASES = {
         SUPERPOSITION,
     ),
     "two colours at one place, shifted": (
-        mixed(
-            render([("red", "circle", (12, 12), 4.4)], 36), render([("blue", "circle", (17, 14), 4.4)], 36)
-        ),
+        mixed(render([("red", "circle", (12, 12), 4.4)], 36), render([("blue", "circle", (17, 14), 4.4)], 36)),
         single_object("circle"),
         SUPERPOSITION,
     ),
-    "an object of half the contrast": (mixed(picture(("red", "circle", 1, 1)), GREY), single_object("circle"), NOTHING),
+    "an object of half the contrast": (
+        mixed(picture(("red", "circle", 1, 1)), GREY),
+        single_object("circle"),
+        FAINT_OBJECT,
+    ),
+    "one of two objects faint": (mixed(RIGHT, picture(("red", "circle", 0, 0)), 0.3), RED_AND_BLUE, FAINT_OBJECT),
     "two colours at one place": (
         recoloured(picture(("red", "circle", 1, 1)), (220, 30, 30), BLEND),
         single_object("circle"),

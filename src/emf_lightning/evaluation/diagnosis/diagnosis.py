@@ -27,7 +27,7 @@ from emf_lightning.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WORST = 20
+WORST = 24
 """Images in the figure."""
 
 
@@ -170,11 +170,12 @@ class Diagnosis:
         rows = np.lexsort((-far, worst.has(CORRECT)))[:WORST]
         shown = [one for one in self.models if one.model == worst.model or one in self.fewest] + [self.parent]
         names = [f"{worst.kinds[i]}: {self.texts[i].removeprefix('a photo of ')}" for i in rows]
+        headings = [one.title.removeprefix(f"{worst.model}, ").rpartition("/")[2] for one in shown]
         return contact_sheet(
             names,
-            {one.title: one.images[rows] for one in shown},
-            {one.title: one.has(CORRECT)[rows].tolist() for one in shown},
-            f"{worst.title}: its worst images, beside others of the same noise",
+            {heading: one.images[rows] for heading, one in zip(headings, shown, strict=True)},
+            {heading: one.has(CORRECT)[rows].tolist() for heading, one in zip(headings, shown, strict=True)},
+            f"worst images of {worst.title}, and others of the same noise",
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from emf_lightning.evaluation.shapes.detector import UNKNOWN, ShapesDetector
 CORRECT = "correct"
 SUPERPOSITION = "superposition"
 BLENDED = "blended colour"
+FAINT_OBJECT = "faint object"
 NOTHING = "nothing recognisable"
 COUNT = "wrong count"
 MALFORMED = "malformed object"
@@ -27,6 +28,7 @@ BINDING = "wrong binding"
 KINDS: dict[str, str] = {
     SUPERPOSITION: "a faint blob is there, and faint and clear blobs together are more than the prompt's objects",
     BLENDED: "as many regions as objects, but the colour of one lies between those of the palette",
+    FAINT_OBJECT: "a faint blob is there, but no more blobs than objects: layouts that cancel out, or a pale object",
     NOTHING: "no region has the shape of an object",
     COUNT: "more or fewer regions than objects",
     MALFORMED: "as many regions as objects, but one has no shape of the world",
@@ -36,7 +38,7 @@ KINDS: dict[str, str] = {
 }
 """Kind -> its definition, in the order in which they are tried: the first that fits is the failure's only kind."""
 
-FAINT, CLEAR = 0.25, 0.75
+FAINT, CLEAR = 0.15, 0.75
 """Contrast from which a smoothed pixel is part of a blob, and from which the blob is clear."""
 BACKGROUND, PLAIN = 0.1, 0.35
 """A background is plain if at least this share, ``PLAIN``, of the smoothed pixels has a contrast below the first."""
@@ -70,6 +72,8 @@ def failure_kind(detections: Sequence[Detection], prompt: Prompt, faint: int = 0
         return SUPERPOSITION
     if len(regions) == len(wanted) and any(d.colour is None for d in regions):
         return BLENDED
+    if faint:
+        return FAINT_OBJECT
     if not objects:
         return NOTHING
     if len(regions) != len(wanted):
@@ -88,7 +92,8 @@ def blobs(detector: ShapesDetector, images: NDArray[np.uint8]) -> tuple[list[int
 
     A blob is connected pixels of one nearest colour, at least as large as a region of the detector. A clear one has
     contrasts of ``CLEAR`` and more; a faint one contrasts from ``FAINT`` up, more than ``EDGE`` pixels away from every
-    clear pixel. An image without a plain background, such as noise, has no blobs. The mean of two images has the objects of both as faint blobs, where they do not cover each other.
+    clear pixel. An image without a plain background, such as noise, has no blobs. The mean of two images has the
+    objects of both as faint blobs, where they do not cover each other.
     """
     contrast, colour = detector.contrasts(images)
     plain = (contrast < BACKGROUND).mean((1, 2)) >= PLAIN

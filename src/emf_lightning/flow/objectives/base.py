@@ -138,7 +138,7 @@ class Objective(ABC):
         times = self.times(len(x), progress, x.device)
         e = torch.randn_like(x)
         z = interpolate(x, e, times.t)
-        v = self._target_velocity(net, e - x, z, times.t, context, null_context, dropped)
+        v = self.target_velocity(net, e - x, z, times.t, context, null_context, dropped)
         return self.terms(AverageVelocity(net, context), z, v, times, self.weighting, progress)
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Objective(ABC):
         """``target`` clipped to +- ``clip_target``, elementwise."""
         return target if self.clip_target is None else target.clamp(-self.clip_target, self.clip_target)
 
-    def _target_velocity(
+    def target_velocity(
         self,
         net: Callable[..., Tensor],
         v: Tensor,
@@ -168,8 +168,19 @@ class Objective(ABC):
         t: Tensor,
         context: Context,
         null_context: Context,
-        dropped: Tensor | None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
+        """v at the states ``z`` ``[B, C, H, W]`` and ``t`` ``[B]``: its source's, and guided where the target is.
+
+        Args:
+            net: the network that trains.
+            v: like ``z``, the conditional velocity e - x.
+            z: the states.
+            t: their times.
+            context: see ``__call__``.
+            null_context: see ``__call__``.
+            dropped: see ``__call__``.
+        """
         if self.guidance is None and isinstance(self.velocity, ConditionalVelocity):
             return v
         if self.guidance is not None and null_context is None:
