@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,9 +59,13 @@ class DistillationMonitor(Callback):
         x, text = batch.latents[: self.samples], batch.text[: self.samples]
         with sampling_context(trainer, pl_module):
             values = self._gaps(pl_module, x, text, batch.null)
-            values |= self._variance(pl_module, x, text, batch.null)
-        means = trainer.strategy.reduce(torch.stack([*values.values()]), reduce_op="mean") if values else torch.empty(0)
-        points = dict(zip((f"train/{name}" for name in values), means.tolist(), strict=True))
+            samples = pl_module.sample_latents(text, batch.null, torch.randn_like(x), 1)
+            # NaN for captions without images, whose latents are all the same
+            values["one_step_variance"] = samples.float().var(0).mean() / x.float().var(0).mean()
+        means = trainer.strategy.reduce(torch.stack([*values.values()]), reduce_op="mean")
+        assert isinstance(means, Tensor)
+        named = zip(values, means.tolist(), strict=True)
+        points = {f"train/{name}": value for name, value in named if math.isfinite(value)}
         for logger in trainer.loggers if points else ():  # not by `log`, whose last value later steps repeat
             logger.log_metrics(points, self._step)
 
@@ -74,13 +79,6 @@ class DistillationMonitor(Callback):
                 return {}
             gaps[f"teacher_gap_at_{time}"] = (u(z, t, t).float() - v).norm() / v.norm()
         return {"teacher_gap": torch.stack([*gaps.values()]).mean(), **gaps}
-
-    def _variance(self, module: FlowMapModule, x: Tensor, text: TextFeatures, null: TextFeatures) -> dict[str, Tensor]:
-        real = x.float().var(0).mean()
-        if len(x) < 2 or not real:  # captions alone have no latents
-            return {}
-        samples = module.sample_latents(text, null, torch.randn_like(x), 1)
-        return {"one_step_variance": samples.float().var(0).mean() / real}
 
 
 def _teachers_velocity(

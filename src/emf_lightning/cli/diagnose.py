@@ -200,7 +200,7 @@ class _Sampler:
         path = self.folder / f"{key[:16]}.npy"
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial, partial.open("wb") as file:
+            with replacing(path, shared=True) as partial, partial.open("wb") as file:
                 np.save(file, self._sampled(model, steps, texts, noise))
         found: NDArray[np.uint8] = np.load(path)
         return found

@@ -146,7 +146,7 @@ def test_every_kind_is_among_the_cases() -> None:
 
 @pytest.mark.parametrize("world", [SMALL, FULL], ids=lambda world: world.name)
 def test_clean_noisy_and_blurred_scenes_are_correct_and_have_no_faint_blob(world) -> None:
-    drawn, detector = scenes(world, 15), ShapesDetector(world)
+    drawn, detector = scenes(world, 15 if world is SMALL else 4), ShapesDetector(world)
     clean = render_all(world, drawn)
     for images in (clean, noisy(clean, 12), blurred(clean, 0.8)):
         for scene, faint, clear in zip(drawn, *blobs(detector, images), strict=True):

@@ -12,7 +12,7 @@ from scipy import ndimage
 from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Detection, evaluate
 from emf_lightning.evaluation.shapes.components import connected_components
-from emf_lightning.evaluation.shapes.detector import UNKNOWN, ShapesDetector
+from emf_lightning.evaluation.shapes.detector import CHUNK, UNKNOWN, ShapesDetector
 
 CORRECT = "correct"
 SUPERPOSITION = "superposition"
@@ -53,10 +53,13 @@ def failure_kinds(
 
     A region is a detection: an object, or one of no known shape. ``blobs`` defines faint and clear ones.
     """
-    seen = detector.detect_batch(images)
-    faint, clear = blobs(detector, images)
-    kinds = [failure_kind(*row) for row in zip(seen, prompts, faint, clear, strict=True)]
-    return kinds, seen
+    kinds, layouts = list[str](), list[list[Detection]]()
+    for first in range(0, len(images), CHUNK):
+        part = slice(first, first + CHUNK)
+        seen = detector.detect_batch(images[part])
+        kinds += [failure_kind(*row) for row in zip(seen, prompts[part], *blobs(detector, images[part]), strict=True)]
+        layouts += seen
+    return kinds, layouts
 
 
 def failure_kind(detections: Sequence[Detection], prompt: Prompt, faint: int = 0, clear: int = 0) -> str:
