@@ -92,6 +92,11 @@ CASES = {
         single_object("circle"),
         BLENDED,
     ),
+    "an object of two colours, and one at its side": (
+        recoloured(RIGHT, (220, 30, 30), tuple(np.mean([(220, 30, 30), (15, 15, 15)], 0))),
+        RED_AND_BLUE,
+        BLENDED,
+    ),
     "one of two objects blended": (recoloured(RIGHT, (220, 30, 30), BLEND), RED_AND_BLUE, BLENDED),
     "an empty picture": (GREY, RED_AND_BLUE, NOTHING),
     "another background": (np.full_like(GREY, 30), RED_AND_BLUE, NOTHING),

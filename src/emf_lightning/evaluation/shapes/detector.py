@@ -120,12 +120,14 @@ class ShapesDetector:
     def contrasts(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Ids]:
         """Contrast of each smoothed pixel to the background, 1 on a clear object, and the index of its nearest colour.
 
-        Both are ``[N, h, w]``, in the detector's working pixels; the index of blends is the number of colours. An image
-        with another background than the world's grey has contrast 0.
+        Both are ``[N, h, w]``, in the detector's working pixels. The index of blends is the number of colours, and
+        their contrast is relative to the palette's least. An image with another background than the world's grey has
+        contrast 0.
         """
         excess, grey = self._excess(images)
-        _, alphas, colour, blend = self._colours(excess)
-        contrast = np.take_along_axis(alphas, colour[..., None], -1)[..., 0]
+        strength, alphas, colour, blend = self._colours(excess)
+        of_colour = np.take_along_axis(alphas, colour[..., None], -1)[..., 0]
+        contrast = np.where(blend, np.sqrt(strength / self._squared.min()), of_colour)
         return contrast * grey[:, None, None], np.where(blend, len(self._rays), colour)
 
     @property
