@@ -13,9 +13,9 @@ from torch import Tensor
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.base import Objective
-from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
 from emf_lightning.flow.path import interpolate
 from emf_lightning.modules.flow_map import VALIDATION_TIMES, FlowMapModule
+from emf_lightning.modules.scflow import SCFlow
 from emf_lightning.text.base import TextFeatures
 
 
@@ -89,8 +89,8 @@ def _teachers_velocity(
     if isinstance(objective, Objective) and objective.velocity.needs_teacher:
         net, contexts = module.net, (text.conditioning, null.conditioning)
         return objective.target_velocity(net, v, z, t, *contexts).float()
-    if isinstance(objective, SelfCorrectedFlow):
-        scale = objective.teacher_guidance_scale
+    if isinstance(module, SCFlow):
+        scale = module.objective.teacher_guidance_scale
         u = ClassifierFreeGuidance()(module.teacher, text.conditioning, null.conditioning, len(z), scale)
         return u(z, t, t).float()
     return None

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from emf_lightning.cli.play import run_model
 from emf_lightning.cli.runs import checkpoint_of, find_run
 from emf_lightning.data.shapes.world import WORLDS
-from emf_lightning.evaluation.diagnosis.diagnosis import Boundary, Diagnosis, Samples
-from emf_lightning.evaluation.diagnosis.layouts import Layout, boundary_distances
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.geneval.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.evaluation.sampling_config import sampling_configs, step_name
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.diagnosis.diagnosis import Boundary, Diagnosis, Samples
+from emf_lightning.evaluation.shapes.diagnosis.layouts import Layout, boundary_distances
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from emf_lightning.exported_files import INDEX
 from emf_lightning.files import replacing
@@ -171,7 +171,7 @@ class _Model:
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         for name, value in self.weights.items():
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

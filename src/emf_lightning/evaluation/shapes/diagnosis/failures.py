@@ -38,6 +38,9 @@ KINDS: dict[str, str] = {
 }
 """Kind -> its definition, in the order in which they are tried: the first that fits is the failure's only kind."""
 
+MIXED = (SUPERPOSITION, BLENDED, FAINT_OBJECT)
+"""The kinds of an image that is between images."""
+
 FAINT, CLEAR = 0.15, 0.75
 """Contrast from which a smoothed pixel is part of a blob, and from which the blob is clear."""
 BACKGROUND, PLAIN = 0.1, 0.35

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from emf_lightning.cli.diagnose import images_of
-from emf_lightning.evaluation.diagnosis.diagnosis import Boundary, Diagnosis, Samples
-from emf_lightning.evaluation.diagnosis.failures import CORRECT, NOTHING, SUPERPOSITION
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.diagnosis.diagnosis import Boundary, Diagnosis, Samples
+from emf_lightning.evaluation.shapes.diagnosis.failures import CORRECT, NOTHING, SUPERPOSITION
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 
 SUITE = ShapesSuite()

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emf_lightning.data.geneval_prompts import Prompt
-from emf_lightning.evaluation.diagnosis.estimates import Mean, deviations, distances
-from emf_lightning.evaluation.diagnosis.failures import CORRECT, KINDS, SUPERPOSITION, failure_kinds
-from emf_lightning.evaluation.diagnosis.layouts import Layout, same_layout
-from emf_lightning.evaluation.diagnosis.page import page
 from emf_lightning.evaluation.geneval.task_scores import HEADINGS
 from emf_lightning.evaluation.reports.contact_sheet import contact_sheet
 from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.sampling_config import step_name
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.diagnosis.estimates import Mean, deviations, distances
+from emf_lightning.evaluation.shapes.diagnosis.failures import CORRECT, KINDS, MIXED, failure_kinds
+from emf_lightning.evaluation.shapes.diagnosis.layouts import Layout, same_layout
+from emf_lightning.evaluation.shapes.diagnosis.page import page
 from emf_lightning.files import write_atomic
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Diagnosis:
         far = distances(samples.images[kept], self.parent.images[others])
         same = [
             same_layout(samples.layouts[i], self.parent.layouts[j], self.reach)
-            for i, j in zip(kept, others, strict=True)
+            for i, j in zip(kept.tolist(), others.tolist(), strict=True)
         ]
         texts = [self.texts[i] for i in kept]
         return {
@@ -238,7 +238,7 @@ class Diagnosis:
         other = np.array([not same_layout(a, b, self.reach) for a, b in pairs])
         return {
             "fails": self._mean(~samples.has(CORRECT), rows),
-            SUPERPOSITION: self._mean(samples.has(SUPERPOSITION), rows),
+            "mixed": self._mean(np.isin(samples.kinds, MIXED), rows),
             "another layout": self._mean(other, rows),
             "distance": self._mean(distances(samples.images, self.parent.images), rows),
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emf_lightning.evaluation.diagnosis.estimates import Mean
-from emf_lightning.evaluation.diagnosis.failures import CORRECT, KINDS, SUPERPOSITION
 from emf_lightning.evaluation.markdown import markdown_table
+from emf_lightning.evaluation.shapes.diagnosis.estimates import Mean
+from emf_lightning.evaluation.shapes.diagnosis.failures import CORRECT, KINDS, MIXED
 
 _INTRODUCTION = """\
 Every model sampled the same prompts from the same noise. A number is a share of images ± its standard error by
@@ -74,14 +74,14 @@ def _boundary(numbers: Mapping[str, Any]) -> str:
     for name, of in found["bins"].items():
         for title, errors in of["models"].items():
             count = str(errors["fails"].images)
-            cells = (_cell(errors[key]) for key in ("fails", SUPERPOSITION, "another layout", "distance"))
+            cells = (_cell(errors[key]) for key in ("fails", "mixed", "another layout", "distance"))
             rows.append((name, count, title, *cells, _cell(of["parent fails"])))
-    columns = ("distance", "images", "model", "fails", SUPERPOSITION, "another layout", "distance to the parent's")
+    columns = ("distance", "images", "model", "fails", "mixed", "another layout", "distance to the parent's")
     sizes = ", ".join(f"{size:g}" for size in found["sizes"])
     return (
         f"{markdown_table((*columns, 'parent fails'), rows)}\n\nThe distance of noise e is the first size s of {sizes} "
         f"at which the parent's image of sqrt(1 - s²) e + s d has another layout than that of e, for one of "
-        f"{found['directions']} random unit normal directions d."
+        f"{found['directions']} random unit normal directions d. Mixed are the kinds {', '.join(MIXED)}."
     )
 
 

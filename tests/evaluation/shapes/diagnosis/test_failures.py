@@ -10,7 +10,8 @@ from emf_lightning.data.geneval_prompts import color_attr, colors, counting, pos
 from emf_lightning.data.shapes.rendering import render
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import FULL, SMALL
-from emf_lightning.evaluation.diagnosis.failures import (
+from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.diagnosis.failures import (
     BINDING,
     BLENDED,
     COLOUR,
@@ -25,7 +26,6 @@ from emf_lightning.evaluation.diagnosis.failures import (
     blobs,
     failure_kinds,
 )
-from emf_lightning.evaluation.shapes.detector import ShapesDetector
 from tests.evaluation.shapes.perturbations import blurred, noisy, render_all, scenes, to_bytes
 
 DETECTOR = ShapesDetector(SMALL)

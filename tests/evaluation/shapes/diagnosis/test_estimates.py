@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from emf_lightning.evaluation.diagnosis.estimates import Mean, deviations, distances
+from emf_lightning.evaluation.shapes.diagnosis.estimates import Mean, deviations, distances
 
 
 def test_the_error_of_independent_images_is_the_binomial_one() -> None:

@@ -6,8 +6,8 @@ import torch
 
 from emf_lightning.data.shapes.rendering import render
 from emf_lightning.data.shapes.world import SMALL
-from emf_lightning.evaluation.diagnosis.layouts import boundary_distances, perturbed, same_layout
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
+from emf_lightning.evaluation.shapes.diagnosis.layouts import boundary_distances, perturbed, same_layout
 
 DETECTOR = ShapesDetector(SMALL)
 SIZES = (0.05, 0.1, 0.2, 0.4)
