@@ -41,7 +41,13 @@ class WeightEMA(EMAWeightAveraging):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            device, use_buffers, decay, update_every_n_steps, update_starting_at_step, update_starting_at_epoch, **kwargs
+            device,
+            use_buffers,
+            decay,
+            update_every_n_steps,
+            update_starting_at_step,
+            update_starting_at_epoch,
+            **kwargs,
         )
         if warmup:
             self._kwargs["avg_fn"] = partial(_warmed_up, decay)

@@ -117,7 +117,7 @@ class CMT(MeanFlow):
         for k in range(self.solver_steps, 0, -1):
             z = states[-1]
             t = torch.full((len(z),), k / self.solver_steps, dtype=torch.float32, device=z.device)
-            v = self._target_velocity(net, z, z, t, context, null_context, dropped)
+            v = self.target_velocity(net, z, z, t, context, null_context, dropped)
             states.append(z - v / self.solver_steps)
         return torch.stack(states[::-1])
 
