@@ -460,3 +460,23 @@ def test_refit_of_the_time_embedding_takes_the_second_flow_along(tmp_path):
 def test_negative_times_and_guidance_conditions_exclude_each_other():
     with pytest.raises(ValueError, match="guidance_conditioning or negative_times"):
         tiny(negative_times=True, guidance_conditioning=True)
+
+
+def test_both_time_embeddings_can_start_from_normal_weights_as_emfs_code_does(tmp_path):
+    parent = stock_parent(tmp_path)
+    torch.manual_seed(0)
+    net = adapted(tmp_path, interval=SummedInterval(), time_scale=1.0, finetuning=Finetuning(reset_time=0.02))
+    embedding, published = net.transformer.time_embed, parent.state_dict()
+    layers = [layer for layer in embedding.modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 6, "three in each embedding"
+    assert abs(torch.cat([layer.weight.flatten() for layer in layers]).std() - 0.02) < 1e-3
+    assert all(not layer.bias.any() for layer in layers)
+    assert not torch.equal(embedding.linear.weight, embedding.interval.linear.weight)
+    for name, weight in net.transformer.state_dict().items():
+        if not name.startswith("time_embed."):
+            assert torch.equal(weight, published[name]), name
+    net.save_pretrained(tmp_path / "net")
+    with pytest.raises(ValueError, match="knows intervals, which reset_time would make it forget"):
+        adapted(tmp_path, "net", interval=SummedInterval(), time_scale=1.0, finetuning=Finetuning(reset_time=0.02))
+    with pytest.raises(ValueError, match="set one of them"):
+        Finetuning(refit=True, reset_time=0.02)

@@ -124,7 +124,8 @@ class LogitNormalTimes(TimeSampler):
         mu: mean of t's logit; larger is noisier.
         sigma: its standard deviation.
         flow_matching_ratio: share of the samples with r = t.
-        r_mu: mean of r's logit, where r has a distribution of its own (MeanFlow's CIFAR-10 release); else ``mu``.
+        r_mu: mean of r's logit, where r has a distribution of its own; else ``mu``. The later version of MeanFlow's
+            CIFAR-10 code has one, too, but keeps t and takes min(r, t): there 70 % of the samples have r < t.
         r_sigma: its standard deviation; else ``sigma``.
         sort_first: r = t samples, too, take the larger of two numbers, as in EMF's release.
         consistency_ratio: share of the samples with r = 0.

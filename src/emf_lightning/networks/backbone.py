@@ -76,7 +76,8 @@ class BackboneFlowMap(DiffusersFlowMap):
     ) -> None:
         super().__init__(architecture, pretrained, prediction, time_scale or self.published_time_scale)
         finetuning = finetuning or Finetuning()
-        require(self, not finetuning.reset_text_projection, "finetuning.reset_text_projection is for SanaFlowMap alone")
+        for name in ("reset_text_projection", "reset_time"):
+            require(self, not getattr(finetuning, name), f"finetuning.{name} is for SanaFlowMap alone")
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         self.interval = interval
         self.takes_interval = interval is not None

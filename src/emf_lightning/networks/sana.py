@@ -197,6 +197,8 @@ class SanaFlowMap(DiffusersFlowMap):
         except OSError as error:
             raise unreadable("SanaFlowMap", weights, error) from error
         recorded = self._recorded()
+        known = finetuning.reset_time is not None and recorded["interval"]
+        require(self, not known, f"{weights} knows intervals, which reset_time would make it forget; leave it out")
         scale = recorded["time_scale"] or PRETRAINED_TIME_SCALE
         if finetuning.refit and scale != self.time_scale:
             if recorded["interval"]:
@@ -205,6 +207,9 @@ class SanaFlowMap(DiffusersFlowMap):
                     "forget; leave refit out and set that time_scale"
                 )
             self._refit(scale)
+            recorded["time_scale"] = None
+        if finetuning.reset_time is not None:
+            finetuning.draw_time(self.transformer.time_embed)
             recorded["time_scale"] = None
         self._check_agreement(weights, recorded)
 
