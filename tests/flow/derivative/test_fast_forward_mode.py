@@ -52,6 +52,7 @@ CASES = {
     "masked attention": (lambda q, k: F.scaled_dot_product_attention(q, k, V, SEEN), Q, K),
     "attention with a bias": (lambda q: F.scaled_dot_product_attention(q, K, V, -1e4 * (~SEEN).double()), Q),
     "attention with a scale": (lambda q, k: F.scaled_dot_product_attention(q, k, V, scale=0.3), Q, K),
+    "attention whose mask moves": (lambda q, m: F.scaled_dot_product_attention(q, K, V, m), Q, tensor(3, 5, 7)),
     "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, V, is_causal=True), Q, K),
 }
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from emf_lightning.flow.derivative.attention import attention_rule
+
 
 class FastForwardMode(TorchFunctionMode):
     """A mode in which linear layers, 2-D convolutions, layer and group norm and attention use forward rules of our own.
@@ -19,7 +21,8 @@ class FastForwardMode(TorchFunctionMode):
     the mathematics takes 2 (one for u, one for du/dt), and it pushes tangents through layer norm in a dozen elementwise
     steps. Results differ by rounding only. The rules are for dual numbers (``torch.autograd.forward_ad``) in passes
     without a graph: they define no backward. A weight that is a ``DTensor`` (tensor parallelism; FSDP2's are plain
-    inside a forward pass), dropout inside attention, a causal mask and grouped queries take torch's own path.
+    inside a forward pass), dropout inside attention, a causal mask, a mask that moves and grouped queries take torch's
+    own path.
     """
 
     def __torch_function__(
@@ -96,37 +99,6 @@ class _GroupNorm(torch.autograd.Function):
         return dy if w is None else dy * w.view(-1, *[1] * (x.ndim - 2))
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(q k' scale + mask) v, where some of q, k, v may have no tangent, as the text in cross-attention."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        ctx.set_materialize_grads(False)
-        logits = (q * scale) @ k.transpose(-2, -1)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        weights = torch._safe_softmax(logits, -1).to(v.dtype)  # a row that sees nothing is 0, as in torch's kernels
-        ctx.scale = scale
-        ctx.save_for_forward(q, k, v, weights)
-        return weights @ v
-
-    @staticmethod
-    def jvp(
-        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, _mask: None, _scale: None
-    ) -> Tensor | None:
-        q, k, v, weights = ctx.saved_tensors
-        parts = []
-        if dq is not None:
-            parts.append((dq * ctx.scale) @ k.transpose(-2, -1))
-        if dk is not None:
-            parts.append((q * ctx.scale) @ dk.transpose(-2, -1))
-        terms = [] if dv is None else [weights @ dv]
-        if parts:  # softmax's Jacobian is symmetric: its backward kernel serves
-            dlogits = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-            terms.append(torch._softmax_backward_data(dlogits.to(weights), weights, -1, weights.dtype) @ v)
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
 def _affine(op: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Tensor | None]:
     def rule(given: dict[str, Any]) -> Tensor | None:
         x, w, b = given.pop("input"), given.pop("weight"), given.pop("bias", None)
@@ -160,14 +132,6 @@ def _norm_input(x: Tensor, w: Tensor | None) -> tuple[Tensor, torch.dtype]:
     return (x.float() if mixed else x), x.dtype
 
 
-def _attention(given: dict[str, Any]) -> Tensor | None:
-    q, k, v = given["query"], given["key"], given["value"]
-    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
-        return None
-    scale = given.get("scale")
-    return _Attention.apply(q, k, v, given.get("attn_mask"), q.shape[-1] ** -0.5 if scale is None else scale)
-
-
 def _plain(weight: Any) -> bool:
     """Whether ``weight`` is an ordinary tensor without a tangent."""
     if type(weight) is Tensor:
@@ -187,5 +151,5 @@ _RULES: dict[Any, Callable[[dict[str, Any]], Tensor | None]] = {
     F.conv2d: _affine(F.conv2d),
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: attention_rule,
 }
