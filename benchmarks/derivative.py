@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import attention
 from benchmarks.operations import count_operations, peak_bytes
+from emf_lightning.flow.derivative.attention import WHOLE_LOGITS
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.derivative.float64 import KeepFloat64
@@ -333,6 +335,23 @@ def bounds(name: str, precision: str, measured: dict[str, Measured]) -> list[lis
     return rows
 
 
+def attention_section(device: torch.device, timer: Callable[[], float]) -> list[str]:
+    """The rules of attention side by side."""
+    return [
+        "## Attention",
+        "",
+        f"{attention.HEADS} heads of width {attention.WIDTH}, q, k and v move. Operations and time are relative to",
+        "torch's kernel of a forward pass. Value and tangent take three times its operations, not two: by the product",
+        "rule, each of two products of moving factors has two tangents.",
+        "",
+        *table(attention.HEAD, attention.measure(device, timer)),
+        "",
+        f"ForwardMode holds all weights up to 2^{WHOLE_LOGITS.bit_length() - 1} logits (samples x heads x queries x",
+        "keys) and takes blocks above that: their memory is linear in length. Blocks of bf16 are multiplied in fp32.",
+        "",
+    ]
+
+
 def released(name: str, precision: str, measured: dict[str, Measured]) -> list[str]:
     """Time and peak of the release's step over those of ForwardMode at a share of .25."""
     _, ours, _, our_peak = ratios(measured, "ForwardMode 0.25")
@@ -405,6 +424,7 @@ def main() -> None:
         "",
         *table(["kind", "times in [0, 1]", "times x 1000"], exactness(device)),
         "",
+        *attention_section(device, timer),
         "## ForwardMode against its lower bound",
         "",
         *table(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BLOCK_LOGITS = 2**24
-"""Logits (samples x heads x queries x keys) up to which all are held at once, and those of a block above it."""
+WHOLE_LOGITS, BLOCK_LOGITS = 2**24, 2**22
+"""Logits (samples x heads x queries x keys) up to which all are held at once, and those of a block above that."""
 
 
 def attention_rule(given: dict[str, Any]) -> Tensor | None:
@@ -23,8 +23,8 @@ def attention_rule(given: dict[str, Any]) -> Tensor | None:
         return None
     scale = q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"]
     heads = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]).numel()
-    if heads * q.shape[-2] * k.shape[-2] <= BLOCK_LOGITS:
-        result: Tensor = _Attention.apply(q, k, v, mask, scale)
+    if heads * q.shape[-2] * k.shape[-2] <= WHOLE_LOGITS:
+        result: Tensor = WholeAttention.apply(q, k, v, mask, scale)
         return result
     (q, dq), (k, dk), (v, dv) = _unpack(q), _unpack(k), _unpack(v)
     block = max(128, math.isqrt(BLOCK_LOGITS // heads))
@@ -32,7 +32,7 @@ def attention_rule(given: dict[str, Any]) -> Tensor | None:
     return value if tangent is None else forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class _Attention(torch.autograd.Function):
+class WholeAttention(torch.autograd.Function):
     """softmax(q k' scale + mask) v, where some of q, k, v may have no tangent, as the text in cross-attention."""
 
     @staticmethod
