@@ -25,23 +25,23 @@ HEAD = ("length", "type", "rule", "operations", "time", "peak, MiB")
 
 def rules(given: list[Tensor]) -> dict[str, Callable[[], object]]:
     """Each rule on q, k, v and their tangents; first, the kernel of a forward pass, which gives no tangent."""
-    q, k, v, *tangents = given
+    q, k, v, dq, dk, dv = given
     block = math.isqrt(BLOCK_LOGITS // HEADS)
 
     def stock() -> object:
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(F.scaled_dot_product_attention, (q, k, v), tuple(tangents))
+            return torch.func.jvp(F.scaled_dot_product_attention, (q, k, v), (dq, dk, dv))
 
     def whole() -> object:
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(x, dx) for x, dx in zip((q, k, v), tangents, strict=True)]  # type: ignore[no-untyped-call]
+            duals = [forward_ad.make_dual(x, dx) for x, dx in zip((q, k, v), (dq, dk, dv), strict=True)]  # type: ignore[no-untyped-call]
             return WholeAttention.apply(*duals, None, WIDTH**-0.5)
 
     return {
         "value only, torch's kernel": lambda: F.scaled_dot_product_attention(q, k, v),
         "torch's own": stock,
         "all weights held": whole,
-        "in blocks": lambda: blockwise_attention(q, k, v, *tangents, None, WIDTH**-0.5, block),
+        "in blocks": lambda: blockwise_attention(q, k, v, dq, dk, dv, None, WIDTH**-0.5, block),
     }
 
 

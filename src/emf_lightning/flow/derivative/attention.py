@@ -22,7 +22,7 @@ def attention_rule(given: dict[str, Any]) -> Tensor | None:
     if mask is not None and _unpack(mask)[1] is not None:
         return None
     scale = q.shape[-1] ** -0.5 if given.get("scale") is None else given["scale"]
-    heads = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]).numel()
+    heads = _common(q, k).numel()
     if heads * q.shape[-2] * k.shape[-2] <= WHOLE_LOGITS:
         result: Tensor = WholeAttention.apply(q, k, v, mask, scale)
         return result
@@ -93,7 +93,7 @@ def blockwise_attention(
         The value, and its tangent: None where no input has one.
     """
     queries, keys, device = q.shape[-2], k.shape[-2], q.device.type
-    shape = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2]), queries, v.shape[-1])
+    shape = (*_common(q, k, v), queries, v.shape[-1])
     cast = torch.is_autocast_enabled(device) and v.dtype != torch.float64
     value = q.new_empty(shape, dtype=torch.get_autocast_dtype(device) if cast else v.dtype)
     tangent = None if dq is None and dk is None and dv is None else torch.empty_like(value)
@@ -147,6 +147,12 @@ def _blocks(length: int, block: int) -> Iterator[slice]:
 def _part(x: Tensor | None, rows: slice) -> Any:
     """Rows of ``x``, in fp32 or better."""
     return None if x is None else x[..., rows, :].to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _common(*tensors: Tensor) -> torch.Size:
+    """The samples and heads of all."""
+    shape: torch.Size = torch.broadcast_shapes(*(x.shape[:-2] for x in tensors))  # type: ignore[no-untyped-call]
+    return shape
 
 
 def _unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
