@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from emf_lightning.callbacks import FewStepSampling, RunSummary, TrainingLog
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -17,16 +18,35 @@ def data(tmp_path):
     return tiny.data(tiny.shards(tmp_path / "shards"))
 
 
+class Clock(Callback):
+    """A clock that stands still but for a quarter of a second in each step."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def on_train_batch_start(self, *_):
+        self.now += 0.25
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
 def summary_of(run, data, *callbacks, **settings) -> dict:
     callbacks = (*callbacks, RunSummary(SUITE, [1, 2], prompts_per_task=2, batch_size=16, **settings))
     tiny.trainer(run, *callbacks).fit(tiny.meanflow(), datamodule=data)
     return json.loads((run / "summary.json").read_text())
 
 
-def test_cost_and_distances_are_written(tmp_path, data):
-    summary = summary_of(tmp_path / "run", data, TrainingLog(), images_per_prompt=4)
+def test_cost_and_distances_are_written(tmp_path, data, clock):
+    summary = summary_of(tmp_path / "run", data, clock, TrainingLog(), images_per_prompt=4)
     assert (summary["model"], summary["steps"]) == ("MeanFlow", 4)
-    assert 0 < summary["step_seconds"] < summary["seconds"] < 60
+    assert (summary["step_seconds"], summary["seconds"]) == (0.25, 1)
     assert 0.1 < summary["memory_gb"] < 100
     found = summary["distribution"]
     assert [(label, values["nfe"]) for label, values in found.items()] == [("real", 0), ("1step", 1), ("2step", 2)]
@@ -34,10 +54,10 @@ def test_cost_and_distances_are_written(tmp_path, data):
     assert found["1step"]["kid"] > found["real"]["kid"] + 10 * found["real"]["kid_error"], "a network without training"
 
 
-def test_time_spent_on_scores_is_not_training(tmp_path, data):
+def test_time_spent_on_scores_is_not_training(tmp_path, data, clock):
     class Slow(ShapesSuite):
         def evaluate(self, image, prompt):
-            time.sleep(0.2)
+            clock.now += 50
             return super().evaluate(image, prompt)
 
         def ceiling(self):
@@ -53,23 +73,23 @@ def test_time_spent_on_scores_is_not_training(tmp_path, data):
         final_images_per_task=1,
         figures=False,
     )
-    summary = summary_of(tmp_path / "run", data, TrainingLog(), scores, images_per_prompt=0)
-    assert scores.seconds > 3
-    assert summary["seconds"] < 0.5 * scores.seconds
+    summary = summary_of(tmp_path / "run", data, clock, TrainingLog(), scores, images_per_prompt=0)
+    assert scores.seconds >= 3 * 6 * 50, "six tasks at 0, 2 and 4 steps"
+    assert summary["seconds"] == 1
     assert "distribution" not in summary
 
 
-def test_a_resumed_run_counts_what_it_had_behind_it(tmp_path, data):
+def test_a_resumed_run_counts_what_it_had_behind_it(tmp_path, data, clock):
     run, first = tmp_path / "run", RunSummary(SUITE, [1], images_per_prompt=0)
     first.load_state_dict({"seconds": 1000.0})
-    trainer = tiny.trainer(run, TrainingLog(), first)
+    trainer = tiny.trainer(run, clock, TrainingLog(), first)
     trainer.fit(tiny.meanflow(), datamodule=data)
     trainer.save_checkpoint(tmp_path / "at4.ckpt")
-    longer = tiny.trainer(run, TrainingLog(), RunSummary(SUITE, [1], images_per_prompt=0), max_steps=6)
+    longer = tiny.trainer(run, clock, TrainingLog(), RunSummary(SUITE, [1], images_per_prompt=0), max_steps=6)
     longer.fit(tiny.meanflow(), datamodule=data, ckpt_path=tmp_path / "at4.ckpt")
     whole = json.loads((run / "summary.json").read_text())
     assert whole["steps"] == 6
-    assert 1000 < first.state_dict()["seconds"] < whole["seconds"] < 1100
+    assert (first.state_dict()["seconds"], whole["seconds"]) == (1001, 1001.5)
 
 
 def test_impossible_settings_are_refused(tmp_path, data):
