@@ -21,7 +21,6 @@ from emf_lightning.callbacks.loggers.score_log import ScoreLog
 from emf_lightning.callbacks.sampling.image_generation import data_of
 from emf_lightning.callbacks.sampling.sampling_context import sampling_context
 from emf_lightning.callbacks.scores.score_board import ScoreBoard
-from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages, sample_and_score
 from emf_lightning.callbacks.step_sweep import StepSweep
 from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
@@ -30,6 +29,7 @@ from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.metric_scores import MetricScores
 from emf_lightning.evaluation.own_prompts import OwnPrompts, ValidationCaptions, chosen_benchmarks
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
+from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.files import write_json_lines
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.modules.flow_map import FlowMapModule

@@ -7,10 +7,10 @@ import json
 import pytest
 import yaml
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.sampling_config import SamplingConfig
+from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
 
 COUNTS = (1, 2, 4, 30)
 

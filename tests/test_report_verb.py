@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.reports.report import Report
 from emf_lightning.evaluation.sampling_config import SamplingConfig
+from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
 from tests.evaluation.reports.test_report import row
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emf_lightning.callbacks.loggers.score_log import Points, ScoreLog
-from emf_lightning.callbacks.scores.score_history import ScoreHistory, ScoreRecord
 from emf_lightning.callbacks.scores.scored_images import ScoredImages
 from emf_lightning.evaluation.image_metric import ImageMetric
 from emf_lightning.evaluation.metric_scores import MetricScores
@@ -17,6 +16,7 @@ from emf_lightning.evaluation.reports.contact_sheet import contact_sheet
 from emf_lightning.evaluation.reports.figures import Scores, save_figure, step_count_figure, training_curves
 from emf_lightning.evaluation.reports.score_table import score_table
 from emf_lightning.evaluation.sampling_config import step_name
+from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

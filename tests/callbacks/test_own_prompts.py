@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from emf_lightning.callbacks import ExperimentProgressBar, FewStepSampling, StepSweep
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli import main
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.image_metric import PromptMeans
 from emf_lightning.evaluation.own_prompts import OwnPrompts
 from emf_lightning.evaluation.reports.report import Report
+from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
 from tests.callbacks import tiny
 from tests.data.reading.test_sources import imagefolder, jsonl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
+from emf_lightning.evaluation.score_history import ScoreHistory
 
 
 def test_the_shipped_history_of_an_earlier_version_is_read_and_written_anew(root, tmp_path):

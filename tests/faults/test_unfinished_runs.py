@@ -15,10 +15,10 @@ import pytest
 from lightning.pytorch import Callback
 
 from benchmarks import fault_runner
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli import main
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
+from emf_lightning.evaluation.score_history import ScoreHistory
 from tests.cli.world import BASE
 from tests.test_compare import EXPERIMENT
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.verbs import examples
-from emf_lightning.data.cache.entry_cache import format_bytes
-from emf_lightning.data.cache_filling import CacheFiller
+
+if TYPE_CHECKING:  # the help needs none of them
+    import torch
+
+    from emf_lightning.data.cache_filling import CacheFiller
 
 HELP = """\
 usage: emf cache EXPERIMENT.yaml [--dry_run] [options of emf fit]
@@ -29,22 +31,14 @@ Each process takes its share of the samples; all write to the same folder on a l
 """
 
 
-class DataCLI(BuildingCLI):
-    """Builds the data of an experiment as `emf fit` does, but neither model nor trainer."""
-
-    def instantiate_classes(self) -> None:
-        config = self.config.clone()
-        for section in ("model", "trainer"):
-            del config[self.subcommand][section]
-        self.config_init = self.parser.instantiate_classes(config)
-        self.datamodule = self._get(self.config_init, "data")
-
-
 def cache(arguments: list[str]) -> None:
     """Runs ``emf cache`` with its ``arguments``, experiments expanded."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(f"{HELP}\n{examples('cache')}")
         return
+    from emf_lightning.cli.parsing.builder import DataCLI
+    from emf_lightning.data.cache_filling import CacheFiller
+
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
     # SLURM_STEP_NUM_TASKS is set by srun only; SLURM_NTASKS is set in a batch script's single process, too
@@ -63,12 +57,16 @@ def _number(torchrun: str, slurm: str, default: int) -> int:
 
 
 def _device() -> torch.device:
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", _number("LOCAL_RANK", "SLURM_LOCALID", 0) % torch.cuda.device_count())
 
 
 def _announce(filler: CacheFiller, samples: int, ranks: int) -> None:
+    from emf_lightning.data.cache.entry_cache import format_bytes
+
     if ranks > 1:
         print(f"{ranks} processes take a part of the samples each")
     began = time.perf_counter()

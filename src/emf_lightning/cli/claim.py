@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
@@ -22,6 +21,7 @@ from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim
 from emf_lightning.evaluation.encoders.discriminability import discriminability
 from emf_lightning.evaluation.encoders.features import pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
+from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.files import write_atomic
 from emf_lightning.text import degraded, words  # noqa: F401  classes that the experiments name

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from emf_lightning.cli.parsing import import_classes
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.devices import device_of
-from emf_lightning.evaluation.dpg.dpg_bench import read_items
 from emf_lightning.evaluation.encoders.controls import ConstantEncoder
 from emf_lightning.evaluation.encoders.discriminability import check_retrieval, discriminability
 from emf_lightning.evaluation.encoders.disentanglement import disentanglement
@@ -25,7 +24,7 @@ from emf_lightning.evaluation.shapes.pairs import ShapesPairs
 from emf_lightning.files import replacing
 from emf_lightning.text.base import TextEncoder
 
-import_classes("text")
+import_classes("evaluation.encoders", "text")
 
 
 def encoders(
@@ -69,6 +68,8 @@ def encoders(
     of_dpg = prompts is not None and prompts.suffix.lower() == ".csv"
     texts = pairs.captions
     if prompts is not None:
+        from emf_lightning.evaluation.dpg.dpg_bench import read_items  # here: it loads torchmetrics
+
         texts = [item.text for item in read_items(prompts)] if of_dpg else PromptList(prompts).prompts
     asked = list(dict.fromkeys(texts))
     removed = seeds or [0, 1, 2]

@@ -11,16 +11,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from emf_lightning.cli.load_run import build_run
-from emf_lightning.cli.model_card import model_card
-from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
-from emf_lightning.cli.play import example_prompts
-from emf_lightning.cli.runs import checkpoint_of, find_run
-from emf_lightning.exported_files import INDEX
 from emf_lightning.files import replacing_folder
-from emf_lightning.modules.generation import pipeline_of
 from emf_lightning.part_classes import trusted
-from emf_lightning.play import APP, PROMPTS
 
 
 def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | None = None) -> None:
@@ -37,6 +29,14 @@ def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | N
         parent: exported folder of the model that the run started from, or its name on the hub, for app.py to show
             beside this one.
     """
+    from emf_lightning.cli.load_run import build_run  # here: the help needs none of them
+    from emf_lightning.cli.model_card import model_card
+    from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
+    from emf_lightning.cli.play import example_prompts
+    from emf_lightning.cli.runs import checkpoint_of, find_run
+    from emf_lightning.modules.generation import pipeline_of
+    from emf_lightning.play import APP, PROMPTS
+
     beside = "" if parent is None else f", parent={_parent(parent, out)}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
@@ -65,6 +65,8 @@ def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | N
 
 def _parent(parent: str, out: Path) -> str:
     """Python code of a parent's name on the hub, or of its path from ``out``; ValueError for neither."""
+    from emf_lightning.exported_files import INDEX
+
     if (Path(parent) / INDEX).is_file():
         return f"Path(__file__).parent / {os.path.relpath(Path(parent).resolve(), out.resolve())!r}"
     if Path(parent).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", parent):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.evaluation.markdown import markdown_table
+from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.pipeline import EMFPipeline
 
 _CARD = """\

@@ -9,7 +9,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
 from emf_lightning.cli.load_run import build_run
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.experiment_files import expand, read_yaml
@@ -17,6 +16,7 @@ from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run, run_of
 from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.data.prompt_list import PromptList
+from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.exported_files import INDEX
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.sampling import EulerSampler

@@ -6,18 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from emf_lightning.callbacks.scores.score_history import ScoreHistory
-from emf_lightning.evaluation.geneval.suite import GenEvalSuite
+from emf_lightning.evaluation.geneval.prompt_suite import TITLES
 from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
 from emf_lightning.evaluation.reports.report_figures import steps_figure, training_figure
-from emf_lightning.evaluation.shapes.suite import ShapesSuite
+from emf_lightning.evaluation.score_history import ScoreHistory
 
 Curves = dict[str, dict[int, list[tuple[int, float]]]]
 Levels = dict[str, dict[str, dict[str, float]]]
-
-TITLES = {suite.name: suite.title for suite in (GenEvalSuite, ShapesSuite)}
-"""Suite name -> title in reports; the score history of a training holds the name alone."""
 
 
 def report(runs: list[Path], out: Path = Path("report")) -> None:

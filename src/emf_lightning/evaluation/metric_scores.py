@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emf_lightning.evaluation.geneval.task_scores import SHARE, TaskScores
-from emf_lightning.evaluation.image_metric import ImageMetric
+
+if TYPE_CHECKING:
+    from emf_lightning.evaluation.image_metric import ImageMetric
 
 SUMMARY = ("score", "strict", "se", "spread", "seen", "held_out", "images")
 """Names of ``compute`` that are no part of a benchmark, as its tasks, styles or categories are."""

@@ -33,6 +33,17 @@ class BuildingCLI(EMFCLI):
         """Runs nothing."""
 
 
+class DataCLI(BuildingCLI):
+    """Builds the data of an experiment as `emf fit` does, but neither model nor trainer."""
+
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        for section in ("model", "trainer"):
+            del config[self.subcommand][section]
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule = self._get(self.config_init, "data")
+
+
 class ParserCLI(BuildingCLI):
     """Makes the parsers of the trainer's verbs, and parses and builds nothing."""
 

@@ -14,6 +14,9 @@ from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict
 
+TITLES = {"geneval_hf": "GenEval (HF detector)", "shapes": "shapes world"}
+"""Name of a suite -> its title in reports; here, a report of scores loads neither detectors nor networks."""
+
 
 @dataclass(frozen=True)
 class PromptImage:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from emf_lightning.data.geneval_prompts import PALETTE, Prompt, sample_prompts
 from emf_lightning.evaluation.geneval.clip_colours import ClipColours, check_colours
 from emf_lightning.evaluation.geneval.detector import CLASSES, ObjectDetector, check_detector
-from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.prompt_suite import TITLES, PromptSuite
 from emf_lightning.evaluation.geneval.verdict import COUNTING_THRESHOLD, THRESHOLD, Verdict, evaluate
 
 
@@ -29,7 +29,7 @@ class GenEvalSuite(PromptSuite):
     """
 
     name = "geneval_hf"
-    title = "GenEval (HF detector)"
+    title = TITLES[name]
 
     def __init__(self, detector: ObjectDetector, colours: ClipColours, check: bool = True) -> None:
         self.detector = detector

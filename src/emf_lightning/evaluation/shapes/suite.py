@@ -13,7 +13,7 @@ from emf_lightning.data.geneval_prompts import Prompt
 from emf_lightning.data.shapes.prompts import evaluation_prompts, random_prompt
 from emf_lightning.data.shapes.scenes import scene_for
 from emf_lightning.data.shapes.world import WORLDS
-from emf_lightning.evaluation.geneval.prompt_suite import PromptSuite
+from emf_lightning.evaluation.geneval.prompt_suite import TITLES, PromptSuite
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
 from emf_lightning.evaluation.geneval.verdict import Verdict, evaluate
 from emf_lightning.evaluation.shapes.detector import ShapesDetector
@@ -32,7 +32,7 @@ class ShapesSuite(PromptSuite):
     """
 
     name = "shapes"
-    title = "shapes world"
+    title = TITLES[name]
 
     def __init__(self, world: str = "small", per_task: int = 100, scenes_per_task: int = 100) -> None:
         if world not in WORLDS:
