@@ -6,9 +6,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from emf_lightning.cli.devices import DEVICES
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.parser_errors import class_of
-from emf_lightning.cli.plan import DEVICES
 from emf_lightning.cli.sizes import encoder_size, encoding_flops, network_cost, on_meta
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork

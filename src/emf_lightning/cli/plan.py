@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from emf_lightning.cli.devices import DEVICES
 from emf_lightning.cli.verbs import examples
-
-DEVICES = {"A100": (312, 80), "H100": (989, 80), "H200": (989, 141), "B200": (2250, 180)}
-"""Name -> dense bf16 TFLOP/s and GB of memory, from the makers' data sheets."""
 
 HELP = f"""\
 usage: emf plan EXPERIMENT.yaml [--device H100] [--utilisation 0.3] [--samples 170000] [options of emf fit]
