@@ -22,6 +22,7 @@ from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
 from emf_lightning.exported_files import HERE, INDEX, PART, PARTS, check_folder, found, kept, read_part
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
+from emf_lightning.hub import DOWNLOAD_OPTIONS, downloaded
 from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
 from emf_lightning.part_classes import Spec, builder, takes, trusted, trusting
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
@@ -173,16 +174,14 @@ class EMFPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: the folder, or the repository's name.
             trust_remote_code: whether its files may name classes from outside this package: to load those runs code.
-            **options: of diffusers' ``from_pretrained``.
+            **options: of diffusers' ``from_pretrained``, e.g. ``torch_dtype`` and ``revision``.
 
         Raises:
-            ValueError: for files that name another class, unless they are trusted; for damaged files.
+            ValueError: for a name that is neither; for files that name another class, unless they are trusted; for
+                damaged files.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            places = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-            given = {name: options[name] for name in places if name in options}
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **given))
+        places = {name: options.pop(name) for name in DOWNLOAD_OPTIONS if name in options}
+        folder = downloaded(str(pretrained_model_name_or_path), **places)
         check_digests(folder)
         if not trust_remote_code:
             check_folder(folder)
