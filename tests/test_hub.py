@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from emf_lightning.pipeline import EMFPipeline
+from emf_lightning.weight_variants import plain_names, variant_names
+from tests.hub_server import COMMIT, hub
 
 EARLIER = Path(__file__).parent / "earlier_versions" / "export"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE_STEP = {"num_inference_steps": 1, "output_type": "pt"}
 
 
@@ -83,8 +91,133 @@ def test_a_damaged_repository_is_refused_as_a_folder_is(tmp_path, export, file, 
 
 def test_a_repository_that_names_a_strangers_class_is_refused(tmp_path, export):
     (export / "digests.json").unlink()
-    part = next(file for file in (export / "vae").glob("*.json") if "class_path" in file.read_text())
+    part = export / "vae/config.json"
     part.write_text(part.read_text().replace("emf_lightning.latents.pixels.Pixels", "os.system"))
     cached(export, tmp_path / "cache")
     with pytest.raises(ValueError, match=r"os\.system"):
         EMFPipeline.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
+
+
+# -- stock DiffusionPipeline ------------------------------------------------------------------------------------------
+
+
+def afresh(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a process of its own."""
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("options", [{}, {"custom_pipeline": "pipeline"}, {"custom_pipeline": "itself"}])
+def test_stock_diffusers_loads_a_folder(pipe, export, options):
+    options = {name: str(export) if value == "itself" else value for name, value in options.items()}
+    loaded = DiffusionPipeline.from_pretrained(export, trust_remote_code=True, **options)
+    assert isinstance(loaded, EMFPipeline)
+    assert torch.equal(loaded("a red circle", **ONE_STEP).images, pipe("a red circle", **ONE_STEP).images)
+    loaded.save_pretrained(export.parent / "again")
+    again = EMFPipeline.from_pretrained(export.parent / "again")
+    assert torch.equal(again("a red circle", **ONE_STEP).images, pipe("a red circle", **ONE_STEP).images)
+
+
+def test_stock_diffusers_asks_for_trust(export):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(export)
+
+
+def test_a_fresh_process_downloads_from_the_hub_what_stock_diffusers_asks_for(tmp_path, pipe, export):
+    code = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('owner/name', trust_remote_code=True)\n"
+        "image = pipe('a red circle', num_inference_steps=1, output_type='pt').images\n"
+        f"torch.save(image, {str(tmp_path / 'image.pt')!r})\n"
+    )
+    with hub("owner/name", export) as address:
+        done = afresh(code, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), NO_PROXY="*")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "image.pt"), pipe("a red circle", **ONE_STEP).images)
+
+
+def test_without_the_package_one_sentence_says_how_to_install_it(tmp_path, export):
+    """-S leaves out what is installed for editing; the libraries' own folder is given by hand."""
+    code = (
+        "from diffusers import DiffusionPipeline\n"
+        f"DiffusionPipeline.from_pretrained({str(export)!r}, trust_remote_code=True)\n"
+    )
+    done = afresh(code, "-S", PYTHONPATH=sysconfig.get_path("purelib"), HF_HOME=str(tmp_path / "home"))
+    said = "ImportError: This model needs the package emf_lightning, which is not installed: pip install emf_lightning"
+    assert done.stderr.strip().endswith(said)
+
+
+@pytest.mark.parametrize("file", ["pipeline.py", "None.py", "vae/emf_part.py", "vae/emf_lightning.pipeline.py"])
+def test_our_own_class_runs_no_code_of_a_folder(export, file):
+    (export / file).write_text("from pathlib import Path\nPath(__file__ + '.ran').touch()\nraise RuntimeError('ran')\n")
+    try:
+        EMFPipeline.from_pretrained(export)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)  # noqa: PT017  # files of these names would be ignored, too
+    assert not list(export.rglob("*.ran"))
+
+
+def test_a_class_of_ones_own_loads_by_stock_diffusers(tmp_path, export, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = "from emf_lightning.text.words import WordEncoder\n\n\nclass OwnWords(WordEncoder):\n    pass\n"
+    (tmp_path / "own_words.py").write_text(own)
+    config = export / "text_encoder/config.json"
+    config.write_text(config.read_text().replace("emf_lightning.text.words.WordEncoder", "own_words.OwnWords"))
+    loaded = DiffusionPipeline.from_pretrained(export, trust_remote_code=True)
+    assert type(loaded.text_encoder.part).__name__ == "OwnWords"
+
+
+def test_no_path_of_this_machine_is_in_an_export(export):
+    texts = {file.name: file.read_text() for file in export.rglob("*") if file.suffix in (".json", ".py")}
+    assert set(texts) >= {"model_index.json", "config.json", "pipeline.py", "emf_part.py"}
+    for name, text in texts.items():
+        assert "_name_or_path" not in text, name
+        assert not any(str(path) in text for path in (EARLIER, export.parent, tempfile.gettempdir())), name
+
+
+# -- variants and precision -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [EMFPipeline.from_pretrained, DiffusionPipeline.from_pretrained])
+def test_a_variant_lies_beside_the_whole_weights(export, pipe, load):
+    half = EMFPipeline.from_pretrained(export, dtype=torch.float16)
+    half.save_pretrained(export, variant="fp16")
+    names = {file.name for file in (export / "transformer").glob("*.safetensors")}
+    assert names == {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+    loaded = load(export, variant="fp16", trust_remote_code=True)
+    whole = pipe.transformer.part.state_dict()
+    for name, weight in loaded.transformer.part.state_dict().items():
+        assert torch.equal(weight, whole[name].half().to(weight.dtype)), name
+    again = load(export, trust_remote_code=True).transformer.part.state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    loaded.save_pretrained(export.parent / "resaved")
+    EMFPipeline.from_pretrained(export.parent / "resaved")
+
+
+def test_a_variant_that_is_not_there_is_refused(export):
+    with pytest.raises(ValueError, match="variant=bf16"):
+        EMFPipeline.from_pretrained(export, variant="bf16")
+    with pytest.raises(ValueError, match=r"variant: '\.\./x' must be letters and digits alone"):
+        EMFPipeline.from_pretrained(export).save_pretrained(export, variant="../x")
+
+
+def test_the_files_of_sharded_weights_have_variants_too(tmp_path):
+    stem, shard = "diffusion_pytorch_model", "diffusion_pytorch_model-00001-of-00001.safetensors"
+    save_file({"a": torch.ones(1)}, tmp_path / shard)
+    (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    variant_names(tmp_path, "fp16")
+    renamed = f"{stem}.fp16-00001-of-00001.safetensors"
+    assert {file.name for file in tmp_path.iterdir()} == {renamed, f"{stem}.safetensors.index.fp16.json"}
+    assert json.loads((tmp_path / f"{stem}.safetensors.index.fp16.json").read_text())["weight_map"] == {"a": renamed}
+    with plain_names(tmp_path, "fp16") as plain:
+        weights = json.loads((plain / f"{stem}.safetensors.index.json").read_text())["weight_map"]["a"]
+        assert weights == shard
+        assert load_file(plain / weights)["a"] == 1
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_pipeline_computes_in_the_precision_that_it_is_loaded_in(export, pipe, name):
+    loaded = EMFPipeline.from_pretrained(export, **{name: torch.bfloat16})
+    assert {weight.dtype for weight in loaded.transformer.part.parameters()} == {torch.bfloat16}
+    image = loaded("a red circle", **ONE_STEP).images
+    assert 0 < (image - pipe("a red circle", **ONE_STEP).images).abs().max() < 0.1

@@ -269,7 +269,7 @@ def test_the_network_is_in_diffusers_format(world):
     assert not info["missing_keys"]
     assert all(key.startswith("time_embed.interval.") for key in info["unexpected_keys"])
     index = json.loads((world / "meanflow/model_index.json").read_text())
-    assert index["_class_name"] == "EMFPipeline"
+    assert index["_class_name"] == ["pipeline", "EMFPipeline"]
 
 
 def test_the_card_says_what_it_is_and_how_well_it_generates(world):

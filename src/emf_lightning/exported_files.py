@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,21 @@ from emf_lightning.part_classes import FLAG, builder
 from emf_lightning.text.base import TextEncoder
 
 INDEX = "model_index.json"
-PART = "part.json"
 HERE = "."
 
-_PIPELINE = "EMFPipeline"
-_OURS = ["emf_lightning.pipeline", "PipelinePart"]
-_KINDS: dict[str, type] = {"transformer": FlowMapNetwork, "vae": Autoencoder, "text_encoder": TextEncoder}
-PARTS = tuple(_KINDS.values())
+INSTALLED_PIPELINE = "EMFPipeline"
+INSTALLED_PART = ["emf_lightning.pipeline_part", "PipelinePart"]
+EARLIER_PART = ["emf_lightning.pipeline", "PipelinePart"]
+CARRIED_PIPELINE = ["pipeline", "EMFPipeline"]
+CARRIED_PART = ["emf_part", "PipelinePart"]
+"""Classes as an index names them: of this package, or in files of the folder that import it."""
+
+KINDS: dict[str, type] = {"transformer": FlowMapNetwork, "vae": Autoencoder, "text_encoder": TextEncoder}
+PARTS = tuple(KINDS.values())
+
+_CONFIG = "config.json"
+_SPEC = "_emf_part"
+_EARLIER = "part.json"
 _REMEDY = "export the run again"
 
 
@@ -32,31 +41,43 @@ def check_folder(folder: Path) -> None:
     """
     file = folder / INDEX
     index = read_json(file, _REMEDY)
-    if index.get("_class_name") != _PIPELINE:
-        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, not {_PIPELINE}; {_REMEDY}")
+    if index.get("_class_name") not in (INSTALLED_PIPELINE, CARRIED_PIPELINE):
+        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, not {INSTALLED_PIPELINE}; {_REMEDY}")
     for name, value in index.items():
-        if name in _KINDS and value != _OURS:
-            raise ValueError(f"{file}: {name} is {value}, not {_OURS}; if you trust who wrote it, say so with {FLAG}")
-        if name not in _KINDS and isinstance(value, list):  # diffusers would import it
-            raise ValueError(f"{file}: {name} is {value}, but an {_PIPELINE} has no such part; {_REMEDY}")
+        if name in KINDS and value not in (EARLIER_PART, CARRIED_PART):
+            raise ValueError(f"{file}: {name} is {value}, not {CARRIED_PART}; if you trust it, say so with {FLAG}")
+        if name not in (*KINDS, "_class_name") and isinstance(value, list):  # diffusers would import it
+            raise ValueError(f"{file}: {name} is {value}, but an {INSTALLED_PIPELINE} has no such part; {_REMEDY}")
     model = index.get("model")
     if model is not None and not (isinstance(model, dict) and isinstance(model.get("class_path"), str)):
         raise ValueError(f"{file}: model names no class_path; {_REMEDY}")
-    for name, kind in _KINDS.items():
-        read_part(folder / name / PART, (kind,))
+    for name, kind in KINDS.items():
+        read_part(folder / name, (kind,))
 
 
-def read_part(file: Path, kinds: tuple[type, ...] = PARTS) -> dict[str, Any]:
-    """The spec in a ``part.json``, in today's names, whose class is one of ``kinds``.
+def read_part(folder: Path, kinds: tuple[type, ...] = PARTS) -> dict[str, Any]:
+    """The spec of a part, in today's names, whose class is one of ``kinds``.
 
     Raises:
         ValueError: for another file, and for a class that ``builder`` refuses.
     """
-    spec = migrate_part(read_json(file, _REMEDY))
-    if "class_path" not in spec or not isinstance(spec["init_args"], dict):
+    file, earlier = folder / _CONFIG, folder / _EARLIER
+    content = read_json(file, _REMEDY) if file.is_file() or not earlier.is_file() else {}
+    if _SPEC not in content and earlier.is_file():
+        file, content = earlier, {_SPEC: read_json(earlier, _REMEDY)}
+    spec = migrate_part(content.get(_SPEC))
+    if not isinstance(spec, dict) or "class_path" not in spec or not isinstance(spec["init_args"], dict):
         raise ValueError(f"{file}: names no class_path with init_args; {_REMEDY}")
     builder(spec, kinds, str(file))
     return dict(spec)
+
+
+def write_part(folder: Path, spec: dict[str, Any]) -> None:
+    """Writes the spec of a part into its ``config.json``, the file that diffusers downloads beside weights."""
+    file = folder / _CONFIG
+    config = read_json(file, _REMEDY) if file.is_file() else {}
+    config.pop("_name_or_path", None)  # the folder that diffusers read it from
+    file.write_text(json.dumps(config | {_SPEC: spec}, indent=2) + "\n")
 
 
 def kept(value: Any, folder: Path) -> Any:
@@ -72,8 +93,8 @@ def kept(value: Any, folder: Path) -> Any:
     return value
 
 
-def found(value: Any, folder: Path) -> Any:
-    """The inverse of ``kept``."""
-    if value == HERE or (isinstance(value, str) and value.startswith(f"{HERE}/")):
-        return str(folder / value)
-    return value
+def found(value: Any, folder: Path, here: Path | None = None) -> Any:
+    """The inverse of ``kept``; ``HERE`` alone is ``here``, by default the folder."""
+    if value == HERE:
+        return str(folder if here is None else here)
+    return str(folder / value) if isinstance(value, str) and value.startswith(f"{HERE}/") else value

@@ -2,97 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
-from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
-from emf_lightning.exported_files import HERE, INDEX, PART, PARTS, check_folder, found, kept, read_part
+from emf_lightning.exported_files import INDEX, check_folder
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.hub import DOWNLOAD_OPTIONS, downloaded
-from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
-from emf_lightning.part_classes import Spec, builder, takes, trusted, trusting
+from emf_lightning.part_classes import Spec, builder, trusted, trusting
+from emf_lightning.pipeline_part import PipelinePart
+from emf_lightning.remote_code import as_installed, carry_code
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.plain import prompt_texts, shorten
-
-_TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
-"""Arguments of a network that concern its training or its start, which a saved network does not need."""
-
-
-class PipelinePart(ModelMixin):
-    """A network, autoencoder or text encoder of an experiment, with the spec that builds it again.
-
-    A part with ``save_pretrained`` and a constructor argument ``pretrained`` saves its weights in its library's format,
-    so that stock classes read them, too. Another network is built with its arguments and its weights are saved beside
-    them. For other parts, files and folders that their arguments name are copied, and hub names stay names.
-
-    Args:
-        part: the object.
-        spec: how to build it.
-    """
-
-    def __init__(self, part: nn.Module, spec: Spec) -> None:
-        super().__init__()
-        self.part: Any = part
-        self.spec = spec
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # tells the device of a part without parameters
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the part computes, also without parameters."""
-        return self.place.device
-
-    def forward(self, *arguments: Any) -> Any:
-        """u of a network, features of a text encoder, images of an autoencoder."""
-        return self.part(*arguments)
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes the part and ``part.json`` into a folder that it makes."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = dict(self.spec.get("init_args", {}))
-        if callable(getattr(self.part, "save_pretrained", None)) and takes(type(self.part), "pretrained"):
-            self.part.save_pretrained(folder)
-            arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
-            arguments["pretrained"] = HERE
-            if "subfolder" in self.spec.get("init_args", {}):
-                arguments["subfolder"] = None
-        else:
-            arguments = {name: kept(value, folder / name) for name, value in arguments.items()}
-            if isinstance(self.part, FlowMapNetwork):
-                FlowMapNetwork.save_pretrained(self.part, folder)
-        spec = {"class_path": self.spec["class_path"], "init_args": arguments}
-        (folder / PART).write_text(json.dumps(spec, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> PipelinePart:
-        """The part saved in ``folder``; ``torch_dtype`` applies to parts without a precision of their own.
-
-        Raises:
-            ValueError: for a folder that names a class from outside this package, see ``builder``.
-        """
-        spec = read_part(Path(folder) / PART)
-        arguments = spec["init_args"]
-        spec["init_args"] = {name: found(value, Path(folder)) for name, value in arguments.items()}
-        part = builder(spec, PARTS, str(Path(folder) / PART))()
-        if isinstance(part, FlowMapNetwork) and "pretrained" not in arguments:
-            load_model(part, Path(folder) / WEIGHTS)
-        if torch_dtype is not None and "dtype" not in arguments:
-            nn.Module.to(part, dtype=torch_dtype)
-        return cls(part.eval(), spec)
 
 
 class EMFPipelineOutput(BaseOutput):
@@ -188,8 +121,23 @@ class EMFPipeline(DiffusionPipeline):
         with trusting(trust_remote_code):
             return super().from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
 
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """The index of a folder; classes that its code imports from this package are named as they are here."""
+        return as_installed(super().load_config(*arguments, **options))
+
+    def save_config(self, save_directory: str | Path, **options: Any) -> None:
+        """Writes the index of a folder, and the code by which stock ``DiffusionPipeline`` loads it."""
+        super().save_config(str(save_directory), **options)
+        carry_code(Path(save_directory))
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes the folder that ``from_pretrained`` loads, with the digests of its files."""
+        """Writes the folder that ``from_pretrained`` loads, with the digests of its files.
+
+        Args:
+            save_directory: the folder; weights of other variants in it stay.
+            **options: of diffusers' ``save_pretrained``, e.g. ``variant="fp16"``.
+        """
         super().save_pretrained(str(save_directory), **options)
         write_digests(Path(save_directory))
 

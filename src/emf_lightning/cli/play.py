@@ -25,7 +25,8 @@ from emf_lightning.modules.checkpoint_files import whole_checkpoint
 from emf_lightning.modules.generation import pipeline_of, spec_of
 from emf_lightning.modules.joint_distillation import JointDistillation
 from emf_lightning.part_classes import trusted
-from emf_lightning.pipeline import EMFPipeline, PipelinePart
+from emf_lightning.pipeline import EMFPipeline
+from emf_lightning.pipeline_part import PipelinePart
 from emf_lightning.play import PlayedModel, check_gradio, exported_model, page, serve
 from emf_lightning.text.plain import parse_json, shorten
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from emf_lightning.part_classes import Spec, trusting
-from emf_lightning.pipeline import EMFPipeline, PipelinePart
+from emf_lightning.pipeline import EMFPipeline
+from emf_lightning.pipeline_part import PipelinePart
 
 if TYPE_CHECKING:
     from emf_lightning.data.datamodule import CaptionImageData
