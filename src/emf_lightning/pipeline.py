@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from emf_lightning.call_arguments import (
+    CALLBACK_TENSORS,
+    check_counts,
+    check_generators,
+    check_output,
+    given_features,
+    negative_prompts,
+    step_end_of,
+)
 from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
@@ -163,18 +173,37 @@ class EMFPipeline(DiffusionPipeline):
                 "must write what its argument `pretrained` reads; see FlowMapNetwork"
             )
 
+    @property
+    def sampler(self) -> Sampler:
+        """The way from noise to data, in place of diffusers' scheduler."""
+        return self._sampler
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """``prompt_embeds`` ``[B, L, D]`` and ``prompt_attention_mask`` ``[B, L]`` of one or several prompts."""
+        features = self._features(prompt_texts(prompt))
+        return features.context, features.mask
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 4,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         seed: int = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
     ) -> EMFPipelineOutput | tuple[Any]:
         """Images of ``prompt``, those of one prompt beside each other.
 
@@ -186,41 +215,58 @@ class EMFPipeline(DiffusionPipeline):
             num_images_per_prompt: each from its own noise.
             seed: of the noise, a function of (seed, prompt, image index): the same as in `emf predict`, in any batch.
                 A prompt that comes again in ``prompt`` goes on with the image index.
-            generator: generates the noise instead.
+            generator: generates the noise instead; or a list with one for each image.
             latents: the noise itself, ``[B, C, H, W]``.
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
             return_dict: whether to return an ``EMFPipelineOutput`` or a tuple.
+            negative_prompt: what guidance leads away from, one or one a prompt; by default the empty caption.
+            prompt_embeds: features ``[B, L, D]`` in place of ``prompt``, see ``encode_prompt``.
+            prompt_attention_mask: ``[B, L]``, their tokens; by default all.
+            height: of the images; the model's own alone.
+            width: likewise.
+            callback_on_step_end: called as ``callback(pipe, step, t, tensors)`` after each step, with t in [0, 1] at
+                which the step began; may return a dictionary with other ``latents``.
+            callback_on_step_end_tensor_inputs: names of ``tensors``; ``latents`` alone are there.
 
         Raises:
-            ValueError: for no prompts, steps or images, and for a prompt that is no text.
+            ValueError: for an argument that does not fit, for nothing to generate, and for a prompt that is no text.
         """
-        prompts = prompt_texts(prompt)
-        if not prompts or num_inference_steps < 1 or num_images_per_prompt < 1:
-            raise ValueError(
-                f"EMFPipeline: nothing to generate for {len(prompts)} prompts, "
-                f"num_inference_steps={num_inference_steps}, num_images_per_prompt={num_images_per_prompt}; each must "
-                "be at least 1"
-            )
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("prompt_embeds: prompt is given, too; leave one of them out")
+        embedded = prompt_embeds is not None
+        prompts = [NULL_CAPTION] * len(prompt_embeds) if embedded else prompt_texts(prompt)
+        check_counts(len(prompts), num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_output(output_type, self.config.latent_size * self.vae.part.downsampling, height, width)
+        step_end = step_end_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         device, scale = self._execution_device, self.config.guidance_scale if guidance_scale is None else guidance_scale
+        evaluations = self._guidance.evaluations(scale)
+        negatives = negative_prompts(negative_prompt, len(prompts), evaluations, scale)
         captions = [caption for caption in prompts for _ in range(num_images_per_prompt)]
         indices = list(range(num_images_per_prompt)) * len(prompts)
         noise = self._noise(captions, indices, seed, generator, latents).to(device)
-        text = self._features(prompts).to(device)
-        text = text[torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)]
-        null = self._features([NULL_CAPTION]).to(device)
+        if embedded:
+            encoder = self.text_encoder.part
+            text = given_features(prompt_embeds, prompt_attention_mask, encoder.length, encoder.width).to(device)
+        else:
+            text = self._features(prompts).to(device)
+        each = torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)
+        null = self._features(negatives).to(device)
+        if len(negatives) > 1:
+            null = null[each]
         if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: the sampler calls the part itself
             hook.pre_forward(self.transformer)
-        nfe = num_inference_steps * self._guidance.evaluations(scale)
+        nfe = num_inference_steps * evaluations
         with self._progress(nfe), self._precision(device):
             generated = sample(
                 self.transformer.part,
                 noise,
-                text.conditioning,
+                text[each].conditioning,
                 steps=num_inference_steps,
                 sampler=self._sampler,
                 guidance_scale=scale,
                 null_context=null.conditioning,
                 guidance=self._guidance,
+                step_end=step_end,
             )
         images: Any = generated
         if output_type != "latent":
@@ -240,7 +286,7 @@ class EMFPipeline(DiffusionPipeline):
         captions: Sequence[str],
         indices: Sequence[int],
         seed: int,
-        generator: torch.Generator | None,
+        generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
     ) -> Tensor:
         side = self.config.latent_size
@@ -248,9 +294,11 @@ class EMFPipeline(DiffusionPipeline):
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"EMFPipeline: latents must be {list(shape)}, got {list(latents.shape)}")
-            return latents
+            return latents.float()
         if generator is not None:
-            return torch.randn(shape, generator=generator, device=generator.device)
+            check_generators(generator, len(captions))
+            device = (generator if isinstance(generator, torch.Generator) else generator[0]).device
+            return randn_tensor(shape, generator=generator, device=device)
         rows = list(zip(captions, indices, strict=True))
         numbers = zip(captions, noise_indices(rows), strict=True)
         return torch.stack([fixed_noise(seed, caption, index, shape[1:]) for caption, index in numbers])

@@ -16,18 +16,22 @@ from emf_lightning.flow.guidance import ClassifierFreeGuidance, SamplingGuidance
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.velocity import Context, Velocity, no_grad_pass
 
+StepEnd = Callable[[int, Tensor, Tensor], Tensor]
+"""(step, the t at which it began, the samples behind it) -> the samples with which sampling goes on."""
+
 
 class Sampler(ABC):
     """Base of the samplers."""
 
     @abstractmethod
-    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
+    def __call__(self, u: Velocity, noise: Tensor, steps: int, step_end: StepEnd | None = None) -> Tensor:
         """Data, like ``noise``, without a graph.
 
         Args:
             u: average velocity of the B samples.
             noise: ``[B, C, H, W]``, unit normal, the state at t = 1.
             steps: evaluations of ``u``, at least 1.
+            step_end: called after each step.
 
         Raises:
             ValueError: for no steps.
@@ -44,8 +48,8 @@ class FlowMapSampler(Sampler):
         tensor([[3.]])
     """
 
-    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return flow_map_rollout(u, noise, steps, 0)
+    def __call__(self, u: Velocity, noise: Tensor, steps: int, step_end: StepEnd | None = None) -> Tensor:
+        return flow_map_rollout(u, noise, steps, 0, step_end)
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class EulerSampler(Sampler):
         tensor([[4.]])
     """
 
-    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return flow_map_rollout(lambda z, r, t: u(z, t, t), noise, steps, 0)
+    def __call__(self, u: Velocity, noise: Tensor, steps: int, step_end: StepEnd | None = None) -> Tensor:
+        return flow_map_rollout(lambda z, r, t: u(z, t, t), noise, steps, 0, step_end)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class MultistepSampler(Sampler):
     start: float = 1.0
 
     @torch.no_grad()
-    def __call__(self, u: Velocity, noise: Tensor, steps: int) -> Tensor:
-        return multistep_sample(u, noise, steps, lambda k: _fresh_noise(noise, k), self.start)
+    def __call__(self, u: Velocity, noise: Tensor, steps: int, step_end: StepEnd | None = None) -> Tensor:
+        return multistep_sample(u, noise, steps, lambda k: _fresh_noise(noise, k), self.start, step_end)
 
 
 def sample(
@@ -93,6 +97,7 @@ def sample(
     guidance_scale: float = 1.0,
     null_context: Context = None,
     guidance: SamplingGuidance = ClassifierFreeGuidance(),
+    step_end: StepEnd | None = None,
 ) -> Tensor:
     """Data ``[B, C, H, W]`` from noise, in a few steps.
 
@@ -105,6 +110,7 @@ def sample(
         guidance_scale: of classifier-free guidance; 1 is none.
         null_context: conditioning without a caption, of one sample or of all; guidance needs it.
         guidance: how the scale acts.
+        step_end: called after each step, of a sampler that takes it.
 
     Raises:
         ValueError: for no steps, for guidance without ``null_context``, and for a scale that is no finite number.
@@ -119,7 +125,8 @@ def sample(
     """
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    data = sampler(guidance(net, context, null_context, len(noise), guidance_scale), noise, steps)
+    u = guidance(net, context, null_context, len(noise), guidance_scale)
+    data = sampler(u, noise, steps) if step_end is None else sampler(u, noise, steps, step_end)
     if lost := int((~data.isfinite()).reshape(len(data), -1).any(1).sum()):
         warnings.warn(
             f"{lost} of {len(data)} samples are not finite, and their images are black: the weights are not, or the "
@@ -130,7 +137,12 @@ def sample(
 
 
 def multistep_sample(
-    u: Velocity, noise: Tensor, steps: int, fresh_noise: Callable[[int], Tensor], start: float = 1.0
+    u: Velocity,
+    noise: Tensor,
+    steps: int,
+    fresh_noise: Callable[[int], Tensor],
+    start: float = 1.0,
+    step_end: StepEnd | None = None,
 ) -> Tensor:
     """Data from noise, with the graph of the last jump alone.
 
@@ -143,6 +155,7 @@ def multistep_sample(
         steps: jumps.
         fresh_noise: k -> the noise of step k > 0, like ``noise``.
         start: the first t, in (0, 1].
+        step_end: called after each jump.
 
     Raises:
         ValueError: for no steps.
@@ -155,10 +168,14 @@ def multistep_sample(
         z = (1 - expand_like(t, e)) * x + expand_like(t, e) * e
         with nullcontext() if k == steps - 1 else no_grad_pass():
             x = z - expand_like(t, z) * u(z, torch.zeros_like(t), t).to(z.dtype)
+        if step_end is not None:
+            x = step_end(k, t[0], x)
     return x
 
 
-def flow_map_rollout(u: Velocity, noise: Tensor, steps: int, gradient_jumps: int) -> Tensor:
+def flow_map_rollout(
+    u: Velocity, noise: Tensor, steps: int, gradient_jumps: int, step_end: StepEnd | None = None
+) -> Tensor:
     """Data as ``FlowMapSampler`` makes them, with the graph of the last ``gradient_jumps`` jumps.
 
     Args:
@@ -166,23 +183,26 @@ def flow_map_rollout(u: Velocity, noise: Tensor, steps: int, gradient_jumps: int
         noise: ``[B, C, H, W]``, unit normal, the state at t = 1.
         steps: jumps.
         gradient_jumps: how many of them have a graph, 0 to ``steps`` or more.
+        step_end: called after each jump.
 
     Raises:
         ValueError: for no steps.
     """
     _check_steps(steps)
     grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, len(noise))
-    jumps = list(zip(grid, grid[1:], strict=False))
     without_graph = max(steps - gradient_jumps, 0)
 
-    def move(z: Tensor, jumps: list[tuple[Tensor, Tensor]]) -> Tensor:
-        for t, r in jumps:
+    def move(z: Tensor, jumps: range) -> Tensor:
+        for k in jumps:
+            t, r = grid[k], grid[k + 1]
             z = z - expand_like(t - r, z) * u(z, r, t).to(z.dtype)
+            if step_end is not None:
+                z = step_end(k, t[0], z)
         return z
 
     with no_grad_pass():
-        z = move(noise, jumps[:without_graph])
-    return move(z, jumps[without_graph:])
+        z = move(noise, range(without_graph))
+    return move(z, range(without_graph, steps))
 
 
 def _fresh_noise(e: Tensor, k: int) -> Tensor:
