@@ -33,3 +33,39 @@ def downloaded(name: str, **options: Any) -> Path:
         raise ValueError(
             f"{name!r} is no folder, and no repository of the hub that can be downloaded ({reason})"
         ) from error
+
+
+def check_pushing(name: str) -> None:
+    """Raises ``ValueError`` for what is no name of a repository, and while the hub is turned off."""
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push: {name!r} is no name of a repository, owner/name") from error
+    if "/" not in name:
+        raise ValueError(f"push: {name!r} is no name of a repository, owner/name")
+    if is_offline_mode():
+        raise ValueError(f"push: {name} cannot be uploaded, as HF_HUB_OFFLINE turns the hub off; unset it")
+
+
+def pushed(folder: Path, name: str) -> str:
+    """Uploads a folder to the repository ``name``, which is made if it is not there; returns its address.
+
+    Raises:
+        ValueError: where the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of emf_lightning")
+    except Exception as error:  # of the hub, of the connection, or of a login
+        raise ValueError(
+            f"push: {folder} is written, but {name} cannot be uploaded ({shorten(' '.join(str(error).split()), 200)}); "
+            "log in with `hf auth login`, then run `hf upload`"
+        ) from error
+    return str(address)

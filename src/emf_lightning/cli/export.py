@@ -15,7 +15,14 @@ from emf_lightning.files import replacing_folder
 from emf_lightning.part_classes import trusted
 
 
-def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | None = None) -> None:
+def export(
+    run: Path,
+    out: Path,
+    checkpoint: Path | None = None,
+    parent: str | None = None,
+    push: str | None = None,
+    license: str | None = None,
+) -> None:
     """Write a trained model as a folder in diffusers' format, with a model card.
 
     EMFPipeline.from_pretrained(out) loads it. The folder holds the network and a published autoencoder as safetensors;
@@ -28,15 +35,20 @@ def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | N
         checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
         parent: exported folder of the model that the run started from, or its name on the hub, for app.py to show
             beside this one.
+        push: repository of the hub, owner/name, to which the folder is uploaded; it is made if it is not there.
+        license: of the model, for its card: an identifier of the hub, e.g. apache-2.0. By default the card names none.
     """
     from emf_lightning.cli.load_run import build_run  # here: the help needs none of them
     from emf_lightning.cli.model_card import model_card
     from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
     from emf_lightning.cli.play import example_prompts
     from emf_lightning.cli.runs import checkpoint_of, find_run
+    from emf_lightning.hub import check_pushing, pushed
     from emf_lightning.modules.generation import pipeline_of
     from emf_lightning.play import APP, PROMPTS
 
+    if push is not None:
+        check_pushing(push)
     beside = "" if parent is None else f", parent={_parent(parent, out)}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
@@ -53,14 +65,18 @@ def export(run: Path, out: Path, checkpoint: Path | None = None, parent: str | N
         pipeline.check_saved(partial)
         for figure in sorted(run.glob("*/*.png")):
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
-        if prompts := example_prompts(run, settings):
+        prompts = example_prompts(run, settings)
+        if prompts:
             (partial / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
         trust = ", trust_remote_code=True" if trusted() else ""
         (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
-        (partial / "README.md").write_text(
-            model_card(run, out.resolve().name, sorted(partial.glob("*.png")), settings, pipeline)
-        )
+        figures, name = sorted(partial.glob("*.png")), push or out.resolve().name
+        source = None if parent is None or (Path(parent) / INDEX).is_file() else parent
+        card = model_card(run, name, figures, settings, pipeline, prompts, license, source)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
+    if push is not None:
+        print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
 
 
 def _parent(parent: str, out: Path) -> str:
