@@ -233,8 +233,7 @@ class EMFPipeline(DiffusionPipeline):
         """
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("prompt_embeds: prompt is given, too; leave one of them out")
-        embedded = prompt_embeds is not None
-        prompts = [NULL_CAPTION] * len(prompt_embeds) if embedded else prompt_texts(prompt)
+        prompts = prompt_texts(prompt) if prompt_embeds is None else [NULL_CAPTION] * len(prompt_embeds)
         check_counts(len(prompts), num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_output(output_type, self.config.latent_size * self.vae.part.downsampling, height, width)
         step_end = step_end_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -244,11 +243,11 @@ class EMFPipeline(DiffusionPipeline):
         captions = [caption for caption in prompts for _ in range(num_images_per_prompt)]
         indices = list(range(num_images_per_prompt)) * len(prompts)
         noise = self._noise(captions, indices, seed, generator, latents).to(device)
-        if embedded:
+        if prompt_embeds is None:
+            text = self._features(prompts).to(device)
+        else:
             encoder = self.text_encoder.part
             text = given_features(prompt_embeds, prompt_attention_mask, encoder.length, encoder.width).to(device)
-        else:
-            text = self._features(prompts).to(device)
         each = torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)
         null = self._features(negatives).to(device)
         if len(negatives) > 1:
