@@ -23,7 +23,7 @@ class TrustedPart(PipelinePart):
 class TrustedPipeline(EMFPipeline):
     """A pipeline whose sampler and guidance may be of any class."""
 
-    @wraps(EMFPipeline.__init__)
+    @wraps(EMFPipeline.__init__)  # type: ignore[misc]  # diffusers reads the parts off this signature
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         with trusting(True):
             super().__init__(*arguments, **settings)

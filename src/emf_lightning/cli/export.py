@@ -43,6 +43,7 @@ def export(
     from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
     from emf_lightning.cli.play import example_prompts
     from emf_lightning.cli.runs import checkpoint_of, find_run
+    from emf_lightning.exported_files import INDEX
     from emf_lightning.hub import check_pushing, pushed
     from emf_lightning.modules.generation import pipeline_of
     from emf_lightning.play import APP, PROMPTS
