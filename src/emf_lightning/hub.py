@@ -39,7 +39,7 @@ def check_pushing(name: str) -> None:
     """Raises ``ValueError`` for what is no name of a repository, and while the hub is turned off."""
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
     try:
         validate_repo_id(name)
