@@ -193,7 +193,12 @@ def test_the_gradient_is_that_of_the_whole_batch_by_torchs_own_forward_mode(name
 
     ours = gradient(MeanFlow().terms(u, z, v, Times(r, t, 2), AdaptiveWeighting(), 0.0).loss)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        dudt = torch.func.jvp(lambda z, t: u(z, r, t), (z, t), (v, torch.ones_like(t)))[1]
+        try:
+            dudt = torch.func.jvp(lambda z, t: u(z, r, t), (z, t), (v, torch.ones_like(t)))[1]
+        except RuntimeError as error:  # older torch, of group norm with strided inputs
+            if "view size" in str(error):
+                pytest.skip(f"torch's own forward mode: {error}")
+            raise
     squares = (u(z, r, t) - v + (t - r).view(-1, 1, 1, 1) * dudt).square().flatten(1).sum(1)
     expected = gradient((squares / (squares.detach() + 1e-3)).mean())
     assert (ours - expected).norm() < 1e-6 * expected.norm()

@@ -44,7 +44,7 @@ CASES = {
     "group norm": (lambda x: F.group_norm(x, 3), IMAGE),
     "group norm with weights": (lambda x: F.group_norm(x, 2, W, B, 1e-6), IMAGE),
     "group norm over one dimension": (lambda x: F.group_norm(x.flatten(2), 2, W), IMAGE),
-    "group norm whose weight moves": (lambda x, w: F.group_norm(x, 2, w, B), IMAGE, W),
+    "group norm whose weight moves": (lambda x, w: F.group_norm(x, 2, w, B), IMAGE.contiguous(), W),
     "attention to what stands still": (lambda q: F.scaled_dot_product_attention(q, K, V), Q),
     "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), Q, K, V),
     "attention of keys": (lambda k: F.scaled_dot_product_attention(Q, k, V), K),
@@ -60,7 +60,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_rule_equals_torchs(case):
     function, *moving = CASES[case]
-    fast, stock = (tangent(function, *moving, fast=fast) for fast in (True, False))
+    fast = tangent(function, *moving, fast=True)
+    stock = tangent(function, *(x.contiguous() for x in moving), fast=False)  # torch 2.10's group norm needs it
     assert (fast - stock).norm() < 1e-12 * stock.norm()
 
 
