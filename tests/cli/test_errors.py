@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,22 @@ def test_a_sharded_checkpoint_names_the_strategy_that_reads_it(capsys: pytest.Ca
     line = complaint(capsys, "validate", "--config", "shapes/child.yaml", "--ckpt_path", "sharded.ckpt")
 
     assert "sharded.ckpt is a sharded checkpoint: add --config experiments/devices/fsdp2.yaml" in line
+
+
+def test_an_error_that_ends_a_librarys_thread_is_one_line(monkeypatch, capfd):
+    """TensorBoard's writer meets a full disk in a thread of its own, whose traceback stood before the sentence."""
+
+    def write(verb, arguments):
+        def fail() -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr("emf_lightning.cli._run", write)
+    before = threading.excepthook
+    main(["validate"])
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("emf validate: ") and "no space left" in said
+    assert threading.excepthook is before

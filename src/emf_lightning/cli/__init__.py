@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
@@ -46,6 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif verb == "--version":
         print(f"emf_lightning {version('emf_lightning')}")
     else:
+        hook, threading.excepthook = threading.excepthook, partial(_say_of_thread, verb)
         try:
             _run(verb, arguments)
         except Exception as error:
@@ -59,6 +62,19 @@ def main(args: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print(f"emf {verb}: interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        finally:
+            threading.excepthook = hook
+
+
+def _say_of_thread(verb: str, arguments: threading.ExceptHookArgs) -> None:
+    """One line for an error that ended a library's thread, as TensorBoard's writer at a full disk."""
+    from emf_lightning.cli.parsing.errors import user_message
+
+    line = user_message(arguments.exc_value, verb) if isinstance(arguments.exc_value, Exception) else None
+    if line is None or os.environ.get("EMF_DEBUG"):
+        threading.__excepthook__(arguments)
+    else:
+        print(f"emf {verb}: {line}", file=sys.stderr)
 
 
 def _run(verb: str, arguments: list[str]) -> None:
