@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from emf_lightning.networks.diffusers_flow_map import DiffusersFlowMap
 from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import IntervalInput
-from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces, TwoTimeEmbedding
+from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TwoTimeEmbedding
 from emf_lightning.pretrained.files import tensors_of
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device
 
@@ -28,9 +28,6 @@ class BackboneFlowMap(DiffusersFlowMap):
     backbone gets a second time embedding, and MeanFlow and its relatives train it.
 
     A subclass says where the model keeps its time (``places``) and its ``blocks``, and calls it (``call``).
-
-    Attributes:
-        published_time_scale: of weights whose configuration does not say it.
 
     Args:
         kind: diffusers' class.
@@ -52,8 +49,6 @@ class BackboneFlowMap(DiffusersFlowMap):
         ValueError: if pretrained weights cannot be loaded or disagree with the data.
     """
 
-    places: ClassVar[TimePlaces]
-    published_time_scale: ClassVar[float] = 1000.0
     two_times: TwoTimeEmbedding | None
     takes_interval = False
 
@@ -91,13 +86,8 @@ class BackboneFlowMap(DiffusersFlowMap):
                 type(self).__name__, kind, weights, frozen=False, surplus=(f"{self.places.embedding}.{INTERVAL}.",)
             )
             recorded = self._recorded()
-            scale = recorded["time_scale"] or self.published_time_scale
-            if finetuning.refit and scale != self.time_scale:
-                rule = f"{weights} knows intervals at time_scale {scale:g}, which refit would make it forget"
-                knows = self.model.config.get("_flow_interval")
-                require(self, not knows, f"{rule}; leave refit out and set that time_scale")
-                self._refit(scale)
-                recorded["time_scale"] = None
+            if finetuning.refit:
+                self._refit_to_ours(weights, recorded)
             self._add_interval()
             self._check_agreement(weights, recorded)
             self._load_interval(weights)
@@ -133,18 +123,6 @@ class BackboneFlowMap(DiffusersFlowMap):
         at = nullcontext() if self.two_times is None else self.two_times.at(self.timestep(r), self.timestep(t))
         with at:
             return self.call(z.to(self.model.dtype), t, context.to(self.model.dtype), mask)
-
-    def _refit(self, old_scale: float) -> float:
-        from emf_lightning.networks.two_time.refit import refit
-
-        if self.model.device.type == "meta":
-            return 0.0
-        embedding: Any = self.model.get_submodule(self.places.embedding)
-        if self.places.sinusoid is None:  # adaLN-single
-            parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
-            modulation = lambda embedded: embedding.linear(embedding.silu(embedded))  # noqa: E731
-            return refit(*parts, old_scale, self.time_scale, modulation)
-        return refit(embedding, self.model.get_submodule(self.places.sinusoid), old_scale, self.time_scale)
 
     def refit_time(self, time_scale: float) -> float:
         """Fits the time embedding anew for inputs ``time_scale`` t (``two_time.refit``); returns its error.

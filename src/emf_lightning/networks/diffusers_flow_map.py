@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
+from emf_lightning.networks.two_time.two_time_embedding import TimePlaces
 from emf_lightning.pretrained.loading import PretrainedWeights
 
 
@@ -23,9 +24,13 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     Attributes:
         context_width_key: of the text features' width in the model's configuration; none if it reads no text.
+        places: where the model keeps its time embedding.
+        published_time_scale: of weights whose configuration does not say it.
     """
 
     context_width_key: str = ""
+    places: ClassVar[TimePlaces]
+    published_time_scale: ClassVar[float] = 1000.0
 
     def __init__(
         self, architecture: object, pretrained: object, prediction: Prediction | None, time_scale: float
@@ -63,6 +68,30 @@ class DiffusersFlowMap(FlowMapNetwork):
         """Keeps no activations inside the blocks from now on."""
         self.diffusers_model.enable_gradient_checkpointing()
         self.gradient_checkpointing = True
+
+    def _refit_to_ours(self, weights: PretrainedWeights, recorded: dict[str, Any]) -> None:
+        """Fits the time embedding of ``weights`` anew for ``time_scale``, where they know another one."""
+        scale = recorded["time_scale"] or self.published_time_scale
+        if scale != self.time_scale:
+            rule = f"{weights} knows intervals at time_scale {scale:g}, which refit would make it forget"
+            knows = self.diffusers_model.config.get("_flow_interval")
+            require(self, not knows, f"{rule}; leave refit out and set that time_scale")
+            self._refit(scale)
+            recorded["time_scale"] = None
+
+    def _refit(self, old_scale: float) -> float:
+        """Fits the model's time embedding, trained on ``old_scale`` t, anew for ``time_scale`` t."""
+        from emf_lightning.networks.two_time.refit import refit
+
+        model = self.diffusers_model
+        if model.device.type == "meta":
+            return 0.0
+        embedding: Any = model.get_submodule(self.places.embedding)
+        if self.places.sinusoid is None:  # adaLN-single
+            parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
+            modulation = lambda embedded: embedding.linear(embedding.silu(embedded))  # noqa: E731
+            return refit(*parts, old_scale, self.time_scale, modulation)
+        return refit(embedding, model.get_submodule(self.places.sinusoid), old_scale, self.time_scale)
 
     def _recorded(self) -> dict[str, Any]:
         """The parametrization in ``config.json``; None for the settings that it does not record."""

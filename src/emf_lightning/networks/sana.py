@@ -25,9 +25,6 @@ from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInpu
 from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces, TwoTimeEmbedding
 from emf_lightning.pretrained.loading import PretrainedWeights, unreadable
 
-PRETRAINED_TIME_SCALE = 1000.0
-"""Factor on t in the training of SANA's published weights."""
-
 
 @dataclass(frozen=True)
 class SanaArchitecture:
@@ -199,28 +196,15 @@ class SanaFlowMap(DiffusersFlowMap):
         recorded = self._recorded()
         known = finetuning.reset_time is not None and recorded["interval"]
         require(self, not known, f"{weights} knows intervals, which reset_time would make it forget; leave it out")
-        scale = recorded["time_scale"] or PRETRAINED_TIME_SCALE
-        if finetuning.refit and scale != self.time_scale:
-            if recorded["interval"]:
-                raise ValueError(
-                    f"SanaFlowMap: {weights} knows intervals at time_scale {scale:g}, which refit would make it "
-                    "forget; leave refit out and set that time_scale"
-                )
-            self._refit(scale)
-            recorded["time_scale"] = None
+        if finetuning.refit:
+            self._refit_to_ours(weights, recorded)
         if finetuning.reset_time is not None:
             finetuning.draw_time(self.transformer.time_embed)
             recorded["time_scale"] = None
         self._check_agreement(weights, recorded)
 
     def _refit(self, old_scale: float) -> float:
-        if self.transformer.device.type == "meta":
-            return 0.0
-        from emf_lightning.networks.two_time.refit import refit
-
-        embedding = self.transformer.time_embed
-        parts = embedding.emb.timestep_embedder, embedding.emb.time_proj
-        error = refit(*parts, old_scale, self.time_scale, lambda embedded: embedding.linear(embedding.silu(embedded)))
+        error = super()._refit(old_scale)
         self.transformer.init_copies()
         return error
 
