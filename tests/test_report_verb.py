@@ -82,3 +82,27 @@ def test_a_broken_history_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(run)])
     assert "holds no scores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["scores.correct.colors", "scores.standard_error", "seconds", "step", "nfe", "steps"])
+def test_a_text_in_place_of_a_score_is_named(tmp_path, capsys, place):
+    file = trained(tmp_path / "run", 0.5) / "shapes/scores.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    *parents, name = place.split(".")
+    entry = rows[0]
+    for parent in parents:
+        entry = entry[parent]
+    entry[name] = "many"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert "holds no scores" in (said := capsys.readouterr().err) and "'many'" in said
+
+
+def test_one_run_named_twice_is_refused(tmp_path, capsys, monkeypatch):
+    trained(tmp_path / "run", 0.5)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["report", "run", str(tmp_path / "run"), "--out", "out"])
+    assert "runs: run is given more than once" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,9 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
     """
     if not runs:
         raise ValueError("runs: give the directories of one or more runs")
+    resolved = [run.resolve() for run in runs]
+    if twice := next((run for run, path in zip(runs, resolved, strict=True) if resolved.count(path) > 1), None):
+        raise ValueError(f"runs: {twice} is given more than once; name each run once")
     names = _names(runs)
     rows: list[ReportRow] = []
     all_levels: list[Levels] = []

@@ -52,10 +52,12 @@ class SamplingConfig:
         Rows of earlier versions hold the tag as ``label``, and ``guidance`` where they hold the scale at all.
         """
         if "is_main" in row:
-            return cls(row["steps"], row["guidance_scale"], row["is_main"])
+            scale = row["guidance_scale"]
+            return cls(int(row["steps"]), None if scale is None else float(scale), bool(row["is_main"]))
         steps, _, rest = row["label"].partition("step")
         scale = float(rest.removeprefix("_cfg")) if rest else None
-        return cls(int(steps), row.get("guidance", scale), not rest)
+        guidance = row.get("guidance", scale)
+        return cls(int(steps), None if guidance is None else float(guidance), not rest)
 
     def _scale(self, prefix: str) -> str:
         return "" if self.is_main else f"{prefix}{self.guidance_scale:g}"

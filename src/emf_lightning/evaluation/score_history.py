@@ -83,17 +83,20 @@ class ScoreRecord:
 
         Rows of earlier versions hold the scores alone of further metrics, as ``extra_metrics`` or ``also``, if any.
         """
-        scores = None if row.get("scores") is None else TaskScores(**row["scores"])
+        scores = None if row.get("scores") is None else TaskScores.from_row(row["scores"])
         alone = row.get("extra_metrics", row.get("also", {}))
         metrics = {
-            name: MetricScores(name, name, {"score": v}, not name.startswith(DISTANCES)) for name, v in alone.items()
+            name: MetricScores(name, name, {"score": float(v)}, not name.startswith(DISTANCES))
+            for name, v in alone.items()
         }
         return cls(
-            **{name: row[name] for name in ("suite", "stage", "step", "nfe", "seconds")},
+            **{name: row[name] for name in ("suite", "stage")},
+            **{name: int(row[name]) for name in ("step", "nfe")},
+            seconds=float(row["seconds"]),
             sampling=SamplingConfig.from_row(row),
             scores=scores,
             metrics=metrics | {name: MetricScores.from_row(found) for name, found in row.get("metrics", {}).items()},
-            images=row.get("images") or (sum(scores.images.values()) if scores else 0),
+            images=int(row.get("images", 0)) or (sum(scores.images.values()) if scores else 0),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,8 +154,11 @@ class AlternatingModule(FlowMapModule, ABC):
             self.auxiliary_steps += 1
         self._update(optimizer, batch, self.compute_loss)
         schedulers = self.lr_schedulers() or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            scheduler.step()  # type: ignore[call-arg]
+        with warnings.catch_warnings():
+            # the schedule of an auxiliary network whose term does not count yet moves on, too
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                scheduler.step()  # type: ignore[call-arg]
 
     def _update(
         self, optimizer: LightningOptimizer, batch: CaptionImageBatch, loss_of: Callable[[CaptionImageBatch], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,17 @@ class TaskScores:
     def numbers(self) -> dict[str, float]:
         """``values`` as a metric's ``compute`` names them: ``score`` for ``overall``."""
         return {"score" if name == "overall" else name: value for name, value in self.values().items()}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> TaskScores:
+        """Inverts ``dataclasses.asdict``; null is NaN."""
+        images = {task: int(count) for task, count in row["images"].items()}
+        error = row["standard_error"]
+        shares = {
+            name: {task: float(share) for task, share in row[name].items()}
+            for name in ("correct", "strict", "seen", "held_out")
+        }
+        return cls(images=images, standard_error=float("nan") if error is None else float(error), **shares)
 
     @classmethod
     def of(cls, evaluated: Iterable[tuple[Prompt, Verdict]]) -> TaskScores:

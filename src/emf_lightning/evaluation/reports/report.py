@@ -260,12 +260,12 @@ def _row(content: dict[str, Any]) -> ReportRow:
     """The row that was written as ``content``; earlier versions wrote ``guidance`` for ``guidance_scale``."""
     renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in content.items()}
     changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"])}
-    return ReportRow(**_numbers(renamed) | changed)
+    return ReportRow(**{name: math.nan if value is None else value for name, value in renamed.items()} | changed)
 
 
-def _numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """``scores`` with NaN in place of null."""
-    return {name: math.nan if value is None else value for name, value in scores.items()}
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    """``scores`` as numbers, with NaN in place of null."""
+    return {name: math.nan if value is None else float(value) for name, value in scores.items()}
 
 
 def _number(value: float | None) -> str:
