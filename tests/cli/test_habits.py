@@ -230,7 +230,7 @@ def emf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     call = (
         "import sys; sys.path[:] = [p for p in sys.path if p]; from emf_lightning.cli import main; main(sys.argv[1:])"
     )
-    command = [sys.executable, "-P", "-c", call, *arguments]
+    command = [sys.executable, "-c", call, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
