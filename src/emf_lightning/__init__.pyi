@@ -12,6 +12,7 @@ from .flow.objectives.improved_meanflow import ImprovedMeanFlow
 from .flow.objectives.joint import JointObjective
 from .flow.objectives.meanflow import MeanFlow
 from .flow.objectives.rcgm import RCGM
+from .flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
 from .flow.objectives.self_corrected import SelfCorrectedFlow
 from .flow.objectives.split_meanflow import SplitMeanFlow
 from .flow.objectives.twin_flow import TwinFlow
@@ -69,6 +70,8 @@ __all__ = [
     "Optimization",
     "PixArtFlowMap",
     "QwenImageFlowMap",
+    "RefinedMeanFlow",
+    "Refinement",
     "SCFlow",
     "SanaFlowMap",
     "Schedule",

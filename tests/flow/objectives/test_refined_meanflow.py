@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
+from emf_lightning.flow.target_velocity import TeacherVelocity
+
+POINT = 0.3
+
+
+def to_point(z: Tensor, r: Tensor, t: Tensor, samples: Tensor | None = None) -> Tensor:
+    """The flow of data that are one point; along its straight paths u = v."""
+    return (z - POINT) / t.view(-1, *[1] * (z.ndim - 1))
+
+
+def to_two_points(z: Tensor, r: Tensor, t: Tensor, samples: Tensor | None = None) -> Tensor:
+    """The flow of data at -1 and 1 in one dimension, each with probability 1/2: v = (z - E[x | z]) / t."""
+    t = t.view(-1, *[1] * (z.ndim - 1))
+    return (z - torch.tanh(z * (1 - t) / t**2)) / t
+
+
+SCALE = torch.ones((), requires_grad=True)
+
+
+def shows(z: Tensor, r: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+    """A network whose one-step samples are its conditioning: u = e - x there, and a constant at all other times."""
+    one = ((t == 1) & (r == 0)).view(-1, *[1] * (z.ndim - 1))
+    return torch.where(one, z - samples, 0.1 * SCALE + 0 * z)
+
+
+def pull(objective: RefinedMeanFlow, samples: Tensor) -> Tensor:
+    """The gradient of the loss at one-step samples; the regression has none there."""
+    torch.manual_seed(1)
+    samples = samples.clone().requires_grad_()
+    return torch.autograd.grad(objective(shows, torch.zeros_like(samples), samples).loss, samples)[0]
+
+
+def refined(of=to_point, **settings) -> RefinedMeanFlow:
+    settings = {"start": 0.0, "solver_steps": 32} | settings
+    return RefinedMeanFlow(velocity=TeacherVelocity(of), refinement=Refinement(**settings))
+
+
+def test_an_image_that_the_teacher_keeps_has_no_error():
+    samples = torch.full((16, 3), POINT)
+    assert refined()(shows, torch.zeros(16, 3), samples).metrics["refinement_error"] < 1e-6
+    assert refined()(shows, torch.zeros(16, 3), samples + 0.1).metrics["refinement_error"] > 0.09
+
+
+def test_the_target_is_the_teachers_euler_path_from_the_sample_on_its_own_noise():
+    objective = refined(to_two_points, times=(0.5, 0.5), solver_steps=2)
+    sample, noise = torch.tensor([[0.4], [-0.1]]), torch.tensor([[0.8], [0.2]])
+    z = 0.5 * sample + 0.5 * noise
+    for t in (0.5, 0.25):
+        z = z - 0.25 * (z - torch.tanh(z * (1 - t) / t**2)) / t
+    assert torch.allclose(objective.refined(nn.Identity(), sample, noise), z, atol=1e-6)
+
+
+def test_a_blend_is_pulled_to_the_image_that_it_shows_best_however_faint_the_other():
+    samples = torch.tensor([[0.5], [-0.5], [0.9], [-0.9]]).repeat(256, 1)
+    gradient = pull(refined(to_two_points, times=(0.2, 0.2), softness=1e-3), samples)
+    assert (torch.sign(-gradient) == torch.sign(samples)).float().mean() > 0.9, "at t = .2 noise turns few decisions"
+    strong, faint = (gradient[samples.abs() == size].abs().median() for size in (0.5, 0.9))
+    assert torch.allclose(strong, faint, rtol=0.05), "the gradient of |d|; that of d^2 / 2 would be a fifth"
+
+
+def test_its_gradient_has_the_norm_that_the_weight_says_and_no_part_through_the_target():
+    samples = torch.randn(64, 2)
+    one, four = (pull(refined(weight=weight), samples) for weight in (1.0, 4.0))
+    assert torch.allclose(four, 4 * one, atol=1e-7)
+    torch.manual_seed(1)
+    terms = MeanFlow(velocity=TeacherVelocity(to_point))(shows, torch.zeros(64, 2), samples)
+    assert torch.allclose(one.norm(), torch.autograd.grad(terms.loss, terms.u)[0].norm(), rtol=1e-4)
+    expected = torch.sign(samples - POINT) / samples.numel() ** 0.5 * one.norm()
+    assert torch.allclose(pull(refined(weight=1.0, softness=1e-6), samples), expected, atol=1e-3 * one.norm())
+
+
+def test_before_its_start_it_is_meanflow_bit_for_bit():
+    net = nn.Linear(3, 3)
+
+    def loss(objective: MeanFlow, progress: float) -> Tensor:
+        torch.manual_seed(0)
+        return objective(lambda z, r, t: net(z), torch.randn(32, 3), progress=progress).loss
+
+    alone, joined = MeanFlow(velocity=TeacherVelocity(to_point)), refined(start=0.5)
+    assert torch.equal(loss(alone, 0.49), loss(joined, 0.49))
+    assert torch.equal(loss(alone, 0.5), loss(joined, 0.5)), "the value stays the regression's"
+
+
+def test_one_sample_that_is_not_finite_leaves_the_others_as_they_are():
+    samples = torch.randn(8, 2)
+    samples[3] = torch.nan
+    net = nn.Linear(2, 2)
+    context = torch.zeros(8, 2)
+    context[3] = torch.nan
+    terms = refined(of=lambda z, r, t, c: z)(lambda z, r, t, c: net(z) + c, samples.nan_to_num(), context)
+    assert terms.finite.tolist() == [row != 3 for row in range(8)]
+    gradient = torch.autograd.grad(terms.loss, net.weight)[0]
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"times": (0.7, 0.4)}, "times must be"),
+        ({"times": (0.0, 0.4)}, "times must be"),
+        ({"times": (0.4, 1.0)}, "times must be"),
+        ({"weight": 0.0}, "weight above 0"),
+        ({"start": 1.0}, r"start in \[0, 1\)"),
+        ({"solver_steps": 0}, "solver_steps of at least 1"),
+        ({"softness": 0.0}, "softness above 0"),
+    ],
+)
+def test_values_out_of_range_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Refinement(**settings)
