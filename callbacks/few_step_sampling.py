@@ -251,6 +251,11 @@ class FewStepSampling(Callback):
         for metric in (*self.benchmarks, *self.extra_metrics):
             metric.use_data(data)
         fitting = trainer.state.fn == TrainerFn.FITTING
+        for benchmark in self.benchmarks if not trainer.fast_dev_run else []:  # type: ignore[attr-defined]
+            for stage in ("fit", "final") if fitting else ("final",):
+                prompts = [prompt for prompt, _ in _requests(benchmark, self._asked(trainer, benchmark, stage))]
+                for metric in (benchmark, *self.extra_metrics):
+                    metric.check_requests(prompts)
         histories = [ScoreHistory.read_if_there(run / benchmark.name / SCORES) for benchmark in self.benchmarks]
         # evaluations after the step of a resumed checkpoint are about to be repeated
         here = [record for history in histories for record in history.records]

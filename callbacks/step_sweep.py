@@ -107,8 +107,11 @@ class StepSweep(Callback):
         for metric in (*self.benchmarks, *self.extra_metrics):
             metric.use_data(data)
         for benchmark in self.benchmarks:  # before the first image is sampled
+            prompts = [prompt for prompt, _ in self._requested(trainer, benchmark)] * len(self.seeds)
             for metric in (benchmark, *self.extra_metrics):
-                metric.check_count(len(self._requested(trainer, benchmark)) * len(self.seeds))
+                metric.check_count(len(prompts))
+                if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                    metric.check_requests(prompts)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, FlowMapModule)

@@ -98,6 +98,12 @@ class ImageMetric(Metric):
     def check_count(self, images: int) -> None:
         """Raises a ``ValueError`` if the protocol asks for another number of images than ``images``."""
 
+    def check_requests(self, prompts: Sequence[str]) -> None:
+        """Raises a ``ValueError`` if images of ``prompts``, one for each, have no score: called before the first one.
+
+        A prompt with several images comes as often.
+        """
+
     def settings(self) -> dict[str, Any]:
         """Everything that comparable numbers must share, e.g. model, weights, protocol; plain values."""
         return {}

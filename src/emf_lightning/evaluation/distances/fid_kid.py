@@ -12,70 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.evaluation.distances.image_features import ImageFeatures, RandomFeatures
-from emf_lightning.evaluation.distances.reference_images import ReferenceImages, gaussian, resize, statistics
-from emf_lightning.evaluation.distances.validation_images import ValidationImages
-from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.distances.image_features import ImageFeatures
+from emf_lightning.evaluation.distances.reference_images import gaussian, statistics
+from emf_lightning.evaluation.distances.reference_metric import ReferenceMetric, joined
 
 
-class _Distance(ImageMetric):
-    """Base of FID and KID. The reference's features are computed for the first distance; fresh copies share them."""
-
-    higher_is_better = False
-    needs_prompts = False
-
-    def __init__(
-        self, features: ImageFeatures | None, reference: Path | None, resolution: int | None, count: int | None
-    ) -> None:
-        super().__init__()
-        for argument, value in {"resolution": resolution, "count": count}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{type(self).__name__}: {argument} must be at least 1, got {value}")
-        self._features = features = features or RandomFeatures()
-        if features.name:
-            self.name, self.title = f"{self.name}_{features.name}", f"{self.title} ({features.name} features)"
-        self.reference = None if reference is None else Path(reference)
-        self.resolution = resolution
-        self.count = count
-        # None if statistics come from a file, or before the run's data are known
-        self._images: ReferenceImages | ValidationImages | None = None
-        if self.reference is not None and self.reference.suffix != ".npz":
-            self._images = ReferenceImages(type(self).__name__, self.reference, features, resolution)
-
-    def use_data(self, data: CaptionImageData) -> None:
-        if self.reference is None and (not isinstance(self._images, ValidationImages) or self._images.data is not data):
-            self._images = ValidationImages(type(self).__name__, data, self._features, self.resolution)
-
-    def check_count(self, images: int) -> None:
-        """Raises a ``ValueError`` for another number of images than the protocol's, and without a reference."""
-        if self.reference is None and self._images is None:
-            raise ValueError(
-                f"{type(self).__name__}: reference is not set; give a folder of real images (only in a run, the "
-                "validation samples stand for it)"
-            )
-        if self.count is not None and images != self.count:
-            raise ValueError(
-                f"{self.title}: {images:,} images, but count is {self.count:,}; the number of images shifts the "
-                "distance: generate as many, or set count to your number and report it"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "reference": "validation samples" if self.reference is None else str(self.reference),
-            "reference_images": self._images.count if self._images else None,
-            "features": self._features.digest,
-            "resize": self._features.resize,
-            "resolution": self.resolution,
-            "count": self.count,
-        }
-
-    def features_of(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Features ``[B, D]`` of images, resized to the protocol's resolution first."""
-        return self._features([resize(image, self.resolution) for image in images])
-
-
-class FrechetDistance(_Distance):
+class FrechetDistance(ReferenceMetric):
     """FID (arXiv 1706.08500): Fréchet distance between Gaussians fitted to features.
 
     Comparable numbers share features, their resize, resolution, reference and number of images. Published protocols:
@@ -133,7 +75,7 @@ class FrechetDistance(_Distance):
         return {"score": distance.clamp(min=0), "images": self.images.double().cpu()}
 
 
-class KernelDistance(_Distance):
+class KernelDistance(ReferenceMetric):
     """KID (arXiv 1801.01401), times 1000: the unbiased squared MMD with a cubic kernel, for a few thousand images.
 
     Images are sorted by digests of their pixels before subsets are taken, so that the distance depends neither on ranks
@@ -204,9 +146,7 @@ class KernelDistance(_Distance):
         self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
-        features, keys = (
-            (torch.cat(list(state)) if isinstance(state, list) else state).cpu() for state in (self.features, self.keys)
-        )
+        features, keys = joined(self.features), joined(self.keys)
         if len(features) < 2:
             raise ValueError(f"{self.title}: needs two images or more, got {len(features)}")
         assert self._images is not None

@@ -63,6 +63,7 @@ def score_images(
         ValueError: if ``directory`` holds the progress of another scoring, or no image can be used.
     """
     metric.check_count(len(images))
+    metric.check_requests([image.prompt for image in images])
     directory.mkdir(parents=True, exist_ok=True)
     progress = _Progress(directory, metric, images, rank, ranks)
     mine = images[rank::ranks]
