@@ -30,7 +30,7 @@ def score(
     batch_size: int = 16,
     image_limits: ImageLimits = ImageLimits(),
 ) -> None:
-    """Score a folder of images: GenEval, DPG-Bench, HPS, CLIP score, FID, KID, or the shapes world's tasks.
+    """Score a folder of images: GenEval, GenEval 2, DPG-Bench, HPS, CLIP score, FID, KID, CMMD, or shapes' tasks.
 
     The folder may stand first: `emf score FOLDER --metric ...`. Several processes share the work:
     `torchrun --nproc_per_node 2 -m emf_lightning score ...`. A call that was interrupted is repeated; it goes on where
