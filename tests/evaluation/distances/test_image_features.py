@@ -27,3 +27,10 @@ def test_features_have_the_width_asked_for_at_any_size_of_image(width):
 def test_odd_and_small_widths_are_refused():
     with pytest.raises(ValueError, match="width must be even and at least 8, got 9"):
         RandomFeatures(9)
+
+
+def test_features_do_not_depend_on_the_precision_of_the_training():
+    image = np.random.default_rng(0).integers(0, 256, (36, 36, 3), np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = RandomFeatures()([image])
+    torch.testing.assert_close(inside, RandomFeatures()([image]), rtol=0, atol=0)

@@ -123,7 +123,8 @@ class RandomFeatures(ImageFeatures):
         self.network = _RandomConvolutions((first, 2 * first, width // 2 - 3 * first), seed)
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        return torch.cat([self.network(batch.float() / 127.5 - 1) for batch in _batches_by_size(images)])
+        with torch.autocast("cpu", enabled=False):  # reference images are described outside the trainer's precision
+            return torch.cat([self.network(batch.float() / 127.5 - 1) for batch in _batches_by_size(images)])
 
 
 class _RandomConvolutions(nn.Module):
