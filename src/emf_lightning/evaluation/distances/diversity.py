@@ -60,7 +60,7 @@ class _Diversity(ImageMetric):
 
     def compute(self) -> dict[str, Tensor]:
         features, keys = nn.functional.normalize(joined(self.features).double(), dim=1), joined(self.keys)
-        groups = [features[keys == key] for key in keys.unique()] if self.needs_prompts else [features]
+        groups = [features[keys == key] for key in sorted(set(keys.tolist()))] if self.needs_prompts else [features]
         values = torch.stack([self.value(group) for group in groups if len(group) > self.needs_prompts] or [_nan()])
         error = {"se": values.std() / len(values) ** 0.5} if len(values) > 1 else {}
         return {"score": values.mean()} | error

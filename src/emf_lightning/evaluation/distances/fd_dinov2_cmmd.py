@@ -102,5 +102,5 @@ class Cmmd(ReferenceMetric):
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:
     """Mean Gaussian kernel between unit vectors ``[N, D]`` and ``[M, D]``."""
-    sums = [torch.exp((rows @ y.T - 1) / SIGMA**2).sum() for rows in x.split(ROWS)]  # |a - b|^2 = 2 - 2 ab
+    sums = [torch.exp((rows @ y.T - 1) / SIGMA**2).sum() for rows in torch.split(x, ROWS)]  # |a - b|^2 = 2 - 2 ab
     return torch.stack(sums).sum() / (len(x) * len(y))

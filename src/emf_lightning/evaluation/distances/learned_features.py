@@ -85,7 +85,7 @@ class ClipFeatures(ImageFeatures):
     ) -> None:
         self._clip = load_clip("ClipFeatures", model, pretrained, quick_gelu, device)
         self.network = self._clip.model
-        self.width = self.network.visual.output_dim
+        self.width = int(self._clip.model.visual.output_dim)
         self.name = "clip" if model.startswith("ViT-L-14-336") else f"clip-{model}"
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -112,14 +112,14 @@ class Precision(_Coverage):
 
 def radii(features: Tensor, neighbours: int) -> Tensor:
     """Distance ``[N]`` of each of ``features`` ``[N, D]`` to its ``neighbours``-th nearest other one."""
-    parts = [_distances(rows, features).kthvalue(neighbours + 1).values for rows in features.split(ROWS)]
+    parts = [_distances(rows, features).kthvalue(neighbours + 1).values for rows in torch.split(features, ROWS)]
     return torch.cat(parts)
 
 
 def covered(tested: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     """The share of ``tested`` ``[N, D]`` within ``radius`` ``[M]`` of any of ``centres`` ``[M, D]``."""
     rounding = 1e-5 * centres.norm(dim=1)  # features of one image in two batches differ; copies have radius 0
-    inside = [(_distances(rows, centres) <= radius + rounding).any(1) for rows in tested.split(ROWS)]
+    inside = [(_distances(rows, centres) <= radius + rounding).any(1) for rows in torch.split(tested, ROWS)]
     return torch.cat(inside).double().mean()
 
 
