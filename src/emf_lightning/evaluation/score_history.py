@@ -90,8 +90,10 @@ class ScoreRecord:
             for name, v in alone.items()
         }
         return cls(
-            **{name: row[name] for name in ("suite", "stage")},
-            **{name: int(row[name]) for name in ("step", "nfe")},
+            suite=row["suite"],
+            stage=row["stage"],
+            step=int(row["step"]),
+            nfe=int(row["nfe"]),
             seconds=float(row["seconds"]),
             sampling=SamplingConfig.from_row(row),
             scores=scores,

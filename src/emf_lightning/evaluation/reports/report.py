@@ -260,7 +260,8 @@ def _row(content: dict[str, Any]) -> ReportRow:
     """The row that was written as ``content``; earlier versions wrote ``guidance`` for ``guidance_scale``."""
     renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in content.items()}
     changed = {"seeds": tuple(content["seeds"]), "scores": _numbers(content["scores"])}
-    return ReportRow(**{name: math.nan if value is None else value for name, value in renamed.items()} | changed)
+    filled: dict[str, Any] = {name: math.nan if value is None else value for name, value in renamed.items()}
+    return ReportRow(**filled | changed)
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
