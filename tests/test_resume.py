@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
+from tests.forked import Forked, emf
 
 STEPS = 24
 CONFIG = """
@@ -70,12 +69,11 @@ MODELS = {
 """Settings of each model, in addition to the common ones."""
 
 
-def start(model: str, root: Path, shards: Path, *options: str) -> subprocess.Popen[bytes]:
+def start(model: str, root: Path, shards: Path, *options: str) -> Forked:
     root.mkdir(exist_ok=True)
     config = root / "run.yaml"
     config.write_text(CONFIG.format(model=model, settings=MODELS[model], root=root, shards=shards, steps=STEPS))
-    command = [sys.executable, "-m", "emf_lightning", "fit", "--config", str(config), *options]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    return Forked(emf, "fit", "--config", str(config), *options)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 
 from emf_lightning.cli import main
 from tests.cli.world import BASE
+from tests.forked import Forked, emf
 
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 STEPS = 400
@@ -64,7 +65,7 @@ def started(*options: str, launcher: tuple[str, ...] = ("-m", "emf_lightning"), 
         )
 
 
-def reached(process: subprocess.Popen, path: str = LAST) -> None:
+def reached(process: subprocess.Popen | Forked, path: str = LAST) -> None:
     """Waits for a file of a running process."""
     while not Path(path).exists():
         assert process.poll() is None, said()
@@ -84,7 +85,7 @@ def whole() -> bool:
 
 
 def test_a_signal_to_the_whole_group_spares_the_data_workers_until_the_state_is_saved(here):
-    process = started()
+    process = Forked(emf, "fit", "--config", "run.yaml", output=(Path("out.txt"), Path("out.txt")))
     reached(process)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(600) == 128 + signal.SIGTERM, said()
