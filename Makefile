@@ -95,8 +95,9 @@ curves: $(READY) ## open TensorBoard on all runs
 	@echo "the scores: http://localhost:6006/?smoothing=0#timeseries&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
-# folders whose tests run beside all others, in a second process: on two cores they take as long as the rest
-BESIDE := tests/callbacks tests/cli tests/faults
+# tests that run beside all others, in a second process: on two cores they take as long as the rest, and these alone
+# need the process that tests/forked.py forks
+BESIDE := tests/callbacks tests/cli tests/faults tests/test_devices.py tests/test_forked.py tests/test_resume.py
 test: $(READY) ## run the tests (a quarter of an hour on 2 cores)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/pytest $(BESIDE) > $(VENV)/pytest-beside.log 2>&1 & beside=$$!; status=0; \

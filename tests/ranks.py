@@ -1,7 +1,7 @@
 """What test_devices.py looks at: the same training on one process and on two, each in several ways.
 
-A script, so that everything is imported once and no rank inherits an autograd engine that has run: it forks the ranks,
-with the environment that torchrun would give them, and each run leaves ``<name>.pt`` in the folder.
+``main`` forks the ranks, with the environment that torchrun would give them, and each run leaves ``<name>.pt`` in the
+folder.
 """
 
 from __future__ import annotations
@@ -421,8 +421,8 @@ def run(ranks: int, part: Callable[[int, Path], None], out: Path) -> list[int]:
     return [os.waitpid(child, 0)[1] for child in children]
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """All runs, in a process that has run nothing: no rank inherits an autograd engine that has."""
     tiny.shards(folder / "shards")
     parts = ((1, alone), (2, together), (2, refused), (2, killed), (2, resumed_together), (1, resumed_alone))
     (folder / "statuses.json").write_text(

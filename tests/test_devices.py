@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ from torch import Tensor
 
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
+from tests import ranks
+from tests.forked import Forked
 from tests.ranks import STEPS
 
 
@@ -23,8 +22,7 @@ from tests.ranks import STEPS
 def out(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """The folder with the files of all runs."""
     out = tmp_path_factory.mktemp("ranks")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.ranks", str(out)], env=env, cwd=root, check=True)
+    assert Forked(ranks.main, out, folder=root).wait() == 0
     return out
 
 

@@ -1,7 +1,4 @@
-"""What test_sharded_checkpoints.py looks at: two ranks that save, or refuse to, load damaged copies, and are killed.
-
-A script for the reason that ``tests/ranks.py`` is one.
-"""
+"""What test_sharded_checkpoints.py looks at: two ranks that save, or refuse to, load damaged copies, and are killed."""
 
 from __future__ import annotations
 
@@ -145,12 +142,12 @@ def resumed(rank: int, out: Path) -> None:
     train(out, steps=6, ckpt_path=last)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path, names: str, points: Iterable[int]) -> None:
+    """Runs of two ranks in ``folder``: ``all`` or ``few`` kinds of damage, and a kill at each of ``points``."""
     tiny.shards(folder / "shards")
-    parts = {"damaged": [partial(damaged, DAMAGE if sys.argv[2] == "all" else FEW)]}
+    parts = {"damaged": [partial(damaged, DAMAGE if names == "all" else FEW)]}
     parts["poisoned"] = [poisoned]
-    parts |= {f"killed-{point}": [partial(killed, point), resumed] for point in map(int, sys.argv[3:])}
+    parts |= {f"killed-{point}": [partial(killed, point), resumed] for point in points}
     statuses = {}
     for name, steps in parts.items():
         (folder / name).mkdir()

@@ -10,21 +10,20 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from emf_lightning.modules.sharded_checkpoint import check_index
+from tests.faults import sharded_ranks
+from tests.forked import Forked
 
 POINTS = range(1, 10)
 """A save renames its digests, the folder that it replaces, and its own: the fourth ends in the ninth."""
 
 
-def ranks(out: Path, root: Path, *arguments: str) -> Path:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.sharded_ranks", str(out), *arguments]
-    subprocess.run(command, env=env, cwd=root, check=True)
+def ranks(out: Path, names: str, *points: int) -> Path:
+    assert Forked(sharded_ranks.main, out, names, points).wait() == 0
     return out
 
 
@@ -54,8 +53,8 @@ def check_kill(out: Path, point: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    return ranks(tmp_path_factory.mktemp("few"), root, "few", "8")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ranks(tmp_path_factory.mktemp("few"), "few", 8)
 
 
 def test_damage_and_a_kill_between_the_two_renames_lose_nothing(few):
@@ -71,14 +70,14 @@ def test_all_ranks_refuse_to_save_what_is_not_finite_on_one(few):
 
 
 @pytest.mark.slow
-def test_no_damage_of_any_file_is_used(tmp_path, root):
-    check_damage(ranks(tmp_path, root, "all"))
+def test_no_damage_of_any_file_is_used(tmp_path):
+    check_damage(ranks(tmp_path, "all"))
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_rename_loses_nothing(tmp_path, root):
+def test_a_kill_at_any_rename_loses_nothing(tmp_path):
     points = [0, *POINTS[4:]]  # the first saves have no last.ckpt to go on from
-    out = ranks(tmp_path, root, "few", *map(str, points))
+    out = ranks(tmp_path, "few", *points)
     for point in points:
         check_kill(out, point)
 
