@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from emf_lightning.cli import main
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import PredictVelocity
+from tests import forked
 from tests.cli.world import BASE, complaint
 
 
@@ -252,10 +253,10 @@ def test_a_class_of_the_current_folder_is_trained_and_other_verbs_ask_for_trust(
     assert (own / "ran").is_file()
     (own / "ran").unlink()
     predict = ["predict", "--run", "runs/tiny", "--prompt", "a circle", "--steps", "1"]
-    refused = emf(own, *predict)
+    refused = forked.run(forked.emf, *predict, folder=own)
     assert refused.returncode == 2 and "my_network.MyNet is no class of emf_lightning" in refused.stderr
     assert not (own / "ran").exists() and not (own / "stranger").exists()
-    assert emf(own, *predict, "--trust_remote_code").returncode == 0
+    assert forked.run(forked.emf, *predict, "--trust_remote_code", folder=own).returncode == 0
     assert len(list((own / "runs/tiny/version_0/samples").glob("*.png"))) == 1
 
 
