@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -22,6 +23,13 @@ print(json.dumps(sorted(set(sys.modules))))
 """
 
 
+@cache
+def help_of(verb: str) -> str:
+    """A verb's help from a process of its own, and its modules in the last line."""
+    asked = [sys.executable, "-c", PROGRAM, verb, "--help"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("verb", "needed"),
     [
@@ -33,10 +41,16 @@ print(json.dumps(sorted(set(sys.modules))))
     ],
 )
 def test_the_help_of_a_verb_loads_no_library_that_it_does_not_need(verb, needed):
-    asked = [sys.executable, "-c", PROGRAM, verb, "--help"]
-    *text, modules = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    *text, modules = help_of(verb).splitlines()
     assert f"usage: emf {verb}" in "\n".join(text)
     assert HEAVY & set(json.loads(modules)) == needed
+
+
+def test_an_experiment_that_is_not_there_is_told_before_any_library_is_loaded():
+    asked = [sys.executable, "-c", PROGRAM.replace("not end.code", "end.code == 2"), "fit", "--config", "nowhere.yaml"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert "nowhere.yaml: no such file" in done.stderr
+    assert HEAVY.isdisjoint(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_a_report_of_scores_loads_neither_torch_nor_torchmetrics(tmp_path):
@@ -51,7 +65,6 @@ def test_a_report_of_scores_loads_neither_torch_nor_torchmetrics(tmp_path):
 
 
 def test_the_help_of_encoders_knows_every_corpus():
-    asked = [sys.executable, "-m", "emf_lightning", "encoders", "--help"]
-    text = "".join(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split())
+    text = "".join(help_of("encoders").split())
     for name in ("pair_corpus.CocoPairs", "own_pairs.OwnPairs"):
         assert f"emf_lightning.evaluation.encoders.{name}" in text

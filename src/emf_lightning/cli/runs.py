@@ -1,4 +1,7 @@
-"""A run by its name: `--run RUN` names its configuration, its last checkpoint and its directory."""
+"""A run by its name: `--run RUN` names its configuration, its last checkpoint and its directory.
+
+torch and Lightning are imported where a run is looked at: an experiment's wrong name is told without them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emf_lightning.cli.run_directory import versions
 from emf_lightning.cli.run_lock import LOCK
-from emf_lightning.modules.checkpoint_files import is_whole
 
 CONFIG = "config.yaml"
 """File of a run's whole configuration, in its directory."""
@@ -30,6 +31,8 @@ def find_run(run: str | Path) -> Run:
     Raises:
         ValueError: for anything else.
     """
+    from emf_lightning.cli.run_directory import versions
+
     path = Path(run)
     for directory in (path, *versions(path)):
         if (directory / CONFIG).is_file():
@@ -52,6 +55,8 @@ def run_of(path: str | Path) -> Path | None:
 
 def _last(run: Path) -> Path | None:
     """The run's last checkpoint; where none has that name, the newest whole one, or a damaged one if all are."""
+    from emf_lightning.modules.checkpoint_files import is_whole
+
     found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
     lasts = [path for path in found if path.stem.startswith("last")]
     return next(iter(lasts), None) or next(filter(is_whole, found), found[0] if found else None)
@@ -63,6 +68,8 @@ def checkpoint_of(found: Run) -> Path:
     Raises:
         ValueError: for a run that has none; it names an earlier version that has one.
     """
+    from emf_lightning.cli.run_directory import versions
+
     if found.checkpoint is not None:
         return found.checkpoint
     others = [folder for folder in versions(found.directory.parent) if _last(folder) is not None]
