@@ -108,13 +108,17 @@ class EMFCLI(LightningCLI):
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "logger": _parser_log(),
-                **{verb: {"description": _description(verb)} for verb in TRAINER_VERBS},
+                arguments[0]: {"description": _description(arguments[0])},
             },
             save_config_callback=RunLog,
             seed_everything_default=0,
             auto_configure_optimizers=False,  # the optimiser is the model's
             args=arguments,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb that is run alone: parsers of the others would take as long as all of the parsing."""
+        return {verb: skipped for verb, skipped in super().subcommands().items() if verb in self.parser_kwargs}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
