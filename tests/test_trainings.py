@@ -14,14 +14,15 @@ from emf_lightning.cli.trainings import LOG, fit, run_in_parallel
 
 
 def test_as_many_tasks_as_allowed_run_at_a_time():
-    lock, running, most = threading.Lock(), 0, 0
+    lock, both, running, most = threading.Lock(), threading.Barrier(2), 0, 0
 
     def task() -> int:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.05)
+        both.wait(60)
+        time.sleep(0.05)  # a third one would be seen
         with lock:
             running -= 1
         return most

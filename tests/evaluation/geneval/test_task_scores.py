@@ -41,7 +41,7 @@ def first_of_two_ranks_scores_alone(rank, store, ended, answers):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if rank == 0:
         answers.put(TaskScores.of(evaluated(0.6)))
-    ended.wait(60)  # the other rank is there and never asks for a score
+    ended.wait(600)  # the other rank is there and never asks for a score
 
 
 def test_scores_of_single_images_ask_no_other_rank(tmp_path):
@@ -52,7 +52,7 @@ def test_scores_of_single_images_ask_no_other_rank(tmp_path):
     for process in processes:
         process.start()
     try:
-        assert answers.get(timeout=30) == TaskScores.of(evaluated(0.6))
+        assert answers.get(timeout=600) == TaskScores.of(evaluated(0.6))
     finally:
         ended.set()
         for process in processes:
