@@ -16,7 +16,8 @@ from emf_lightning.networks.base import FlowMapNetwork
 class SaveNetwork(Callback):
     """Writes the network at the end of ``fit``, with averaged weights if there are any.
 
-    A later experiment starts from it with ``pretrained: <run directory>/network``.
+    A later experiment starts from it with ``pretrained: <run directory>/network``. Of a network with adapters the
+    folder holds these alone, and names their parent.
 
     Args:
         folder: folder below the run directory.
@@ -38,6 +39,11 @@ class SaveNetwork(Callback):
             kind = type(pl_module.net).__name__
             raise ValueError(
                 f"SaveNetwork: time_scale is {self.time_scale:g}, but {kind} has no time embedding to fit; leave it out"
+            )
+        if pl_module.net.parent_weights:
+            raise ValueError(
+                f"SaveNetwork: time_scale is {self.time_scale:g}, but under adapters the time embedding is the "
+                "parent's; leave it out"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from emf_lightning.modules.sharding import LIVE, gathered, is_sharded, scattered
+from emf_lightning.networks.adapter import parent_parameters
 
 
 class WeightEMA(EMAWeightAveraging):
@@ -103,19 +106,31 @@ def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Weights(LightningModule):
-    """A module's parameters and buffers under their names, without its other attributes, for averaging to copy."""
+    """A module's parameters and buffers under their names, without its other attributes, for averaging to copy.
+
+    A copy has the weights under adapters in common with the module: they never change.
+    """
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self._device = module.device
-        _mirror(module, self)
+        self._parents = parent_parameters(module)
+        _mirror(module, self, lambda tensor: tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Weights:
+        memo.update(self._parents)
+        copied = _Weights.__new__(_Weights)
+        LightningModule.__init__(copied)
+        copied._device, copied._parents = self._device, self._parents
+        _mirror(self, copied, partial(copy.deepcopy, memo=memo))
+        return copied
 
 
-def _mirror(source: nn.Module, target: nn.Module) -> nn.Module:
+def _mirror(source: nn.Module, target: nn.Module, of: Callable[[Any], Any]) -> nn.Module:
     for name, parameter in source._parameters.items():
-        target.register_parameter(name, parameter)
+        target.register_parameter(name, of(parameter))
     for name, buffer in source._buffers.items():
-        target.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+        target.register_buffer(name, of(buffer), persistent=name not in source._non_persistent_buffers_set)
     for name, child in source.named_children():
-        target.add_module(name, _mirror(child, nn.Module()))
+        target.add_module(name, _mirror(child, nn.Module(), of))
     return target

@@ -18,7 +18,7 @@ from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
 from emf_lightning.part_classes import Spec, builder, takes
 from emf_lightning.weight_variants import plain_names, variant_names
 
-_TRAINING_ONLY = ("architecture", "finetuning", "subfolder", "gradient_checkpointing", "compile")
+_TRAINING_ONLY = ("architecture", "finetuning", "adapter", "subfolder", "gradient_checkpointing", "compile")
 """Arguments of a network that concern its training or its start, which a saved network does not need."""
 
 

@@ -48,10 +48,15 @@ class Plan:
         self.pretrained = net.get("init_args.pretrained.path", net.get("init_args.pretrained"))
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
         self.averages = any(name.endswith(("WeightEMA", "EMAWeightAveraging")) for name in names)
+        own = any(name.endswith("WeightEMA") for name in names)
         self.network = sum(p.numel() for p in self.net.parameters())
         self.tuned = self.text.parameters if kind.tunes_encoder else 0
         self.weights = self.network + self.tuned
+        self.adapter = getattr(self.net, "adapter", None)
+        parents = self.net.parent_weights  # copies and checkpoints leave them out
+        self.copied = sum(p.numel() for name, p in self.net.named_parameters() if name not in parents)
         self.trainable = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+        self.averaged = (self.copied + self.tuned if own else self.weights) * self.averages
 
     def parameters(self) -> list[str]:
         """Parameters by part."""
@@ -65,20 +70,25 @@ class Plan:
             "Parameters",
             _row("network", f"{self.network:,}", f"{self.trainable:,} train"),
             *(_row(f"  {name}", f"{total:,}", f"{some:,} train") for name, (total, some) in parts.items()),
+            *([self._adapters()] if self.adapter is not None else []),
             _row("text encoder", f"{self.text.parameters:,}", "all train" if self.tuned else "frozen"),
             _row("autoencoder", f"{autoencoder:,}", "frozen"),
             *([_row("started from", str(self.pretrained))] if self.pretrained else []),
         ]
+
+    def _adapters(self) -> str:
+        rank, share = self.adapter.rank, self.trainable / self.network
+        return _row("adapters", f"rank {rank}", f"{share:.2%} of the network train, intervals' embedding among them")
 
     def memory(self) -> list[str]:
         """Memory of a device, by strategy."""
         trainer, batch = self.settings.trainer, self.settings.data.batch_size
         mixed = str(trainer.precision).endswith("-mixed")
         activations = (self.cost.block_activations if self.checkpointing else self.cost.activations) * batch
-        teacher = 4 * self.network * self.teacher
+        teacher = 4 * self.copied * self.teacher
         encoder = 0 if self.tuned else self.text.bytes  # encodes captions that the cache does not hold
         frozen = teacher + encoder + sum(p.numel() * p.element_size() for p in self.autoencoder.parameters())
-        average = 4 * self.weights * self.averages
+        average = 4 * self.averaged
         gradients = 4 * (self.trainable + self.tuned)
         states = 4 * self.weights + 3 * gradients  # weights, gradients and AdamW's two moments
         casts = 2 * self.weights * mixed
@@ -118,7 +128,8 @@ class Plan:
             needed = each * self.samples / 1e9
             room = "within max_gb" if needed < cache.max_gb else f"--data.{name}.max_gb {needed * 1.02:.0f} holds them"
             lines.append(_row(f"data.{name}", _gb(needed * 1e9), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
-        saved = 4 * self.weights * (1 + self.averages) + 8 * (self.trainable + self.tuned)
+        whole = self.copied + self.tuned
+        saved = 4 * whole * (1 + self.averages) + 8 * (self.trainable + self.tuned)
         return [*lines, _row("a checkpoint", _gb(saved), "with the optimiser; two are kept")]
 
     def time(self) -> list[str]:
@@ -126,7 +137,7 @@ class Plan:
         trainer, data = self.settings.trainer, self.settings.data
         batch = data.batch_size * self.devices * trainer.accumulate_grad_batches
         images = trainer.max_steps * batch
-        passes = 3 + self.checkpointing + self.teacher
+        passes = 3 + self.checkpointing + self.teacher - (self.adapter is not None)  # no gradients of frozen weights
         row = self.cost.flops * (passes + self.derivative * _DERIVATIVE)
         row += 8 * self.tuned * self.text.length  # four passes, one of them for the features; two operations a weight
         row += 0 if data.get("latent_cache") else encoding_flops(self.autoencoder, data.resolution)

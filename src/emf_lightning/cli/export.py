@@ -22,6 +22,7 @@ def export(
     parent: str | None = None,
     push: str | None = None,
     license: str | None = None,
+    merge: bool = False,
 ) -> None:
     """Write a trained model as a folder in diffusers' format, with a model card.
 
@@ -37,6 +38,8 @@ def export(
             beside this one.
         push: repository of the hub, owner/name, to which the folder is uploaded; it is made if it is not there.
         license: of the model, for its card: an identifier of the hub, e.g. apache-2.0. By default the card names none.
+        merge: add the adapters that the run trained to their parent's weights, so that the folder holds the whole
+            network; by default it holds the adapters and the parent's name.
     """
     from emf_lightning.cli.load_run import build_run  # here: the help needs none of them
     from emf_lightning.cli.model_card import model_card
@@ -56,6 +59,7 @@ def export(
     found = find_run(run)
     run, built = found.directory, build_run(found.directory, checkpoint or checkpoint_of(found))
     settings, data, module = built.settings, built.datamodule, built.model.eval()
+    _settle_adapters(module.net, merge, push)
     net = _spec(settings.model.init_args.net)
     known = inspect.signature(type(module.net)).parameters
     net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
@@ -78,6 +82,20 @@ def export(
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
     if push is not None:
         print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
+
+
+def _settle_adapters(net: Any, merge: bool, push: str | None) -> None:
+    """Merges adapters on request; ValueError where there are none, or where nobody could load them from the hub."""
+    adapted = getattr(net, "adapter", None) is not None
+    if merge and not adapted:
+        raise ValueError("merge: the run trained a whole network, without adapters; leave it out")
+    if merge:
+        net.merge_adapters()
+    elif adapted and push is not None and Path(net.parent.path).exists():
+        raise ValueError(
+            f"push: the run trained adapters on {net.parent}, a folder of this machine, where nobody else finds the "
+            "parent; add --merge"
+        )
 
 
 def _parent(parent: str, out: Path) -> str:

@@ -57,6 +57,10 @@ _STOCK = """
 `transformer/` is in diffusers' format. The stock class {kind} loads it without its second time, and computes something
 else: take the pipeline.
 """
+_ADAPTED = """
+`transformer/` holds LoRA adapters and what trained beside them, and loading downloads the parent. The parent's stock
+pipeline reads the adapters alone, without the second time: `pipe.load_lora_weights("{name}", subfolder="transformer")`.
+"""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -117,13 +121,16 @@ def model_card(
     own = pipeline.transformer.part
     kinds = type(own.diffusers_model).__mro__ if own.takes_interval and hasattr(own, "diffusers_model") else ()
     stock = next((kind.__name__ for kind in kinds if kind.__module__.startswith("diffusers.")), None)
+    remark = "" if stock is None else _STOCK.format(kind=stock)
+    if getattr(own, "adapter", None) is not None:
+        remark = _ADAPTED.format(name=name)
     return _CARD.format(
         head=head.to_yaml().strip(),
         title=title,
         name=name,
         install=INSTALL,
         prompt=repr(prompts[0] if prompts else ""),
-        stock="" if stock is None else _STOCK.format(kind=stock),
+        stock=remark,
         facts=markdown_table(["", ""], [[key, str(value)] for key, value in facts.items()]),
         scores=_scores(run),
         figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures),

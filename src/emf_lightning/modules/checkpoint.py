@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emf_lightning.digests import check_digests
+from emf_lightning.networks.adapter import parent_names
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
     from emf_lightning.networks.base import FlowMapNetwork
 
 PARAMETRIZATION = "flow_map"
 """Key of a checkpoint under which it describes its weights."""
+
+PARENT = "parent"
+"""Key of a checkpoint under which one of adapters names the weights that they change."""
+
+_PLAIN = {"adapter": "none"}
+"""What the description of a network without adapters leaves out."""
 
 _EARLIER_MODELS = {
     "MeanFlow": {"model": "FlowMapModule", "objective": "MeanFlow"},
@@ -128,8 +137,13 @@ def _first_non_finite(checkpoint: Mapping[str, Any]) -> str | None:
 
 def parametrization_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The description of a checkpoint's weights, in today's names; empty where it has none."""
-    about = dict(checkpoint.get(PARAMETRIZATION, {}))
+    about = _PLAIN | dict(checkpoint.get(PARAMETRIZATION, {}))
     return about | _EARLIER_MODELS.get(about.get("model", ""), {})
+
+
+def described(net: FlowMapNetwork) -> dict[str, Any]:
+    """The description of a network, as ``parametrization_of`` reads it from a checkpoint."""
+    return _PLAIN | net.parametrization
 
 
 def check_parametrization(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -161,13 +175,38 @@ def load_network(net: FlowMapNetwork, path: str) -> None:
     """
     saved = read_checkpoint(path, "init_from")
     weights = {n.removeprefix("net."): value for n, value in saved["state_dict"].items() if n.startswith("net.")}
+    own = net.state_dict()
+    weights = {name: own[name] for name in net.parent_weights} | weights
     problem = f"init_from: {path} holds a network of another configuration than model.net"
-    if clash := disagreement(saved.get(PARAMETRIZATION, {}), net.parametrization):
+    if clash := disagreement(parametrization_of(saved), described(net)):
         raise ValueError(f"{problem}: {clash}; make them agree")
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{problem}: {first_difference(error)}") from error
+
+
+def leave_out_parents(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Takes the weights under adapters out of a checkpoint, which names them instead."""
+    known = parent_names(module)
+    for state in _states(checkpoint):
+        for name in known & state.keys():
+            del state[name]
+    if parents := {str(part.parent) for part in module.modules() if getattr(part, "parent", None) is not None}:
+        checkpoint[PARENT] = min(parents)
+
+
+def put_parents_back(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Puts the weights under adapters, as ``module`` has them, into a checkpoint that leaves them out."""
+    if known := parent_names(module):
+        own = module.state_dict()
+        for state in _states(checkpoint):
+            state.update({name: own[name] for name in known - state.keys()})
+
+
+def _states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weights, and where these are averages the live ones beside them."""
+    return [checkpoint[key] for key in ("state_dict", "current_model_state") if key in checkpoint]
 
 
 def live_weights(path: str | Path) -> dict[str, Any] | None:

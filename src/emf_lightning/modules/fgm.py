@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from emf_lightning.modules.alternating import AlternatingModule, Alternation
 from emf_lightning.modules.flow_map import VALIDATION_TIMES
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.frozen import copied
 
 
 class FGM(AlternatingModule):
@@ -62,7 +61,7 @@ class FGM(AlternatingModule):
             guidance_scale=guidance_scale,
             init_from=init_from,
         )
-        self.online_flow = copy.deepcopy(self.net)
+        self.online_flow = copied(self.net)
         self.save_hyperparameters(logger=False)
 
     def compute_loss(self, batch: CaptionImageBatch) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -292,6 +293,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         checkpoints.check_parametrization(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # which reads its checkpoints whole
+            checkpoints.leave_out_parents(checkpoint, self)
         saved = (getattr(callback, "_last_checkpoint_saved", "") for callback in self.trainer.checkpoint_callbacks)
         checkpoints.check_finite(checkpoint, self.trainer.global_step, next(filter(None, saved), None))
         # From a configuration they are plain values that rebuild the module; from Python they are the objects
@@ -306,7 +309,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         # weights of the same shapes but another parametrization would load, and sample nonsense
         self._loaded = checkpoints.parametrization_of(checkpoint)
         checkpoints.check_kinds(self._loaded, model=self, objective=self.objective)
-        checkpoints.check_parametrization(self._loaded, self.net.parametrization)
+        checkpoints.check_parametrization(self._loaded, checkpoints.described(self.net))
+        checkpoints.put_parents_back(checkpoint, self)
         # a sharded checkpoint that was made one file holds the live weights beside the averages
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith(LIVE)]:

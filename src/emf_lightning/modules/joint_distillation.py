@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import DiscriminatorCallable
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
+from emf_lightning.networks.frozen import copied
 
 
 class JointDistillation(AlternatingModule):
@@ -77,7 +77,7 @@ class JointDistillation(AlternatingModule):
             raise ValueError("JointDistillation: both weights are 0: take FlowMapModule for the regression alone")
         self.auxiliaries = nn.ModuleDict()
         if matching:
-            self.auxiliaries["online_flow"] = copy.deepcopy(self.net)
+            self.auxiliaries["online_flow"] = copied(self.net)
         if adversarial and discriminator is not None:
             critic = self.auxiliaries["discriminator"] = discriminator(self.net)
             if isinstance(critic, FeatureDiscriminator):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.frozen import copied
 
 LIVE = "current_model_state."
 """In a sharded checkpoint, the names of the live weights where the plain names are the averages'."""
@@ -106,7 +107,7 @@ def full_network(net: FlowMapNetwork, template: FlowMapNetwork | None) -> FlowMa
         template: the return value of ``shard``, None where the network is not sharded.
     """
     if template is None:
-        return copy.deepcopy(net) if not dist.is_initialized() or dist.get_rank() == 0 else None
+        return copied(net) if not dist.is_initialized() or dist.get_rank() == 0 else None
     state = gathered(net.state_dict())
     if not state:
         return None

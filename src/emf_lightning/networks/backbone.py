@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.networks.adapter import Adapter
 from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import describe
 from emf_lightning.networks.diffusers_flow_map import DiffusersFlowMap
@@ -36,6 +37,7 @@ class BackboneFlowMap(DiffusersFlowMap):
         pretrained: the weights to start from instead, in diffusers' format: a local folder or hub name, or
             ``PretrainedWeights`` for a model inside a pipeline's repository.
         finetuning: changes before training, and the parameters that train.
+        adapter: LoRA on the frozen network, which trains beside what the pretrained one lacked.
         prediction: rule from the backbone's output to u.
         time_scale: factor on t before the backbone's time embedding; by default that of published weights.
         interval: rule that joins r and t, e.g. ``AnchoredInterval``; None for a network with one time.
@@ -63,6 +65,7 @@ class BackboneFlowMap(DiffusersFlowMap):
         *,
         pretrained: str | PretrainedWeights | None = None,
         finetuning: Finetuning | None = None,
+        adapter: Adapter | None = None,
         prediction: Prediction | None = None,
         time_scale: float | None = None,
         interval: IntervalInput | None = None,
@@ -76,15 +79,16 @@ class BackboneFlowMap(DiffusersFlowMap):
         self.latent_channels, self.latent_size, self.context_width = latent_channels, latent_size, context_width
         self.interval = interval
         self.takes_interval = interval is not None
-        if pretrained is None:
+        weights = self._parent_of(pretrained, adapter, finetuning)
+        if weights is None:
             self.model = kind(**size)
             self._add_interval()
             self._record()
         else:
-            weights = PretrainedWeights.of(pretrained)
             self.model = load_pretrained(
                 type(self).__name__, kind, weights, frozen=False, surplus=(f"{self.places.embedding}.{INTERVAL}.",)
             )
+            self._as_saved()
             recorded = self._recorded()
             if finetuning.refit:
                 self._refit_to_ours(weights, recorded)
@@ -92,6 +96,7 @@ class BackboneFlowMap(DiffusersFlowMap):
             self._check_agreement(weights, recorded)
             self._load_interval(weights)
         finetuning.freeze(type(self).__name__, self.model)
+        self._adapt()
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if compile:

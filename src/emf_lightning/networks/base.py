@@ -33,6 +33,8 @@ class FlowMapNetwork(nn.Module, ABC):
         latent_channels: C of the latents that it was built for.
         latent_size: H = W of these.
         context_width: D of the text features.
+        parent_weights: names in the state dict of the weights that stay its parent's, under adapters; checkpoints and
+            copies leave them out.
     """
 
     prediction: Prediction
@@ -41,6 +43,7 @@ class FlowMapNetwork(nn.Module, ABC):
     takes_negative_times: bool = False
     gradient_checkpointing: bool = False
     compiled: bool = False
+    parent_weights: frozenset[str] = frozenset()
     latent_channels: int
     latent_size: int
     context_width: int

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emf_lightning.networks.adapter import parent_parameters
 from emf_lightning.networks.base import FlowMapNetwork
+
+
+def copied(net: FlowMapNetwork) -> FlowMapNetwork:
+    """A copy of a network; under adapters both have the parent's weights in common, which never change."""
+    return copy.deepcopy(net, dict(parent_parameters(net)))
 
 
 class FrozenNetwork:
@@ -19,7 +25,7 @@ class FrozenNetwork:
     """
 
     def __init__(self, net: FlowMapNetwork) -> None:
-        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net = copied(net).requires_grad_(False).eval()
         if net.compiled:
             self.net.compile_blocks()  # copies are not compiled
 
@@ -33,7 +39,7 @@ class FrozenNetwork:
 
     def on(self, device: torch.device) -> FlowMapNetwork:
         """The network, moved to ``device`` where it is not there yet."""
-        if next(self.net.parameters()).device != device:
+        if any(each.device != device for each in self.net.parameters()):  # the parent's weights moved with the owner's
             self.net.to(device)
         return self.net
 
@@ -60,9 +66,10 @@ class EMATarget(FrozenNetwork):
             average.lerp_(value, 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The weights by name."""
-        return self.net.state_dict()
+        """The weights by name, without those of a parent under adapters."""
+        return {name: each for name, each in self.net.state_dict().items() if name not in self.net.parent_weights}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Takes the weights that ``state`` returned."""
-        self.net.load_state_dict(state)
+        own = self.net.state_dict()
+        self.net.load_state_dict({name: own[name] for name in self.net.parent_weights} | state)

@@ -81,6 +81,12 @@ class QwenImageFlowMap(BackboneFlowMap):
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
 
+    @property
+    def unused_parts(self) -> Sequence[str]:
+        """The last block's layers of the text, which nothing reads behind it."""
+        last = f"transformer_blocks.{len(self.blocks) - 1}"
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
+
     def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         height, width = (side // PATCH for side in z.shape[-2:])
         tokens = self.model(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emf_lightning.networks.adapter import Adapter
 from emf_lightning.networks.architecture_checks import (
     require,
     require_patches,
@@ -77,6 +78,7 @@ class SanaFlowMap(DiffusersFlowMap):
             BLIP3o-NEXT or EMF checkpoint, whose SANA is taken; ``PretrainedWeights`` for a model inside a pipeline's
             repository.
         finetuning: changes before training, and the parameters that train.
+        adapter: LoRA on the frozen network, which trains beside what the pretrained one lacked.
         prediction: rule from the network's output to u.
         time_scale: factor on t and r before SANA's sinusoidal embedding: 1000 as it was pretrained, 1 in EMF.
         interval: rule that joins r and t; by default a second time embedding, anchored so that the parent is
@@ -116,6 +118,7 @@ class SanaFlowMap(DiffusersFlowMap):
         *,
         pretrained: str | PretrainedWeights | None = None,
         finetuning: Finetuning | None = None,
+        adapter: Adapter | None = None,
         prediction: Prediction | None = None,
         time_scale: float = 1000.0,
         interval: IntervalInput | None = None,
@@ -146,7 +149,8 @@ class SanaFlowMap(DiffusersFlowMap):
         finetuning = finetuning or Finetuning()
         plain = TwinSanaTransformer if negative_times else IntervalSanaTransformer
         kind = GuidedSanaTransformer if guidance_conditioning else plain
-        if pretrained is None:
+        weights = self._parent_of(pretrained, adapter, finetuning)
+        if weights is None:
             size = architecture or SanaArchitecture()
             remedy = "change the data's resolution or architecture.patch_size"
             require_patches(self, latent_size, size.patch_size, remedy)
@@ -160,7 +164,7 @@ class SanaFlowMap(DiffusersFlowMap):
             )
             self._record()
         else:
-            self._load(kind, PretrainedWeights.of(pretrained), finetuning)
+            self._load(kind, weights, finetuning)
             require_patches(self, latent_size, self.transformer.config.patch_size)
         if not self.interval.embeds_length:
             delattr(self.transformer.time_embed, INTERVAL)
@@ -168,6 +172,7 @@ class SanaFlowMap(DiffusersFlowMap):
         if guidance_conditioning:
             self.transformer.add_guidance()
         finetuning.freeze("SanaFlowMap", self.transformer)
+        self._adapt()
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if compile:
@@ -186,6 +191,11 @@ class SanaFlowMap(DiffusersFlowMap):
         """The prediction, the time scale, and the rule that joins r and t."""
         return super().parametrization | {"interval": describe(self.interval)}
 
+    @property
+    def new_parts(self) -> Sequence[str]:
+        names = [prefix.rstrip(".") for prefix in self.transformer.initializers()]
+        return [name for name in names if any(name == path for path, _ in self.transformer.named_modules())]
+
     def _load(self, kind: Any, weights: PretrainedWeights, finetuning: Finetuning) -> None:
         """Loads ``weights``, refits their time embedding on request and compares their settings with ours."""
         width = self.context_width if finetuning.reset_text_projection else None
@@ -193,6 +203,7 @@ class SanaFlowMap(DiffusersFlowMap):
             self.transformer = kind.from_flow(weights, width)
         except OSError as error:
             raise unreadable("SanaFlowMap", weights, error) from error
+        self._as_saved()
         recorded = self._recorded()
         known = finetuning.reset_time is not None and recorded["interval"]
         require(self, not known, f"{weights} knows intervals, which reset_time would make it forget; leave it out")

@@ -85,6 +85,7 @@ def _shape(channels: int, side: int) -> dict[str, int]:
 
 class _UNet(BackboneFlowMap):
     places = TimePlaces("time_embedding", sinusoid="time_proj")
+    lora_prefix = "unet"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
