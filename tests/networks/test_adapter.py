@@ -244,7 +244,7 @@ class TestFolder:
     def test_another_parent_at_its_place_is_refused(self, folder):
         other = built("SANA")
         other.save_pretrained(folder.parent / "parent")
-        with pytest.raises(ValueError, match="was trained on other weights than those at .*parent now"):
+        with pytest.raises(ValueError, match=r"was trained on other weights than those at .*parent now"):
             self.load(folder)
 
     def test_a_parent_that_is_gone_is_named(self, folder):
