@@ -33,13 +33,22 @@ def together(rank: int, out: Path) -> None:
     own = OWN[rank]
     train(out, "ddp", own, WeightEMA(decay=0.5), SaveNetwork(), saver(out, "saved"), **replicated())
     train(out, "ddp-teacher", own, model=TEACHER, net={"gradient_checkpointing": True}, **replicated())
-    train(out, "fsdp2", own, WeightEMA(decay=0.5), SaveNetwork(), **sharded(2))
+    train(out, "fsdp2", own, WeightEMA(decay=0.5), SaveNetwork(), saver(out, "one"), **sharded(2))
+    train(out, "fsdp2-parts", own, WeightEMA(decay=0.5), saver(out, "parts"), **sharded(2, one_file=False))
     train(out, "fsdp2-teacher", own, model=TEACHER, **sharded(2))
+    for name in ("saved", "one", "parts"):
+        path = out / name / "step=2.ckpt"
+        train(out, f"fsdp2-from-{name}", own, WeightEMA(decay=0.5), ckpt_path=path, **sharded(2, name != "parts"))
+
+
+def resumed(rank: int, out: Path) -> None:
+    for name in ("saved", "one"):
+        train(out, f"alone-from-{name}", JOINED, WeightEMA(decay=0.5), ckpt_path=out / name / "step=2.ckpt")
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     SanaFlowMap(TINY, **SETTINGS).save_pretrained(folder / "parent")
     ranks.network = network
-    statuses = [run(1, alone, folder), run(2, together, folder)]
+    statuses = [run(1, alone, folder), run(2, together, folder), run(1, resumed, folder)]
     (folder / "statuses.json").write_text(json.dumps(statuses))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emf_lightning import load_run
 from emf_lightning.cli import main
+from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.pipeline import EMFPipeline
 from tests.cli.world import complaint
@@ -38,11 +39,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         torch.manual_seed(0)
-        SanaFlowMap(SanaArchitecture(1, 2, 8, 2, 8), time_scale=5.0, context_width=16).refit_time(5.0)
-        parent = SanaFlowMap(SanaArchitecture(1, 2, 8, 2, 8), time_scale=5.0, context_width=16)
-        parent.refit_time(5.0)
-        parent.transformer.register_to_config(_flow_prediction=None)
-        parent.save_pretrained("parent")
+        settings = {"prediction": PredictData(min_time=0.1), "time_scale": 5.0, "context_width": 16}
+        SanaFlowMap(SanaArchitecture(1, 2, 8, 2, 8), **settings).save_pretrained("parent")
         main(["shards", "--out", "shards", "--count", "16", "--samples_per_shard", "8"])
         Path("adapters.yaml").write_text(config())
         main(["fit", "--config", "adapters.yaml"])
@@ -75,11 +73,10 @@ def test_an_export_holds_adapters_alone_or_merged_the_whole_network(world):
     both, whole = images(world / "exported"), images(world / "merged")
     assert [image.size for image in expected] == [(36, 36)] * 2
     torch.testing.assert_close(whole, both, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(whole, both) or whole.isfinite().all()
 
 
 def test_the_card_says_what_the_folder_holds(world):
-    assert 'load_lora_weights("exported", subfolder="transformer")' in (world / "exported/README.md").read_text()
+    assert 'load_lora_weights("exported", subfolder="transformer", ' in (world / "exported/README.md").read_text()
     assert "load_lora_weights" not in (world / "merged/README.md").read_text()
 
 
@@ -137,17 +134,20 @@ def test_two_ranks_train_adapters_as_one_process_does(tmp_path, root):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "-m", "tests.adapter_ranks", str(tmp_path)]
     subprocess.run(command, env=environment, cwd=root, check=True)
-    assert json.loads((tmp_path / "statuses.json").read_text()) == [[0], [0, 0]]
+    assert json.loads((tmp_path / "statuses.json").read_text()) == [[0], [0, 0], [0]]
     found = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
-    for two, one in (
-        ("ddp", "alone"),
-        ("ddp-teacher", "alone-teacher"),
-        ("fsdp2", "alone"),
-        ("fsdp2-teacher", "alone-teacher"),
-    ):
+    pairs = {"ddp": "alone", "fsdp2": "alone", "ddp-teacher": "alone-teacher", "fsdp2-teacher": "alone-teacher"}
+    for two, one in pairs.items():
         for kind in ("gradient", "weights"):
             assert difference(found[two][kind], found[one][kind]) < 1e-6, (two, kind)
+    resumed = [name for name in found if "-from-" in name]
+    assert len(resumed) == 5
+    for two in ("ddp", "fsdp2", "fsdp2-parts", *resumed):
+        for kind in ("weights", "averages"):
+            assert difference(found[two][kind], found["alone"][kind]) < 1e-6, (two, kind)
+    for name in ("saved", "one"):
+        saved = torch.load(tmp_path / name / "step=2.ckpt", weights_only=True)
+        assert saved["state_dict"] and not any("base_layer" in each for each in saved["state_dict"])
     for two in ("ddp", "fsdp2"):
-        assert difference(found[two]["averages"], found["alone"]["averages"]) < 1e-6
         files = {path.name for path in (tmp_path / two / "network").iterdir()}
         assert "pytorch_lora_weights.safetensors" in files and "diffusion_pytorch_model.safetensors" not in files

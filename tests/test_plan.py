@@ -50,6 +50,31 @@ def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
     assert 1.5 < float(rows["activations"].split()[0]) - 16 * 20 * 1024 * 2240 * 2 / 1e9 < 6
 
 
+@pytest.mark.parametrize(
+    ("options", "trained", "states", "averages", "checkpoint"),
+    [
+        # 4 bytes of each weight, 12 of each that trains; a checkpoint: that, and the fitted time embedding
+        (["--config", "experiments/emf/blip3o_next_lora.yaml"], 47_183_360, "7.17 GB", None, "0.709 GB"),
+        (
+            ["--config", "experiments/meanflow/sd35.yaml", "--model.init_args.net.init_args.adapter.rank", "16"],
+            14_699_520,
+            "9.21 GB",
+            "69.8 MB",
+            "0.257 GB",
+        ),
+    ],
+)
+def test_adapters_count_by_what_trains(capsys, options, trained, states, averages, checkpoint):
+    rows = planned(capsys, *options)
+    total = int(rows["network"].split()[0].replace(",", ""))
+    assert rows["network"].endswith(f"  {trained:,} train")
+    assert rows["adapters"].startswith(f"rank 16  {trained / total:.2%} of the network train")
+    assert rows["weights, gradients, AdamW"].startswith(f"{states}  fp32")
+    assert rows.get("averages", "").partition("  ")[0] == (averages or "")
+    assert rows["a checkpoint"].startswith(checkpoint)
+    assert rows["a row"].partition("  ")[2].startswith("3 passes"), "none for gradients of frozen weights"
+
+
 def test_an_encoder_that_trains_counts(capsys):
     rows = planned(capsys, "--config", "experiments/emf/sana_encoder.yaml")
 

@@ -59,7 +59,8 @@ else: take the pipeline.
 """
 _ADAPTED = """
 `transformer/` holds LoRA adapters and what trained beside them, and loading downloads the parent. The parent's stock
-pipeline reads the adapters alone, without the second time: `pipe.load_lora_weights("{name}", subfolder="transformer")`.
+pipeline reads the adapters alone, without the second time:
+`pipe.load_lora_weights("{name}", subfolder="transformer", weight_name="pytorch_lora_weights.safetensors")`.
 """
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -293,7 +292,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         checkpoints.check_parametrization(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # which reads its checkpoints whole
+        if not getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):  # its parts are read whole
             checkpoints.leave_out_parents(checkpoint, self)
         saved = (getattr(callback, "_last_checkpoint_saved", "") for callback in self.trainer.checkpoint_callbacks)
         checkpoints.check_finite(checkpoint, self.trainer.global_step, next(filter(None, saved), None))
