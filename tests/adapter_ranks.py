@@ -36,7 +36,7 @@ def together(rank: int, out: Path) -> None:
     train(out, "fsdp2", own, WeightEMA(decay=0.5), SaveNetwork(), saver(out, "one"), **sharded(2))
     train(out, "fsdp2-parts", own, WeightEMA(decay=0.5), saver(out, "parts"), **sharded(2, one_file=False))
     train(out, "fsdp2-teacher", own, model=TEACHER, **sharded(2))
-    for name in ("saved", "one", "parts"):
+    for name in ("one", "parts"):  # Lightning puts the optimiser's state of DDP at the frozen weights' places, too
         path = out / name / "step=2.ckpt"
         train(out, f"fsdp2-from-{name}", own, WeightEMA(decay=0.5), ckpt_path=path, **sharded(2, name != "parts"))
 

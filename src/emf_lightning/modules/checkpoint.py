@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emf_lightning.digests import check_digests
-from emf_lightning.networks.adapter import parent_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -188,6 +187,8 @@ def load_network(net: FlowMapNetwork, path: str) -> None:
 
 def leave_out_parents(checkpoint: dict[str, Any], module: LightningModule) -> None:
     """Takes the weights under adapters out of a checkpoint, which names them instead."""
+    from emf_lightning.networks.adapter import parent_names  # imports torch
+
     known = parent_names(module)
     for state in _states(checkpoint):
         for name in known & state.keys():
@@ -198,6 +199,8 @@ def leave_out_parents(checkpoint: dict[str, Any], module: LightningModule) -> No
 
 def put_parents_back(checkpoint: dict[str, Any], module: LightningModule) -> None:
     """Puts the weights under adapters, as ``module`` has them, into a checkpoint that leaves them out."""
+    from emf_lightning.networks.adapter import parent_names
+
     if known := parent_names(module):
         own = module.state_dict()
         for state in _states(checkpoint):

@@ -44,7 +44,7 @@ class SavedAdapter:
         """The adapters in ``weights``; None where these are a whole network, or nothing that can be read."""
         try:
             config = config_of(weights.path, weights.subfolder)
-        except OSError:
+        except (OSError, ValueError):  # which loading them as a network says better
             return None
         about = config.get(_KEY)
         if about is None:
