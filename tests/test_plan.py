@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
 from emf_lightning.cli import main
-from emf_lightning.cli.sizes import encoder_size, network_cost
+from emf_lightning.cli.sizes import EncoderSize, network_cost
+from emf_lightning.cli.worth import Prices, choices
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
-from emf_lightning.text.base import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +39,7 @@ def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
     assert rows["autoencoder"].startswith("312,250,275")
     assert rows["patch_embed"].endswith("  0 train")
     assert rows["data.cache"].startswith("572 GB  3.36 MB each in bfloat16; within max_gb")  # 730 x 2304 x 2 bytes
-    assert rows["data.latent_cache"].startswith("11.1 GB  0.0655 MB each")
+    assert rows["data.latent_cache"].startswith("11.1 GB  0.0656 MB each")
     assert rows["steps"] == "200,000  of 128 rows: 150.6 passes"
     # 26.1 GB: 4 bytes of each weight, 12 of each that trains
     assert rows["weights, gradients, AdamW"].startswith("26.1 GB")
@@ -99,34 +98,62 @@ def test_overlays_and_the_plans_own_options_count(capsys):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "parameters", "said"),
+    ("experiment", "parameters"),
     [
-        ("fgm/cifar10_teacher", "35,746,307", False),  # DDPM's UNet for CIFAR-10, 35.7 M (arXiv 2006.11239)
-        ("shapes/fgm", "4,350,768", True),
-        ("meanflow/flux_lite", "8,173,493,824", False),  # FLUX.1-lite's 8,163 M and a second time embedding
+        ("fgm/cifar10_teacher", "35,746,307"),  # DDPM's UNet for CIFAR-10, 35.7 M (arXiv 2006.11239)
+        ("meanflow/flux_lite", "8,173,493,824"),  # FLUX.1-lite's 8,163 M and a second time embedding
     ],
 )
-def test_other_networks_and_objectives_are_planned_with_what_is_not_counted_said(capsys, experiment, parameters, said):
-    main(["plan", "--config", f"experiments/{experiment}.yaml"])
-    out = capsys.readouterr().out
-    assert parameters in out
-    assert ("FGM trains a second network, which is not counted" in out) == said
+def test_other_networks_are_planned(capsys, experiment, parameters):
+    assert planned(capsys, "--config", f"experiments/{experiment}.yaml")["network"].startswith(parameters)
 
 
-@pytest.mark.parametrize(
-    ("encoder", "expected"),
-    [
-        ("pixart_lumina.PixArtTextEncoder", (4_762_310_656, 4096, 300)),
-        ("pixart_lumina.Lumina2TextEncoder", (2_614_341_888, 2304, 256)),
-    ],
-)
-def test_encoders_in_a_pipelines_folder_are_counted(encoder, expected):
-    parser = ArgumentParser()
-    parser.add_argument("--text", type=TextEncoder)
-    part = parser.parse_object({"text": {"class_path": f"emf_lightning.text.{encoder}"}}).text
-    size = encoder_size(part)
-    assert (size.parameters, size.width, size.length) == expected
-    assert size.bytes == 2 * size.parameters
+def test_copies_and_discriminators_count(capsys):
+    rows = planned(capsys, "--config", "experiments/scflow/coco.yaml")
+
+    assert rows["network"].startswith("859,520,964")  # Stable Diffusion 1.5's
+    assert rows["copies that do not"] == "1,719,041,928  2 of the network"  # teacher, consistency target
+    assert rows["discriminator"].startswith("363,")  # its encoder half and middle
+    assert rows["weights, gradients, AdamW"].startswith("19.6 GB")  # 16 bytes of each that trains
+    assert "3 passes train, 5 do not" in rows["a row"]
+
+
+def test_what_is_stored_of_a_pair_follows_pooling_and_dtype(capsys):
+    def entry(*options: str) -> str:
+        return planned(capsys, "--config", "experiments/emf/blip3o_next.yaml", *options)["data.cache"]
+
+    pooled = ["--data.text.init_args.token_pool", "3"]
+    assert entry(*pooled).startswith("64.2 GB  0.378 MB each in bfloat16")  # 1 + 27 x 27 / 9 tokens of 2304
+    assert entry(*pooled, "--data.cache.dtype", "float8").startswith("32.1 GB  0.189 MB each in float8")
+
+
+def test_what_pays_depends_on_how_often_a_pair_is_read(capsys):
+    base = ("--config", "experiments/emf/blip3o_next.yaml")
+    rows = planned(capsys, *base)
+
+    assert rows["image tokens of a pair"].startswith("1.46 kB")  # 729 tokens of 16 bit
+    best = {name: value.split("  ")[0] for name, value in rows.items() if name.endswith(" pairs")}
+    assert best == {"170,000 pairs": "features", "10,000,000 pairs": "image tokens", "1,000,000,000 pairs": "nothing"}
+    assert float(rows["encoding a pair again"].split()[2]) == pytest.approx(1 / 6, rel=0.3)
+
+    dear = planned(capsys, *base, "--terabyte-month-price", "100000")
+    assert dear["170,000 pairs"].startswith("image tokens")
+    free = planned(capsys, *base, "--gpu-hour-price", "0")
+    assert free["170,000 pairs"].startswith("nothing")
+
+
+def test_the_cheapest_choice_by_hand():
+    encoder = EncoderSize(1, 2, 4, 8, image_tokens=100, flops=(10**15, 3 * 10**15))
+    prices = Prices(gpu_hour=3.6, terabyte_month=100.0, months=2.0)
+    found = choices(encoder, 10**6, pairs=1000, rows=5000, flops_per_second=1e15, prices=prices)
+
+    # features: 4 s of a GPU for each of 1000 pairs, 1 GB for two months; tokens: 1 s once, and 3 s at each read
+    assert [(one.name, one.gpu_seconds, one.bytes) for one in found] == [
+        ("features", 4000, 1e9),
+        ("image tokens", 16000, 2e5),
+        ("nothing", 20000, 0),
+    ]
+    assert [one.price for one in found] == pytest.approx([4 + 0.2, 16 + 2e-7 * 200, 20])
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_blocks_and_checkpointing_saves_most():
@@ -163,10 +190,8 @@ def test_operations_are_those_of_the_products():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--config", "experiments/emf/sana_tuned.yaml"],
-            "the size of runs/emf/sana_encoder/version_0/encoder is not",
-        ),
+        (["--config", "experiments/emf/openuni.yaml", "--data.text.init_args.model", "no/where"], "model='no/where'"),
+        (["--config", "experiments/emf/sana.yaml", "--months", "-1"], "must not be negative, got 3, 80, -1"),
         (["--config", "experiments/emf/sana.yaml", "--utilisation", "2"], "utilisation must lie in"),
         (["--config", "experiments/emf/sana.yaml", "--device", "H9"], "argument --device: invalid choice: 'H9'"),
     ],

@@ -259,7 +259,7 @@ def _variants(played: PlayedModel, run: Path, checkpoint: Path | None) -> list[_
     if not (run / INDEX).is_file():
         live = live_weights(whole_checkpoint(checkpoint or checkpoint_of(find_run(run))))
         if live is not None:
-            models.append(_Model(f"{played.name}, live", played.pipeline, models[0].weights | live))
+            models.append(_Model(f"{played.name}, live", played.pipeline, {**models[0].weights, **live}))
     return models
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +18,30 @@ from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.import_policy import known_classes_only
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
-from emf_lightning.pretrained.files import config_of
+from emf_lightning.networks.discriminator import Discriminator, DiscriminatorCallable
+from emf_lightning.pretrained.sizes_alone import sizes_alone
 from emf_lightning.text.base import TextEncoder
-from emf_lightning.text.pretrained import PretrainedTextEncoder
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Parameters of a text encoder, bytes of its weights, and width D and length L of its features."""
+    """Size of a text encoder.
+
+    Attributes:
+        parameters: their number.
+        bytes: of its weights.
+        width: D of its features.
+        length: L of its features.
+        image_tokens: tokens of the image of a pair; 0 if it reads captions alone.
+        flops: operations of a caption; of a pair, those of the image's tokens before those of the rest.
+    """
 
     parameters: int
     bytes: int
     width: int
     length: int
+    image_tokens: int
+    flops: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,26 @@ class NetworkCost:
     block_activations: int
 
 
-def on_meta(part: Namespace, kind: type, **linked: Any) -> Any:
-    """Builds ``part`` of a configuration on the meta device, with those of the ``linked`` arguments that it has."""
-    known = inspect.signature(class_of(part.class_path)).parameters
-    with torch.device("meta"):
-        return build_part(part.as_dict(), kind, **{name: value for name, value in linked.items() if name in known})
+def sized(part: Namespace, kind: type, **linked: Any) -> Any:
+    """Builds ``part`` of a configuration in its size alone, with those of the ``linked`` arguments that it has.
+
+    That is on the meta device; a class that needs numbers at its start is built elsewhere, its models still without
+    weights.
+    """
+    one = class_of(part.class_path)
+    known = inspect.signature(one).parameters
+    arguments = {name: value for name, value in linked.items() if name in known}
+    with sizes_alone(own=not one.__module__.startswith("emf_lightning.")):
+        try:
+            with torch.device("meta"):
+                return build_part(part.as_dict(), kind, **arguments)
+        except ValueError:
+            raise
+        except Exception:  # whatever the class does with numbers that are not there
+            return build_part(part.as_dict(), kind, **arguments)
 
 
-def build_part(spec: dict[str, Any], kind: type, **arguments: Any) -> Any:
+def build_part(spec: dict[str, Any], kind: Any, **arguments: Any) -> Any:
     """Builds the object of class ``kind`` with the ``class_path`` and ``init_args`` in ``spec``, and ``arguments``."""
     spec.setdefault("init_args", {}).update(arguments)
     parser = ArgumentParser(exit_on_error=False)
@@ -65,36 +87,30 @@ def build_part(spec: dict[str, Any], kind: type, **arguments: Any) -> Any:
         return parser.instantiate_classes(parser.parse_object({"part": with_shipped_files(spec)})).part
 
 
-def encoder_size(part: Namespace) -> EncoderSize:
-    """Size of the text encoder in ``part`` of a configuration.
-
-    Raises:
-        ValueError: if its configuration is neither local nor cached.
-    """
-    kind: Any = class_of(part.class_path)
-    if issubclass(kind, PretrainedTextEncoder):
-        return _pretrained_size(part.init_args)
-    encoder = on_meta(part, TextEncoder) if kind.builds_on_meta else build_part(part.as_dict(), TextEncoder)
+def encoder_size(encoder: TextEncoder) -> EncoderSize:
+    """Size of a text encoder."""
+    encoder = encoder.to("meta")
     sizes = [(p.numel(), p.element_size()) for p in encoder.parameters()]
-    return EncoderSize(sum(n for n, _ in sizes), sum(n * b for n, b in sizes), encoder.width, encoder.length)
-
-
-def _pretrained_size(arguments: Namespace) -> EncoderSize:
-    from transformers import AutoConfig, AutoModel
-
-    from emf_lightning.text.pretrained import _text_tower
-
+    count, size = sum(n for n, _ in sizes), sum(n * b for n, b in sizes)
     try:
-        config = AutoConfig.for_model(**config_of(arguments.model, arguments.get("subfolder")))
-    except OSError as error:
-        raise ValueError(
-            f"data.text: the size of {arguments.model} is not known here; give a folder that is there, or a hub name "
-            "of which `hf download NAME config.json` was done"
-        ) from error
-    with torch.device("meta"):
-        tower = _text_tower(AutoModel.from_config(config))
-    count = sum(p.numel() for p in tower.parameters())
-    return EncoderSize(count, count * _BYTES[arguments.dtype], tower.config.hidden_size, arguments.length)
+        flops = tuple(_flops(each) for each in encoder.planned_passes())
+    except Exception:  # a model that reads its inputs' numbers
+        flops = ()
+    flops = flops or (_flops_of_tokens(encoder),)
+    return EncoderSize(count, size, encoder.width, encoder.length, encoder.image_tokens, flops)
+
+
+def _flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return int(counter.get_total_flops())
+
+
+def _flops_of_tokens(encoder: TextEncoder) -> int:
+    """Two operations for each token and weight of a matrix, embeddings left out."""
+    parts = (part for part in encoder.modules() if not isinstance(part, nn.Embedding))
+    weights = sum(p.numel() for part in parts for p in part.parameters(recurse=False) if p.ndim > 1)
+    return 2 * weights * encoder.length
 
 
 def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width: int) -> NetworkCost:
@@ -105,8 +121,7 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
     with torch.device("meta"):
         z, t = torch.empty(1, *shape), torch.empty(1)
         context, mask = torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(z, t, t, context, mask)
+    flops = _flops(lambda: net(z, t, t, context, mask))
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
     kept: dict[int, Tensor] = {}
     inputs: list[int] = []
@@ -126,13 +141,20 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
     for hook in hooks:
         hook.remove()
     of_blocks = sum(inputs) + activations // len(inputs) if inputs else activations
-    return NetworkCost(counter.get_total_flops(), activations, of_blocks)
+    return NetworkCost(flops, activations, of_blocks)
 
 
 def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
     """Floating point operations of encoding one image."""
     with torch.device("meta"):
         image = torch.empty(1, 3, resolution, resolution)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        autoencoder.encode(image)
-    return counter.get_total_flops()
+    return _flops(lambda: autoencoder.to("meta").encode(image))
+
+
+def discriminator_size(part: Namespace, net: FlowMapNetwork, shape: tuple[int, ...], width: int) -> tuple[int, int]:
+    """Parameters that train, and operations of a pass, of the discriminator in ``part``, made for ``net``."""
+    with sizes_alone(), torch.device("meta"):
+        critic: Discriminator = build_part(part.as_dict(), DiscriminatorCallable)(net)
+        z, t, context, mask = torch.empty(1, *shape), torch.empty(1), torch.empty(1, 2, width), torch.ones(1, 2).bool()
+    parameters = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    return parameters, _flops(lambda: critic(z, t, context, mask))

@@ -35,7 +35,17 @@ EXPERIMENT_VERBS = {
 }
 """Verbs that read an experiment but do not train: ``emf NAME`` calls NAME of ``emf_lightning.cli.NAME``."""
 
-OWN_OPTIONS = {"cache": ("--dry_run",), "plan": ("--device", "--utilisation", "--samples")}
+OWN_OPTIONS = {
+    "cache": ("--dry_run",),
+    "plan": (
+        "--device",
+        "--utilisation",
+        "--samples",
+        "--gpu-hour-price",
+        "--terabyte-month-price",
+        "--months",
+    ),
+}
 """Options of ``EXPERIMENT_VERBS`` beside those of ``fit``."""
 
 EXAMPLES: dict[str, tuple[str, ...]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import nn
 
 from emf_lightning.digests import check_digests
 from emf_lightning.pretrained.files import config_of
+
+_PLANNING = ContextVar("planning", default=False)
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,18 @@ class LoadedModel:
 
 
 def on_meta_device() -> bool:
-    """True inside ``with torch.device("meta")``, where models are built without weights."""
-    return torch.get_default_device().type == "meta"
+    """True inside ``with torch.device("meta")`` and ``with planning()``, where models are built without weights."""
+    return _PLANNING.get() or torch.get_default_device().type == "meta"
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """A context in which published models are built on the meta device, whatever the device of all else."""
+    before = _PLANNING.set(True)
+    try:
+        yield
+    finally:
+        _PLANNING.reset(before)
 
 
 def load_pretrained(
@@ -120,7 +134,8 @@ def read_model(
     diffusers = _of_diffusers(kind)
     if on_meta_device():
         config = config_of(weights.path, weights.subfolder) | arguments
-        model = kind.from_config(config) if diffusers else kind(kind.config_class(**config))
+        with torch.device("meta"):
+            model = kind.from_config(config) if diffusers else kind(kind.config_class(**config))
         return LoadedModel(model if dtype is None else nn.Module.to(model, dtype=dtype))  # diffusers' own `to` warns
     check_digests(Path(weights.path))
     arguments |= {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}

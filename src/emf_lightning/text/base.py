@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,13 +96,13 @@ class TextEncoder(nn.Module, ABC):
         length: L, fixed number of token positions; shorter captions are padded, longer ones truncated and counted.
         image_size: side of the square images that ``encode_pairs`` reads beside captions in training; None if the
             encoder reads captions alone.
-        builds_on_meta: True if the encoder can be built on the meta device, with its size and without weights.
+        image_tokens: tokens of the image of a pair, numbers of 16 bit; 0 if the encoder reads captions alone.
     """
 
     width: int
     length: int
     image_size: int | None = None
-    builds_on_meta: bool = False
+    image_tokens: int = 0
     _truncation: Truncation
 
     @property
@@ -133,6 +133,14 @@ class TextEncoder(nn.Module, ABC):
         Only for encoders with an ``image_size``, S; the others have one kind of features.
         """
         raise NotImplementedError(f"{type(self).__name__} reads captions alone")
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The passes of one caption, which `emf plan` runs on the meta device to count their operations.
+
+        For an encoder of captions and images, the first one is the image's into tokens. Without any, `emf plan` counts
+        two operations for each weight and token.
+        """
+        return ()
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> TextFeatures:

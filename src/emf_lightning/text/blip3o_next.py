@@ -21,6 +21,7 @@ from emf_lightning.text.blip3o_parts import (
 )
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.plain import neutral, special_tokens
+from emf_lightning.text.pretrained import planned_inputs
 from emf_lightning.text.ta_tok import TextAlignedTokenizer
 from emf_lightning.text.token_sampling import TokenSampler
 
@@ -68,8 +69,6 @@ class BLIP3oNext(TextEncoder):
         ValueError: if the checkpoint cannot be loaded, or its tensors or tokenizer do not match.
     """
 
-    builds_on_meta = True
-
     def __init__(
         self,
         pretrained: str,
@@ -102,7 +101,7 @@ class BLIP3oNext(TextEncoder):
         self.opening = [config["image_start_tag_id"], config["scale_start_token_id"]]
         self.tokenizer: Any = None if checkpoint.planned else load_tokenizer(checkpoint)
         self._load_models(checkpoint, image_size, image_heads)
-        self.image_size = image_size
+        self.image_size, self.image_tokens = image_size, self.images.tokens
         side = math.isqrt(self.images.tokens)
         if token_pool < 1 or side % token_pool:
             raise ValueError(f"BLIP3oNext: token_pool={token_pool} does not divide the {side} patches along a side")
@@ -178,6 +177,19 @@ class BLIP3oNext(TextEncoder):
         """Features ``[B, L, D]``, float32, at the tokens of ``images`` ``[B, 3, S, S]`` in [-1, 1]."""
         with torch.autocast(images.device.type, enabled=False):
             return self._features(self.hidden_states(captions, self.images(images)))
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The image tokenizer's, then the language model's, behind a prompt of 128 tokens, and the connector's."""
+        images = torch.empty(1, 3, self.images.side, self.images.side, device="meta")
+        inputs = planned_inputs(128 + 1 + self.images.tokens)
+        states = torch.empty(1, 1 + self.images.tokens, self._weight.shape[1], dtype=self._weight.dtype, device="meta")
+        self.images(images)  # computes the codebook, once a device
+
+        def language() -> None:
+            self.language.model(**inputs, use_cache=False)
+            self.connector(states)
+
+        return lambda: self.images(images), language
 
     @property
     def _weight(self) -> Tensor:

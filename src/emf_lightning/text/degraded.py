@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class DegradedEncoder(TextEncoder):
             raise ValueError(f"DegradedEncoder: noise and shared must not be negative, got {noise} and {shared}")
         self.encoder = encoder
         self.width, self.length = encoder.width, encoder.length
+        self.image_tokens = encoder.image_tokens
         self.noise, self.shared, self.seed = noise, shared, seed
         self.freeze()
 
@@ -48,6 +49,10 @@ class DegradedEncoder(TextEncoder):
     def truncated(self) -> int:
         """Number of truncated captions so far."""
         return int(getattr(self.encoder, "truncated", 0))
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The encoder's."""
+        return self.encoder.planned_passes()
 
     def _normal(self, name: str, rows: int) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()

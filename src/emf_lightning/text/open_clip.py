@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.pretrained.loading import on_meta_device
 from emf_lightning.text.base import NULL_CAPTION, TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.plain import neutral, special_tokens
@@ -28,6 +30,8 @@ class OpenClipTextEncoder(TextEncoder):
         dtype: of weights and computation.
         quick_gelu: activation is QuickGELU. Implied by OpenCLIP's tags; set it for a local file of OpenAI's weights,
             which give plausible but wrong features without it.
+
+    On the meta device the tower has its size and no weights.
 
     Raises:
         ValueError: if the model cannot be loaded, or the template or the length is invalid.
@@ -96,8 +100,14 @@ class OpenClipTextEncoder(TextEncoder):
         """Token features at all positions of the tower: its causal mask has a fixed size."""
         device = next(self.tower.parameters()).device
         ids = nn.functional.pad(ids, (0, self._context - ids.shape[1]), value=self._padding)
-        with torch.autocast(device.type, enabled=False):
+        on_meta = device.type == "meta"  # which has no autocast
+        with nullcontext() if on_meta else torch.autocast(device.type, enabled=False):
             return self.tower(ids.to(device))[1].float()
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The tower's."""
+        ids = torch.zeros(1, self._context, dtype=torch.long, device="meta")
+        return (lambda: self._tokens(ids),)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         ids = self._ids(captions, self._kept)
@@ -140,10 +150,12 @@ def _load(model: str, pretrained: str | None, quick_gelu: bool) -> tuple[Any, An
     try:
         whole = open_clip.create_model(
             model,
-            pretrained,
+            None if on_meta_device() else pretrained,
+            load_weights=not on_meta_device(),
             force_quick_gelu=quick_gelu,
             force_custom_text=True,  # the text tower as a module of its own
-            require_pretrained=True,
+            require_pretrained=not on_meta_device(),
+            device="meta" if on_meta_device() else "cpu",
         )
         tokenizer = open_clip.get_tokenizer(model)
         config = open_clip.get_model_config(model.replace("/", "-") if ":" not in model else model)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, unreadable
+from emf_lightning.pretrained.files import config_of
+from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.plain import neutral, special_tokens
@@ -34,6 +35,8 @@ class PretrainedTextEncoder(TextEncoder):
             ``tokenizer_2``).
         chat: wraps the template as a user turn in the tokenizer's chat template, with the generation prompt.
 
+    On the meta device the model has its size and no weights, and there is no tokenizer.
+
     Raises:
         ValueError: if the model cannot be loaded, or template, length, layer or chat is invalid.
     """
@@ -55,13 +58,14 @@ class PretrainedTextEncoder(TextEncoder):
         if length < 1:
             raise ValueError(f"PretrainedTextEncoder: length must be at least 1, got {length}")
         self.tokenizer, self.tower = _load(model, revision, dtype, subfolder)
-        if chat and not self.tokenizer.chat_template:
+        planned = self.tokenizer is None
+        if chat and not planned and not self.tokenizer.chat_template:
             raise ValueError(
                 f"PretrainedTextEncoder: the tokenizer of {model!r} has no chat format; leave chat at false and write "
                 "the turns into template"
             )
         self.chat = chat
-        self._special = special_tokens(self.tokenizer)
+        self._special = frozenset() if planned else special_tokens(self.tokenizer)
         self.tower.config.use_cache = False  # nothing is generated here
         depth = self.tower.config.num_hidden_layers
         if not -depth - 1 <= layer <= depth:
@@ -93,6 +97,10 @@ class PretrainedTextEncoder(TextEncoder):
             layer=self.layer,
             **({"chat": self.tokenizer.chat_template} if self.chat else {}),
         )
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The model's, with ``length`` tokens."""
+        return (lambda: self.tower(**planned_inputs(self.length)),)
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, between 1 and L."""
@@ -150,14 +158,30 @@ class PretrainedTextEncoder(TextEncoder):
         return states, mask
 
 
+def planned_inputs(length: int) -> dict[str, Tensor]:
+    """Inputs of a transformers model on the meta device; of a mask ``[1, 1, L, L]`` it does not read the numbers."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")}
+
+
 def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -> tuple[Any, Any]:
-    """The tokenizer and the text tower; an encoder that can be loaded alone comes without its decoder."""
+    """The tokenizer and the text tower; an encoder that can be loaded alone comes without its decoder.
+
+    On the meta device there is no tokenizer.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
     origin: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     caller, argument, source = "PretrainedTextEncoder", "model", PretrainedWeights(model, subfolder)
     folder = subfolder or ""
+    if on_meta_device():
+        try:
+            config = AutoConfig.for_model(**config_of(model, subfolder))
+        except OSError as error:
+            raise unreadable(caller, source, error, argument) from error
+        with torch.device("meta"):
+            return None, _text_tower(AutoModel.from_config(config)).to(getattr(torch, dtype))
     try:
         beside = folder.replace("text_encoder", "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="right", subfolder=beside, **origin)

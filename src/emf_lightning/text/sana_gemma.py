@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.plain import neutral
-from emf_lightning.text.pretrained import PretrainedTextEncoder
+from emf_lightning.text.pretrained import PretrainedTextEncoder, planned_inputs
 
 
 class SanaGemma(PretrainedTextEncoder):
@@ -42,7 +42,13 @@ class SanaGemma(PretrainedTextEncoder):
         super().__init__(model, length, dtype=dtype, revision=revision)
         self.instruction = sana_instruction() if instruction is None else instruction
         self.template = self.instruction + "{caption}"
-        self._before = len(self.tokenizer(self.instruction)["input_ids"])
+        # on the meta device there is no tokenizer; a token of English text has four letters or so
+        counted = self.tokenizer and len(self.tokenizer(self.instruction)["input_ids"])
+        self._before = len(self.instruction) // 4 if counted is None else counted
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The model's, with the instruction's tokens as well."""
+        return (lambda: self.tower(**planned_inputs(self._before + self.length - 2)),)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         sequences = [self._sequence(caption) for caption in captions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -31,8 +31,6 @@ class StableDiffusionTextEncoder(TextEncoder):
         ValueError: if the weights or tokenizers cannot be loaded.
     """
 
-    builds_on_meta = True
-
     def __init__(self, pretrained: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
         from transformers import CLIPTextModel
 
@@ -47,6 +45,10 @@ class StableDiffusionTextEncoder(TextEncoder):
     @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self, [self.tower], [self.tokenizer], self.dtype)
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """CLIP's."""
+        return (lambda: self.tower(_no_ids(CLIP_LENGTH)),)
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, 77, D]``, float32; no position is masked."""
@@ -63,8 +65,6 @@ class _ClipsAndT5(TextEncoder):
     Narrower tokens are padded with zeros. No position is masked, because the network was trained to attend to padding
     as well.
     """
-
-    builds_on_meta = True
 
     def __init__(self, pretrained: str, clip: Any, clips: int, before: int, t5_length: int, dtype: str) -> None:
         from transformers import T5EncoderModel
@@ -88,6 +88,11 @@ class _ClipsAndT5(TextEncoder):
     @cached_property
     def fingerprint(self) -> str:
         return _fingerprint(self, self.towers, self.tokenizers, self.dtype, t5_length=self.t5_length)
+
+    def planned_passes(self) -> tuple[Callable[[], object], ...]:
+        """The CLIPs' and T5's."""
+        lengths = [CLIP_LENGTH] * (len(self.towers) - 1) + [self.t5_length]
+        return (lambda: [tower(_no_ids(n)) for tower, n in zip(self.towers, lengths, strict=True)],)
 
     @abstractmethod
     def _before_t5(self, outputs: list[Any]) -> list[Tensor]:
@@ -172,6 +177,10 @@ def _padded(tokenizer: Any, captions: Sequence[str], length: int, truncation: Tr
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
         "input_ids"
     ]
+
+
+def _no_ids(length: int) -> Tensor:
+    return torch.zeros(1, length, dtype=torch.long, device="meta")
 
 
 def _tower(encoder: TextEncoder, kind: Any, pretrained: str, subfolder: str, dtype: str) -> Any:

@@ -34,7 +34,7 @@ class Refinement:
         ValueError: for values out of range.
     """
 
-    weight: float = 8.0
+    weight: float = 2.0
     start: float = 0.5
     times: tuple[float, float] = (0.4, 0.7)
     solver_steps: int = 4
