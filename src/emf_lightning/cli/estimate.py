@@ -199,7 +199,7 @@ class Plan:
         trainer, data, network = self.settings.trainer, self.settings.data, self.passes.network
         steps, flops = max(trainer.max_steps, 0), self.flops
         images = steps * self.rows
-        encodes = {"caption": sum(self.text.flops) and not data.cache, "image": self._encodes_images}
+        encodes = {"caption": any(self.text.flops) and not data.cache, "image": self._encodes_images}
         encoded = [name for name, does in encodes.items() if does]
         work = f"{network.trained:.3g} passes train, {network.plain:.3g} do not"
         work += f", du/dt of {network.derivative:.0%} of the rows"

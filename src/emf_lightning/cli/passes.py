@@ -77,7 +77,7 @@ class _Counted(nn.Module):
         log.networks.add(self)
 
     def __setstate__(self, state: Any) -> None:  # of a copy
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.log.networks.add(self)
 
     def _through(self, z: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class _Counted(nn.Module):
         self.log.passes.append(one)
         for tensor, name in ((weight, "to_weights"), (x, "to_inputs")):
             if recorded and tensor.requires_grad and not one.tangent:
-                tensor.register_hook(lambda _, name=name: setattr(one, name, getattr(one, name) + 1))
+                tensor.register_hook(lambda _, name=name: setattr(one, name, getattr(one, name) + 1))  # type: ignore[no-untyped-call]
         if one.tangent and self.weight.requires_grad and recorded:  # tensors inside torch.func take no hooks
-            self.weight.register_hook(lambda _: setattr(one, "to_weights", 1))
+            self.weight.register_hook(lambda _: setattr(one, "to_weights", 1))  # type: ignore[no-untyped-call]
         return x * weight
 
 
@@ -177,8 +177,9 @@ def step_passes(model: Namespace, max_steps: int, batch_size: int, channels: int
     side, width, batch_size = 4, 8, min(batch_size, 64)
     module = _module(model, _Network(of_network, channels, side, width), of_critic)
     module._planned_steps = max(max_steps, 1)
-    module._hparams.clear()  # which hold copies of the stand-in
-    module._hparams_initial.clear()
+    kept: list[Any] = [module._hparams, module._hparams_initial]
+    for copies in kept:  # of the stand-in
+        copies.clear()
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     if module.tunes_encoder:
         module.drop_captions = lambda batch: FlowMapModule.drop_captions(module, batch)  # type: ignore[method-assign]

@@ -33,14 +33,14 @@ def sizes_alone(own: bool = True) -> Iterator[None]:
         yield
 
 
-def _of_transformers(kind: Any, name: Any = None, *_: Any, config: Any = None, **options: Any) -> Any:
+def _of_transformers(kind: Any, /, name: Any = None, *_: Any, config: Any = None, **options: Any) -> Any:
     if config is None:
         config = kind.config_class(**config_of(str(name), options.get("subfolder")))
     with torch.device("meta"):
         return _cast(kind(config), options)
 
 
-def _of_diffusers(kind: Any, name: Any, **options: Any) -> Any:
+def _of_diffusers(kind: Any, /, name: Any, **options: Any) -> Any:
     with torch.device("meta"):
         return _cast(kind.from_config(config_of(str(name), options.get("subfolder"))), options)
 
