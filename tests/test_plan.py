@@ -71,7 +71,15 @@ def test_adapters_count_by_what_trains(capsys, options, trained, states, average
     assert rows["weights, gradients, AdamW"].startswith(f"{states}  fp32")
     assert rows.get("averages", "").partition("  ")[0] == (averages or "")
     assert rows["a checkpoint"].startswith(checkpoint)
-    assert rows["a row"].partition("  ")[2].startswith("3 passes"), "none for gradients of frozen weights"
+
+
+def test_adapters_spare_the_gradients_of_frozen_weights(capsys):
+    tflop = [
+        float(planned(capsys, "--config", f"experiments/emf/{name}.yaml")["a row"].split()[0])
+        for name in ("blip3o_next", "blip3o_next_lora")
+    ]
+    # forward, its repetition, gradients of inputs, half of the rows' du/dt; and gradients of weights
+    assert tflop[0] / tflop[1] == pytest.approx((4 + 1.99 / 2) / (3 + 1.99 / 2), rel=0.01)
 
 
 def test_an_encoder_that_trains_counts(capsys):
@@ -115,7 +123,7 @@ def test_copies_and_discriminators_count(capsys):
     assert rows["copies that do not"] == "1,719,041,928  2 of the network"  # teacher, consistency target
     assert rows["discriminator"].startswith("363,")  # its encoder half and middle
     assert rows["weights, gradients, AdamW"].startswith("19.6 GB")  # 16 bytes of each that trains
-    assert "3 passes train, 5 do not" in rows["a row"]
+    assert "passes: 3 train, 5 do not" in rows["a row"]
 
 
 def test_what_is_stored_of_a_pair_follows_pooling_and_dtype(capsys):

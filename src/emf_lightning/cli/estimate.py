@@ -201,7 +201,7 @@ class Plan:
         images = steps * self.rows
         encodes = {"caption": any(self.text.flops) and not data.cache, "image": self._encodes_images}
         encoded = [name for name, does in encodes.items() if does]
-        work = f"{network.trained:.3g} passes train, {network.plain:.3g} do not"
+        work = f"passes: {network.trained:.3g} train, {network.plain:.3g} do not"
         work += f", du/dt of {network.derivative:.0%} of the rows"
         work += f"; encoding the {' and the '.join(encoded)}" if encoded else "; caches hold the rest"
         seconds = flops * data.batch_size * trainer.accumulate_grad_batches / self.speed
