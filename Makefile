@@ -81,8 +81,8 @@ COMMA := ,
 # shapes experiments as a list for the command line
 listed = [$(subst $() $(),$(COMMA),$(patsubst %,experiments/shapes/%.yaml,$(1)))]
 OBJECTIVES := emf meanflow_released meanflow_paper improved_meanflow alpha_flow split_meanflow decoupled transition \
-	rcgm twin_flow cmt flow_matching_continued
-compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (14 x 30 minutes; ARGS='--minutes 10')
+	rcgm twin_flow cmt refined flow_matching_continued
+compare: $(READY) $(SHARDS) ## train all methods from the same parent for the same time, into runs/compare (15 x 30 minutes; ARGS='--minutes 10')
 	$(BIN)/emf compare --out runs/compare --experiments "$(call listed,$(OBJECTIVES) fgm scflow)" $(ARGS)
 
 objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and the same time, 3 seeds, write docs/results/objectives.md (6 hours on 2 cores)
