@@ -40,6 +40,8 @@ def passes_of(kind: str, objective: str | None, settings: dict[str, Any], **argu
         ("MeanFlow", HALF | {"derivative": {"class_path": "FiniteDifference"}}, (1, 1, 0)),
         ("SplitMeanFlow", HALF, (1, 1, 0)),
         ("RCGM", HALF | {"order": 3}, (1, 2, 0)),
+        # in half of the steps a sample more, and four solver steps of the teacher
+        ("RefinedMeanFlow", HALF | {"refinement": {"start": 0.5}}, (1.5, 1 + 0.5 * 4, 0.5)),
         ("CMT", HALF | {"share": 0.5, "solver_steps": 32, "samples_per_path": 16}, (1, 0.5 * 2 + 0.5, 0.25)),
     ],
 )
@@ -47,9 +49,10 @@ def test_passes_of_an_objective(objective, settings, expected):
     found = passes_of("FlowMapModule", objective, settings)
 
     assert (found.network.trained, found.network.plain, found.network.derivative) == pytest.approx(expected)
-    assert found.network.backward == pytest.approx(2)
-    assert found.network.recorded == 1
-    assert (found.trained_copies, found.frozen_copies) == (0, objective == "CMT" or "velocity" in settings)
+    assert found.network.backward == pytest.approx(2 * expected[0])
+    assert found.network.recorded == (2 if objective == "RefinedMeanFlow" else 1)
+    teacher = objective in ("CMT", "RefinedMeanFlow") or "velocity" in settings
+    assert (found.trained_copies, found.frozen_copies) == (0, teacher)
 
 
 def test_a_fused_derivative_has_its_backward_pass():

@@ -14,6 +14,7 @@ from emf_lightning.flow.objectives.cmt import CMT
 from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.objectives.rcgm import RCGM
+from emf_lightning.flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
 from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
 from emf_lightning.flow.objectives.twin_flow import TwinFlow
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -34,6 +35,7 @@ OBJECTIVES = {
     "split_meanflow": (SplitMeanFlow, {}),
     "transition": (MeanFlow, {"derivative": FiniteDifference(0.005), "weighting": TransitionWeighting()}),
     "rcgm": (RCGM, {}),
+    "refined": (RefinedMeanFlow, {"refinement": Refinement(start=0.0)}),
     "cmt": (CMT, {"share": 1.0, "solver_steps": 4, "samples_per_path": 3}),
 }
 
