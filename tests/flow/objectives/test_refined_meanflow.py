@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
+from emf_lightning.flow.sampling import FlowMapSampler
 from emf_lightning.flow.target_velocity import TeacherVelocity
 
 POINT = 0.3
@@ -58,6 +59,25 @@ def test_the_target_is_the_teachers_euler_path_from_the_sample_on_its_own_noise(
     assert torch.allclose(objective.refined(nn.Identity(), sample, noise), z, atol=1e-6)
 
 
+def test_samples_are_those_of_the_sampler_of_one_or_two_steps():
+    def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(3 * z) + (t - 2 * r)[:, None]
+
+    noise = torch.randn(64, 2)
+    one, two = (FlowMapSampler()(u, noise, steps) for steps in (1, 2))
+    assert torch.allclose(refined().sample(u, noise), one)
+    assert torch.allclose(refined(starts=(0.5,)).sample(u, noise), two, atol=1e-6)
+    both = refined(starts=(1.0, 0.5)).sample(u, noise)
+    rows = torch.isclose(both, one).all(1), torch.isclose(both, two, atol=1e-6).all(1)
+    assert (rows[0] ^ rows[1]).all() and 16 < rows[0].sum() < 48
+
+
+def test_the_graph_of_a_two_step_sample_is_that_of_its_second_jump():
+    scale = torch.ones((), requires_grad=True)
+    sample = refined(starts=(0.5,)).sample(lambda z, r, t: scale * z, torch.ones(1, 2))
+    assert torch.allclose(torch.autograd.grad(sample.sum(), scale)[0], torch.tensor(-0.5), atol=1e-6)
+
+
 def test_a_blend_is_pulled_to_the_image_that_it_shows_best_however_faint_the_other():
     samples = torch.tensor([[0.5], [-0.5], [0.9], [-0.9]]).repeat(256, 1)
     gradient = pull(refined(to_two_points, times=(0.2, 0.2), softness=1e-3), samples)
@@ -104,6 +124,8 @@ def test_one_sample_that_is_not_finite_leaves_the_others_as_they_are():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"starts": ()}, "starts must be"),
+        ({"starts": (1.0, 0.0)}, "starts must be"),
         ({"times": (0.7, 0.4)}, "times must be"),
         ({"times": (0.0, 0.4)}, "times must be"),
         ({"times": (0.4, 1.0)}, "times must be"),

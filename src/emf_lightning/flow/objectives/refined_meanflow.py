@@ -1,4 +1,4 @@
-"""MeanFlow joined with the teacher's refinement of the network's own one-step samples."""
+"""MeanFlow joined with the teacher's refinement of the network's own few-step samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import TimeSampler
-from emf_lightning.flow.velocity import AverageVelocity, Context, no_grad_pass
+from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, no_grad_pass
 from emf_lightning.flow.weighting import Weighting
 
 
@@ -26,6 +26,8 @@ class Refinement:
     Attributes:
         weight: norm of its gradient at the samples over that of the regression's at the network's output.
         start: progress of training, in [0, 1), from which it counts: before, samples show little to refine.
+        starts: times s from which a sample's last jump starts, each as often as the others: 1 is a one-step sample, 1/2
+            the second step of two. The state at s < 1 is the network's own, by one jump from the noise.
         times: the least and greatest t to which a sample is moved back, each in (0, 1).
         solver_steps: Euler steps of the teacher from there.
         softness: c of the loss sqrt(d^2 + c^2), which is |d| for larger differences d.
@@ -36,11 +38,14 @@ class Refinement:
 
     weight: float = 2.0
     start: float = 0.5
+    starts: tuple[float, ...] = (1.0,)
     times: tuple[float, float] = (0.4, 0.7)
     solver_steps: int = 4
     softness: float = 0.02
 
     def __post_init__(self) -> None:
+        if not self.starts or not all(0 < s <= 1 for s in self.starts):
+            raise ValueError(f"Refinement: starts must be one or more times in (0, 1], got {list(self.starts)}")
         least, greatest = self.times
         if not 0 < least <= greatest < 1:
             raise ValueError(f"Refinement: times must be 0 < least <= greatest < 1, got ({least}, {greatest})")
@@ -56,7 +61,7 @@ class Refinement:
 
 
 class RefinedMeanFlow(MeanFlow):
-    """MeanFlow, and from ``refinement.start`` on a loss of the network's own one-step samples.
+    """MeanFlow, and from ``refinement.start`` on a loss of the network's own samples of one or two steps.
 
     Where two images are equally near to a noise, a one-step sample shows both, one of them faint. The squared error of
     a faint object is small, and no target of MeanFlow depends on the sample. Here x = e - u(e, 0, 1) is moved back
@@ -124,8 +129,7 @@ class RefinedMeanFlow(MeanFlow):
         assert terms.u is not None
         reference = torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0].float().norm()
         e = torch.randn_like(x)
-        u = AverageVelocity(net, context)(e, e.new_zeros(len(e)).float(), e.new_ones(len(e)).float())
-        sample = e - u.to(e.dtype)
+        sample = self.sample(AverageVelocity(net, context), e)
         error = sample.detach() - self.refined(net, sample.detach(), e, *conditioning)
         finite = error.isfinite().flatten(1).all(1)
         error = torch.where(expand_like(finite, error), error, 0).float()
@@ -139,6 +143,17 @@ class RefinedMeanFlow(MeanFlow):
             metrics=terms.metrics
             | {"refinement_error": error.abs().mean(), "sample_std": sample.detach().std(0).mean()},
         )
+
+    def sample(self, u: Velocity, noise: Tensor) -> Tensor:
+        """Samples of the network, like ``noise`` ``[B, C, H, W]``, with the graph of the last jump, from ``starts``."""
+        one = torch.ones(len(noise), device=noise.device)
+        z, s = noise, one
+        if self.refinement.starts != (1.0,):
+            starts = torch.tensor(self.refinement.starts, device=noise.device)
+            s = starts[torch.randint(len(starts), (len(noise),), device=noise.device)]
+            with no_grad_pass():
+                z = z - expand_like(one - s, z).to(z.dtype) * u(z, s, one).to(z.dtype)
+        return z - expand_like(s, z).to(z.dtype) * u(z, torch.zeros_like(s), s).to(z.dtype)
 
     def refined(
         self,
