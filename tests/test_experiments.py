@@ -253,7 +253,7 @@ def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monk
 
 def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed only, because its detector would be downloaded."""
-    from emf_lightning.cli.estimate import PlanningCLI
+    from emf_lightning.cli.assumptions import PlanningCLI
 
     monkeypatch.chdir(ROOT)
     files = ("experiments/emf/blip3o_next.yaml", "experiments/parts/geneval_in_training.yaml")

@@ -34,9 +34,13 @@ class Refinement:
 
     Raises:
         ValueError: for values out of range.
+
+    Example:
+        >>> Refinement(starts=(1.0, 0.5)).times
+        (0.4, 0.7)
     """
 
-    weight: float = 2.0
+    weight: float = 8.0
     start: float = 0.5
     starts: tuple[float, ...] = (1.0,)
     times: tuple[float, float] = (0.4, 0.7)
