@@ -59,7 +59,7 @@ class QwenJudge(QwenVqa, AnswerJudge):
 
     def __init__(
         self,
-        model: str = f"Qwen/{PUBLISHED}",
+        model: str = "Qwen/Qwen3-VL-8B-Instruct",
         device: str | None = None,
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     ) -> None:
