@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.distances.learned_features import ClipFeatures, Dinov2Features
-from emf_lightning.evaluation.distances.reference_metric import ReferenceMetric, joined
+from emf_lightning.evaluation.distances.reference_metric import FeatureSetMetric, joined
 
 SIGMA = 10.0
 """Width of CMMD's Gaussian kernel."""
@@ -51,7 +48,7 @@ class FdDinov2(FrechetDistance):
         super().__init__(features or Dinov2Features(), reference, resolution, count)
 
 
-class Cmmd(ReferenceMetric):
+class Cmmd(FeatureSetMetric):
     """CMMD (arXiv 2401.09603): 1000 times the squared MMD of CLIP embeddings with a Gaussian kernel of width 10.
 
     As in the published code, the estimate keeps the kernel's diagonal: it is not negative, and for n and m images of
@@ -70,7 +67,7 @@ class Cmmd(ReferenceMetric):
 
     name, title = "cmmd", "CMMD"
     own_features = "clip"
-    features: list[Tensor] | Tensor
+    asks_for_each = "CMMD needs"
 
     def __init__(
         self,
@@ -80,17 +77,9 @@ class Cmmd(ReferenceMetric):
         count: int | None = None,
     ) -> None:
         super().__init__(features or ClipFeatures(), reference, resolution, count)
-        if self.reference is not None and self._images is None:
-            raise ValueError(f"Cmmd: reference {reference} must be a folder of images: CMMD needs each of them")
-        self.add_state("features", [], dist_reduce_fx="cat")
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"sigma": SIGMA}
-
-    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        assert isinstance(self.features, list)
-        self.features.append(self.features_of(images).to(self.device))
-        self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
         assert self._images is not None

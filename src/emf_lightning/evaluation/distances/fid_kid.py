@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.distances.reference_images import gaussian, statistics
-from emf_lightning.evaluation.distances.reference_metric import ReferenceMetric, joined
+from emf_lightning.evaluation.distances.reference_metric import FeatureSetMetric, ReferenceMetric, joined
 
 
 class FrechetDistance(ReferenceMetric):
@@ -75,7 +75,7 @@ class FrechetDistance(ReferenceMetric):
         return {"score": distance.clamp(min=0), "images": self.images.double().cpu()}
 
 
-class KernelDistance(ReferenceMetric):
+class KernelDistance(FeatureSetMetric):
     """KID (arXiv 1801.01401), times 1000: the unbiased squared MMD with a cubic kernel, for a few thousand images.
 
     Images are sorted by digests of their pixels before subsets are taken, so that the distance depends neither on ranks
@@ -97,7 +97,7 @@ class KernelDistance(ReferenceMetric):
     """
 
     name, title = "kid", "KID x 1000"
-    features: list[Tensor] | Tensor
+    asks_for_each = "KID needs"
     keys: list[Tensor] | Tensor
 
     def __init__(
@@ -114,16 +114,11 @@ class KernelDistance(ReferenceMetric):
             if value < lowest:
                 raise ValueError(f"KernelDistance: {argument} must be at least {lowest}, got {value}")
         self.subsets, self.subset_size = subsets, subset_size
-        if self.reference is not None and self._images is None:
-            raise ValueError(
-                f"KernelDistance: reference {reference} must be a folder of images: KID needs each of them"
-            )
         if self._images is not None and self._images.count < subset_size:
             raise ValueError(
                 f"KernelDistance: reference {reference} has {self._images.count} images, fewer than subset_size="
                 f"{subset_size}; give more images or a smaller subset_size"
             )
-        self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("keys", [], dist_reduce_fx="cat")
 
     def check_count(self, images: int) -> None:
@@ -138,12 +133,11 @@ class KernelDistance(ReferenceMetric):
         return super().settings() | {"subsets": self.subsets, "subset_size": self.subset_size}
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        assert isinstance(self.features, list) and isinstance(self.keys, list)
-        self.features.append(self.features_of(images).to(self.device))
+        assert isinstance(self.keys, list)
+        super().update(images, prompts)
         digests = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest() for image in images]
         keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
         self.keys.append(torch.tensor(keys, device=self.device))
-        self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
         features, keys = joined(self.features), joined(self.keys)

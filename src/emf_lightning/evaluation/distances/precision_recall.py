@@ -7,24 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
-from emf_lightning.evaluation.distances.reference_metric import ReferenceMetric, joined
+from emf_lightning.evaluation.distances.reference_metric import FeatureSetMetric, joined
 
 ROWS = 1024
 """Rows of distances in memory at once."""
 
 
-class _Coverage(ReferenceMetric):
+class _Coverage(FeatureSetMetric):
     """Base of precision and recall: shares of one set of features near the other's."""
 
     higher_is_better = True
     own_features = ""  # always part of the name: that of the paper, VGG-16, is not there
-    features: list[Tensor] | Tensor
+    asks_for_each = "neighbours need"
 
     def __init__(
         self,
@@ -38,11 +36,6 @@ class _Coverage(ReferenceMetric):
         if neighbours < 1:
             raise ValueError(f"{type(self).__name__}: neighbours must be at least 1, got {neighbours}")
         self.neighbours = neighbours
-        if self.reference is not None and self._images is None:
-            raise ValueError(
-                f"{type(self).__name__}: reference {reference} must be a folder of images: neighbours need each of them"
-            )
-        self.add_state("features", [], dist_reduce_fx="cat")
         self._radii: list[tuple[Any, Tensor]] = []  # those of the reference, once for all fresh copies
 
     def check_requests(self, prompts: Sequence[str]) -> None:
@@ -55,11 +48,6 @@ class _Coverage(ReferenceMetric):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"neighbours": self.neighbours}
-
-    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
-        assert isinstance(self.features, list)
-        self.features.append(self.features_of(images).to(self.device))
-        self.rows = [{} for _ in images]
 
     def compute(self) -> dict[str, Tensor]:
         assert self._images is not None

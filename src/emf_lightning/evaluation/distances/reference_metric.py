@@ -78,6 +78,33 @@ class ReferenceMetric(ImageMetric):
         return self._features([resize(image, self.resolution) for image in images])
 
 
+class FeatureSetMetric(ReferenceMetric):
+    """Base of the scores that need the features of each image, generated and reference, and not their moments alone.
+
+    Attributes:
+        asks_for_each: what needs each reference image, with its verb, for the error about a file of statistics.
+    """
+
+    asks_for_each: str
+    features: list[Tensor] | Tensor
+
+    def __init__(
+        self, features: ImageFeatures | None, reference: Path | None, resolution: int | None, count: int | None
+    ) -> None:
+        super().__init__(features, reference, resolution, count)
+        if self.reference is not None and self._images is None:
+            raise ValueError(
+                f"{type(self).__name__}: reference {reference} must be a folder of images: {self.asks_for_each} each "
+                "of them"
+            )
+        self.add_state("features", [], dist_reduce_fx="cat")
+
+    def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
+        assert isinstance(self.features, list)
+        self.features.append(self.features_of(images).to(self.device))
+        self.rows = [{} for _ in images]
+
+
 def named_by_features(metric: ImageMetric, features: ImageFeatures, own: str = "") -> tuple[str, str]:
     """Name and title of ``metric`` with the name of its features, unless they are its ``own``."""
     kind = features.name or "inception"
