@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import ClassifierFreeGuidance, SamplingGuidance, TargetGuidance
-from emf_lightning.flow.path import interpolate
+from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import FlowMapSampler, Sampler
 from emf_lightning.flow.target_velocity import ConditionalVelocity, TargetVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Times, TimeSampler
@@ -193,6 +193,19 @@ class Objective(ABC):
                 null = AverageVelocity(reference, expand_context(null_context, len(z)))
                 v = self.guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
         return v
+
+
+def with_pull(loss: Tensor, samples: Tensor, pull: Tensor, finite: Tensor) -> Tensor:
+    """``loss`` in value, with ``pull`` added to its gradient at the finite ones of ``samples``, ``[B, C, H, W]``.
+
+    Args:
+        loss: a scalar with a graph.
+        samples: with a graph.
+        pull: like ``samples``, without a graph.
+        finite: ``[B]``, True for samples that count.
+    """
+    product = (torch.where(expand_like(finite, samples), samples, 0) * pull).sum()
+    return loss + (product - product.detach())
 
 
 def weighted_mse(

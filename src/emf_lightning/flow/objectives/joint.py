@@ -17,7 +17,7 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import FlowMapTerms, LossTerm, Objective
+from emf_lightning.flow.objectives.base import FlowMapTerms, LossTerm, Objective, with_pull
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
@@ -196,8 +196,7 @@ class JointObjective:
             metrics |= {"adversarial_gradient": _norm(gradient), "fake_logits": logits.detach().mean()}
             pull += _scaled(gradient, adversarial * reference)
         finite = samples.detach().isfinite().flatten(1).all(1)
-        product = (torch.where(expand_like(finite, samples), samples, 0) * pull).sum()
-        loss = terms.loss + product - product.detach()
+        loss = with_pull(terms.loss, samples, pull, finite)
         return JointTerms(loss, terms, terms.finite & finite, metrics)
 
     def online_flow_loss(

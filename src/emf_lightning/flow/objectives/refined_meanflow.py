@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms
+from emf_lightning.flow.objectives.base import FlowMapTerms, with_pull
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -139,10 +139,9 @@ class RefinedMeanFlow(MeanFlow):
         error = torch.where(expand_like(finite, error), error, 0).float()
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
         pull *= self.refinement.weight * reference / pull.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        product = (torch.where(expand_like(finite, sample), sample, 0) * pull).sum()
         return replace(
             terms,
-            loss=terms.loss + (product - product.detach()),
+            loss=with_pull(terms.loss, sample, pull, finite),
             finite=terms.finite & finite,
             metrics=terms.metrics
             | {"refinement_error": error.abs().mean(), "sample_std": sample.detach().std(0).mean()},
