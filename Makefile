@@ -55,7 +55,7 @@ own: $(READY) ## train on your own pictures, DATA=folder with a.jpg and a.txt: f
 shards: $(SHARDS) ## write the small shapes world's caption-image shards
 
 $(SHARDS): | $(READY)
-	$(BIN)/emf shards --world small --count 50000 --seed 0 --out data/shapes/small/train
+	$(BIN)/emf shards --world small --count 50000 --seed 0 --out data/shapes/small/train --captions data/shapes/small/captions.txt
 	$(BIN)/emf shards --world small --count 1000 --seed 1 --out data/shapes/small/validation
 	@touch $@
 

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 
 from emf_lightning.cli import main
 from emf_lightning.cli.parsing.experiment_files import config_files, expand
+from emf_lightning.cli.shards import missing_shards
 from emf_lightning.cli.shipped import SHIPPED, experiment_file, shipped_names, with_shipped_files
 from tests.cli.world import complaint
 
@@ -141,6 +142,8 @@ def test_missing_shards_of_a_shapes_world_come_with_the_commands_of_make(
     made = re.findall(r"\$\(BIN\)/(emf shards .*(?:50000|1000) .*)", (root / "Makefile").read_text())
     assert len(made) == 2
     assert line.endswith("; first run: " + " && ".join(made))
+    without_captions = "cannot read 'data/shapes/small/captions.txt' (No such file or directory); give a text file"
+    assert line.endswith(missing_shards(without_captions))
 
 
 def test_a_shipped_experiment_finds_its_weights_and_scores_from_any_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,38 @@ def test_lightning_resumes_at_any_step_with_the_very_next_batch(tmp_path: Path, 
         assert resumed.seen == model.seen[step:]
 
 
+def test_each_training_batch_gets_captions_to_sample_from_the_same_ones_after_a_resume(tmp_path: Path) -> None:
+    class Watching(Model):
+        def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
+            assert batch.sampling is not None
+            self.sampled = [*getattr(self, "sampled", []), batch.sampling.context.clone()]
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: CaptionImageBatch, batch_idx: int) -> None:
+            assert batch.sampling is None
+
+    shards = write_numbered(tmp_path / "shards", [16])
+    (tmp_path / "captions.txt").write_text("a\nb c\n\nd\n")
+    options = {"sampling_captions": str(tmp_path / "captions.txt"), "validation_shards": shards}
+    every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    model, resumed = Watching(), Watching()
+    trainer(tmp_path, callbacks=[every_step], enable_checkpointing=True).fit(model, make(shards, **options))
+    trainer(tmp_path).fit(resumed, make(shards, **options), ckpt_path=str(tmp_path / "step=3.ckpt"))
+    assert len(model.sampled) == 8
+    assert all(torch.equal(a, b) for a, b in zip(model.sampled[3:], resumed.sampled, strict=True))
+    rows = torch.cat(model.sampled)
+    known = CountingEncoder().encode(["a", "b c", "d"]).context
+    counts = [int((rows == each).flatten(1).all(1).sum()) for each in known]
+    assert sum(counts) == len(rows) == 32
+    assert min(counts) >= 4, "each is drawn as often as the others"
+
+
+def test_captions_to_sample_from_that_are_not_there_are_named(tmp_path: Path) -> None:
+    data = make(write_numbered(tmp_path / "shards", [16]), sampling_captions=str(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match=r"sampling_captions: cannot read '.*none\.txt'"):
+        data.setup("fit")
+
+
 def test_resume_between_two_passes_does_not_repeat_the_first_ones_order(tmp_path: Path) -> None:
     shards = write_numbered(tmp_path / "shards", [16])
     every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
 from emf_lightning.flow.objectives.cmt import CMT
@@ -20,12 +21,15 @@ from emf_lightning.flow.objectives.twin_flow import TwinFlow
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
+from emf_lightning.latents.pixels import Pixels
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.joint_distillation import JointDistillation
 from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import DecoupledInterval, SummedInterval
+from emf_lightning.text.words import WordEncoder
+from tests.data.tars import write_numbered
 from tests.modules.conftest import TINY
 
 HALF = LogitNormalTimes(flow_matching_ratio=Schedule(0.5), consistency_ratio=0.25)
@@ -44,7 +48,7 @@ def optimizer(params):
     return torch.optim.AdamW(params, lr=1e-3)
 
 
-def fit(model, loader, folder, **settings) -> Trainer:
+def fit(model, loader, folder, datamodule=None, **settings) -> Trainer:
     trainer = Trainer(
         max_steps=3,
         accelerator="cpu",
@@ -56,7 +60,7 @@ def fit(model, loader, folder, **settings) -> Trainer:
         log_every_n_steps=1,
         **settings,
     )
-    trainer.fit(model, loader)
+    trainer.fit(model, loader, datamodule=datamodule)
     return trainer
 
 
@@ -145,3 +149,28 @@ def test_alpha_flow_takes_derivatives_from_the_end_of_its_schedule_on(tmp_path, 
     objective = AlphaFlow(AlphaSchedule(0.0, 0.5), times=HALF)
     fit(Watched(net, objective, optimization=Optimization(optimizer)), loader, tmp_path)
     assert steps == [0, 0, 4]
+
+
+@pytest.mark.parametrize("kind", [FlowMapModule, JointDistillation])
+def test_samples_of_other_captions_train_and_objectives_without_samples_refuse_them(tmp_path, net, kind):
+    shards = write_numbered(tmp_path / "shards", [16])
+
+    def trained(objective, **options):
+        torch.manual_seed(0)
+        data = CaptionImageData(
+            WordEncoder(16, 4), Pixels(), shards, resolution=8, batch_size=4, num_workers=0, **options
+        )
+        model = kind(copy.deepcopy(net), objective, optimization=Optimization(optimizer))
+        fit(model, None, tmp_path, datamodule=data)
+        return model.net.state_dict()
+
+    def sampling():
+        if kind is JointDistillation:
+            return JointObjective()
+        return RefinedMeanFlow(velocity=TeacherVelocity(), refinement=Refinement(start=0.0))
+
+    own, other = trained(sampling()), trained(sampling(), sampling_captions=["d", "e"])
+    assert any(not torch.equal(own[name], other[name]) for name in own)
+    if kind is FlowMapModule:
+        with pytest.raises(ValueError, match=r"data.sampling_captions: MeanFlow draws no samples"):
+            trained(MeanFlow(), sampling_captions=["d", "e"])

@@ -9,10 +9,14 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from emf_lightning.data.shapes.prompts import write_captions
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import WORLDS
 
-_MISSING = re.compile(r"'(data/shapes/(small|full))/(?:train|validation)' matches no file")
+_MISSING = re.compile(
+    r"'(data/shapes/(small|full))/(?:(?:train|validation)' matches no file|captions\.txt' \(No such file)"
+)
 
 
 def missing_shards(message: str) -> str:
@@ -20,7 +24,7 @@ def missing_shards(message: str) -> str:
     if (found := _MISSING.search(message)) is None:
         return ""
     folder, world = found.groups()
-    train = f"emf shards --world {world} --count 50000 --seed 0 --out {folder}/train"
+    train = f"emf shards --world {world} --count 50000 --seed 0 --out {folder}/train --captions {folder}/captions.txt"
     return f"; first run: {train} && emf shards --world {world} --count 1000 --seed 1 --out {folder}/validation"
 
 
@@ -31,6 +35,7 @@ def shards(
     seed: int = 0,
     samples_per_shard: int = 2000,
     workers: int | None = None,
+    captions: Path | None = None,
 ) -> None:
     """Write caption-image shards of a shapes world: WebDataset tars of .png, .txt and .json.
 
@@ -43,6 +48,8 @@ def shards(
         seed: of the scenes; use another one for validation.
         samples_per_shard: samples a shard; a data worker reads one shard at a time.
         workers: rendering processes; by default one for each CPU core.
+        captions: text file to write as well: as many captions of random compositions, those that no image shows
+            included, for data.sampling_captions.
     """
     processes = (os.cpu_count() or 1) if workers is None else workers
     for name, value in (("seed", seed), ("workers", processes)):
@@ -59,4 +66,6 @@ def shards(
         paths = write_shards(
             WORLDS[world], out, count, seed=seed, samples_per_shard=samples_per_shard, workers=processes, progress=show
         )
+    if captions is not None:
+        write_captions(captions, WORLDS[world], count, seed, TASK_WEIGHTS)
     print(f"{count:,} samples in {len(paths)} shards: {out}")

@@ -19,12 +19,14 @@ class CaptionImageBatch:
         text: features of the B captions.
         null: features of the null caption, ``[1, L, D]``.
         captions: the B captions.
+        sampling: features of B other captions, of which an objective draws its samples; None takes ``text``.
     """
 
     latents: Tensor
     text: TextFeatures
     null: TextFeatures
     captions: tuple[str, ...]
+    sampling: TextFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -32,10 +34,16 @@ class CaptionImageBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionImageBatch:
         """This batch on ``device``; Lightning moves every object with this method."""
         latents = self.latents.to(device, non_blocking=non_blocking)
-        return CaptionImageBatch(latents, self.text.to(device), self.null.to(device), self.captions)
+        sampling = None if self.sampling is None else self.sampling.to(device)
+        return CaptionImageBatch(latents, self.text.to(device), self.null.to(device), self.captions, sampling)
 
     def parts(self, count: int) -> list[CaptionImageBatch]:
         """Splits the batch into at most ``count`` batches of nearly equal size."""
         size = -(-len(self) // count)
         slices = [slice(first, first + size) for first in range(0, len(self), size)]
-        return [CaptionImageBatch(self.latents[s], self.text[s], self.null, self.captions[s]) for s in slices]
+        return [
+            CaptionImageBatch(
+                self.latents[s], self.text[s], self.null, self.captions[s], self.sampling and self.sampling[s]
+            )
+            for s in slices
+        ]

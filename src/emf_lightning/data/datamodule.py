@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -60,6 +63,9 @@ class CaptionImageData(LightningDataModule):
         validation_samples: number of validation samples, the same ones each time.
         flip: mirrors half of the training images; wrong if captions say "left" and "right".
         prompts: text file with one prompt a line, or a list of prompts, for prediction.
+        sampling_captions: text file with one caption a line, or a list of captions, for objectives that draw samples
+            from the network in training (``RefinedMeanFlow``, ``JointObjective``): no image has to exist. Each batch
+            gets as many random ones; by default it takes its own captions.
         member_mb: megabytes above which a file in a shard is left out, unread.
         images: false decodes and encodes no images, for FGM, which learns from captions alone; shards then need
             captions only, and latents are zeros of the right shape.
@@ -99,6 +105,7 @@ class CaptionImageData(LightningDataModule):
         validation_samples: int = 1024,
         flip: bool = False,
         prompts: str | Path | list[str] | None = None,
+        sampling_captions: str | Path | list[str] | None = None,
         member_mb: float = MEMBER_MB,
         images: bool = True,
         image_limits: ImageLimits = ImageLimits(),
@@ -138,12 +145,14 @@ class CaptionImageData(LightningDataModule):
         self.validation_samples = validation_samples
         self.flip = flip
         self.prompts = prompts
+        self.sampling_captions = sampling_captions
         self.member_mb = member_mb
         self.images = images
         self.image_limits = image_limits
         self._train: ShardLoader | None = None
         self._validation: ShardLoader | None = None
         self._prompts: PromptList | None = None
+        self._sampling: PromptList | None = None
 
     @property
     def context_width(self) -> int:
@@ -170,6 +179,8 @@ class CaptionImageData(LightningDataModule):
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
             self._train = self._loader(self.training_sources, self.num_workers, share=self.validation_share, **options)
+            if self.sampling_captions is not None:
+                self._sampling = PromptList(self.sampling_captions, "CaptionImageData: sampling_captions")
         if stage in ("validate", "test") and not self.validates:
             raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
         if stage in ("fit", "validate", "test") and self.validates:
@@ -281,7 +292,13 @@ class CaptionImageData(LightningDataModule):
             if cache is not None and self.num_workers > 0:
                 cache.hits += int(lookup.found.sum())  # counts in a worker stay in its process
         self._encoder.device = batch.images.device
-        return self._encoder.encode(batch)
+        encoded = self._encoder.encode(batch)
+        if self._sampling is None or not (self.trainer and self.trainer.training):
+            return encoded
+        # a function of the batch, so that a resumed run repeats the uninterrupted one
+        chosen = np.random.default_rng(zlib.crc32("\n".join(encoded.captions).encode()))
+        captions = [self._sampling.prompts[i] for i in chosen.integers(len(self._sampling), size=len(encoded))]
+        return replace(encoded, sampling=self.text_features(captions))
 
     @property
     def encoder(self) -> BatchEncoder:

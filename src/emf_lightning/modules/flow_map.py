@@ -188,6 +188,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
     def compute_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The training loss of one batch, a scalar; logs diagnostics."""
         text, dropped = self.drop_captions(batch)
+        sampling = {} if batch.sampling is None else {"sampling_context": batch.sampling.conditioning}
         terms = self.objective(
             self.net,
             batch.latents,
@@ -195,6 +196,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             progress=self.progress,
             null_context=batch.null.conditioning,
             dropped=dropped,
+            **sampling,
         )
         self.log_terms(terms)
         return terms.loss
@@ -283,6 +285,12 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}: 16-bit weights lose the small updates of fine-tuning; "
                 "set bf16-mixed, with ModelParallelStrategy where memory is short"
+            )
+        captions = getattr(getattr(self.trainer, "datamodule", None), "sampling_captions", None)
+        if captions is not None and not getattr(self.objective, "takes_sampling_context", False):
+            raise ValueError(
+                f"data.sampling_captions: {type(self.objective).__name__} draws no samples of captions of their own; "
+                "leave it out, or take RefinedMeanFlow or JointObjective"
             )
         planned = self.trainer.estimated_stepping_batches
         if not 0 < planned < float("inf"):

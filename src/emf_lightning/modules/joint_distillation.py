@@ -107,6 +107,7 @@ class JointDistillation(AlternatingModule):
             null_context=batch.null.conditioning,
             progress=self.progress,
             step=self.trainer.global_step,
+            sampling_context=None if batch.sampling is None else batch.sampling.conditioning,
         )
         self.log_terms(terms.regression)
         self.log("train/loss", terms.loss.detach(), batch_size=len(batch))
@@ -118,17 +119,21 @@ class JointDistillation(AlternatingModule):
 
     def compute_auxiliary_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The online flow's error on the network's samples, and the discriminator's loss."""
-        inputs = self.net, batch.latents, batch.text.conditioning
+        text = batch.sampling or batch.text
         now: dict[str, Any] = {"progress": self.progress, "step": self.trainer.global_step}
         losses = []
         online_flow, discriminator = self._part("online_flow"), self._part("discriminator")
         if online_flow is not None:
-            terms = self.objective.online_flow_loss(*inputs, online_flow=online_flow, **now)
+            terms = self.objective.online_flow_loss(
+                self.net, batch.latents, text.conditioning, online_flow=online_flow, **now
+            )
             self.log("train/online_flow_mse", terms.squared_error.mean(), batch_size=len(batch))
             losses.append(terms.loss / batch.latents[0].numel())
         if discriminator is not None:
             critic = self.objective.discriminator_loss(
-                *inputs,
+                self.net,
+                batch.latents,
+                (batch.text if self.objective.real_steps is None else text).conditioning,  # the real images' own
                 teacher=self.teacher,
                 discriminator=discriminator,
                 null_context=batch.null.conditioning,

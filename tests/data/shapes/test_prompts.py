@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from emf_lightning.data.geneval_prompts import TASKS
-from emf_lightning.data.shapes.prompts import evaluation_prompts
+from emf_lightning.data.shapes.prompts import evaluation_prompts, write_captions
+from emf_lightning.data.shapes.scenes import TASK_WEIGHTS
 from emf_lightning.data.shapes.world import FULL, SMALL, WORLDS
 
 DIGESTS = {
@@ -38,6 +40,20 @@ def test_prompts_come_task_by_task_and_once_each(world):
 
 def test_a_smaller_list_holds_the_tasks_too():
     assert Counter(prompt.tag for prompt in evaluation_prompts(SMALL, 4)).keys() == set(TASKS)
+
+
+def test_captions_to_sample_from_show_all_compositions_in_the_training_images_shares(tmp_path):
+    written = []
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        write_captions(tmp_path / "new" / name, SMALL, 2000, seed, TASK_WEIGHTS)
+        written.append((tmp_path / "new" / name).read_text().splitlines())
+    assert written[0] == written[1] != written[2]
+    assert len(written[0]) == 2000
+    known = {prompt.prompt: prompt for prompt in evaluation_prompts(SMALL, 400)}
+    prompts = [known[caption] for caption in written[0] if caption in known]
+    assert {prompt.tag for prompt in prompts if prompt.held_out} == {"two_object", "colors", "position", "color_attr"}
+    counting = np.mean(["two" in c or "three" in c or "four" in c for c in written[0]])
+    assert counting == pytest.approx(TASK_WEIGHTS["counting"], abs=0.03)
 
 
 def test_held_out_compositions_are_marked():

@@ -214,6 +214,25 @@ def test_real_images_of_the_discriminator_are_the_datas_or_the_teachers():
         assert terms.loss.isfinite()
 
 
+def test_samples_take_captions_of_their_own():
+    rows = {"data": set(), "samples": set()}
+
+    def watching(name):
+        def net(z, r, t, c):
+            rows[name].add(float(c[0, 0]))
+            return z * torch.ones((), requires_grad=True)
+
+        return net
+
+    objective = JointObjective(matching_weight=LossTerm(1.0), regression=MeanFlow())
+    context, other = torch.zeros(4, 1), torch.ones(4, 1)
+    for sampling_context, seen in ((None, {0.0}), (other, {1.0})):
+        rows = {"data": set(), "samples": set()}
+        matching = {"teacher": watching("samples"), "online_flow": watching("samples")}
+        objective(watching("data"), torch.randn(4, 2), context, sampling_context=sampling_context, **matching)
+        assert rows == {"data": {0.0} | seen, "samples": seen}
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -109,6 +109,21 @@ def test_before_its_start_it_is_meanflow_bit_for_bit():
     assert torch.equal(loss(alone, 0.5), loss(joined, 0.5)), "the value stays the regression's"
 
 
+def test_samples_and_their_teacher_take_captions_of_their_own():
+    def teacher(z: Tensor, r: Tensor, t: Tensor, point: Tensor) -> Tensor:
+        return (z - point) / t[:, None]
+
+    objective, data = refined(of=teacher), torch.zeros(8, 3)
+    own = torch.rand(8, 3)
+    terms = objective(shows, data, data + 9.0, sampling_context=own, dropped=torch.ones(8, dtype=torch.bool))
+    assert terms.metrics["refinement_error"] < 1e-5, "both take the sampling context: the teacher keeps each sample"
+    assert torch.allclose(terms.metrics["sample_std"], own.std(0).mean())
+    torch.manual_seed(0)
+    alone = MeanFlow(velocity=TeacherVelocity(teacher))(shows, data, data + 9.0).squared_error
+    torch.manual_seed(0)
+    assert torch.equal(objective(shows, data, data + 9.0, sampling_context=own).squared_error, alone)
+
+
 def test_one_sample_that_is_not_finite_leaves_the_others_as_they_are():
     samples = torch.randn(8, 2)
     samples[3] = torch.nan

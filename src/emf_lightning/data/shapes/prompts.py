@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from emf_lightning.data import geneval_prompts as geneval
 from emf_lightning.data.geneval_prompts import RELATIONS, TASKS, Prompt
 from emf_lightning.data.shapes.world import World
+from emf_lightning.files import replacing
 
 
 def mark_held_out(world: World, prompt: Prompt) -> Prompt:
@@ -26,6 +29,16 @@ def evaluation_prompts(world: World, per_task: int = 100) -> list[Prompt]:
     prompts = geneval.sample_prompts(world.shapes, world.colours, per_task, seed=43)
     unique = list({prompt.prompt: prompt for prompt in reversed(prompts)}.values())[::-1]
     return [mark_held_out(world, prompt) for prompt in unique]
+
+
+def write_captions(path: Path, world: World, count: int, seed: int, task_weights: Mapping[str, float]) -> None:
+    """Writes ``count`` captions of random compositions, held-out ones included, as a text file with one a line."""
+    rng = np.random.default_rng(seed)
+    tags, weights = list(task_weights), np.array(list(task_weights.values()))
+    chosen = rng.choice(len(tags), count, p=weights / weights.sum())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text("".join(f"{random_prompt(world, tags[i], rng).prompt}\n" for i in chosen))
 
 
 def random_prompt(world: World, tag: str, rng: np.random.Generator) -> Prompt:

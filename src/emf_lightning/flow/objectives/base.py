@@ -70,6 +70,7 @@ class Objective(ABC):
         needs_guidance_conditioning: whether the network has to take guidance as a condition and predict v beside u.
         needs_negative_times: whether the network has to know a second flow, at negative times.
         takes_derivative: whether the r < t samples take du/dt.
+        takes_sampling_context: whether it draws samples from the network, whose captions may be others than the data's.
         sampler: the sampler of models that it trains.
         sampling_guidance: how a guidance scale acts when sampling from them.
         derivative: computes du/dt, where the objective takes it.
@@ -90,6 +91,7 @@ class Objective(ABC):
     needs_guidance_conditioning = False
     needs_negative_times = False
     takes_derivative = False
+    takes_sampling_context = False
     sampler: Sampler = FlowMapSampler()
     sampling_guidance: SamplingGuidance = ClassifierFreeGuidance()
     derivative: Derivative | None = None

@@ -74,6 +74,7 @@ class JointObjective:
     """
 
     needs_guidance_conditioning = False
+    takes_sampling_context = True
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class JointObjective:
         progress: float = 0.0,
         step: int = 0,
         null_context: Context = None,
+        sampling_context: Context = None,
     ) -> JointTerms:
         """Loss and diagnostics of the network.
 
@@ -166,6 +168,7 @@ class JointObjective:
             progress: of training, in [0, 1].
             step: optimiser steps taken, which say which terms count and how many jumps this batch's rollouts have.
             null_context: conditioning without a caption; guidance needs it.
+            sampling_context: conditioning of the samples; by default ``context``.
         """
         terms = self.regression(net, x, context, progress=progress, null_context=null_context)
         assert terms.u is not None
@@ -174,6 +177,7 @@ class JointObjective:
         matching, adversarial = self.matching_weight(step), self.adversarial_weight(step)
         if not matching and not adversarial:
             return JointTerms(terms.loss, terms, terms.finite, metrics)
+        context = context if sampling_context is None else sampling_context
         samples = self._rollout(net, x, context, step)
         leaf = samples.detach().requires_grad_()  # each term's graph ends here
         pull = torch.zeros_like(leaf)

@@ -94,6 +94,8 @@ class RefinedMeanFlow(MeanFlow):
         ['refinement_error', 'sample_std']
     """
 
+    takes_sampling_context = True
+
     def __init__(
         self,
         *,
@@ -124,17 +126,22 @@ class RefinedMeanFlow(MeanFlow):
         progress: float = 0.0,
         null_context: Context = None,
         dropped: Tensor | None = None,
+        sampling_context: Context = None,
     ) -> FlowMapTerms:
-        """Loss and diagnostics of a batch; see ``Objective.__call__``. The loss's value is the regression's."""
-        conditioning = context, null_context, dropped
+        """Loss and diagnostics of a batch; see ``Objective.__call__``. The loss's value is the regression's.
+
+        ``sampling_context`` is the conditioning of the samples, by default ``context``.
+        """
         terms = super().__call__(net, x, context, progress=progress, null_context=null_context, dropped=dropped)
         if progress < self.refinement.start:
             return terms
         assert terms.u is not None
         reference = torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0].float().norm()
         e = torch.randn_like(x)
+        if sampling_context is not None:
+            context, dropped = sampling_context, None
         sample = self.sample(AverageVelocity(net, context), e)
-        error = sample.detach() - self.refined(net, sample.detach(), e, *conditioning)
+        error = sample.detach() - self.refined(net, sample.detach(), e, context, null_context, dropped)
         finite = error.isfinite().flatten(1).all(1)
         error = torch.where(expand_like(finite, error), error, 0).float()
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
