@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b"):
         trained(world / "scored" / name, 0.5)
     pictures = {"image": [{"bytes": noise_image(number), "path": None} for number in range(24)]}
-    Dataset.from_dict(pictures, Features({"image": ImageFeature()})).save_to_disk(world / "pictures")
+    Dataset.from_dict(pictures, Features({"image": ImageFeature()})).save_to_disk(str(world / "pictures"))
     return world
 
 
