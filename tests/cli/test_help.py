@@ -36,7 +36,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_opens_with_our_own_options(capsys) -> None:
     text = output(capsys, "fit", "--help")
-    options = r"-c ", r"--run ", r"--model", r"--data\.text", r"--trainer\."
+    options = r"-c\b", r"--run\b", r"--model", r"--data\.text", r"--trainer\."
     places = [text.index("examples:"), *(re.search(rf"^ +{option}", text, re.M).start() for option in options)]
     assert places == sorted(places)
     assert text.startswith("usage: emf fit ")

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from emf_lightning.modules.sharded_checkpoint import check_index
 from tests.faults import sharded_ranks
@@ -111,6 +112,13 @@ def test_an_index_calls_nothing(tmp_path, monkeypatch, call):
     with pytest.raises(ValueError, match=r"\.metadata cannot be read as part of a sharded checkpoint .*it names "):
         check_index(tmp_path)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("module", ["pathlib", type(Path()).__module__])  # an earlier Python's name and this one's
+def test_an_index_names_paths(tmp_path, module):
+    (tmp_path / ".metadata").write_bytes(f"c{module}\nPosixPath\n(S'a'\ntR.".encode())
+    torch.save({}, tmp_path / "meta.pt")
+    check_index(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from emf_lightning.modules.checkpoint_files import checked
 INDEX, REST = ".metadata", "meta.pt"
 """Files of the folder: torch's index of its tensors, and all that is no weight or optimiser state."""
 
-_PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+# Python 3.13 calls the module of paths another name
+_PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+_PLAIN |= {(module, "PosixPath") for module in ("pathlib", PosixPath.__module__)}
 _KINDS = {module.__name__: module for module in (metadata, filesystem)}
 
 
