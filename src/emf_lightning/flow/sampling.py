@@ -125,8 +125,10 @@ def sample(
     """
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    u = guidance(net, context, null_context, len(noise), guidance_scale)
+    u = guidance(net, context, null_context, noise.shape[0], guidance_scale)
     data = sampler(u, noise, steps) if step_end is None else sampler(u, noise, steps, step_end)
+    if torch.compiler.is_compiling():  # also by torch.export: a graph has no warnings
+        return data
     if lost := int((~data.isfinite()).reshape(len(data), -1).any(1).sum()):
         warnings.warn(
             f"{lost} of {len(data)} samples are not finite, and their images are black: the weights are not, or the "
@@ -163,7 +165,7 @@ def multistep_sample(
     _check_steps(steps)
     x = torch.zeros_like(noise)
     for k in range(steps):
-        t = torch.full((len(noise),), start * (1 - k / steps), device=noise.device, dtype=torch.float32)
+        t = torch.full((noise.shape[0],), start * (1 - k / steps), device=noise.device, dtype=torch.float32)
         e = noise if k == 0 else fresh_noise(k)
         z = (1 - expand_like(t, e)) * x + expand_like(t, e) * e
         with nullcontext() if k == steps - 1 else no_grad_pass():
@@ -189,7 +191,7 @@ def flow_map_rollout(
         ValueError: for no steps.
     """
     _check_steps(steps)
-    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, len(noise))
+    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, noise.shape[0])
     without_graph = max(steps - gradient_jumps, 0)
 
     def move(z: Tensor, jumps: range) -> Tensor:

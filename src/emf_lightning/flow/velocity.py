@@ -67,7 +67,7 @@ def call_with_context(
     Raises:
         ValueError: where the conditioning is of another number of samples than ``inputs``.
     """
-    _map(context, lambda tensor: _check_batch(tensor, len(inputs[0])))
+    _map(context, lambda tensor: _check_batch(tensor, inputs[0].shape[0]))
     if context is None:
         return net(*inputs, **conditions)
     if isinstance(context, Mapping):
@@ -77,7 +77,7 @@ def call_with_context(
 
 def expand_context(context: Context, batch: int) -> Context:
     """Conditioning of one sample repeated for ``batch`` samples, without a copy; of ``batch`` samples as it is."""
-    return _map(context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if len(tensor) == 1 else tensor)
+    return _map(context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor)
 
 
 def select_context(context: Context, samples: slice | Tensor) -> Context:
@@ -140,7 +140,7 @@ def _map(context: Context, function: Callable[[Tensor], Any]) -> Context:
 
 
 def _check_batch(tensor: Tensor, batch: int) -> None:
-    if tensor.ndim == 0 or len(tensor) != batch:
+    if tensor.ndim == 0 or tensor.shape[0] != batch:
         raise ValueError(
             f"context has a tensor of shape {list(tensor.shape)} for a batch of {batch} samples: the first dimension "
             f"of each must be {batch}"
