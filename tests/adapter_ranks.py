@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emf_lightning.callbacks import SaveNetwork, WeightEMA
+from emf_lightning.modules.sharded_checkpoint import ShardedCheckpoints
 from emf_lightning.networks.adapter import Adapter
 from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaFlowMap
 from tests import ranks
-from tests.ranks import JOINED, OWN, TEACHER, TINY, replicated, run, saver, sharded, train
+from tests.ranks import JOINED, OWN, TEACHER, TINY, complaint, replicated, run, saver, sgd, train
 
 SETTINGS = {"prediction": PredictData(), "time_scale": 10.0, "latent_size": 8, "context_width": 16}
 
 
 def network(**arguments: Any) -> SanaFlowMap:
     torch.manual_seed(0)
-    return SanaFlowMap(pretrained=sys.argv[1] + "/parent", adapter=Adapter(4, alpha=6.0), **SETTINGS, **arguments)
+    settings: dict[str, Any] = {"adapter": Adapter(4, alpha=6.0)} | SETTINGS | arguments
+    return SanaFlowMap(pretrained=sys.argv[1] + "/parent", **settings)
+
+
+def sharded(ranks: int, one_file: bool = True) -> dict[str, Any]:
+    """FSDP2 as ``emf`` has it."""
+    return {"strategy": ShardedCheckpoints(ranks, 1, save_distributed_checkpoint=not one_file), "devices": ranks}
 
 
 def alone(rank: int, out: Path) -> None:
@@ -36,9 +45,43 @@ def together(rank: int, out: Path) -> None:
     train(out, "fsdp2", own, WeightEMA(decay=0.5), SaveNetwork(), saver(out, "one"), **sharded(2))
     train(out, "fsdp2-parts", own, WeightEMA(decay=0.5), saver(out, "parts"), **sharded(2, one_file=False))
     train(out, "fsdp2-teacher", own, model=TEACHER, **sharded(2))
-    for name in ("one", "parts"):  # Lightning puts the optimiser's state of DDP at the frozen weights' places, too
+    for name in ("one", "parts", "saved"):
         path = out / name / "step=2.ckpt"
         train(out, f"fsdp2-from-{name}", own, WeightEMA(decay=0.5), ckpt_path=path, **sharded(2, name != "parts"))
+    train(out, "ddp-from-one", own, WeightEMA(decay=0.5), ckpt_path=out / "one" / "step=2.ckpt", **replicated())
+    groups: dict[str, Any] = {"model": {"optimizer": grouped}}
+    train(out, "grouped", own, WeightEMA(decay=0.5), saver(out, "groups"), **groups, **replicated())
+    path = out / "groups" / "step=2.ckpt"
+    train(out, "fsdp2-from-groups", own, WeightEMA(decay=0.5), ckpt_path=path, **groups, **sharded(2))
+
+
+def grouped(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Groups in another order than the network's."""
+    groups = [{"params": parameters[1::2]}, {"params": parameters[::2], "momentum": 0.5}]
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "rank": {"net": {"adapter": Adapter(2, alpha=6.0)}},
+    "targets": {"net": {"adapter": Adapter(4, alpha=6.0, target_modules=["to_q"])}},
+    "no adapter": {"net": {"adapter": None}},
+    "optimizer": {"model": {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05)}},
+    "tensors": {"model": {"optimizer": lambda parameters: sgd(parameters[:-1])}},
+}
+"""Settings that do not go with the checkpoint."""
+
+
+def refused(rank: int, out: Path) -> None:
+    said = {}
+    strategies = {"ddp": (replicated, "saved"), "fsdp2": (sharded, "one"), "parts": (sharded, "parts")}
+    for strategy, (settings, written) in strategies.items():
+        for case, other in OTHERS.items():
+            options = settings() if strategy == "ddp" else settings(2, strategy == "fsdp2")
+            path = out / written / "step=2.ckpt"
+            attempt = partial(train, out, f"{strategy}-{case}", OWN[rank], ckpt_path=path, **other, **options)
+            said[f"{strategy}: {case}"] = complaint(attempt)
+    if rank == 0:
+        (out / "refused.json").write_text(json.dumps(said))
 
 
 def resumed(rank: int, out: Path) -> None:
@@ -50,5 +93,5 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     SanaFlowMap(TINY, **SETTINGS).save_pretrained(folder / "parent")
     ranks.network = network
-    statuses = [run(1, alone, folder), run(2, together, folder), run(1, resumed, folder)]
+    statuses = [run(1, alone, folder), run(2, together, folder), run(2, refused, folder), run(1, resumed, folder)]
     (folder / "statuses.json").write_text(json.dumps(statuses))

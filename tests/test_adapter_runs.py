@@ -129,22 +129,38 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float((error / sum(tensor.square().sum() for tensor in other.values())).sqrt())
 
 
+REFUSED = {
+    "rank": "its adapter is Adapter(alpha=6.0, rank=4, target_modules=None), not Adapter(alpha=6.0, rank=2, ",
+    "targets": "not Adapter(alpha=6.0, rank=4, target_modules=['to_q'])",
+    "no adapter": "target_modules=None), not none;",
+    "optimizer": "its optimizer is SGD, not AdamW;",
+    "tensors": "its number of tensors that train is ",
+}
+"""What is said of each of ``adapter_ranks.OTHERS``."""
+
+
 @pytest.mark.slow
 def test_two_ranks_train_adapters_as_one_process_does(tmp_path, root):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "-m", "tests.adapter_ranks", str(tmp_path)]
     subprocess.run(command, env=environment, cwd=root, check=True)
-    assert json.loads((tmp_path / "statuses.json").read_text()) == [[0], [0, 0], [0]]
+    assert json.loads((tmp_path / "statuses.json").read_text()) == [[0], [0, 0], [0, 0], [0]]
     found = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     pairs = {"ddp": "alone", "fsdp2": "alone", "ddp-teacher": "alone-teacher", "fsdp2-teacher": "alone-teacher"}
     for two, one in pairs.items():
         for kind in ("gradient", "weights"):
             assert difference(found[two][kind], found[one][kind]) < 1e-6, (two, kind)
     resumed = [name for name in found if "-from-" in name]
-    assert len(resumed) == 4
+    assert len(resumed) == 7
     for two in ("ddp", "fsdp2", "fsdp2-parts", *resumed):
         for kind in ("weights", "averages"):
-            assert difference(found[two][kind], found["alone"][kind]) < 1e-6, (two, kind)
+            whole = "grouped" if two == "fsdp2-from-groups" else "alone"
+            assert difference(found[two][kind], found[whole][kind]) < 1e-6, (two, kind)
+    said = json.loads((tmp_path / "refused.json").read_text())
+    assert len(said) == 15
+    for case, sentence in said.items():
+        assert sentence.startswith("ckpt_path: the checkpoint belongs to another configuration: its "), case
+        assert REFUSED[case.partition(": ")[2]] in sentence, case
     for name in ("saved", "one"):
         saved = torch.load(tmp_path / name / "step=2.ckpt", weights_only=True)
         assert saved["state_dict"] and not any("base_layer" in each for each in saved["state_dict"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -297,7 +297,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
         self._planned_steps = int(planned)
         # Lightning loads the optimiser's state after this, whichever optimiser it came from
-        checkpoints.check_parametrization(self._loaded, {"optimizer": type(self.trainer.optimizers[0]).__name__})
+        checkpoints.check_parametrization(self._loaded, _trained(self.trainer.optimizers))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):  # its parts are read whole
@@ -309,16 +309,29 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
             checkpoint.pop("hyper_parameters", None)
         names = {"model": type(self).__name__, "objective": type(self.objective).__name__}
-        optimizers = [("optimizer", type(optimizer).__name__) for optimizer in self.trainer.optimizers[:1]]
-        checkpoint[checkpoints.PARAMETRIZATION] = names | self.net.parametrization | dict(optimizers)
+        checkpoint[checkpoints.PARAMETRIZATION] = names | self.net.parametrization | _trained(self.trainer.optimizers)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # weights of the same shapes but another parametrization would load, and sample nonsense
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], optimizers: Sequence[Any] = ()) -> None:
+        """Raises a ``ValueError`` where training cannot go on from ``checkpoint``.
+
+        Weights of the same shapes but another parametrization would load, and sample nonsense.
+        """
         self._loaded = checkpoints.parametrization_of(checkpoint)
         checkpoints.check_kinds(self._loaded, model=self, objective=self.objective)
-        checkpoints.check_parametrization(self._loaded, checkpoints.described(self.net))
+        checkpoints.check_parametrization(self._loaded, checkpoints.described(self.net) | _trained(optimizers))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
         checkpoints.put_parents_back(checkpoint, self)
         # a sharded checkpoint that was made one file holds the live weights beside the averages
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith(LIVE)]:
             del state[name]
+
+
+def _trained(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """What the state of the network's optimiser, the first, belongs to."""
+    if not optimizers:
+        return {}
+    tensors = sum(len(group["params"]) for group in optimizers[0].param_groups)
+    return {"optimizer": type(optimizers[0]).__name__, "number of tensors that train": tensors}

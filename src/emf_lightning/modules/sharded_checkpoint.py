@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
 from emf_lightning.digests import DIGESTS, read_digests, sha256
 from emf_lightning.files import full_disk, to_json, write_atomic
@@ -74,11 +75,42 @@ class ShardedCheckpoints(ModelParallelStrategy):
         self.lightning_module.trainer.ckpt_path = str(path)  # callbacks read their part from there
         try:
             with _no_pickles(), _failures():
-                return super().load_checkpoint(path, weights_only=True)
+                self._check(path)
+                if path.is_dir():
+                    return super().load_checkpoint(path, weights_only=True)
+                optimizers, self.optimizers = self.optimizers, []  # Lightning gives frozen weights some of their state
+                try:
+                    checkpoint = super().load_checkpoint(path, weights_only=True)
+                finally:
+                    self.optimizers = optimizers
+                self._load_optimizers(checkpoint)
+                return checkpoint
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"ckpt_path: {path} holds more than tensors and plain values, which may run code"
             ) from error
+
+    def _check(self, path: Path) -> None:
+        """Raises the module's ``ValueError`` for a checkpoint of another configuration, before tensors are loaded."""
+        if check := getattr(self.lightning_module, "check_checkpoint", None):
+            described = path / REST if path.is_dir() else path
+            check(torch.load(described, map_location="cpu", weights_only=True, mmap=True), self.optimizers)
+
+    def _load_optimizers(self, checkpoint: dict[str, Any]) -> None:
+        """The optimisers' state of a checkpoint in one file, whichever strategy wrote it.
+
+        The k-th parameter there is the k-th of the optimiser here, as in ``Optimizer.load_state_dict``.
+        """
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            ours = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            theirs = [number for group in state["param_groups"] for number in group["params"]]
+            name = dict(zip(theirs, ours, strict=True))
+            groups = [group | {"params": [name[each] for each in group["params"]]} for group in state["param_groups"]]
+            named = {"state": {name[each]: value for each, value in state["state"].items()}, "param_groups": groups}
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
 
     def _whole(self, path: Path) -> Path:
         """``path``, or where it is a damaged ``last*.ckpt`` the newest whole one beside it. Every rank must call it."""
