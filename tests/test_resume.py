@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
+from emf_lightning.networks.prediction import PredictData
+from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from tests.forked import Forked, emf
 
 STEPS = 24
@@ -32,7 +36,7 @@ trainer:
     - class_path: ModelCheckpoint
       init_args: {{dirpath: {root}, every_n_train_steps: 3, save_last: true, save_top_k: 1, filename: newest}}
 model:
-  class_path: {model}
+  class_path: {kind}
   init_args:
     {settings}
     optimization:
@@ -44,12 +48,7 @@ model:
       init_args:
         time_scale: 10
         prediction: {{class_path: PredictData}}
-        architecture:
-          num_layers: 1
-          num_attention_heads: 1
-          attention_head_dim: 8
-          num_cross_attention_heads: 1
-          cross_attention_head_dim: 8
+        {network}
 data:
   shards: {shards}
   batch_size: 8
@@ -61,18 +60,35 @@ data:
 """
 
 
+ARCHITECTURE = SanaArchitecture(
+    num_layers=1,
+    num_attention_heads=1,
+    attention_head_dim=8,
+    num_cross_attention_heads=1,
+    cross_attention_head_dim=8,
+)
+SIZE = f"architecture: {json.dumps(asdict(ARCHITECTURE))}"
+
 MODELS = {
-    "FlowMapModule": "caption_dropout: 0.1",
-    "FGM": "alternation: {auxiliary_updates: 2}",
-    "SCFlow": "discriminator: {class_path: ConvDiscriminator, init_args: {channels: 4, max_channels: 8}}",
+    "FlowMapModule": ("FlowMapModule", "caption_dropout: 0.1", SIZE),
+    "FGM": ("FGM", "alternation: {auxiliary_updates: 2}", SIZE),
+    "SCFlow": (
+        "SCFlow",
+        "discriminator: {class_path: ConvDiscriminator, init_args: {channels: 4, max_channels: 8}}",
+        SIZE,
+    ),
+    "adapters": ("FlowMapModule", "caption_dropout: 0.1", "adapter: {rank: 2}\n        pretrained: %s/parent"),
 }
-"""Settings of each model, in addition to the common ones."""
+"""The class of each model, its settings in addition to the common ones, and its network's."""
 
 
 def start(model: str, root: Path, shards: Path, *options: str) -> Forked:
     root.mkdir(exist_ok=True)
-    config = root / "run.yaml"
-    config.write_text(CONFIG.format(model=model, settings=MODELS[model], root=root, shards=shards, steps=STEPS))
+    config, (kind, settings, network) = root / "run.yaml", MODELS[model]
+    if model == "adapters":
+        network %= root.parent
+    names = {"kind": kind, "settings": settings, "network": network, "root": root, "shards": shards, "steps": STEPS}
+    config.write_text(CONFIG.format(**names))
     return Forked(emf, "fit", "--config", str(config), *options)
 
 
@@ -88,13 +104,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "model", ["FlowMapModule", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow"))]
+    "model", ["FlowMapModule", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FGM", "SCFlow", "adapters"))]
 )
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, model):
     shards = tmp_path / "shards"
     write_shards(
         SMALL, shards, 80, seed=0, samples_per_shard=40
     )  # ten batches an epoch: the run crosses two epoch ends
+    parent = SanaFlowMap(ARCHITECTURE, prediction=PredictData(), time_scale=10.0, latent_size=36, context_width=16)
+    parent.save_pretrained(tmp_path / "parent")
     assert start(model, tmp_path / "whole", shards).wait() == 0
 
     killed = start(model, tmp_path / "killed", shards)
@@ -110,5 +128,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, m
     assert start(model, tmp_path / "killed", shards, "--ckpt_path", str(last)).wait() == 0
     whole, resumed = weights(tmp_path / "whole" / "last.ckpt"), weights(last)
     assert whole.keys() == resumed.keys()
+    assert (model == "adapters") == any(".lora_A." in name for name in whole)
+    assert not any(".base_layer." in name for name in whole)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
