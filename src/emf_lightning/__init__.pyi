@@ -27,6 +27,7 @@ from .modules.flow_map import FlowMapModule
 from .modules.joint_distillation import JointDistillation
 from .modules.optimization import Optimization
 from .modules.scflow import SCFlow
+from .networks.auraflow import AuraFlowFlowMap
 from .networks.flux import FluxFlowMap
 from .networks.lumina2 import Lumina2FlowMap
 from .networks.mmdit import MMDiTFlowMap
@@ -45,6 +46,7 @@ __all__ = [
     "AlphaFlow",
     "AnyStepTimes",
     "AnyStepWeighting",
+    "AuraFlowFlowMap",
     "AverageVelocity",
     "CaptionImageData",
     "ConditionalVelocity",

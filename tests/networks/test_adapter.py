@@ -92,6 +92,7 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX": ("FluxPipeline", {}),
     "Lumina2": ("Lumina2Pipeline", {}),
     "Qwen-Image": ("QwenImagePipeline", {}),
+    "AuraFlow": ("AuraFlowPipeline", {}),
     "text UNet": ("StableDiffusionPipeline", {"safety_checker": None, "feature_extractor": None}),
 }
 """diffusers' pipelines that load adapters; PixArt's and the unconditional UNet's do not."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
+from emf_lightning.networks.auraflow import AuraFlowArchitecture, AuraFlowFlowMap
 from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
 from emf_lightning.networks.lumina2 import Lumina2Architecture, Lumina2FlowMap
@@ -73,7 +74,7 @@ def test_emf_trains_all_but_the_ends_of_the_network():
     ("kind", "name", "size", "published"),
     [
         # in millions; those of the papers and model cards are 2 B, 2.5 B (with its table of positions), 8.1 B, 12 B,
-        # 12 B, 8 B, .6 B, 2.6 B and 20 B
+        # 12 B, 8 B, .6 B, 2.6 B, 20 B and 6.8 B
         (MMDiTFlowMap, "stabilityai/stable-diffusion-3-medium-diffusers", MMDiTArchitecture(), 2_028),
         (
             MMDiTFlowMap,
@@ -93,6 +94,7 @@ def test_emf_trains_all_but_the_ends_of_the_network():
         (PixArtFlowMap, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", None, 611),
         (Lumina2FlowMap, "Alpha-VLLM/Lumina-Image-2.0", Lumina2Architecture(), 2_610),
         (QwenImageFlowMap, "Qwen/Qwen-Image", QwenImageArchitecture(), 20_430),
+        (AuraFlowFlowMap, "fal/AuraFlow-v0.3", AuraFlowArchitecture(), 6_859),
     ],
 )
 def test_other_backbones_are_of_the_published_sizes(kind, name, size, published):

@@ -85,6 +85,7 @@ _SD35_LARGE = _SD3 | {
 _FLUX: dict[str, Any] = {"guidance_embeds": True}
 _FLUX_VAE = _SD3_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 _PIXART_SIGMA = {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False}
+_AURAFLOW = {"pos_embed_max_size": 9216}
 _SDXL_VAE = _SD_VAE | {"sample_size": 1024, "scaling_factor": 0.13025}
 _CLIP_L = {
     "model_type": "clip_text_model",
@@ -109,6 +110,15 @@ _T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+_PILE_T5_XL = {
+    "model_type": "umt5",
+    "vocab_size": 32_128,
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+}
 _SD3_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_BIGG, "text_encoder_3": _T5_XXL}
 _FLUX_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL}
 
@@ -122,6 +132,7 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": {"transformer": _PIXART_SIGMA, "vae": _SDXL_VAE, "text_encoder": _T5_XXL},
     "Alpha-VLLM/Lumina-Image-2.0": {"transformer": {"cap_feat_dim": 2304}, "vae": _FLUX_VAE, "text_encoder": _GEMMA},
     "Qwen/Qwen-Image": {"transformer": {}},
+    "fal/AuraFlow-v0.3": {"transformer": _AURAFLOW, "vae": _SDXL_VAE, "text_encoder": _PILE_T5_XL},
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -144,6 +155,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 SANA's and DC-AE's are those of diffusers' conversion scripts, Gemma's and Qwen3-1.7B's those of their release. That
 BLIP3o-NEXT's language model is Qwen3-1.7B is inferred from its name (3B with a SANA of 1.6B): not checked against its
-weights. Those of FLUX.1, SD3.5, PixArt, Lumina and Qwen-Image agree with the published sizes; they were not read off
+weights. Those of FLUX.1, SD3.5, PixArt, Lumina, Qwen-Image and AuraFlow agree with the published sizes; they were not read off
 the files. They serve planning alone: downloaded weights come with their own configuration.
 """

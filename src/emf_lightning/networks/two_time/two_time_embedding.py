@@ -30,8 +30,8 @@ class TimePlaces:
     Attributes:
         embedding: the module m, from the time or its sinusoid to an embedding.
         sinusoid: the module from the time to its sinusoid, where it stands before ``embedding``.
-        conditioning: the module whose first argument is the time and whose output goes to the blocks, for
-            ``DecoupledInterval``; None where there is none.
+        conditioning: the module whose output goes to the blocks, for ``DecoupledInterval``: ``embedding`` itself, or
+            one whose first argument is the time; None where there is none.
         argument: the name of the blocks' argument that takes it.
         output_norm: the module beside the blocks that takes it, and its argument's name; None if it takes another.
         reversed: whether the model's time is 0 at noise.
@@ -73,12 +73,12 @@ class TwoTimeEmbedding:
         self.ignored = False
         self._times: tuple[Tensor, Tensor] | None = None
         self._sinusoid: nn.Module | None = None
+        if places.sinusoid is not None and (rule.blocks_at_t is None or places.conditioning == places.embedding):
+            self._sinusoid = model.get_submodule(places.sinusoid)
         if rule.blocks_at_t is not None:
             self._take_halves(model, blocks, rule.blocks_at_t)
             return
         embedding = model.get_submodule(places.embedding)
-        if places.sinusoid is not None:
-            self._sinusoid = model.get_submodule(places.sinusoid)
         if rule.embeds_length and not hasattr(embedding, INTERVAL):
             embedding.add_module(INTERVAL, copy.deepcopy(embedding).requires_grad_(True))
         embedding.register_forward_hook(self._join, with_kwargs=True)
