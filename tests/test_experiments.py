@@ -174,10 +174,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def flow_from(experiment: str, folder: Path) -> None:
+    """Saves an untrained network of an experiment's architecture, as the experiment's end would."""
+    from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
+    from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture
+
+    kinds = {"FluxFlowMap": (FluxFlowMap, FluxArchitecture), "TextUNetFlowMap": (TextUNetFlowMap, UNetArchitecture)}
+    net = yaml.safe_load((ROOT / experiment).read_text())["model"]["init_args"]["net"]
+    kind, size = kinds[net["class_path"]]
+    shape = {"latent_channels": 3, "latent_size": 36, "context_width": 128}
+    kind(size(**net["init_args"]["architecture"]), time_scale=5.0, **shape).save_pretrained(folder)
+
+
 def tiny(experiment: str, models: Path) -> list[str]:
     """Options that replace the models of a full-size experiment by tiny ones, or networks that are not trained yet."""
     if experiment == "experiments/own_data/meanflow.yaml":
         return ["--model.init_args.net.init_args.pretrained", "experiments/shapes/parent", "--data.resolution", "36"]
+    if experiment in ("experiments/shapes/unet.yaml", "experiments/shapes/flux.yaml"):
+        flow_from(experiment.replace(".yaml", "_flow_matching.yaml"), models / "flow")
+        return ["--model.init_args.net.init_args.pretrained", str(models / "flow")]
     if experiment == "experiments/shapes/anyflow_on_policy.yaml":
         return ["--model.init_args.init_from", "null"]
     if not experiment.startswith("experiments/emf/"):
@@ -210,7 +225,8 @@ def test_a_shipped_experiment_parses_and_builds_its_objects(
     name = experiment.removeprefix("experiments/").removesuffix(".yaml")
     assert Path(cli.trainer.default_root_dir) == Path("runs") / name
     assert cli.model.optimization.scheduler is not None
-    assert cli.model.net.transformer.config.caption_channels == cli.datamodule.context_width
+    net = cli.model.net
+    assert net.diffusers_model.config[net.context_width_key] == cli.datamodule.context_width
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -26,6 +26,8 @@ data: {validation_shards: null, batch_size: 8, num_workers: 0, cache: null}
 model: {init_args: {optimization: {scheduler: {init_args: {warmup: 0}}}}}
 """
 
+SAVE = "trainer: {callbacks+: [{class_path: SaveNetwork, init_args: {time_scale: 5}}]}"
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,6 +63,18 @@ def test_an_objective_trains_from_its_file(experiment: str, place: Path, root: P
     monkeypatch.chdir(root)
     weights = trained(fit(experiment, place))
     assert any("time_embed.negative" in name for name in weights) == (experiment == "twin_flow")
+
+
+@pytest.mark.parametrize("backbone", ["unet", "flux"])
+def test_meanflow_adapts_another_backbone_from_its_flow(backbone: str, place: Path, root: Path, monkeypatch) -> None:
+    """``SaveNetwork`` writes the network that the second file starts from, its time embedding fitted anew."""
+    monkeypatch.chdir(root)
+    (place / "save.yaml").write_text(SAVE)
+    flow = fit(f"{backbone}_flow_matching", place, "--config", str(place / "save.yaml"))
+    network = flow.parents[1] / "network"
+    weights = trained(fit(backbone, place, "--model.init_args.net.init_args.pretrained", str(network)))
+    assert not any(".interval." in name for name in trained(flow))
+    assert any(".interval." in name for name in weights)
 
 
 def test_anyflows_second_stage_starts_where_the_first_ended(place: Path, root: Path, monkeypatch) -> None:
