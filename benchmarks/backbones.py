@@ -1,4 +1,4 @@
-"""Measures each backbone with two times: size, the parent at r = t, cost and accuracy of du/dt, checkpointing, export.
+"""Measures each backbone with two times: size, the parent at r = t, cost and accuracy of du/dt, compilation, exports.
 
 Writes the table of docs/results/backbones.md, on networks of the real classes with a few million weights.
 """
@@ -24,6 +24,7 @@ from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
+from emf_lightning.networks.auraflow import AuraFlowArchitecture, AuraFlowFlowMap
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
 from emf_lightning.networks.lumina2 import Lumina2Architecture, Lumina2FlowMap
@@ -110,6 +111,12 @@ BACKBONES: dict[str, Backbone] = {
     "Qwen-Image": Backbone(
         QwenImageFlowMap, QwenImageArchitecture(3, 4, 32, axes_dims_rope=_ROPE), "20 B", _of("Qwen/Qwen-Image")
     ),
+    "AuraFlow 0.3": Backbone(
+        AuraFlowFlowMap,
+        AuraFlowArchitecture(2, 3, 4, 32, pos_embed_max_size=64),
+        "6.8 B, without its table of positions",
+        _of("fal/AuraFlow-v0.3"),
+    ),
     "UNet of DDPM": Backbone(UNetFlowMap, _UNET, "35.7 M (arXiv 2006.11239)", None, 3),
     "UNet of Stable Diffusion 1.5": Backbone(
         TextUNetFlowMap, _UNET, "860 M", _of("XCLiu/2_rectified_flow_from_sd_1_5", "unet")
@@ -187,18 +194,52 @@ class Measurement:
         found = [kind.jvp(AverageVelocity(net, self.context), *inputs).double() for kind, net in derivatives]
         return [f"{float((dudt - exact).norm() / exact.norm()):.0e}" for dudt in found]
 
+    def memory(self) -> str:
+        """Peak memory of MeanFlow's step, half of whose rows have r < t, over that of flow matching's."""
+        return f"{self.peak(self.net, 0.5) / self.peak(self.net, 0):.2f}"
+
+    def peak(self, net: FlowMapNetwork, share: float) -> int:
+        """Bytes at the peak of a step that has run before."""
+        self.step(net, share)
+        return peak_bytes(lambda: self.step(net, share), torch.device("cpu"))
+
     def checkpointing(self) -> str:
         """Relative difference of the gradient with checkpointing, and its peak of memory."""
         other = self.build(gradient_checkpointing=True)
+        error = self.difference(other)
+        return f"{error:.0e}, {self.peak(other, 0.5) / self.peak(self.net, 0.5):.2f} of the memory"
+
+    def compiled(self) -> str:
+        """Relative difference of the gradient with compiled blocks; torch's error where it cannot compile them."""
+        try:
+            return f"{self.difference(self.build(compile=True)):.0e}"
+        except Exception as error:  # its type depends on what the blocks do
+            return type(error).__name__
+
+    def difference(self, other: FlowMapNetwork) -> float:
+        """Relative difference of the gradient of ``other``, with these weights."""
         other.load_state_dict(self.net.state_dict())
-        gradients, peaks = [], []
-        for net in (self.net, other):
-            net.zero_grad()
-            self.step(net, 0.5)
-            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-            peaks.append(peak_bytes(lambda net=net: self.step(net, 0.5), torch.device("cpu")))  # type: ignore[misc]
-        error = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
-        return f"{error:.0e}, {peaks[1] / peaks[0]:.2f} of the memory"
+        ours, theirs = self.gradient(self.net), self.gradient(other)
+        return float((ours - theirs).norm() / ours.norm())
+
+    def gradient(self, net: FlowMapNetwork) -> Tensor:
+        """That of a step, half of whose rows have r < t."""
+        net.zero_grad()
+        self.step(net, 0.5)
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    def graph(self) -> str:
+        """Whether torch.export's graph of the network computes the same, and for other numbers of samples."""
+        inputs = self.z, 0.4 * self.t, self.t, *self.context
+        batch = torch.export.Dim("batch", min=2, max=32)
+        for shapes, found in (([{0: batch}] * len(inputs), ""), (None, ", of one batch size")):
+            try:
+                with torch.no_grad():
+                    graph = torch.export.export(self.net.eval(), inputs, dynamic_shapes=shapes).module()
+            except Exception:  # its type depends on what the model does
+                continue
+            return _yes(torch.equal(graph(*inputs), self.call(self.net, inputs[1]))) + found
+        return "no"
 
     def export(self) -> str:
         """Whether the exported network, read back, is the same to the bit."""
@@ -214,14 +255,15 @@ class Measurement:
 
     def row(self) -> list[str]:
         """The cells."""
-        cells = [self.parameters(), self.backbone.published, self.parent(), *self.operations(), *self.errors()]
-        return [*cells, self.checkpointing(), self.export()]
+        cells = [self.parameters(), self.backbone.published, self.parent(), *self.operations(), self.memory()]
+        return [*cells, *self.errors(), self.checkpointing(), self.compiled(), self.export(), self.graph()]
 
 
 HEAD = (
     *("backbone", "parameters", "stated", "the parent at r = t"),
     *(f"operations / least, p = {share}" for share in SHARES),
-    *("error of du/dt, fp32", "bf16 autocast", "bf16 weights", "checkpointing", "export"),
+    *("memory / flow matching", "error of du/dt, fp32", "bf16 autocast", "bf16 weights"),
+    *("checkpointing", "compiled", "export", "torch.export"),
 )
 
 
