@@ -109,7 +109,10 @@ class ShardedCheckpoints(ModelParallelStrategy):
             theirs = [number for group in state["param_groups"] for number in group["params"]]
             name = dict(zip(theirs, ours, strict=True))
             groups = [group | {"params": [name[each] for each in group["params"]]} for group in state["param_groups"]]
-            named = {"state": {name[each]: value for each, value in state["state"].items()}, "param_groups": groups}
+            named: dict[str, Any] = {
+                "state": {name[each]: value for each, value in state["state"].items()},
+                "param_groups": groups,
+            }
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
 
     def _whole(self, path: Path) -> Path:

@@ -155,6 +155,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 SANA's and DC-AE's are those of diffusers' conversion scripts, Gemma's and Qwen3-1.7B's those of their release. That
 BLIP3o-NEXT's language model is Qwen3-1.7B is inferred from its name (3B with a SANA of 1.6B): not checked against its
-weights. Those of FLUX.1, SD3.5, PixArt, Lumina, Qwen-Image and AuraFlow agree with the published sizes; they were not read off
-the files. They serve planning alone: downloaded weights come with their own configuration.
+weights. Those of FLUX.1, SD3.5, PixArt, Lumina, Qwen-Image and AuraFlow agree with the published sizes; they were not
+read off the files. They serve planning alone: downloaded weights come with their own configuration.
 """
