@@ -117,4 +117,5 @@ class BatchEncoder:
 
 def _pixels(images: Tensor, indices: list[int]) -> Tensor:
     """The 8-bit images at ascending, unique indices as fp32 in [-1, 1]; not selected if these are all."""
-    return (images if len(indices) == len(images) else images[indices]).to(torch.float32) / 127.5 - 1
+    chosen = images if len(indices) == len(images) else images[indices]
+    return chosen.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1

@@ -1,6 +1,11 @@
+import struct
+import zlib
+
+import numpy as np
 import pytest
 import torch
 
+from emf_lightning.data.cache import entry_format
 from emf_lightning.data.cache.entry_format import EntryFormat
 
 DTYPES = ("float32", "bfloat16", "float16", "float8")
@@ -122,3 +127,59 @@ def test_an_entry_of_another_shape_or_dtype_is_not_intact(other):
     (entry,) = entries.pack(context, mask)
     assert entries.is_intact(memoryview(entry))
     assert not EntryFormat(*other).is_intact(memoryview(entry))
+
+
+def as_first_written(dtype: str, context: torch.Tensor, kept: torch.Tensor) -> bytes:
+    """An entry of one sample as existing caches hold it, by zlib's checksum and ldexp."""
+    numbers = context[kept]
+    if dtype == "float8":
+        powers = torch.frexp(numbers.abs().amax(-1, keepdim=True) / 448).exponent.clamp(-100, 100)
+        codes = torch.ldexp(numbers, -powers).to(torch.float8_e4m3fn)
+        tokens = torch.cat([codes.view(torch.uint8), powers.to(torch.int8).view(torch.uint8)], -1).numpy().tobytes()
+    else:
+        tokens = numbers.to(getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
+    body = np.packbits(kept.numpy()).tobytes() + tokens
+    code = ("float32", "bfloat16", "float16", "float8").index(dtype)
+    return struct.pack("<BBxxIIII", 1, code, *context.shape, int(kept.sum()), zlib.crc32(body)) + body
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_entries_have_the_bytes_that_existing_caches_hold(dtype, mask):
+    entries, context, kept = row(dtype, mask)
+    context *= torch.logspace(-30, 30, 11)[:, None] if dtype != "float16" else 1
+    first = as_first_written(dtype, context[0], kept[0])
+    assert entries.pack(context, kept) == [first]
+    loaded, loaded_mask = unpacked(entries, memoryview(first))
+    assert torch.equal(loaded_mask, kept[0])
+    assert torch.equal(loaded[loaded_mask].float(), entries.rounded(context)[kept])
+
+
+def test_every_float8_number_is_read_as_ldexp_gives_it():
+    codes, exponents = torch.arange(256, dtype=torch.uint8), torch.arange(-100, 101)
+    entries = EntryFormat(length=201, width=256, dtype="float8")
+    body = np.packbits(np.ones(201, bool)).tobytes()
+    body += (
+        torch.cat([codes.expand(201, -1), exponents.to(torch.int8).view(torch.uint8)[:, None]], -1).numpy().tobytes()
+    )
+    entry = struct.pack("<BBxxIIII", 1, 3, 201, 256, 201, zlib.crc32(body)) + body
+    numbers = torch.ldexp(codes.view(torch.float8_e4m3fn).float().expand(201, -1), exponents[:, None])
+    expected = torch.from_numpy((numbers.contiguous().numpy().view(np.uint32) >> 16).astype(np.uint16))
+    assert torch.equal(unpacked(entries, entry)[0].view(torch.uint16), expected)
+    assert entries.unpack([entry])[0].isnan().sum() == 2 * 201
+
+
+@pytest.mark.parametrize("number", [0.0, -0.0, 1e-45, 1e-38, 3e38, float("inf"), float("nan")])
+def test_tokens_with_extreme_numbers_become_the_float8_codes_of_ldexp(number):
+    context = torch.randn(1, 3, 7) * torch.tensor([1e-35, 1.0, 1e35])[:, None]
+    context[0, :, 3] = number
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert EntryFormat(3, 7, "float8").pack(context, mask) == [as_first_written("float8", context[0], mask[0])]
+
+
+def test_the_checksum_is_zlib_s_wherever_the_bytes_lie():
+    data = np.random.default_rng(0).integers(0, 256, 70_000, dtype=np.uint8)
+    for first in range(17):
+        for length in (0, 1, 7, 63, 64, 65, 4096, 65_543):
+            part = data[first : first + length]
+            assert entry_format.crc32(part) == zlib.crc32(part)

@@ -159,3 +159,61 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path):
     os.truncate(tmp_path / "data.mdb", 300_000)
     with pytest.raises(ValueError, match=r"was cut short \(300,000 of .*delete it"):
         LmdbStore(str(tmp_path), MB).open()
+
+
+def test_a_link_and_a_folder_that_others_have_replaced_are_followed(tmp_path):
+    def write(folder: str, value: bytes) -> None:
+        in_a_fork(lambda: put(LmdbStore(str(tmp_path / folder), MB), (b"key", value)))
+
+    for name in ("a", "b", "c"):
+        write(name, name.encode())
+    link = LmdbStore(str(tmp_path / "link"), MB)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert get(link, b"key") == b"a"
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert get(link, b"key") == b"b"
+    put(link, (b"key", b"new"))
+    assert get(LmdbStore(str(tmp_path / "b"), MB), b"key") == b"new"
+    assert get(LmdbStore(str(tmp_path / "a"), MB), b"key") == b"a"
+    (tmp_path / "b").rename(tmp_path / "old")
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert get(link, b"key") == b"c"
+    assert get(LmdbStore(str(tmp_path / "old"), MB), b"key") == b"new"
+
+
+def test_a_relative_path_is_that_of_the_working_directory(tmp_path, monkeypatch):
+    store = LmdbStore("cache", MB)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert get(store, b"key") is None
+        put(store, (b"key", name.encode()))
+    for name in ("a", "b"):
+        monkeypatch.chdir(tmp_path / name)
+        assert get(store, b"key") == name.encode()
+
+
+def test_a_child_follows_a_folder_that_was_replaced_before_and_after_the_fork(tmp_path):
+    store = LmdbStore(str(tmp_path / "folder"), MB)
+    put(store, (b"key", b"1"))
+
+    def child() -> None:
+        assert get(store, b"key") == b"1"
+        shutil.rmtree(tmp_path / "folder")
+        assert get(store, b"key") is None
+        put(store, (b"key", b"2"))
+
+    in_a_fork(child)
+    assert get(store, b"key") == b"2"
+
+
+def test_many_replaced_folders_leave_no_file_open(tmp_path):
+    store = LmdbStore(str(tmp_path / "folder"), MB)
+    put(store, (b"key", b"0"))
+    before = len(os.listdir("/dev/fd"))
+    for number in range(20):
+        shutil.rmtree(tmp_path / "folder")
+        assert get(store, b"key") is None
+        put(store, (b"key", b"%d" % number))
+    assert len(os.listdir("/dev/fd")) == before

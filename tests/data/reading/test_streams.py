@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from emf_lightning.data.reading.decoding import SquareTransform
+from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.reading.decoding import SquareTransform, image_key
 from emf_lightning.data.reading.loader import ShardLoader
-from emf_lightning.data.reading.raw_batch import RawBatch
+from emf_lightning.data.reading.raw_batch import Position, RawBatch
 from emf_lightning.data.reading.streams import ShardStream
-from tests.data.tars import SIDE, write_numbered
+from emf_lightning.data.reading.tar_samples import read_samples
+from emf_lightning.latents.pixels import Pixels
+from emf_lightning.text.words import WordEncoder
+from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
 
 
 def captions(batches: list[RawBatch]) -> list[str]:
@@ -112,3 +121,74 @@ def test_resume_reads_no_more_than_one_block_again(tmp_path: Path, monkeypatch: 
     resumed.load_state_dict(state)
     assert captions(list(resumed)) == captions(list(batches))
     assert len(read) == 8
+
+
+def with_damaged_images(folder: Path, count: int, damaged: set[int]) -> str:
+    """A shard of samples "sample 0", "sample 1", ..., some of them with half an image."""
+    members = {}
+    for number in range(count):
+        image = noise_image(number)
+        image = image[: len(image) // 2] if number in damaged else image
+        members |= {f"{number:06d}.png": image, f"{number:06d}.txt": f"sample {number}".encode()}
+    return write_tar(folder / "part.tar", members)
+
+
+@pytest.mark.parametrize("damaged", [set(), {1}, {0, 1, 2, 3}, {3, 4, 5, 11}, set(range(0, 23, 2)), {22}], ids=str)
+@pytest.mark.parametrize("latents", [False, True])
+def test_batches_stay_full_and_in_order_where_images_of_cached_captions_are_damaged(
+    tmp_path: Path, damaged: set[int], latents: bool
+) -> None:
+    encoder, shard = WordEncoder(width=8, length=4), with_damaged_images(tmp_path, 23, damaged)
+    cache, latent_cache = FeatureCache(tmp_path / "f", 0.01), LatentCache(tmp_path / "l", 0.01)
+    cache.open(encoder)
+    latent_cache.open(Pixels(), SIDE, str(SquareTransform(SIDE)))
+    held = [f"sample {number}" for number in range(23) if number % 3]
+    cache.store(held, encoder(held))
+    latent_cache.store([image_key(sample, False) for sample in list(read_samples(shard))[:3]], torch.randn(3, 3, 8, 8))
+    stream = ShardStream([shard], SquareTransform(SIDE), 4, feature_cache=cache, shuffle_block=3)
+    stream.latent_cache = latent_cache if latents else None
+    plain = {sample.location: sample.text for sample in read_samples(shard)}
+    order = [plain[sample.location].decode() for _, sample, _ in stream._samples(0, Position())]
+    usable = [caption for caption in order if int(caption[7:]) not in damaged - (set(range(3)) if latents else set())]
+    batches = list(stream)
+    assert [batch.captions for batch in batches if len(batch)] == [
+        tuple(usable[first : first + 4]) for first in range(0, len(usable), 4)
+    ]
+    assert sum(batch.skipped.get("corrupt image", 0) for batch in batches) == 23 - len(usable)
+    for batch in batches[:-1]:
+        found = [caption for caption in batch.captions if caption in held]
+        assert batch.features.found.tolist() == [caption in held for caption in batch.captions]
+        assert found == [] or torch.equal(batch.features.hits.context, encoder(found).context)
+        needed = [
+            int(c[7:]) for c, cached in zip(batch.captions, batch.latents.found.tolist(), strict=True) if not cached
+        ]
+        pictures = [np.asarray(Image.open(io.BytesIO(noise_image(number)))) for number in needed]
+        assert len(batch.images) == len(pictures)
+        for image, picture in zip(batch.images, pictures, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), picture)
+    for index, batch in enumerate(batches[:-1]):  # a run that goes on after any batch sees the same
+        stream.start(0, [batch.position], 0)
+        assert [rest.captions for rest in stream] == [rest.captions for rest in batches[index + 1 :]]
+
+
+def test_a_worker_s_batch_lies_in_memory_that_the_trainer_reads(tmp_path: Path) -> None:
+    shards, encoder = write_numbered(tmp_path, [8]), WordEncoder(width=8, length=4)
+    cache = FeatureCache(tmp_path / "f", 0.01)
+    cache.open(encoder)
+    cache.store(["sample 1"], encoder(["sample 1"]))
+    stream = SharedMemory(shards, SquareTransform(SIDE), 4, feature_cache=cache)
+    with pytest.warns(UserWarning, match="left out"):  # the notes are in the place of reasons
+        shared = list(ShardLoader(stream, num_workers=1))
+    assert [each.examples for each in shared] == [{"images": "True", "features": "True"}, {"images": "True"}]
+
+
+class SharedMemory(ShardStream):
+    """Notes in the worker which tensors of a batch are in shared memory before torch sends them."""
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        for batch in super().__iter__():
+            if len(batch):
+                batch.examples = {"images": str(batch.images.is_shared())}
+                if batch.features.hits is not None:
+                    batch.examples["features"] = str(batch.features.hits.context.is_shared())
+                yield batch

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import lmdb
 
 # A process may open an LMDB folder only once, and an open folder must not cross a fork (py-lmdb refuses to reopen it in
-# the child). Hence one registry a process, emptied before any fork, and one transaction at a time.
-_ENVIRONMENTS: dict[str, lmdb.Environment] = {}
+# the child). Hence one registry a process, emptied before any fork, and one transaction at a time. Its keys are device
+# and inode of the data file: whichever path leads there, and whether another folder has taken its place.
+_ENVIRONMENTS: dict[tuple[int, int], lmdb.Environment] = {}
 _LOCK = threading.Lock()
 
 MIN_FREE_BYTES = 1_000_000
@@ -43,9 +44,6 @@ class LmdbStore:
         A folder that may only be read is opened for that: writing to it raises ``lmdb.ReadonlyError``.
         """
         with _LOCK:
-            key = os.path.realpath(self.path)
-            if key in _ENVIRONMENTS and not os.path.exists(os.path.join(key, "data.mdb")):  # deleted since
-                _ENVIRONMENTS.pop(key).close()
             environment = self._environment()
             if environment.info()["map_size"] < self.map_size:  # opened by a store with a smaller limit
                 environment.set_mapsize(self.map_size)
@@ -72,14 +70,33 @@ class LmdbStore:
 
     def used(self) -> int:
         """Bytes used on disk."""
-        return os.stat(os.path.join(self.path, "data.mdb")).st_size
+        return os.stat(_data_file(self.path)).st_size
 
     def _environment(self) -> lmdb.Environment:
-        key = os.path.realpath(self.path)
-        if key not in _ENVIRONMENTS:
+        environment = _ENVIRONMENTS.get(_place(self.path) or (0, 0))
+        if environment is None:
             _set_fork_hooks()
-            _ENVIRONMENTS[key] = _open(key, self.map_size)
-        return _ENVIRONMENTS[key]
+            for place, other in list(_ENVIRONMENTS.items()):
+                if _place(other.path()) != place:  # deleted since
+                    _ENVIRONMENTS.pop(place).close()
+            path = os.path.realpath(self.path)
+            environment = _open(path, self.map_size)
+            stat = os.stat(_data_file(path))
+            _ENVIRONMENTS[stat.st_dev, stat.st_ino] = environment
+        return environment
+
+
+def _data_file(folder: str) -> str:
+    return os.path.join(folder, "data.mdb")
+
+
+def _place(folder: str) -> tuple[int, int] | None:
+    """Device and inode of the folder's data file: faster than the path's resolution. None if missing."""
+    try:
+        stat = os.stat(_data_file(folder))
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _open(path: str, map_size: int) -> lmdb.Environment:
@@ -103,7 +120,7 @@ def _open(path: str, map_size: int) -> lmdb.Environment:
         raise ValueError(f"cannot write to the folder {path!r} ({error}); choose another path") from error
     environment.reader_check()  # frees the slots of killed readers
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    present = os.stat(os.path.join(path, "data.mdb")).st_size
+    present = os.stat(_data_file(path)).st_size
     if present < needed:  # reading beyond the end of a mapped file kills the process
         environment.close()
         raise ValueError(f"{path!r} was cut short ({present:,} of {needed:,} bytes), by a copy perhaps; delete it")

@@ -16,30 +16,41 @@ Item = TypeVar("Item")
 class Lookup(Generic[T]):
     """B keys, and the values of those that a cache holds.
 
-    Loader workers look up sample by sample, so that they decode only the images that are still needed; ``complete``
-    encodes the missing elements on the training device. Not a dataclass: Lightning takes dataclasses apart.
+    Loader workers look up, so that they decode only the images that are still needed; ``complete`` encodes the missing
+    elements on the training device. Not a dataclass: Lightning takes dataclasses apart.
 
     Args:
-        keys: the B keys; None stands for a key of its own.
-        entries: the entry of each key in ``cache``, None where there is none; without ``entries`` no key is found.
-        cache: the cache of ``entries``.
+        keys: the B keys; None, without a cache, stands for a key of its own.
+        cache: the cache that is read; without one no key is found.
 
     Attributes:
         found: ``[B]``, bool, on the CPU: True where there is an entry.
         hits: the values found, in batch order and in the stored dtype; None if there are none.
     """
 
-    def __init__(
-        self,
-        keys: Sequence[str | None],
-        entries: Sequence[bytes | None] | None = None,
-        cache: EntryCache[T] | None = None,
-    ) -> None:
-        self.keys = tuple(str(index) if key is None else key for index, key in enumerate(keys))
-        entries = [None] * len(self.keys) if entries is None else entries
-        self.found = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
-        intact = [entry for entry in entries if entry is not None]
-        self.hits: T | None = cache.unpack(intact) if cache is not None and intact else None
+    def __init__(self, keys: Sequence[str | None], cache: EntryCache[T] | None = None) -> None:
+        self.keys = tuple(keys)
+        self.found, self.hits = torch.zeros(len(self.keys), dtype=torch.bool), None
+        if cache is not None and keys:
+            self.found, self.hits = cache.read([key for key in self.keys if key is not None])
+
+    def __getitem__(self, kept: Sequence[int]) -> Lookup[T]:
+        """The elements at ascending indices."""
+        part: Lookup[T] = Lookup([self.keys[index] for index in kept])
+        part.found = self.found[list(kept)]
+        if self.hits is not None and part.found.any():
+            row = self.found.cumsum(0) - 1
+            part.hits = self.hits[row[list(kept)][part.found]]
+        return part
+
+    @staticmethod
+    def cat(parts: Sequence[Lookup[T]]) -> Lookup[T]:
+        """The elements of all parts."""
+        whole: Lookup[T] = Lookup([key for part in parts for key in part.keys])
+        whole.found = torch.cat([part.found for part in parts])
+        hits: list[Any] = [part.hits for part in parts if part.hits is not None]
+        whole.hits = _cat(hits) if hits else None
+        return whole
 
     def missing(self, items: Sequence[Item]) -> list[Item]:
         """Those of B ``items`` whose keys were not found."""
@@ -52,10 +63,10 @@ class Lookup(Generic[T]):
         one call, each key once, stored, and rounded as the cache returns it from then on. ``encode`` returns values of
         missing elements, given their indices among all missing elements. Without ``cache`` it encodes all of them.
         """
-        keys = self.missing(self.keys)
+        keys = self.missing([str(index) if key is None else key for index, key in enumerate(self.keys)])
         if not keys:
             return self._merge(None, device)
-        again = Lookup(keys, None if cache is None else [cache.fetch(key) for key in keys], cache)
+        again = Lookup(keys, cache)
         new: dict[str, int] = {}
         for key, index in again.missing([(key, index) for index, key in enumerate(keys)]):
             new.setdefault(key, index)
@@ -78,5 +89,8 @@ class Lookup(Generic[T]):
         if len(parts) == 1:
             return parts[0]
         order = torch.cat([self.found.nonzero(), (~self.found).nonzero()]).flatten().argsort()
-        cat: Any = TextFeatures.cat if isinstance(misses, TextFeatures) else torch.cat
-        return cat(parts)[order]
+        return _cat(parts)[order]
+
+
+def _cat(parts: Sequence[Any]) -> Any:
+    return TextFeatures.cat(parts) if isinstance(parts[0], TextFeatures) else torch.cat(list(parts))

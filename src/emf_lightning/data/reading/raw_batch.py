@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emf_lightning.data.cache.feature_cache import FeatureCache
-from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.cache.lookup import Lookup
+from emf_lightning.data.shared_memory import empty
 from emf_lightning.text.base import TextFeatures
 
 
@@ -29,18 +28,6 @@ class Position(NamedTuple):
     emitted: int = 0
 
 
-class Sample(NamedTuple):
-    """A usable sample; keys are None without a cache, entries if not found, pixels if cached or not needed."""
-
-    caption: str
-    feature_key: str | None
-    latent_key: str | None
-    image: NDArray[np.uint8] | None
-    encoder_image: NDArray[np.uint8] | None
-    features: bytes | None
-    latents: bytes | None
-
-
 class RawBatch:
     """B samples, not yet encoded. Not a dataclass: Lightning's precision plugins and movers take dataclasses apart.
 
@@ -48,8 +35,9 @@ class RawBatch:
         captions: the B captions.
         features: lookup of the B text features.
         latents: lookup of the B latents.
-        images: images for the autoencoder, ``[missing latents, 3, H, H]``, uint8, in batch order.
-        encoder_images: images for the text encoder, ``[missing features, 3, S, S]``, uint8, in batch order.
+        images: images for the autoencoder, ``[missing latents, 3, H, H]``, uint8, in batch order; in memory a pixel's
+            three numbers lie together, as decoders write them.
+        encoder_images: images for the text encoder, ``[missing features, 3, S, S]``, uint8, likewise.
         lane: the lane of the rank that it comes from.
         position: of the lane after this batch.
         skipped: reason -> samples left out since the lane's previous batch.
@@ -65,19 +53,30 @@ class RawBatch:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
-        image_size: int,
-        encoder_image_size: int,
-        feature_cache: FeatureCache | None,
-        latent_cache: LatentCache | None,
+        captions: Sequence[str],
+        features: Lookup[TextFeatures],
+        latents: Lookup[Tensor],
+        images: Tensor,
+        encoder_images: Tensor,
     ) -> None:
-        self.captions = tuple(sample.caption for sample in samples)
-        keys, entries = [sample.feature_key for sample in samples], [sample.features for sample in samples]
-        self.features: Lookup[TextFeatures] = Lookup(keys, entries, feature_cache)
-        keys, entries = [sample.latent_key for sample in samples], [sample.latents for sample in samples]
-        self.latents: Lookup[Tensor] = Lookup(keys, entries, latent_cache)
-        self.images = _stack([sample.image for sample in samples], image_size)
-        self.encoder_images = _stack([sample.encoder_image for sample in samples], encoder_image_size)
+        self.captions = tuple(captions)
+        self.features = features
+        self.latents = latents
+        self.images = images
+        self.encoder_images = encoder_images
+
+    @staticmethod
+    def cat(parts: Sequence[RawBatch]) -> RawBatch:
+        """The samples of all parts, the only one itself."""
+        if len(parts) == 1:
+            return parts[0]
+        return RawBatch(
+            [caption for part in parts for caption in part.captions],
+            Lookup.cat([part.features for part in parts]),
+            Lookup.cat([part.latents for part in parts]),
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.encoder_images for part in parts]),
+        )
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -97,8 +96,19 @@ class RawBatch:
         return self
 
 
-def _stack(images: Sequence[NDArray[np.uint8] | None], size: int) -> Tensor:
-    """``[n, 3, size, size]`` of the n images that are not None."""
-    present = [image for image in images if image is not None]
-    stacked = torch.from_numpy(np.stack(present)) if present else torch.empty(0, size, size, 3, dtype=torch.uint8)
-    return stacked.permute(0, 3, 1, 2).contiguous()
+class ImageRows:
+    """Memory of a batch for at most ``count`` images of one side, which are added one by one."""
+
+    def __init__(self, count: int, side: int) -> None:
+        self._rows, self._count = empty(count, side, side, 3, dtype=torch.uint8), 0
+
+    def add(self, pixels: NDArray[np.uint8] | None) -> None:
+        """Copies an image ``[side, side, 3]``; None adds none."""
+        if pixels is not None:
+            self._rows[self._count].numpy()[:] = pixels
+            self._count += 1
+
+    @property
+    def filled(self) -> Tensor:
+        """The images so far, ``[n, 3, side, side]``."""
+        return self._rows[: self._count].permute(0, 3, 1, 2)

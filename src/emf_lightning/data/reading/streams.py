@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, partial
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.cache.lookup import Lookup
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.data.reading.decoding import (
     SquareTransform,
@@ -27,12 +28,27 @@ from emf_lightning.data.reading.decoding import (
     stretch_to_square,
 )
 from emf_lightning.data.reading.pixels import ImageLimits
-from emf_lightning.data.reading.raw_batch import Position, RawBatch, Sample
+from emf_lightning.data.reading.raw_batch import ImageRows, Position, RawBatch
 from emf_lightning.data.reading.sources import Source
 from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Pixels = NDArray[np.uint8] | None
+
+
+class Query(NamedTuple):
+    """A sample with a caption, not yet looked up; a key is None without its cache."""
+
+    caption: str
+    feature_key: str | None
+    latent_key: str | None
+    decode: Callable[[], Image]
+    flipped: bool
+    location: str
+
 
 CACHED = "in the caches already"
 """Reason for leaving out a sample when only missing ones are wanted."""
@@ -119,46 +135,63 @@ class ShardStream(IterableDataset[RawBatch]):
         """The batches of this process's lane, then an empty one that carries the samples skipped since the last."""
         worker = get_worker_info()
         lane = (self._first + (worker.id if worker else 0)) % self.lanes
-        samples: list[Sample] = []
+        queries: deque[Query] = deque()
+        parts: list[RawBatch] = []
         skipped: Counter[str] = Counter()
         examples: dict[str, str] = {}
 
+        def leave_out(reason: str, location: str) -> None:
+            skipped[reason] += 1
+            if reason != CACHED:
+                examples.setdefault(reason, location)
+
         def batch(position: Position) -> RawBatch:
-            sides = self.transform.side, self.encoder_image_size or 1
-            made = RawBatch(samples, *sides, self.feature_cache, self.latent_cache)
+            made = RawBatch.cat(parts or [self._looked_up(deque(), leave_out)])
             made.lane, made.position, made.skipped, made.examples = lane, position, dict(skipped), dict(examples)
-            for collected in (samples, skipped, examples):
+            for collected in (parts, skipped, examples):
                 collected.clear()
             return made
 
         position = start = self._positions[lane]
         for position, sample, flipped in self._samples(lane, start):
             for reason, location in sample.ignored:
-                skipped[reason] += 1
-                examples.setdefault(reason, location)
-            for loaded in self._load(sample, flipped):
-                if isinstance(loaded, Sample):
-                    samples.append(loaded)
-                    if len(samples) == self.batch_size:
+                leave_out(reason, location)
+            for query in self._queries(sample, flipped):
+                if isinstance(query, str):
+                    leave_out(query, sample.location)
+                    continue
+                queries.append(query)
+                room = self.batch_size - sum(map(len, parts))
+                if len(queries) == room:
+                    parts.append(self._looked_up(queries, leave_out))
+                    if len(parts[-1]) == room:
                         yield batch(position)
-                else:
-                    skipped[loaded] += 1
-                    if loaded != CACHED:
-                        examples.setdefault(loaded, sample.location)
+        parts.append(self._looked_up(queries, leave_out))
         if self.drop_last:
-            samples.clear()
-        if samples:
+            parts.clear()
+        if any(map(len, parts)):
             yield batch(position)
         yield batch(position)
 
-    def _load(self, sample: TarSample, flipped: bool) -> Iterator[Sample | str]:
+    def _queries(self, sample: TarSample, flipped: bool) -> Iterator[Query | str]:
         """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
+        features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         try:
             decode: Callable[[], Image] = partial(decode_image, sample, self.image_limits)
             if self.only_missing:  # several captions of one image
                 decode = cache(decode)
+            named = latents is not None or (size is not None and features is not None)
             for caption in self._captions(sample):
-                yield self._look_up(sample, flipped, caption, decode)
+                name = image_key(sample, flipped) if named else None
+                feature_key = caption if size is None else None
+                if features is not None:
+                    feature_key = features.key(caption, None if size is None else name)
+                latent_key = name if latents is not None else None
+                cached = self.only_missing and all(
+                    cache is None or key is None or cache.holds(key)
+                    for cache, key in ((features, feature_key), (latents, latent_key))
+                )
+                yield CACHED if cached else Query(caption, feature_key, latent_key, decode, flipped, sample.location)
         except UnusableSampleError as error:
             yield str(error)
 
@@ -178,35 +211,50 @@ class ShardStream(IterableDataset[RawBatch]):
             return decode_captions(sample, self.caption_column)
         return (decode_caption(sample, self.caption_column, self.seed, self._epoch),)
 
-    def _look_up(self, sample: TarSample, flipped: bool, caption: str, decode: Callable[[], Image]) -> Sample | str:
-        """Looks the sample up in the caches, and decodes its image if they lack its features or latents."""
-        features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
-        named = latents is not None or (size is not None and features is not None)
-        name = image_key(sample, flipped) if named else None
-        feature_key = caption if size is None else None
-        if features is not None:
-            feature_key = features.key(caption, None if size is None else name)
-        latent_key = name if latents is not None else None
-        if self.only_missing and all(
-            cache is None or key is None or cache.holds(key)
-            for cache, key in ((features, feature_key), (latents, latent_key))
-        ):
-            return CACHED
-        feature_entry = features.fetch(feature_key) if features is not None and feature_key is not None else None
-        latent_entry = latents.fetch(latent_key) if latents is not None and latent_key is not None else None
-        image = encoder_image = None
-        needs_image = self.images and latent_entry is None and not (self.only_missing and latents is None)
-        needs_encoder_image = (
-            size is not None and feature_entry is None and not (self.only_missing and features is None)
-        )
-        if needs_image or needs_encoder_image:
-            decoded = decode()
+    def _looked_up(self, queries: deque[Query], leave_out: Callable[[str, str], None]) -> RawBatch:
+        """The usable samples, looked up in the caches, each in one transaction; empties ``queries``.
+
+        Decodes the images whose features or latents the caches lack.
+        """
+        features = Lookup([query.feature_key for query in queries], self.feature_cache)
+        latents = Lookup([query.latent_key for query in queries], self.latent_cache)
+        none = [False] * len(queries)
+        square = self.images and not (self.only_missing and self.latent_cache is None)
+        needs = (~latents.found).tolist() if square else none
+        stretched = self.encoder_image_size is not None and not (self.only_missing and self.feature_cache is None)
+        needs_stretched = (~features.found).tolist() if stretched else none
+        images = ImageRows(sum(needs), self.transform.side)
+        encoder_images = ImageRows(sum(needs_stretched), self.encoder_image_size or 1)
+        captions, kept, unusable = list[str](), list[int](), ""
+        for index, needed in enumerate(zip(needs, needs_stretched, strict=True)):
+            query = queries.popleft()  # its decoder may hold an image
+            if query.location == unusable:  # another caption of the image
+                continue
             try:
-                image = _flip(self.transform(decoded), flipped) if needs_image else None
-                encoder_image = _flip(stretch_to_square(decoded, size or 0), flipped) if needs_encoder_image else None
-            except (MemoryError, OverflowError, ValueError) as error:  # beyond Pillow's sizes, at a high aspect ratio
-                raise UnusableSampleError("image that cannot be resized") from error
-        return Sample(caption, feature_key, latent_key, image, encoder_image, feature_entry, latent_entry)
+                pixels = self._decode(query, *needed)
+            except UnusableSampleError as error:
+                leave_out(str(error), unusable := query.location)
+                continue
+            images.add(pixels[0])
+            encoder_images.add(pixels[1])
+            captions.append(query.caption)
+            kept.append(index)
+        if len(kept) < len(features.keys):
+            features, latents = features[kept], latents[kept]
+        return RawBatch(captions, features, latents, images.filled, encoder_images.filled)
+
+    def _decode(self, query: Query, square: bool, stretched: bool) -> tuple[Pixels, Pixels]:
+        """The query's image as a square and stretched to one, where they are needed."""
+        if not (square or stretched):
+            return None, None
+        image = query.decode()
+        try:
+            return (
+                _flip(self.transform(image), query.flipped) if square else None,
+                _flip(stretch_to_square(image, self.encoder_image_size or 1), query.flipped) if stretched else None,
+            )
+        except (MemoryError, OverflowError, ValueError) as error:  # beyond Pillow's sizes, at a high aspect ratio
+            raise UnusableSampleError("image that cannot be resized") from error
 
     def _samples(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample, bool]]:
         """The lane's samples from ``position`` on, as (position after the sample, sample, True if it is mirrored)."""
