@@ -135,6 +135,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """The batches of this process's lane, then an empty one that carries the samples skipped since the last."""
         worker = get_worker_info()
         lane = (self._first + (worker.id if worker else 0)) % self.lanes
+        self._unusable = ""  # location of the last image that could not be decoded
         queries: deque[Query] = deque()
         parts: list[RawBatch] = []
         skipped: Counter[str] = Counter()
@@ -225,15 +226,16 @@ class ShardStream(IterableDataset[RawBatch]):
         needs_stretched = (~features.found).tolist() if stretched else none
         images = ImageRows(sum(needs), self.transform.side)
         encoder_images = ImageRows(sum(needs_stretched), self.encoder_image_size or 1)
-        captions, kept, unusable = list[str](), list[int](), ""
+        captions, kept = list[str](), list[int]()
         for index, needed in enumerate(zip(needs, needs_stretched, strict=True)):
             query = queries.popleft()  # its decoder may hold an image
-            if query.location == unusable:  # another caption of the image
+            if query.location == self._unusable:  # another caption of the image
                 continue
             try:
                 pixels = self._decode(query, *needed)
             except UnusableSampleError as error:
-                leave_out(str(error), unusable := query.location)
+                self._unusable = query.location
+                leave_out(str(error), query.location)
                 continue
             images.add(pixels[0])
             encoder_images.add(pixels[1])
