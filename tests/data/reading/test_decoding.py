@@ -63,6 +63,59 @@ def test_the_bilinear_square_equals_the_published_training_s(size: tuple[int, in
     assert np.array_equal(SquareTransform(16, "bilinear")(image), np.asarray(published(image)))
 
 
+SIZES = [
+    (31, 20),
+    (20, 31),
+    (57, 33),
+    (8, 200),
+    (200, 8),
+    (5, 7),
+    (1, 1),
+    (3, 90),
+    (16, 17),
+    (64, 48),
+    (211, 173),
+    (48, 32),
+]
+
+
+def bicubic_weights(before: int, after: int) -> np.ndarray:
+    """Weights ``[after, before]`` of Keys' cubic with a = -1/2, widened to average where the image shrinks."""
+    scale = before / after
+    distance = (np.arange(before) + 0.5 - (np.arange(after)[:, None] + 0.5) * scale) / max(scale, 1.0)
+    t = np.abs(distance)
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    weights = np.where(t < 1, near, np.where(t < 2, far, 0.0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["noise", "smooth", "board"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bicubic_square_is_within_a_level_of_pillow_s_and_of_the_formula(kind: str, size: tuple[int, int]) -> None:
+    width, height = size
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = {
+        "noise": np.random.default_rng(0).integers(0, 256, (height, width, 3)),
+        "smooth": np.stack([127 + 127 * np.sin(x / 9 + y / 5 + phase) for phase in range(3)], -1),
+        "board": np.repeat(((x // 3 + y // 2) % 2 * 255)[..., None], 3, -1),
+    }[kind].astype(np.uint8)
+    side = 16
+    resized = int(side * width / min(size)), int(side * height / min(size))
+    left, top = round((resized[0] - side) / 2), round((resized[1] - side) / 2)
+    square = SquareTransform(side)(Image.fromarray(pixels)).astype(int)
+    assert np.array_equal(square, SquareTransform(side)(pixels))
+    pillow = Image.fromarray(pixels).resize(resized, Image.Resampling.BICUBIC)
+    assert np.abs(square - np.asarray(pillow.crop((left, top, left + side, top + side))).astype(int)).max() <= 1
+    rows, columns = bicubic_weights(height, resized[1]), bicubic_weights(width, resized[0])
+    exact = np.einsum("ij,jkc->ikc", rows, np.einsum("kl,jlc->jkc", columns, pixels).clip(0, 255)).clip(0, 255)
+    assert np.abs(square - exact[top : top + side, left : left + side]).max() <= 1.5
+
+
+def test_caches_tell_pixels_of_torch_from_the_earlier_ones() -> None:
+    assert str(SquareTransform(8, "bilinear")) == "SquareTransform(side=8, filter='bilinear')"  # of existing caches
+    assert str(SquareTransform(8)) != "SquareTransform(side=8, filter='bicubic')"
+
+
 @pytest.mark.parametrize("size", [(31, 20), (20, 31), (14, 14)])
 def test_the_stretched_image_equals_siglip_s_preprocessing(size: tuple[int, int]) -> None:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil

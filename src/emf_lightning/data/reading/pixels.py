@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+try:
+    import simplejpeg  # the extra `fast`
+except ImportError:
+    simplejpeg = None
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Picture = Image | NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's names of the formats that are read; others run programs (EPS) or decode before their size is known (ICO)."""
@@ -64,10 +71,19 @@ class ImageLimits:
 
 
 def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
-    """The image in RGB as it is displayed; of an animation, the first frame.
+    """The image of ``read_picture``, as Pillow's."""
+    from PIL import Image
+
+    picture = read_picture(file, limits)
+    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+
+
+def read_picture(file: Path | BinaryIO, limits: ImageLimits) -> Picture:
+    """The image in RGB as it is displayed, an array ``[H, W, 3]`` or Pillow's; of an animation, the first frame.
 
     Its EXIF orientation is applied. Transparent pixels are composited on ``BACKGROUND``. 16-bit grey is scaled by its
-    range, 0 to 65,535 (or what the file states), to 0 to 255. Colour profiles are not applied.
+    range, 0 to 65,535 (or what the file states), to 0 to 255. Colour profiles are not applied. Where simplejpeg is
+    installed, it decodes usual JPEG files, to the same pixels; Pillow decodes all others, and decides what is damaged.
 
     Raises:
         UnusableImageError: for a file that cannot be read, is no image of ``FORMATS``, is damaged or out of ``limits``,
@@ -80,7 +96,8 @@ def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
         with contextlib.nullcontext(file) if not isinstance(file, Path) else file.open("rb") as source:
             opened = Image.open(source, formats=FORMATS)
             limits.check(*opened.size)
-            return _displayed(opened)
+            pixels = _usual_jpeg(opened, source)
+            return _displayed(opened) if pixels is None else pixels
     except UnusableImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -91,6 +108,21 @@ def read_pixels(file: Path | BinaryIO, limits: ImageLimits) -> Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise UnusableImageError(f"unreadable image file ({error.strerror})") from error
         raise UnusableImageError("corrupt image") from error
+
+
+def _usual_jpeg(opened: Any, source: BinaryIO) -> NDArray[np.uint8] | None:
+    """Pixels of an upright JPEG file in colour, without a flaw; None for any other file, or without simplejpeg."""
+    if simplejpeg is None or opened.format != "JPEG" or opened.mode != "RGB":
+        return None
+    try:
+        if not ORIENTED.isdisjoint(opened.info) and opened.getexif().get(0x0112, 1) != 1:
+            return None
+        source.seek(0)
+        return simplejpeg.decode_jpeg(source.read(), strict=True)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
 
 
 def _displayed(opened: Any) -> Image:

@@ -33,7 +33,7 @@ from emf_lightning.data.reading.sources import Source
 from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, read_samples
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from emf_lightning.data.reading.pixels import Picture
 
 
 Pixels = NDArray[np.uint8] | None
@@ -45,7 +45,7 @@ class Query(NamedTuple):
     caption: str
     feature_key: str | None
     latent_key: str | None
-    decode: Callable[[], Image]
+    decode: Callable[[], Picture]
     flipped: bool
     location: str
 
@@ -178,7 +178,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """The sample, or the reason why it is left out; with ``only_missing`` once for each of its captions."""
         features, latents, size = self.feature_cache, self.latent_cache, self.encoder_image_size
         try:
-            decode: Callable[[], Image] = partial(decode_image, sample, self.image_limits)
+            decode: Callable[[], Picture] = partial(decode_image, sample, self.image_limits)
             if self.only_missing:  # several captions of one image
                 decode = cache(decode)
             named = latents is not None or (size is not None and features is not None)
@@ -255,7 +255,7 @@ class ShardStream(IterableDataset[RawBatch]):
                 _flip(self.transform(image), query.flipped) if square else None,
                 _flip(stretch_to_square(image, self.encoder_image_size or 1), query.flipped) if stretched else None,
             )
-        except (MemoryError, OverflowError, ValueError) as error:  # beyond Pillow's sizes, at a high aspect ratio
+        except (MemoryError, OverflowError, RuntimeError, ValueError) as error:  # too large, at a high aspect ratio
             raise UnusableSampleError("image that cannot be resized") from error
 
     def _samples(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample, bool]]:

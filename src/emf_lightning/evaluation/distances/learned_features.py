@@ -52,9 +52,7 @@ class Dinov2Features(ImageFeatures):
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        from PIL import Image
-
-        squares = np.stack([stretch_to_square(Image.fromarray(image), SIDE) for image in images])
+        squares = np.stack([stretch_to_square(image, SIDE) for image in images])
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in IMAGENET)
         pixels = (torch.from_numpy(squares).permute(0, 3, 1, 2) / 255 - mean) / std
         with torch.autocast(self.device.type, enabled=False):

@@ -171,7 +171,8 @@ class ReferenceImages(KeptFeatures):
     def _key(self) -> str:
         stats = [(str(path.relative_to(self.folder)), path.stat()) for path in self.files]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return fingerprint(features=self.features.digest, resolution=self.resolution, files=files, pixels=PIXELS)[:16]
+        resolution = None if self.resolution is None else str(SquareTransform(self.resolution))
+        return fingerprint(features=self.features.digest, resolution=resolution, files=files, pixels=PIXELS)[:16]
 
     def _path(self, kind: str) -> Path:
         folder = self.folder.resolve()
@@ -218,9 +219,7 @@ def resize(image: NDArray[np.uint8], resolution: int | None) -> NDArray[np.uint8
     """The centre square of ``image`` at ``resolution``, bicubic with antialiasing; unchanged if it has that size."""
     if resolution is None or image.shape[:2] == (resolution, resolution):
         return image
-    from PIL import Image
-
-    return SquareTransform(resolution)(Image.fromarray(image))
+    return SquareTransform(resolution)(image)
 
 
 def gathered(part: Tensor, device: torch.device) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.picture_folders import PictureFolders
 from emf_lightning.evaluation.distances.image_features import ImageFeatures
 from emf_lightning.evaluation.distances.reference_images import BATCH, Arrays, KeptFeatures, gaussian, resize
@@ -88,7 +89,8 @@ class ValidationImages(KeptFeatures):
             return None
         which = [data.validation_samples, data.validation_share, data.image_column, data.caption_column]
         reading = [*which, str(data.transform), data.member_mb, str(data.image_limits)]
-        settings = {"features": self.features.digest, "resolution": self.resolution, "reading": reading}
+        resolution = None if self.resolution is None else str(SquareTransform(self.resolution))
+        settings = {"features": self.features.digest, "resolution": resolution, "reading": reading}
         key = fingerprint(files=files, captions=str(data.captions), **settings)[:16]
         first = data.validation_sources[0]
         folder = Path(str(first)).resolve()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emf_lightning.data.reading.pixels import EXTENSIONS, ImageLimits, UnusableImageError, read_pixels
+from emf_lightning.data.reading.pixels import EXTENSIONS, ImageLimits, UnusableImageError, read_picture
 from emf_lightning.data.reading.tar_samples import HIDDEN, NO_EXTENSION, NO_FILE
 
 SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
@@ -45,9 +45,9 @@ def image_files(folder: Path, argument: str) -> list[Path]:
 
 
 def usable_pixels(path: Path, limits: ImageLimits) -> NDArray[np.uint8] | str:
-    """The image at ``path`` as ``[H, W, 3]``, 8-bit RGB, see ``read_pixels``; or the reason why it is left out."""
+    """The image at ``path`` as ``[H, W, 3]``, 8-bit RGB, see ``read_picture``; or the reason why it is left out."""
     try:
-        return np.array(read_pixels(path, limits))
+        return np.array(read_picture(path, limits))
     except UnusableImageError as reason:
         return str(reason)
 
