@@ -19,6 +19,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,18 +45,13 @@ class Reader:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
-    def ask(self, *request: object) -> float | None:
+    def ask(self, *request: object) -> Any:
         """CPU seconds a sample; None for a task that the reader does not know."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         return json.loads(answer) if answer else None
-
-    def peak(self) -> float:
-        """MB that the process has held at most."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
     def close(self) -> None:
         """Ends the process."""
@@ -175,7 +171,7 @@ def main() -> None:
             _, path, dtype, length, width, _ = row.request
             columns["this project"].ask("fill", path, dtype, length, width)
         medians = {name: measure(each, columns, options.rounds) for name, each in rows.items()}
-        peaks = {name: reader.peak() for name, reader in columns.items()}
+        peaks = {name: reader.ask("peak") for name, reader in columns.items()}
         for reader in columns.values():
             reader.close()
     machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
@@ -185,7 +181,12 @@ def main() -> None:
         "PICTURES": table(medians["pictures"], "picture", True, "webdataset"),
         "READ": table(medians["read"], "entry", False, "memcpy"),
         "WRITE": table(medians["write"], "entry", False, "memcpy"),
-        "PEAK": [", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items())],
+        "PEAK": [
+            f"| MB at most | {' | '.join(peaks)} |",
+            "|---|" + "---:|" * len(peaks),
+            f"| pictures | {' | '.join(f'{own:.0f}' for own, _ in peaks.values())} |",
+            f"| a worker that reads the cache | {' | '.join(f'{worker:.0f}' for _, worker in peaks.values())} |",
+        ],
     }
     page = options.out.read_text()
     for name, lines in tables.items():

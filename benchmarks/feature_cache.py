@@ -54,13 +54,12 @@ def opened(path: str, dtype: StoredDtype, max_gb: float) -> FeatureCache:
 
 
 def read(path: str, dtype: StoredDtype, max_gb: float, first: int, samples: int, step: int) -> None:
-    """What one worker of a loader does: fetches a batch, unpacks it, lets it go."""
+    """What one worker of a loader does: reads a batch, lets it go."""
     torch.set_num_threads(1)
     cache = opened(path, dtype, max_gb)
     names = [str(number) for number in range(first, samples, step)]
     for start in range(0, len(names), BATCH):
-        entries = [cache.fetch(name) for name in names[start : start + BATCH]]
-        cache.unpack([entry for entry in entries if entry is not None])
+        cache.read(names[start : start + BATCH])
     assert cache.misses == 0
 
 

@@ -1,7 +1,7 @@
 """What the benchmark of the data path compares: each reader in a process of its own, which measures when it is asked.
 
 A request is a line of JSON, a task and its arguments; the answer is a line with CPU seconds, of this process and its
-loader workers, for one sample.
+loader workers, for one sample. "peak" asks for MB that this process, and a worker, have held at most.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -249,7 +250,11 @@ def main() -> None:
     for line in sys.stdin:
         task, *arguments = json.loads(line)
         answer: Any = None
-        if hasattr(reader, task):
+        if task == "peak":
+            answer = [
+                resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            ]
+        elif hasattr(reader, task):
             began = seconds()
             count = getattr(reader, task)(*arguments)
             answer = (seconds() - began) / count

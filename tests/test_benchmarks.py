@@ -1,12 +1,16 @@
-"""What the benchmark of the derivative compares is the same computation."""
+"""What the benchmarks compare is the same computation."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.backbones import BACKBONES, Measurement
+from benchmarks.data_path import photograph, shard, table
 from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
+from benchmarks.readers import Copies, Emf, Files
 from emf_lightning.networks.sana import SanaArchitecture
 
 TINY = SanaArchitecture(
@@ -55,3 +59,19 @@ def test_a_backbones_cells_are_what_they_say():
 
 def test_the_least_is_three_passes_and_two_of_the_interval_rows():
     assert [least(share) for share in (0.0, 0.75)] == pytest.approx([1, 1.5])
+
+
+def test_all_readers_of_the_data_path_read_every_sample(tmp_path: Path):
+    pictures = {f"{number}.jpg": photograph(number, (48, 32)) for number in range(5)}
+    texts = {f"{number}.txt": b"%d" % number for number in range(5)}
+    assert Emf().pictures(shard(tmp_path / "pictures.tar", dict(sorted((pictures | texts).items()))), 16) == 5
+    path = shard(tmp_path / "5.tar", texts)
+    for dtype in ("bfloat16", "float8"):
+        Emf().fill(path, dtype, 12, 16)
+        assert Emf().read(path, dtype, 12, 16, 2) == Files().read(path, dtype, 12, 16, 2) == 5
+    assert Copies().read(path, "bfloat16", 12, 16, 5) == 5
+
+
+def test_a_table_of_readers_states_ratios_and_leaves_out_what_was_not_measured():
+    lines = table({"a": {"x": 0.002, "y": 0.001}, "b": {"y": 0.004}}, "row", rate=True, against="x")
+    assert lines == ["| row | x | y |", "|---|---:|---:|", "| a | 500 | 1000 (2.00) |", "| b |  | 250 |"]

@@ -55,7 +55,7 @@ class CaptionImageData(LightningDataModule):
         cache: of text features; null encodes every caption each time.
         latent_cache: of latents; null encodes every image each time.
         resolution: side of the square images; larger ones are resized and center-cropped.
-        resize_filter: "bilinear" is the filter of BLIP3o-NEXT and EMF.
+        resize_filter: "bilinear" is the filter of BLIP3o-NEXT and EMF, Pillow's; "bicubic" is torch's, faster.
         batch_size: samples a batch and rank.
         num_workers: loader processes a rank.
         shuffle_block: samples that are shuffled together, held in memory by each worker; 1 shuffles shards only.

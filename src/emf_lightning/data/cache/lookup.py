@@ -84,7 +84,7 @@ class Lookup(Generic[T]):
 
     def _merge(self, misses: T | None, device: torch.device) -> T:
         """All B values in batch order: the hits, and ``misses`` for the missing elements."""
-        parts = [] if self.hits is None else [self.hits.to(device=device, dtype=torch.float32)]
+        parts: list[Any] = [] if self.hits is None else [self.hits.to(device=device, dtype=torch.float32)]
         parts += [] if misses is None else [misses.to(device=device)]
         if len(parts) == 1:
             return parts[0]

@@ -135,7 +135,7 @@ class ShardStream(IterableDataset[RawBatch]):
         """The batches of this process's lane, then an empty one that carries the samples skipped since the last."""
         worker = get_worker_info()
         lane = (self._first + (worker.id if worker else 0)) % self.lanes
-        self._unusable = ""  # location of the last image that could not be decoded
+        self._unusable: Callable[[], Picture] | None = None  # decodes the last image that could not be decoded
         queries: deque[Query] = deque()
         parts: list[RawBatch] = []
         skipped: Counter[str] = Counter()
@@ -229,12 +229,12 @@ class ShardStream(IterableDataset[RawBatch]):
         captions, kept = list[str](), list[int]()
         for index, needed in enumerate(zip(needs, needs_stretched, strict=True)):
             query = queries.popleft()  # its decoder may hold an image
-            if query.location == self._unusable:  # another caption of the image
+            if query.decode is self._unusable:  # another caption of the image
                 continue
             try:
                 pixels = self._decode(query, *needed)
             except UnusableSampleError as error:
-                self._unusable = query.location
+                self._unusable = query.decode
                 leave_out(str(error), query.location)
                 continue
             images.add(pixels[0])
