@@ -235,7 +235,8 @@ READERS = {
 
 def seconds() -> float:
     """CPU seconds of this process and of its workers that have ended."""
-    return sum(os.times()[:4])
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main() -> None:
