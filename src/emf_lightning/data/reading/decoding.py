@@ -122,6 +122,8 @@ class SquareTransform:
         shorter, side = min(width, height), self.side
         size = (int(side * width / shorter), int(side * height / shorter))
         left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+        if size == (width, height) and not isinstance(image, np.ndarray):  # no copy of what is cut off
+            return np.asarray(image.crop((left, top, left + side, top + side)))
         if size == (width, height):
             pixels = np.asarray(image)
         elif self.filter == "bicubic":
