@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from emf_lightning.cli import main
 from emf_lightning.cli.model_card import public_name
+from tests.hub_server import hub
 from tests.test_pipeline import CONFIG, RUNS, SCORES
 
 PARENT = "runs/parent/version_0/checkpoints/last.ckpt"
@@ -94,6 +95,28 @@ def test_pushing_is_refused_in_a_sentence(world, monkeypatch, capsys, name, said
         main(["export", "--run", "runs/child/version_0", "--out", "pushed", "--push", name])
     assert said in capsys.readouterr().err
     assert not Path("pushed").exists(), "before any work"
+
+
+def test_a_pushed_export_is_downloaded_as_it_was_written(world, tmp_path):
+    code = (
+        "from pathlib import Path\nfrom emf_lightning.hub import pushed\n"
+        "print(pushed(Path('exported'), 'owner/name'))\n"
+        "from huggingface_hub import snapshot_download\nprint(snapshot_download('owner/name'))\n"
+    )
+    (tmp_path / "empty").mkdir()
+    with hub("owner/name", tmp_path / "empty") as address:
+        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_TOKEN": "none"}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=world, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    url, copy = done.stdout.strip().splitlines()[-2:]
+    assert url == f"{address}/owner/name"
+    written, received = (
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (world / "exported", Path(copy))
+    )
+    assert "model_index.json" in written
+    assert received == written
 
 
 def test_a_hub_that_cannot_be_reached_is_named(world):
