@@ -267,6 +267,21 @@ def test_the_short_comparison_goes_on_top_of_an_adaptation(experiment: str, monk
     assert [config.steps for config in sampling.configs] == [1, 2, 4, 30]
 
 
+def test_diversity_goes_on_top_of_an_adaptation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from emf_lightning.cli.parsing.emf_cli import EMFCLI
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(EMFCLI, "_run_subcommand", lambda cli, verb: None)
+    files = ("experiments/shapes/emf.yaml", "experiments/parts/diversity_in_training.yaml")
+    options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32"]
+    cli = EMFCLI.run(expand(["fit", *(part for file in files for part in ("--config", file)), *options]))
+
+    *_, sampling = (part for part in cli.trainer.callbacks if type(part).__name__ == "FewStepSampling")
+    assert [benchmark.name for benchmark in sampling.benchmarks] == ["prompts"]
+    assert [type(metric).__name__ for metric in sampling.extra_metrics] == ["PromptDiversity", "VendiScore"]
+    assert sampling.every_n_steps == cli.trainer.val_check_interval
+
+
 def test_geneval_goes_on_top_of_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed only, because its detector would be downloaded."""
     from emf_lightning.cli.assumptions import PlanningCLI
