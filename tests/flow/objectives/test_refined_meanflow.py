@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
 from emf_lightning.flow.sampling import FlowMapSampler
@@ -57,6 +58,25 @@ def test_the_target_is_the_teachers_euler_path_from_the_sample_on_its_own_noise(
     for t in (0.5, 0.25):
         z = z - 0.25 * (z - torch.tanh(z * (1 - t) / t**2)) / t
     assert torch.allclose(objective.refined(nn.Identity(), sample, noise), z, atol=1e-6)
+
+
+def test_the_refinement_has_the_targets_guidance_or_its_own():
+    def teacher(z: Tensor, r: Tensor, t: Tensor, point: Tensor) -> Tensor:
+        return (z - point) / t[:, None]
+
+    def image(own: TargetGuidance | None) -> Tensor:
+        objective = RefinedMeanFlow(
+            velocity=TeacherVelocity(teacher),
+            guidance=TargetGuidance(scale=1.5),
+            refinement=Refinement(times=(0.5, 0.5), guidance=own),
+        )
+        sample = noise = torch.zeros(2, 3)
+        return objective.refined(nn.Identity(), sample, noise, torch.ones(2, 3), torch.zeros(1, 3))
+
+    # guidance of a point at 1 against one at 0 is the flow to the point at its scale
+    assert torch.allclose(image(None), torch.full((2, 3), 1.5))
+    assert torch.allclose(image(TargetGuidance(scale=2.0)), torch.full((2, 3), 2.0))
+    assert torch.allclose(image(TargetGuidance(scale=2.0, interval=(0.9, 1.0))), torch.ones(2, 3))
 
 
 def test_samples_are_those_of_the_sampler_of_one_or_two_steps():

@@ -171,6 +171,7 @@ class Objective(ABC):
         context: Context,
         null_context: Context,
         dropped: Tensor | None = None,
+        guidance: TargetGuidance | None = None,
     ) -> Tensor:
         """v at the states ``z`` ``[B, C, H, W]`` and ``t`` ``[B]``: its source's, and guided where the target is.
 
@@ -182,18 +183,20 @@ class Objective(ABC):
             context: see ``__call__``.
             null_context: see ``__call__``.
             dropped: see ``__call__``.
+            guidance: by default the objective's.
         """
-        if self.guidance is None and isinstance(self.velocity, ConditionalVelocity):
+        guidance = guidance or self.guidance
+        if guidance is None and isinstance(self.velocity, ConditionalVelocity):
             return v
-        if self.guidance is not None and null_context is None:
+        if guidance is not None and null_context is None:
             raise ValueError(f"{type(self).__name__}: guidance needs null_context, the conditioning without a caption")
         reference = self.velocity.reference(net)
         conditional = AverageVelocity(reference, context)
         with no_grad_pass():
             v = self.velocity(v, conditional, z, t)
-            if self.guidance is not None:
+            if guidance is not None:
                 null = AverageVelocity(reference, expand_context(null_context, len(z)))
-                v = self.guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
+                v = guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
         return v
 
 

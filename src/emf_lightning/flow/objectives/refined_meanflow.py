@@ -31,6 +31,7 @@ class Refinement:
         times: the least and greatest t to which a sample is moved back, each in (0, 1).
         solver_steps: Euler steps of the teacher from there.
         softness: c of the loss sqrt(d^2 + c^2), which is |d| for larger differences d.
+        guidance: the teacher's in the refinement; None is that of MeanFlow's target.
 
     Raises:
         ValueError: for values out of range.
@@ -46,6 +47,7 @@ class Refinement:
     times: tuple[float, float] = (0.4, 0.7)
     solver_steps: int = 4
     softness: float = 0.02
+    guidance: TargetGuidance | None = None
 
     def __post_init__(self) -> None:
         if not self.starts or not all(0 < s <= 1 for s in self.starts):
@@ -181,6 +183,7 @@ class RefinedMeanFlow(MeanFlow):
         z = interpolate(sample, noise, t)
         with no_grad_pass():
             for k in range(settings.solver_steps, 0, -1):
-                v = self.target_velocity(net, z, z, t * (k / settings.solver_steps), context, null_context, dropped)
+                time = t * (k / settings.solver_steps)
+                v = self.target_velocity(net, z, z, time, context, null_context, dropped, settings.guidance)
                 z = z - expand_like(t / settings.solver_steps, z).to(z.dtype) * v.to(z.dtype)
         return z
