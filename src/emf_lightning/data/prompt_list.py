@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from emf_lightning.text.plain import lines, plain
+from emf_lightning.data.reading.kept_arrays import Arrays, TextRows, Texts, kept_arrays
+from emf_lightning.text.plain import plain
 
 
 class PromptList(Dataset[tuple[int, str]]):
     """(index, prompt) of each non-blank line of a text file, or of each prompt of a list.
+
+    The prompts of a large file are mapped from the disk, see ``kept_arrays``.
 
     Args:
         prompts: the file or the prompts.
@@ -22,8 +26,13 @@ class PromptList(Dataset[tuple[int, str]]):
     """
 
     def __init__(self, prompts: str | Path | Sequence[str], argument: str = "prompts") -> None:
-        given = _read(Path(prompts).expanduser(), argument) if isinstance(prompts, str | Path) else prompts
-        self.prompts = [prompt for prompt in map(plain, given) if prompt]
+        self.prompts: Sequence[str]
+        if isinstance(prompts, str | Path):
+            path = Path(prompts).expanduser()
+            arrays = kept_arrays([path], "prompts", partial(_read, path, argument))
+            self.prompts = Texts(arrays["data"], arrays["ends"])
+        else:
+            self.prompts = [prompt for prompt in map(plain, prompts) if prompt]
         if not self.prompts:
             where = repr(str(prompts)) if isinstance(prompts, str | Path) else "the list"
             raise ValueError(f"{argument}: {where} holds no prompt; give one a line")
@@ -35,14 +44,20 @@ class PromptList(Dataset[tuple[int, str]]):
         return index, self.prompts[index]
 
 
-def _read(path: Path, argument: str) -> list[str]:
-    """The lines of a text file."""
+def _read(path: Path, argument: str) -> Arrays:
+    """The prompts in a text file, whose lines end at line feeds alone."""
+    rows, is_text = TextRows(), True
     try:
-        found = lines(path.read_bytes().decode("utf-8-sig"))
+        with path.open("rb") as file:
+            for line in file:
+                is_text &= b"\0" not in line
+                if prompt := plain(line.decode()):
+                    rows.add(prompt)
     except OSError as error:
         raise ValueError(f"{argument}: cannot read {str(path)!r} ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{argument}: {str(path)!r} is not UTF-8 text; give one prompt a line") from error
-    if any("\0" in line for line in found):
+    if not is_text:
         raise ValueError(f"{argument}: {str(path)!r} holds NUL characters, so it is not UTF-8 text; save it as UTF-8")
-    return found
+    data, ends = rows.arrays()
+    return {"data": data, "ends": ends}

@@ -7,12 +7,14 @@ import os
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from emf_lightning.data.reading.decoding import UnusableSampleError, usable_caption
+from emf_lightning.data.reading.kept_arrays import Arrays, kept_arrays
 from emf_lightning.data.reading.names import CAPTIONS, IMAGES
 from emf_lightning.text.plain import parse_json, shorten
 
@@ -22,7 +24,8 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 class MetadataCaptions:
     """Captions by the path of the picture. A picture may have several rows, and a row a list of captions.
 
-    All captions are held in memory, as the bytes of their text and 24 more each.
+    All captions are held as the bytes of their text and 24 more each; those of large files are mapped from the disk,
+    see ``kept_arrays``.
 
     Args:
         files: the files; names in them are relative to their folders.
@@ -33,23 +36,18 @@ class MetadataCaptions:
     """
 
     def __init__(self, files: Sequence[str], caption_column: str | None = None) -> None:
-        keys, self._text, ends = array("Q"), bytearray(), array("Q", [0])
         self.files = tuple(files)
-        for file in files:
-            captions = IMAGES, CAPTIONS if caption_column is None else (caption_column,)
-            for name, caption in _pairs(file, *captions):
-                keys.append(_hash(os.path.join(os.path.dirname(file), name.replace("\\", "/"))))
-                self._text += caption.encode()
-                ends.append(len(self._text))
-        order = np.argsort(np.array(keys, np.uint64), kind="stable")
-        self._keys = np.array(keys, np.uint64)[order]
-        self._starts, self._ends = np.array(ends[:-1], np.uint64)[order], np.array(ends[1:], np.uint64)[order]
+        names = IMAGES, CAPTIONS if caption_column is None else (caption_column,)
+        # names of pictures are hashed with the paths of the files as they are given
+        arrays = kept_arrays(self.files, f"metadata {names} {self.files}", partial(_arrays, self.files, *names))
+        self._keys, self._starts, self._ends = arrays["keys"], arrays["starts"], arrays["ends"]
+        self._text = arrays["text"]
 
     def find(self, path: str) -> tuple[str, ...]:
         """The captions of the picture at ``path``, given without its ending, in their order; each once."""
         key = np.uint64(_hash(path))
         rows = range(int(np.searchsorted(self._keys, key)), int(np.searchsorted(self._keys, key, "right")))
-        texts = (bytes(self._text[int(self._starts[row]) : int(self._ends[row])]).decode() for row in rows)
+        texts = (self._text[int(self._starts[row]) : int(self._ends[row])].tobytes().decode() for row in rows)
         return tuple(dict.fromkeys(texts))
 
     def warn_of_missing(self, paths: Iterable[str]) -> None:
@@ -61,6 +59,24 @@ class MetadataCaptions:
                 "they are left out",
                 stacklevel=2,
             )
+
+
+def _arrays(files: Sequence[str], images: Sequence[str], columns: Sequence[str]) -> Arrays:
+    """The captions' text, and in the order of the pictures' digests each caption's place in it."""
+    keys, text, ends = array("Q"), bytearray(), array("Q", [0])
+    for file in files:
+        for name, caption in _pairs(file, images, columns):
+            keys.append(_hash(os.path.join(os.path.dirname(file), name.replace("\\", "/"))))
+            text += caption.encode()
+            ends.append(len(text))
+    hashes, places = np.array(keys, np.uint64), np.array(ends, np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    return {
+        "keys": hashes[order],
+        "starts": places[:-1][order],
+        "ends": places[1:][order],
+        "text": np.frombuffer(text, np.uint8),
+    }
 
 
 def _hash(path: str) -> int:
