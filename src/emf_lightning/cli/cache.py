@@ -20,7 +20,8 @@ usage: emf cache EXPERIMENT.yaml [--dry_run] [options of emf fit]
 
 Compute the text features and the latents that the experiment will train on, into data.cache and data.latent_cache.
 Of several captions of an image it computes all, as training takes another one in each pass.
-First prints the size in each dtype, with the rounding error; then writes all missing entries. Repeat a call that was
+First prints the size in each dtype, with the rounding error (of more than 8,192 samples, or 64 shards, the number is
+an estimate: counting all would read the shards twice); then writes all missing entries. Repeat a call that was
 interrupted: it continues. `emf fit` reads the caches, and computes entries that are still missing.
 
 On several GPUs:  torchrun --nproc_per_node 8 -m emf_lightning cache --config FILE

@@ -18,7 +18,7 @@ from emf_lightning.data.cache.entry_cache import EntryCache, format_bytes
 from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.raw_batch import RawBatch
-from emf_lightning.data.reading.sources import count
+from emf_lightning.data.reading.sources import count_all
 from emf_lightning.data.reading.streams import CACHED
 from emf_lightning.text.blip3o_next import BLIP3oNext
 
@@ -84,8 +84,8 @@ class CacheFiller:
         return {name: cache for name, cache in both.items() if cache is not None}
 
     def count(self) -> int:
-        """Number of samples in all shards."""
-        return sum(map(count, self.shards))
+        """Number of samples in all shards, see ``count_all``."""
+        return count_all(self.shards)
 
     def entries(self, samples: int) -> dict[str, int]:
         """Number of entries of each cache for ``samples`` samples: an image may have several captions."""

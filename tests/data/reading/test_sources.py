@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from emf_lightning.data.reading.decoding import SquareTransform
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.parquet_shards import ParquetShard
-from emf_lightning.data.reading.sources import HubDataset, Source, count, open_sources
+from emf_lightning.data.reading.sources import HubDataset, Source, count, count_all, open_sources
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.data.reading.tar_members import END
 from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
@@ -406,3 +407,32 @@ def test_what_holds_nothing_to_train_on_is_one_sentence(
 def test_a_hub_name_that_cannot_be_reached_is_one_sentence(entry: str) -> None:
     with pytest.raises(ValueError, match=r"shards: 'owner/name' matches no file .*, and no data set of the hub \("):
         open_sources(entry, "shards")
+
+
+@pytest.mark.parametrize(("shards", "exact"), [(1, True), (64, True), (65, False), (500, False)])
+def test_many_shards_are_counted_by_a_few_that_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, exact: bool
+) -> None:
+    from emf_lightning.data.reading import tar_members
+
+    sizes = np.random.default_rng(0).integers(2, 12, shards).tolist()
+    for size in set(sizes):
+        write_tar(tmp_path / f"{size}.tar", {f"{number}.txt": b"a" for number in range(size)})
+    paths = [str(tmp_path / f"{size}.tar") for size in sizes]
+    opened: list[str] = []
+    original = tar_members.open_shard
+
+    def counting(path: str, **options: bool):  # type: ignore[no-untyped-def]
+        opened.append(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(tar_members, "open_shard", counting)
+    found = count_all(paths)
+    assert len(opened) == min(shards, 64)
+    assert found == sum(sizes) if exact else 0.8 * sum(sizes) < found < 1.2 * sum(sizes)
+
+
+def test_large_shards_are_counted_by_their_first_samples_and_folders_whole(tmp_path: Path) -> None:
+    large = write_tar(tmp_path / "large.tar", {f"{number}.txt": b"a" for number in range(9000)})
+    assert 0.9 * 9000 < count_all([large]) < 1.1 * 9000
+    assert count_all([]) == 0

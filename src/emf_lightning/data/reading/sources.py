@@ -16,6 +16,9 @@ from emf_lightning.text.plain import shorten
 
 HUB_NAME = re.compile(r"(?:hf://(?:datasets/)?)?([\w.-]+/[\w.-]+)(?:@([^/]+))?")
 
+COUNTED_SHARDS, COUNTED_SAMPLES = 64, 8192
+"""Shards, and samples of all of them together, at which ``count`` looks."""
+
 
 class Source(Protocol):
     """Samples that can be read from any offset, as ``read_samples`` reads those of a tar shard."""
@@ -148,9 +151,21 @@ def open_sources(
     return tuple(sources)
 
 
-def count(source: str | Source) -> int:
+def count(source: str | Source, at_most: int = COUNTED_SAMPLES) -> int:
     """Number of samples in a source, of a tar shard by ``count_samples``."""
-    return count_samples(source) if isinstance(source, str) else source.count()
+    return count_samples(source, at_most) if isinstance(source, str) else source.count()
+
+
+def count_all(sources: Sequence[str | Source]) -> int:
+    """Number of samples in all sources: exact for few, else estimated in a time that does not grow with their number.
+
+    Of many shards ``COUNTED_SHARDS`` are counted, evenly spaced; of large ones the first samples, by ``count_samples``.
+    """
+    shards = [source for source in sources if not isinstance(source, PictureFolders)]
+    step = max(len(shards) / COUNTED_SHARDS, 1)
+    chosen = [shards[int(number * step)] for number in range(min(len(shards), COUNTED_SHARDS))]
+    counted = sum(count(shard, COUNTED_SAMPLES // len(chosen)) for shard in chosen)
+    return round(counted * step) + sum(len(source) for source in sources if isinstance(source, PictureFolders))
 
 
 def _hub_name(entry: str) -> re.Match[str] | None:

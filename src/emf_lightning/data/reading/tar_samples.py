@@ -20,7 +20,7 @@ NO_EXTENSION = "name without an extension"
 NO_FILE = "image is no file"
 """Reasons for files that are passed over, in shards and in folders."""
 COUNTED = 64
-"""Number of samples from which ``count_samples`` extrapolates."""
+"""Number of samples from which ``count_samples`` extrapolates, where reading is slow."""
 
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)
 """webdataset's rule: the key ends at the first dot of the last component, the rest is the extension."""
@@ -196,17 +196,22 @@ def read_samples(
     yield from lost(fault, place, END)
 
 
-def count_samples(path: str) -> int:
-    """Number of samples in a shard: exact for a plain local file, extrapolated by size for URLs and gzip."""
+def count_samples(path: str, at_most: int = 8192) -> int:
+    """Number of samples in a shard; extrapolated by size from the first ``at_most``, for URLs and gzip ``COUNTED``.
+
+    A header is as far from the next as a picture is large: counting all of a shard reads most of it.
+    """
     count, last = 0, None
+    if is_url(path) or path.endswith("gz"):
+        at_most = COUNTED
     try:
         with ShardFile(path) as file:
             for member in members(file, 0):
                 matched = None if member.fault is not None or member.odd is not None else sample_key(member)
                 if matched is not None and matched[0] != last:
                     count, last = count + 1, matched[0]
-                if count > COUNTED and (is_url(path) or path.endswith("gz")):
-                    return round(_size(path) / member.start * COUNTED)  # images hardly compress
+                if count > at_most:
+                    return round(_size(path) / member.start * at_most)  # images hardly compress
     except (EOFError, zlib.error, OSError):
         pass  # reported when the shard is read
     return count
