@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.pages import MACHINE, write_tables
 from benchmarks.readers import BATCH, ENTRIES, LENGTH, WIDTH
 
 FAST = ("simplejpeg", "zlib_ng")
@@ -174,8 +174,7 @@ def main() -> None:
         peaks = {name: reader.ask("peak") for name, reader in columns.items()}
         for reader in columns.values():
             reader.close()
-    machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
-    how = f"`python -m benchmarks.data_path` wrote the tables: {options.rounds} rounds, readers take turns; {machine}."
+    how = f"`python -m benchmarks.data_path` wrote the tables: {options.rounds} rounds, readers take turns; {MACHINE}."
     tables = {
         "HOW": [how],
         "PICTURES": table(medians["pictures"], "picture", True, "webdataset"),
@@ -188,13 +187,7 @@ def main() -> None:
             f"| a worker that reads the cache | {' | '.join(f'{worker:.0f}' for _, worker in peaks.values())} |",
         ],
     }
-    page = options.out.read_text()
-    for name, lines in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        first, last = page.index(start) + len(start), page.index(end)
-        page = page[:first] + "\n" + "\n".join(lines) + "\n" + page[last:]
-        print("\n".join(lines))
-    options.out.write_text(page)
+    write_tables(options.out, tables)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class ShardFile(AbstractContextManager["ShardFile"]):
     """
 
     def __init__(self, path: str) -> None:
-        self._file = open_shard(path)
+        self._file = open_shard(path, ahead=True)
         self.size = None if path.endswith("gz") else self._file.seek(0, 2)
         self._compressed = self.size is None
         self._window, self._first = bytearray(), 0
@@ -90,15 +90,15 @@ class ShardFile(AbstractContextManager["ShardFile"]):
         return bytes(window[offset - self._first : offset - self._first + size])
 
 
-def open_shard(path: str) -> BinaryIO:
-    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) by ``open_url``.
+def open_shard(path: str, ahead: bool = False) -> BinaryIO:
+    """The shard as a seekable binary file; URLs (``hf://``, ``https://``, ``s3://``) by ``open_url``, also ``ahead``.
 
     Gzip is decompressed while reading. That is cheap, as images hardly compress, but a start in the middle decompresses
     everything before.
     """
     if not is_url(path):
         return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith("gz") else open(path, "rb", buffering=1 << 18)
-    return open_url(path, compression="gzip" if path.endswith("gz") else None)
+    return open_url(path, compression="gzip" if path.endswith("gz") else None, ahead=ahead)
 
 
 def members(file: ShardFile, offset: int) -> Iterator[Member]:

@@ -11,6 +11,11 @@ PROTOCOLS = (
 """Protocols that read one file of a disk or a service. Others, such as ``reference://``, read what a file tells them
 to, wherever that is; chains of several, ``zip://x::https://...``, may hold one of them."""
 
+SERVICES = ("http", "https", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+"""Those of them where a request takes long, and whose files fsspec fetches in blocks."""
+BLOCK, BLOCKS = 4 << 20, 20
+"""Bytes of a request, and requests whose answers are held: more than the largest member that is read."""
+
 
 def is_url(path: str) -> bool:
     """Whether ``path`` is no local path."""
@@ -26,9 +31,19 @@ def check_url(path: str, argument: str = "shards") -> None:
         )
 
 
-def open_url(path: str, compression: str | None = None) -> BinaryIO:
-    """The file behind a URL of ``PROTOCOLS``; ValueError for another."""
+def open_url(path: str, compression: str | None = None, ahead: bool = False) -> BinaryIO:
+    """The file behind a URL of ``PROTOCOLS``; ValueError for another.
+
+    Args:
+        path: the URL.
+        compression: fsspec's name of it.
+        ahead: for reading from front to back: fetches the next ``BLOCK`` while the one before it is used.
+    """
     import fsspec
 
     check_url(path)
-    return cast(BinaryIO, fsspec.open(path, "rb", compression=compression).open())
+    system, inside = fsspec.core.url_to_fs(path)
+    options = {}
+    if ahead and path.partition("://")[0] in SERVICES:
+        options = {"block_size": BLOCK, "cache_type": "background", "cache_options": {"maxblocks": BLOCKS}}
+    return cast(BinaryIO, system.open(inside, "rb", compression=compression, **options))
