@@ -10,7 +10,9 @@ import torch
 from benchmarks.backbones import BACKBONES, Measurement
 from benchmarks.data_path import photograph, shard, table
 from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
+from benchmarks.pages import rows, write_tables
 from benchmarks.readers import Copies, Emf, Files
+from benchmarks.scale import exponent, measured, shares, uneven_shards
 from emf_lightning.networks.sana import SanaArchitecture
 
 TINY = SanaArchitecture(
@@ -76,3 +78,31 @@ def test_all_readers_of_the_data_path_read_every_sample(tmp_path: Path):
 def test_a_table_of_readers_states_ratios_and_leaves_out_what_was_not_measured():
     lines = table({"a": {"x": 0.002, "y": 0.001}, "b": {"y": 0.004}}, "row", rate=True, against="x")
     assert lines == ["| row | x | y |", "|---|---:|---:|", "| a | 500 | 1000 (2.00) |", "| b |  | 250 |"]
+
+
+def test_tables_go_between_their_marks_and_nothing_else_changes(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- X -->\nold\n<!-- /X -->\nb\n")
+    for _ in range(2):
+        write_tables(page, {"X": rows(["name", "n"], [["x", 1234], ["y", 0.12345], ["z", 12345.6]])})
+        table = "| name | n |\n|---|---:|\n| x | 1,234 |\n| y | 0.123 |\n| z | 12,346 |"
+        assert page.read_text() == f"a\n<!-- X -->\n{table}\n<!-- /X -->\nb\n"
+
+
+def test_an_exponent_is_the_power_of_growth():
+    sizes = [10, 100, 1000, 10_000]
+    assert [exponent(sizes, [float(size) ** power for size in sizes]) for power in (0, 0.5, 1)] == [
+        "0.00",
+        "0.50",
+        "1.00",
+    ]
+
+
+def test_ranks_of_the_simulated_stream_read_every_sample_once(tmp_path: Path):
+    share = shares(uneven_shards(tmp_path, 70))
+    assert len(share) == 64 and min(share) > 0
+
+
+def test_what_a_call_holds_is_measured_in_a_process_of_its_own():
+    _, megabytes = measured(torch.ones, 5_000_000)
+    assert 15 < megabytes < 60

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from emf_lightning.data.prompt_list import PromptList
@@ -109,15 +110,30 @@ def test_what_is_damaged_is_made_again(tmp_path: Path, kept: Path, damage: str) 
     assert [each.name for each in kept.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("place", ["a file", "of nobody"])
+@pytest.mark.parametrize("cache", ["{}/file", "/proc/none", "relative", ""])
 def test_a_folder_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kept_arrays, "SMALLEST", 10_000)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if place == "a file" else "/proc/none")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache.format(tmp_path))
+    monkeypatch.setenv("HOME", "nowhere")
     path = written(tmp_path / "p.txt", ROWS)
     assert same(prompts(path), PROMPTS) and same(prompts(path), PROMPTS)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "p.txt"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, kept: Path) -> None:
+    path = written(tmp_path / "p.txt", ROWS)
+
+    def build() -> kept_arrays.Arrays:
+        change_size(path)
+        return {"numbers": np.arange(3)}
+
+    for _ in range(2):
+        assert kept_arrays.kept_arrays([path], "numbers", build)["numbers"].tolist() == [0, 1, 2]
+    assert not kept.exists()
 
 
 def test_small_files_and_pipes_are_not_kept(tmp_path: Path, kept: Path) -> None:
@@ -161,7 +177,7 @@ def test_processes_that_start_at_once_keep_one(tmp_path: Path, kept: Path) -> No
 def records(seed: int) -> list[str]:
     """Images in folders, of several captions, given twice, with and without a folder, and lines that are no use."""
     rows = [
-        {"caption": [f"{seed}: of {n}", f"{seed}: again {n % 7}", "of all"], "image": f"{n % 7}/im{n % 700}.x.png"}
+        {"caption": [f"{seed}: of {n}", f"{seed}: again {n % 5}", "of all"], "image": f"{n % 6}/im{n % 700}.x.png"}
         for n in range(1500)
     ]
     rows += [{"prompt": f"{seed}: bare {n}", "file_name": f"bare{n}.png"} for n in range(50)]

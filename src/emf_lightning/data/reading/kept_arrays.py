@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]
 
 FORMAT = 1
 """Raised when texts are read in another way or the arrays change: what was kept before is not used then."""
@@ -32,7 +32,7 @@ UNUSED_DAYS = 30
 class Texts(Sequence[str]):
     """Texts in two arrays: their bytes in UTF-8, one behind the other, and the end of each."""
 
-    def __init__(self, data: NDArray[np.generic], ends: NDArray[np.generic]) -> None:
+    def __init__(self, data: NDArray[Any], ends: NDArray[Any]) -> None:
         self._data, self._ends = data, ends
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class TextRows:
         self._data += text.encode("utf-8", "surrogatepass")
         self._ends += len(self._data).to_bytes(8, "little")
 
-    def arrays(self) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Bytes and ends."""
         return np.frombuffer(self._data, np.uint8), np.frombuffer(self._ends, "<i8")
 
@@ -92,8 +92,8 @@ def kept_arrays(files: Sequence[str | Path], how: str, build: Callable[[], Array
         how: distinguishes what different functions, or other options, make of the same files.
         build: makes the arrays; its warnings are repeated at each start.
     """
-    identity = _identity(files, how)
-    folder = None if identity is None else _cache_folder() / identity
+    identity, place = _identity(files, how), _cache_folder()
+    folder = None if identity is None or place is None else place / identity
     arrays = None if folder is None else _mapped(folder)
     if arrays is None:
         with warnings.catch_warnings(record=True) as caught:
@@ -108,8 +108,10 @@ def kept_arrays(files: Sequence[str | Path], how: str, build: Callable[[], Array
     return arrays
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "emf_lightning/captions"
+def _cache_folder() -> Path | None:
+    """Where arrays are kept; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "emf_lightning/captions") if os.path.isabs(cache) else None
 
 
 def _identity(files: Iterable[str | Path], how: str) -> str | None:
@@ -134,6 +136,8 @@ def _identity(files: Iterable[str | Path], how: str) -> str | None:
 
 def _mapped(folder: Path) -> Arrays | None:
     """The arrays in ``folder``; None, and no folder, if it is missing or damaged."""
+    if not folder.is_dir():  # one that is there is whole, unless it is damaged
+        return None
     try:
         names = json.loads((folder / "arrays.json").read_text())
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
