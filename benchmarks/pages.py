@@ -28,5 +28,5 @@ def write_tables(page: Path, tables: Mapping[str, Sequence[str]]) -> None:
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         first, last = text.index(start) + len(start), text.index(end)
         text = text[:first] + "\n" + "\n".join(lines) + "\n" + text[last:]
-        print("\n".join(lines))
+        print("\n".join(lines), flush=True)
     page.write_text(text)

@@ -28,7 +28,7 @@ from emf_lightning.data.reading.streams import ShardStream
 
 WORKERS = (0, 1, 2)
 SIZE, SIDE, BATCH = (768, 512), 256, 16
-DELAYS = (0.0, 0.05, 0.2)
+DELAYS = (0.0, 0.05, 0.5)
 
 
 def _serve(folder: Path, delay: float, port: Connection) -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=150, help="of a shard")
+    parser.add_argument("--samples", type=int, default=100, help="of a shard")
     parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     options = parser.parse_args()
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
