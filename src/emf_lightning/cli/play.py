@@ -109,7 +109,7 @@ def example_prompts(directory: Path, settings: Namespace) -> list[str]:
         if found:
             return list(found.values())[::-1][:_EXAMPLES]
     listed = settings.data.get("prompts")
-    return PromptList(listed).prompts[:_EXAMPLES] if listed and Path(listed).is_file() else []
+    return list(PromptList(listed).prompts[:_EXAMPLES]) if listed and Path(listed).is_file() else []
 
 
 def _result(line: str) -> dict[str, Any]:
