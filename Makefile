@@ -18,7 +18,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
+.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow coverage test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -97,7 +97,9 @@ curves: $(READY) ## open TensorBoard on all runs
 
 # tests that run beside all others, in a second process: on two cores they take as long as the rest, and these alone
 # need the process that tests/forked.py forks
-BESIDE := tests/callbacks tests/cli tests/faults tests/test_devices.py tests/test_forked.py tests/test_resume.py
+BESIDE := tests/callbacks tests/cli tests/data/cache/test_feature_cache.py tests/faults tests/test_devices.py \
+	tests/test_diagnose_verb.py tests/test_forked.py tests/test_own_pages.py tests/test_play.py tests/test_resume.py
+test: export PYTHONDONTWRITEBYTECODE :=  # the processes that tests start read what one of them has compiled
 test: $(READY) ## run the tests (a quarter of an hour on 2 cores)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/pytest $(BESIDE) > $(VENV)/pytest-beside.log 2>&1 & beside=$$!; status=0; \
@@ -109,6 +111,10 @@ endif
 
 test-slow: $(READY) ## run the tests that take minutes each
 	$(BIN)/pytest -m slow $(ARGS)
+
+coverage: $(READY) ## run the tests in one process and print which branches of each file they take (ARGS='tests/flow')
+	@$(BIN)/coverage erase; status=0; $(BIN)/coverage run -m pytest $(ARGS) || status=$$?; \
+	$(BIN)/coverage combine --quiet; $(BIN)/coverage report; exit $$status
 
 # the interpreter of a version, if it is here: on the PATH, uv's own, or pyenv's
 find_python = { $(BIN)/uv python find --no-python-downloads --system $(1) || \
@@ -165,5 +171,5 @@ audit: $(READY) ## look for known vulnerabilities in requirements.lock
 	fi; echo "$$said"; exit $$status
 
 clean: ## remove the environment and all caches; runs/ and data/ stay
-	rm -rf $(VENV) .venv-* docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
+	rm -rf $(VENV) .venv-* .coverage* docs/_build docs/api/generated .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info
 	find src callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

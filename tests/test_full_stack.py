@@ -26,7 +26,7 @@ trainer:
       init_args: {every_n_train_steps: 1, save_top_k: -1, filename: "kept-{step}"}
     - class_path: FewStepSampling
       init_args:
-        suite: {class_path: ShapesSuite, init_args: {world: small}}
+        suite: {class_path: ShapesSuite, init_args: {per_task: 2, scenes_per_task: 2}}
         steps: [1, 2, 4]
         every_n_steps: 2
         images_per_task: 1

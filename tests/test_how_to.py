@@ -16,25 +16,17 @@ from tests.cli.world import BASE
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with shards and an experiment, tiny.yaml, that scores one network step."""
+    """A folder with shards, an experiment, tiny.yaml, and scored.yaml: MeanFlow, scored at one network step."""
     monkeypatch.chdir(tmp_path)
     main(["shards", "--out", "shards", "--count", "32", "--samples_per_shard", "16"])
-    scores = {
-        "class_path": "FewStepSampling",
-        "init_args": {
-            "suite": {
-                "class_path": "ShapesSuite",
-                "init_args": {"world": "small", "per_task": 2, "scenes_per_task": 2},
-            },
-            "steps": [1],
-            "every_n_steps": 2,
-        },
-    }
+    Path("tiny.yaml").write_text(BASE)
+    suite = {"class_path": "ShapesSuite", "init_args": {"world": "small", "per_task": 2, "scenes_per_task": 2}}
+    scores = {"class_path": "FewStepSampling", "init_args": {"suite": suite, "steps": [1], "every_n_steps": 2}}
     settings = yaml.safe_load(BASE)
     parts = {"guidance": {"scale": 1.0}, "times": {"class_path": "LogitNormalTimes"}}
     settings["model"]["init_args"]["objective"] = {"class_path": "MeanFlow", "init_args": parts}
     settings["trainer"]["callbacks"].append(scores)
-    Path("tiny.yaml").write_text(yaml.safe_dump(settings))
+    Path("scored.yaml").write_text(yaml.safe_dump(settings))
 
 
 def blocks(root: Path, page: str, language: str) -> list[str]:
@@ -59,7 +51,7 @@ def test_a_profile_is_written_into_the_run(root: Path) -> None:
 def test_the_sweep_trains_and_keeps_the_best_of_its_trials(root: Path) -> None:
     optuna = pytest.importorskip("optuna")
     (code,) = blocks(root, "sweeps.md", "python")
-    for given, tiny in (('"shapes/emf", 300', '"tiny.yaml", 2'), ("n_trials=20", "n_trials=1")):
+    for given, tiny in (('"shapes/emf", 300', '"scored.yaml", 2'), ("n_trials=20", "n_trials=1")):
         assert given in code
         code = code.replace(given, tiny)
     Path("sweep.py").write_text(code)

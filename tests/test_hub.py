@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import emf_lightning
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.weight_variants import plain_names, variant_names
 from tests.hub_server import COMMIT, hub
@@ -101,10 +102,37 @@ def test_a_repository_that_names_a_strangers_class_is_refused(tmp_path, export):
 # -- stock DiffusionPipeline ------------------------------------------------------------------------------------------
 
 
-def afresh(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a process of its own."""
-    command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+AFRESH = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+export, package, image = sys.argv[1:]
+try:
+    DiffusionPipeline.from_pretrained(export, trust_remote_code=True)
+except ImportError as error:
+    print(f"ImportError: {error}")
+sys.path.append(package)
+pipe = DiffusionPipeline.from_pretrained("owner/name", trust_remote_code=True)
+torch.save(pipe("a red circle", num_inference_steps=1, output_type="pt").images, image)
+"""
+
+
+@pytest.fixture(scope="module")
+def afresh(tmp_path_factory: pytest.TempPathFactory, pipe: EMFPipeline) -> tuple[str, Path]:
+    """What a fresh process says that loads an export without the package, and what it draws with it, from the hub.
+
+    -S leaves out what is installed for editing; the libraries' own folder is given by hand.
+    """
+    place = tmp_path_factory.mktemp("afresh")
+    pipe.save_pretrained(place / "export")
+    package, image = Path(emf_lightning.__file__).parents[1], place / "image.pt"
+    command = [sys.executable, "-S", "-c", AFRESH, str(place / "export"), str(package), str(image)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(place / "home"), "NO_PROXY": "*"}
+    with hub("owner/name", place / "export") as address:
+        environment |= {"HF_ENDPOINT": address, "PYTHONPATH": sysconfig.get_path("purelib")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, image
 
 
 @pytest.mark.parametrize("options", [{}, {"custom_pipeline": "pipeline"}, {"custom_pipeline": "itself"}])
@@ -123,28 +151,13 @@ def test_stock_diffusers_asks_for_trust(export):
         DiffusionPipeline.from_pretrained(export)
 
 
-def test_a_fresh_process_downloads_from_the_hub_what_stock_diffusers_asks_for(tmp_path, pipe, export):
-    code = (
-        "import torch\nfrom diffusers import DiffusionPipeline\n"
-        "pipe = DiffusionPipeline.from_pretrained('owner/name', trust_remote_code=True)\n"
-        "image = pipe('a red circle', num_inference_steps=1, output_type='pt').images\n"
-        f"torch.save(image, {str(tmp_path / 'image.pt')!r})\n"
-    )
-    with hub("owner/name", export) as address:
-        done = afresh(code, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), NO_PROXY="*")
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "image.pt"), pipe("a red circle", **ONE_STEP).images)
+def test_a_fresh_process_downloads_from_the_hub_what_stock_diffusers_asks_for(pipe, afresh):
+    assert torch.equal(torch.load(afresh[1]), pipe("a red circle", **ONE_STEP).images)
 
 
-def test_without_the_package_one_sentence_says_how_to_install_it(tmp_path, export):
-    """-S leaves out what is installed for editing; the libraries' own folder is given by hand."""
-    code = (
-        "from diffusers import DiffusionPipeline\n"
-        f"DiffusionPipeline.from_pretrained({str(export)!r}, trust_remote_code=True)\n"
-    )
-    done = afresh(code, "-S", PYTHONPATH=sysconfig.get_path("purelib"), HF_HOME=str(tmp_path / "home"))
+def test_without_the_package_one_sentence_says_how_to_install_it(afresh):
     said = "ImportError: This model needs the package emf_lightning, which is not installed: pip install emf_lightning"
-    assert done.stderr.strip().endswith(said)
+    assert afresh[0].strip().endswith(said)
 
 
 @pytest.mark.parametrize("file", ["pipeline.py", "None.py", "vae/emf_part.py", "vae/emf_lightning.pipeline.py"])

@@ -26,9 +26,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(path)
         Path("scores.yaml").write_text(SCORES)
         main(["shards", "--out", "shards", "--count", "16", "--samples_per_shard", "8"])
-        for name, options in (("parent", []), ("child", ["--model.init_args.init_from", PARENT])):
+        from_parent = ["--config", "scores.yaml", "--model.init_args.init_from", PARENT]
+        for name, options in (("parent", []), ("child", from_parent)):
             Path(f"{name}.yaml").write_text(CONFIG.format(name=name, **RUNS["meanflow"]))
-            main(["fit", "--config", f"{name}.yaml", "--config", "scores.yaml", *options])
+            main(["fit", "--config", f"{name}.yaml", *options])
         data = path.resolve() / "shards"
         config = Path("runs/child/version_0/config.yaml")
         config.write_text(config.read_text().replace("shards: shards", f"shards: [{data}]"))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from emf_lightning.cli import main
+from emf_lightning.pipeline import EMFPipeline
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs/how_to"
@@ -89,15 +88,14 @@ def test_a_class_of_ones_own_trains_from_its_page(name: str, folder: Path) -> No
         assert drawn_afresh("exported").shape == (24, 24, 3)
 
 
+def draw(export: str) -> None:
+    pipe = EMFPipeline.from_pretrained(export, trust_remote_code=True)
+    pipe("a happy face", num_inference_steps=1).images[0].save("drawn.png")
+
+
 def drawn_afresh(export: str) -> np.ndarray:
     """An image that a process of its own draws from an export, with the current folder on its path."""
-    code = (
-        "from emf_lightning import EMFPipeline\n"
-        f"pipe = EMFPipeline.from_pretrained({export!r}, trust_remote_code=True)\n"
-        "pipe('a happy face', num_inference_steps=1).images[0].save('drawn.png')"
-    )
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+    assert Forked(draw, export).wait() == 0
     return np.asarray(Image.open("drawn.png"))
 
 

@@ -73,7 +73,7 @@ trainer:
   callbacks+:
     - class_path: FewStepSampling
       init_args:
-        suite: {class_path: ShapesSuite, init_args: {world: small}}
+        suite: {class_path: ShapesSuite, init_args: {per_task: 2, scenes_per_task: 2}}
         steps: [1, 2]
         images_per_task: 1
         final_images_per_task: 1

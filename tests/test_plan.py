@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,13 @@ from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+@cache
+def planned(*options: str) -> dict[str, str]:
     """Printed lines by name."""
-    capsys.readouterr()
-    main(["plan", *options])
+    with redirect_stdout(StringIO()) as said:
+        main(["plan", *options])
     rows = {}
-    for line in capsys.readouterr().out.splitlines():
+    for line in said.getvalue().splitlines():
         if found := re.match(r"\s{2,}(\S.*?)\s{2,}(\S.*)", line):
             rows[found[1]] = found[2]
     return rows
@@ -32,8 +36,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
-    rows = planned(capsys, "--config", "experiments/emf/blip3o_next.yaml")
+def test_blip3o_next_is_planned_from_its_experiment_alone():
+    rows = planned("--config", "experiments/emf/blip3o_next.yaml")
 
     assert rows["network"].startswith("1,640,356,512  1,630,025,600 train")
     assert rows["autoencoder"].startswith("312,250,275")
@@ -63,8 +67,8 @@ def test_blip3o_next_is_planned_from_its_experiment_alone(capsys):
         ),
     ],
 )
-def test_adapters_count_by_what_trains(capsys, options, trained, states, averages, checkpoint):
-    rows = planned(capsys, *options)
+def test_adapters_count_by_what_trains(options, trained, states, averages, checkpoint):
+    rows = planned(*options)
     total = int(rows["network"].split()[0].replace(",", ""))
     assert rows["network"].endswith(f"  {trained:,} train")
     assert rows["adapters"].startswith(f"rank 16  {trained / total:.2%} of the network train")
@@ -73,17 +77,17 @@ def test_adapters_count_by_what_trains(capsys, options, trained, states, average
     assert rows["a checkpoint"].startswith(checkpoint)
 
 
-def test_adapters_spare_the_gradients_of_frozen_weights(capsys):
+def test_adapters_spare_the_gradients_of_frozen_weights():
     tflop = [
-        float(planned(capsys, "--config", f"experiments/emf/{name}.yaml")["a row"].split()[0])
+        float(planned("--config", f"experiments/emf/{name}.yaml")["a row"].split()[0])
         for name in ("blip3o_next", "blip3o_next_lora")
     ]
     # forward, its repetition, gradients of inputs, half of the rows' du/dt; and gradients of weights
     assert tflop[0] / tflop[1] == pytest.approx((4 + 1.99 / 2) / (3 + 1.99 / 2), rel=0.01)
 
 
-def test_an_encoder_that_trains_counts(capsys):
-    rows = planned(capsys, "--config", "experiments/emf/sana_encoder.yaml")
+def test_an_encoder_that_trains_counts():
+    rows = planned("--config", "experiments/emf/sana_encoder.yaml")
 
     assert rows["text encoder"] == "2,614,341,888  all train"
     # 16 bytes of each weight that trains, the network's and the encoder's: fp32 weights, gradients, AdamW
@@ -91,12 +95,12 @@ def test_an_encoder_that_trains_counts(capsys):
     assert rows["in all, one device or DDP"].endswith("does not fit")
 
 
-def test_overlays_and_the_plans_own_options_count(capsys):
+def test_overlays_and_the_plans_own_options_count():
     files = ("experiments/emf/sana.yaml", "experiments/devices/fsdp2.yaml", "experiments/devices/nodes.yaml")
     options = [part for file in files for part in ("--config", file)]
     size = ["--trainer.devices", "8", "--trainer.strategy.init_args.data_parallel_size", "16"]
-    one = planned(capsys, *options, *size, "--samples", "1000", "--device", "H200", "--utilisation", "0.6")
-    two = planned(capsys, *options, *size, "--samples", "1000", "--device", "A100", "--utilisation", "0.6")
+    one = planned(*options, *size, "--samples", "1000", "--device", "H200", "--utilisation", "0.6")
+    two = planned(*options, *size, "--samples", "1000", "--device", "A100", "--utilisation", "0.6")
 
     assert one["steps"].startswith("200,000  of 128 rows")
     assert one["data.cache"].startswith("1.38 GB")
@@ -112,12 +116,12 @@ def test_overlays_and_the_plans_own_options_count(capsys):
         ("meanflow/flux_lite", "8,173,493,824"),  # FLUX.1-lite's 8,163 M and a second time embedding
     ],
 )
-def test_other_networks_are_planned(capsys, experiment, parameters):
-    assert planned(capsys, "--config", f"experiments/{experiment}.yaml")["network"].startswith(parameters)
+def test_other_networks_are_planned(experiment, parameters):
+    assert planned("--config", f"experiments/{experiment}.yaml")["network"].startswith(parameters)
 
 
-def test_copies_and_discriminators_count(capsys):
-    rows = planned(capsys, "--config", "experiments/scflow/coco.yaml")
+def test_copies_and_discriminators_count():
+    rows = planned("--config", "experiments/scflow/coco.yaml")
 
     assert rows["network"].startswith("859,520,964")  # Stable Diffusion 1.5's
     assert rows["copies that do not"] == "1,719,041,928  2 of the network"  # teacher, consistency target
@@ -126,27 +130,27 @@ def test_copies_and_discriminators_count(capsys):
     assert "passes: 3 train, 5 do not" in rows["a row"]
 
 
-def test_what_is_stored_of_a_pair_follows_pooling_and_dtype(capsys):
+def test_what_is_stored_of_a_pair_follows_pooling_and_dtype():
     def entry(*options: str) -> str:
-        return planned(capsys, "--config", "experiments/emf/blip3o_next.yaml", *options)["data.cache"]
+        return planned("--config", "experiments/emf/blip3o_next.yaml", *options)["data.cache"]
 
     pooled = ["--data.text.init_args.token_pool", "3"]
     assert entry(*pooled).startswith("64.2 GB  0.378 MB each in bfloat16")  # 1 + 27 x 27 / 9 tokens of 2304
     assert entry(*pooled, "--data.cache.dtype", "float8").startswith("32.1 GB  0.189 MB each in float8")
 
 
-def test_what_pays_depends_on_how_often_a_pair_is_read(capsys):
+def test_what_pays_depends_on_how_often_a_pair_is_read():
     base = ("--config", "experiments/emf/blip3o_next.yaml")
-    rows = planned(capsys, *base)
+    rows = planned(*base)
 
     assert rows["image tokens of a pair"].startswith("1.46 kB")  # 729 tokens of 16 bit
     best = {name: value.split("  ")[0] for name, value in rows.items() if name.endswith(" pairs")}
     assert best == {"170,000 pairs": "features", "10,000,000 pairs": "image tokens", "1,000,000,000 pairs": "nothing"}
     assert float(rows["encoding a pair again"].split()[2]) == pytest.approx(1 / 6, rel=0.3)
 
-    dear = planned(capsys, *base, "--terabyte-month-price", "100000")
+    dear = planned(*base, "--terabyte-month-price", "100000")
     assert dear["170,000 pairs"].startswith("image tokens")
-    free = planned(capsys, *base, "--gpu-hour-price", "0")
+    free = planned(*base, "--gpu-hour-price", "0")
     assert free["170,000 pairs"].startswith("nothing")
 
 

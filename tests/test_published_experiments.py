@@ -157,6 +157,7 @@ trainer:
         images_per_task: 4
         final_images_per_task: 6
         at_start: false
+        figures: false
         extra_metrics: [{{class_path: FrechetDistance, init_args: {{reference: {place / "png"}, resolution: 32}}}}]
 """)
     run = fit("meanflow/cifar10", tmp_path, place / "shards/cifar10", overlay, **ONE_DEVICE, **small_unet())

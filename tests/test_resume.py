@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
@@ -18,7 +19,7 @@ from emf_lightning.networks.prediction import PredictData
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from tests.forked import Forked, emf
 
-STEPS = 24
+STEPS = 12
 CONFIG = """
 seed_everything: 3
 trainer:
@@ -34,7 +35,7 @@ trainer:
     - class_path: EMAWeightAveraging
       init_args: {{decay: 0.9}}
     - class_path: ModelCheckpoint
-      init_args: {{dirpath: {root}, every_n_train_steps: 3, save_last: true, save_top_k: 1, filename: newest}}
+      init_args: {{dirpath: {root}, every_n_train_steps: 2, save_last: true, save_top_k: 1, filename: newest}}
 model:
   class_path: {kind}
   init_args:
@@ -82,6 +83,14 @@ MODELS = {
 """The class of each model, its settings in addition to the common ones, and its network's."""
 
 
+class Waits(Callback):
+    """Comes no further than half of the steps: a kill is never too late."""
+
+    def on_train_batch_start(self, trainer, *_):
+        while trainer.global_step >= STEPS // 2:
+            time.sleep(1)
+
+
 def start(model: str, root: Path, shards: Path, *options: str) -> Forked:
     root.mkdir(exist_ok=True)
     config, (kind, settings, network) = root / "run.yaml", MODELS[model]
@@ -109,13 +118,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, model):
     shards = tmp_path / "shards"
     write_shards(
-        SMALL, shards, 80, seed=0, samples_per_shard=40
-    )  # ten batches an epoch: the run crosses two epoch ends
+        SMALL, shards, 40, seed=0, samples_per_shard=20
+    )  # five batches an epoch: the run crosses two epoch ends
     parent = SanaFlowMap(ARCHITECTURE, prediction=PredictData(), time_scale=10.0, latent_size=36, context_width=16)
     parent.save_pretrained(tmp_path / "parent")
     assert start(model, tmp_path / "whole", shards).wait() == 0
 
-    killed = start(model, tmp_path / "killed", shards)
+    killed = start(
+        model, tmp_path / "killed", shards, "--trainer.callbacks+", json.dumps({"class_path": f"{__name__}.Waits"})
+    )
     last = tmp_path / "killed" / "last.ckpt"
     while not last.exists():
         assert killed.poll() is None, "the run ended before its first checkpoint"

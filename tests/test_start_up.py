@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from functools import cache
 
 import pytest
 
@@ -13,58 +12,77 @@ from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
 
 HEAVY = {"torch", "torchmetrics", "torchvision", "transformers", "scipy", "lightning", "diffusers", "matplotlib"}
 PROGRAM = """
-import json, sys
+import contextlib, io, json, sys
+found, seen = [], set()
 from emf_lightning.cli import main
-try:
-    main(sys.argv[1:])
-except SystemExit as end:
-    assert not end.code, end.code
-print(json.dumps(sorted(set(sys.modules))))
+for arguments in json.loads(sys.argv[1]):
+    said, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            status = end.code or 0
+    found.append((status, said.getvalue(), sorted(set(sys.modules) - seen)))
+    seen |= set(sys.modules)
+print(json.dumps(found))
 """
+NEEDED = {
+    "nothing": set(),
+    "report": set(),
+    "plan": set(),
+    "export": set(),
+    "cache": set(),
+    "scores": {"matplotlib"},
+    "encoders": {"torch"},  # an encoder is a torch module, and the help lists those that there are
+}
+"""What each call may load, in addition to those before it."""
+
+Told = dict[str, tuple[int, str, set[str]]]
 
 
-@cache
-def help_of(verb: str) -> str:
-    """A verb's help from a process of its own, and its modules in the last line."""
-    asked = [sys.executable, "-c", PROGRAM, verb, "--help"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize(
-    ("verb", "needed"),
-    [
-        ("report", set()),
-        ("plan", set()),
-        ("export", set()),
-        ("cache", set()),
-        ("encoders", {"torch"}),  # an encoder is a torch module, and the help lists those that there are
-    ],
-)
-def test_the_help_of_a_verb_loads_no_library_that_it_does_not_need(verb, needed):
-    *text, modules = help_of(verb).splitlines()
-    assert f"usage: emf {verb}" in "\n".join(text)
-    assert HEAVY & set(json.loads(modules)) == needed
-
-
-def test_an_experiment_that_is_not_there_is_told_before_any_library_is_loaded():
-    asked = [sys.executable, "-c", PROGRAM.replace("not end.code", "end.code == 2"), "fit", "--config", "nowhere.yaml"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    assert "nowhere.yaml: no such file" in done.stderr
-    assert HEAVY.isdisjoint(json.loads(done.stdout.splitlines()[-1]))
-
-
-def test_a_report_of_scores_loads_neither_torch_nor_torchmetrics(tmp_path):
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Told:
+    """Status, words and newly loaded modules of each call, one after the other in a fresh process."""
+    folder = tmp_path_factory.mktemp("run")
     numbers = {"clip": MetricScores("CLIP", "score", {"score": 0.5})}
     record = ScoreRecord("shapes", "fit", 4, SamplingConfig(1), nfe=1, seconds=1.0, metrics=numbers, images=6)
-    (tmp_path / "run" / "shapes").mkdir(parents=True)
-    ScoreHistory([record]).write(tmp_path / "run" / "shapes" / "scores.jsonl")
-    asked = [sys.executable, "-c", PROGRAM, "report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]
-    *_, modules = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert (HEAVY - {"matplotlib"}).isdisjoint(json.loads(modules))
-    assert "images of shapes world" in (tmp_path / "report" / "report.md").read_text()
+    (folder / "run/shapes").mkdir(parents=True)
+    ScoreHistory([record]).write(folder / "run/shapes/scores.jsonl")
+    calls = {verb: [verb, "--help"] for verb in NEEDED}
+    calls["nothing"] = ["fit", "--config", "nowhere.yaml"]
+    calls["scores"] = ["report", "run", "--out", "report"]
+    asked = [sys.executable, "-c", PROGRAM, json.dumps([*calls.values()])]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=folder)
+    found = {
+        name: (status, said, set(modules))
+        for name, (status, said, modules) in zip(calls, json.loads(done.stdout), strict=True)
+    }
+    assert "images of shapes world" in (folder / "report/report.md").read_text()
+    return found
 
 
-def test_the_help_of_encoders_knows_every_corpus():
-    text = "".join(help_of("encoders").split())
+@pytest.mark.parametrize("verb", ["report", "plan", "export", "cache", "encoders"])
+def test_the_help_of_a_verb_loads_no_library_that_it_does_not_need(told, verb):
+    status, text, modules = told[verb]
+    assert status == 0
+    assert f"usage: emf {verb}" in text
+    assert HEAVY & modules == NEEDED[verb]
+
+
+def test_an_experiment_that_is_not_there_is_told_before_any_library_is_loaded(told):
+    status, said, modules = told["nothing"]
+    assert status == 2
+    assert "nowhere.yaml: no such file" in said
+    assert HEAVY.isdisjoint(modules)
+
+
+def test_a_report_of_scores_loads_neither_torch_nor_torchmetrics(told):
+    status, _, modules = told["scores"]
+    assert status == 0
+    assert HEAVY & modules <= NEEDED["scores"]
+
+
+def test_the_help_of_encoders_knows_every_corpus(told):
+    text = "".join(told["encoders"][1].split())
     for name in ("pair_corpus.CocoPairs", "own_pairs.OwnPairs"):
         assert f"emf_lightning.evaluation.encoders.{name}" in text

@@ -16,9 +16,9 @@ def shards(tmp_path_factory):
     return tiny.shards(tmp_path_factory.mktemp("shards"))
 
 
-def sampling(every_n_steps: int = 100) -> FewStepSampling:
+def sampling(every_n_steps: int = 100, figures: bool = False) -> FewStepSampling:
     suite = ShapesSuite(per_task=2, scenes_per_task=1)
-    return FewStepSampling(suite, [1, 2], every_n_steps, 1, 1, at_start=False, shown_per_task=1)
+    return FewStepSampling(suite, [1, 2], every_n_steps, 1, 1, at_start=False, shown_per_task=1, figures=figures)
 
 
 def fit(shards, run, capsys, *callbacks, **arguments) -> list[str]:
@@ -49,7 +49,7 @@ def test_lines_come_no_oftener_than_asked_but_the_last_one_does(shards, tmp_path
 def test_the_end_is_a_table_and_a_line_for_each_path(shards, tmp_path, capsys):
     run = tmp_path / "run"
     saver = ModelCheckpoint(run / "checkpoints", save_last=True, every_n_train_steps=4)
-    lines = fit(shards, run, capsys, sampling(), saver, enable_checkpointing=True)
+    lines = fit(shards, run, capsys, sampling(figures=True), saver, enable_checkpointing=True)
 
     assert lines[-4:] == [
         f"run: {run}",
@@ -109,9 +109,8 @@ def test_refresh_rate_0_is_silent(shards, tmp_path, capsys):
 
 
 def test_each_benchmark_of_several_callbacks_keeps_its_scores(shards, tmp_path, capsys):
-    prompts = FewStepSampling(
-        steps=[1], at_start=False, prompts=["one", "two"], extra_metrics=[Brightness()], every_n_steps=2
-    )
+    settings = {"at_start": False, "every_n_steps": 2, "figures": False}
+    prompts = FewStepSampling(steps=[1], prompts=["one", "two"], extra_metrics=[Brightness()], **settings)
     lines = fit(shards, tmp_path / "run", capsys, sampling(every_n_steps=2), prompts)
 
     last = next(line for line in lines if line.startswith("step 4/4"))

@@ -210,7 +210,7 @@ def test_metrics_of_prompts_have_curves_figures_monitors_and_a_table(shards, tmp
     bar = ExperimentProgressBar(refresh_rate=1, seconds_between_lines=0)
     run, tag = tmp_path / "run", "eval/prompts/kid_random/2step"
     saver = ModelCheckpoint(run / "best", "{step}", monitor=tag, every_n_train_steps=2)
-    callback = sampling(prompts=PROMPTS, extra_metrics=[KernelDistance(), FrechetDistance()])
+    callback = sampling(prompts=PROMPTS, at_start=False, extra_metrics=[KernelDistance(), FrechetDistance()])
     trainer = fit(run, shards, callback, saver, bar, enable_progress_bar=True, enable_checkpointing=True)
 
     records, out = history(run, "prompts").records, capsys.readouterr().out
@@ -235,9 +235,9 @@ def test_any_benchmark_is_sampled_by_task_and_several_at_once(shards, tmp_path):
     run = tmp_path / "run"
     suite = ShapesSuite(per_task=2, scenes_per_task=1)
     callback = sampling(
-        suite=suite, benchmarks=[Brightness()], prompts=["mine"], images_per_task=1, final_images_per_task=3
+        suite=suite, benchmarks=[Brightness()], prompts=["mine"], at_start=False, final_images_per_task=3
     )
-    fit(run, shards, callback)
+    fit(run, shards, callback, max_steps=2)
 
     assert {path.name for path in run.iterdir() if (path / "scores.jsonl").is_file()} == {
         "shapes",
@@ -257,7 +257,8 @@ def test_any_benchmark_is_sampled_by_task_and_several_at_once(shards, tmp_path):
 def test_losses_are_the_same_with_prompts_metrics_and_parent(shards, tmp_path):
     losses = []
     for name in ("without", "with"):
-        callbacks = [sampling(extra_metrics=[KernelDistance()], parent_steps=3)] if name == "with" else []
+        settings = {"parent_steps": 3, "images_per_task": 2, "final_images_per_task": 3}
+        callbacks = [sampling(extra_metrics=[KernelDistance()], **settings)] if name == "with" else []
         torch.manual_seed(5)
         data = tiny.data(shards, validation_shards=str(shards), validation_samples=24)
         trainer = tiny.trainer(tmp_path / name, *callbacks, limit_val_batches=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,15 @@ def test_a_class_of_the_current_folder_is_trained_and_other_verbs_ask_for_trust(
     assert len(list((own / "runs/tiny/version_0/samples").glob("*.png"))) == 1
 
 
+def installed(*arguments: str) -> None:
+    """As ``emf`` above, in a process that has imported the libraries already."""
+    sys.path[:] = [path for path in sys.path if path]
+    forked.emf(*arguments)
+    assert find_spec("my_network") is None, "the folder is on the import path"
+
+
 def test_a_folder_whose_modules_nobody_names_runs_nothing(own) -> None:
     (own / "run.yaml").write_text((own / "run.yaml").read_text().replace("my_network.MyNet", "SanaFlowMap"))
-    assert emf(own, "fit", "run.yaml", "--trainer.max_steps", "1").returncode == 0
+    done = forked.run(installed, "fit", "run.yaml", "--trainer.max_steps", "1", folder=own)
+    assert done.returncode == 0, done.stderr[-600:]
     assert not (own / "ran").exists() and not (own / "stranger").exists()

@@ -81,7 +81,7 @@ def test_damaged_progress_of_a_score_is_named(tmp_path, capsys, case):
     metric = json.dumps(
         {
             "class_path": "SuiteScore",
-            "init_args": {"suite": {"class_path": "ShapesSuite", "init_args": {"world": "small"}}},
+            "init_args": {"suite": {"class_path": "ShapesSuite", "init_args": {"scenes_per_task": 1}}},
         }
     )
     options = ["--folder", str(folder), "--metric", metric, "--out", str(out), "--partial", "true"]

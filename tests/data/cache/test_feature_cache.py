@@ -15,6 +15,7 @@ from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.lookup import Lookup
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.words import WordEncoder
+from tests.forked import Forked
 
 CAPTIONS = ["a red cube", NULL_CAPTION, "two blue rings", "a heart under a star"]
 
@@ -35,8 +36,8 @@ def refuse(captions: Sequence[str]) -> TextFeatures:
     raise AssertionError(f"encoded again: {captions}")
 
 
-def in_process(method: str, work, *args) -> multiprocessing.Process:
-    process = multiprocessing.get_context(method).Process(target=work, args=args)
+def in_process(work, *args) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
     process.start()
     return process
 
@@ -170,7 +171,7 @@ def test_forked_processes_write_at_once_while_the_parent_reads(tmp_path):
     cache = opened(tmp_path)
     write_numbered(cache, 0, 8)
     # Overlapping ranges: the same captions are written by several.
-    writers = [in_process("fork", write_numbered, cache, 60 * i, 60 * i + 120) for i in range(4)]
+    writers = [in_process(write_numbered, cache, 60 * i, 60 * i + 120) for i in range(4)]
     while any(writer.is_alive() for writer in writers):
         assert_holds_exactly(cache, [f"caption {i}" for i in range(8)])
     assert [writer.exitcode for writer in writers] == [0] * 4
@@ -180,9 +181,7 @@ def test_forked_processes_write_at_once_while_the_parent_reads(tmp_path):
 def test_a_spawned_process_gets_the_cache_by_pickle(tmp_path):
     cache = opened(tmp_path)
     write_numbered(cache, 0, 8)
-    writer = in_process("spawn", write_numbered, cache, 8, 48)  # one: it imports everything anew
-    writer.join(120)
-    assert writer.exitcode == 0
+    assert Forked(write_numbered, cache, 8, 48).wait(120) == 0  # the fork server's processes get pickles, too
     assert_holds_exactly(pickle.loads(pickle.dumps(cache)), [f"caption {i}" for i in range(48)])
 
 
@@ -191,7 +190,7 @@ def test_killed_writers_leave_whole_entries_and_a_writable_file(tmp_path):
     size = (tmp_path / "data.mdb").stat().st_size
     for attempt in range(6):
         start = 2000 * attempt
-        writer = in_process("fork", write_numbered, cache, start, start + 2000)
+        writer = in_process(write_numbered, cache, start, start + 2000)
         while (tmp_path / "data.mdb").stat().st_size < size + 100_000 and writer.is_alive():
             time.sleep(0.001)  # until some transactions are through: one grows it by less
         time.sleep(0.003 * attempt)
