@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.derivative import SHARES, least, table
 from benchmarks.operations import count_operations, peak_bytes
@@ -21,6 +24,7 @@ from emf_lightning.flow.derivative.float64 import KeepFloat64
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.objectives.flow_matching import FlowMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
@@ -68,14 +72,33 @@ class Measurement:
         differs = not torch.equal(self.call(self.net, 0.4 * self.t), expected)
         return _yes(known and differs and torch.equal(self.call(self.net, self.t), expected))
 
+    def times(self, share: float) -> Times:
+        """Those of the batch, of which a ``share`` has r < t."""
+        n = round(share * ROWS)
+        return Times(torch.cat([0.4 * self.t[:n], self.t[n:]]), self.t, n)
+
     def step(self, net: FlowMapNetwork, share: float) -> None:
         """One forward and backward pass of MeanFlow, of flow matching where ``share`` is 0."""
-        n = round(share * ROWS)
-        times = Times(torch.cat([0.4 * self.t[:n], self.t[n:]]), self.t, n)
-        objective = MeanFlow() if n else FlowMatching()
+        times = self.times(share)
+        objective = MeanFlow() if times.n_interval else FlowMatching()
         u = AverageVelocity(net, self.context)
         torch.autograd.backward(objective.terms(u, self.z, self.v, times, AdaptiveWeighting(), 0.0).loss)
         torch.clear_autocast_cache()
+
+    def whole_batch(self) -> str:
+        """Relative difference of the gradient to that of du/dt of all rows by torch's own forward mode, in fp32."""
+        times, u = self.times(0.5), AverageVelocity(self.net, self.context)
+
+        def step() -> None:
+            moving, along = (self.z, self.t), (self.v, torch.ones_like(self.t))
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                dudt = torch.func.jvp(lambda z, t: u(z, times.r, t), moving, along)[1]
+            target = self.v - expand_like(times.t - times.r, self.z) * dudt
+            squares = (u(self.z, times.r, times.t) - target).square().flatten(1).sum(1)
+            torch.autograd.backward((squares / (squares.detach() + 1e-3)).mean())
+
+        ours, theirs = self.gradient(self.net), self.gradient(self.net, step)
+        return f"{float((ours - theirs).norm() / theirs.norm()):.0e}"
 
     def operations(self) -> list[str]:
         """Those of MeanFlow's steps over the least, for each share of r < t."""
@@ -123,10 +146,10 @@ class Measurement:
         ours, theirs = self.gradient(self.net), self.gradient(other)
         return float((ours - theirs).norm() / ours.norm())
 
-    def gradient(self, net: FlowMapNetwork) -> Tensor:
-        """That of a step, half of whose rows have r < t."""
+    def gradient(self, net: FlowMapNetwork, step: Callable[[], None] | None = None) -> Tensor:
+        """That of ``step``, by default of one half of whose rows have r < t."""
         net.zero_grad()
-        self.step(net, 0.5)
+        (step or partial(self.step, net, 0.5))()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     def graph(self) -> str:
@@ -157,7 +180,7 @@ class Measurement:
     def row(self, devices: list[str]) -> list[str]:
         """The cells, of which ``devices`` are those of DDP and FSDP2."""
         cells = [self.parameters(), self.backbone.published, self.parent(), *self.operations(), self.memory()]
-        cells += [*self.errors(), self.checkpointing(), *devices]
+        cells += [*self.errors(), self.whole_batch(), self.checkpointing(), *devices]
         return [*cells, self.compiled(), self.export(), self.graph()]
 
 
@@ -165,7 +188,7 @@ HEAD = (
     *("backbone", "parameters", "stated", "the parent at r = t"),
     *(f"operations / least, p = {share}" for share in SHARES),
     *("memory / flow matching", "error of du/dt, fp32", "bf16 autocast", "bf16 weights"),
-    *("checkpointing", *WAYS, "compiled", "export", "torch.export"),
+    *("gradient, whole batch", "checkpointing", *WAYS, "compiled", "export", "torch.export"),
 )
 
 

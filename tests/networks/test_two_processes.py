@@ -24,7 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "checkpointing"), itertools.product(WAYS, ("", ", checkpointing")))
+@pytest.mark.parametrize(("way", "checkpointing"), [*itertools.product(WAYS, ("", ", checkpointing"))])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_two_processes_train_a_backbone_as_one_does(found, name, way, checkpointing):
     assert found[name]["moved"] > 1e-3
