@@ -1,4 +1,4 @@
-"""Measures each backbone with two times: size, the parent at r = t, cost and accuracy of du/dt, compilation, exports.
+"""Measures each backbone with two times: size, the parent at r = t, cost and accuracy of du/dt, devices, exports.
 
 Writes the table of docs/results/backbones.md, on networks of the real classes with a few million weights.
 """
@@ -8,142 +8,47 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.derivative import SHARES, least, table
 from benchmarks.operations import count_operations, peak_bytes
+from benchmarks.tiny_backbones import BACKBONES, SIDE, WIDTH, Backbone
+from benchmarks.two_processes import WAYS, cell, measure
 from emf_lightning.flow.derivative.float64 import KeepFloat64
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.objectives.flow_matching import FlowMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
+from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
-from emf_lightning.networks.auraflow import AuraFlowArchitecture, AuraFlowFlowMap
 from emf_lightning.networks.base import FlowMapNetwork
-from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
-from emf_lightning.networks.lumina2 import Lumina2Architecture, Lumina2FlowMap
-from emf_lightning.networks.mmdit import MMDiTArchitecture, MMDiTFlowMap
-from emf_lightning.networks.pixart import PixArtArchitecture, PixArtFlowMap
-from emf_lightning.networks.qwen_image import QwenImageArchitecture, QwenImageFlowMap
-from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval
 from emf_lightning.networks.two_time.two_time_embedding import without_interval
-from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture, UNetFlowMap
 from emf_lightning.pipeline import PipelinePart
-from emf_lightning.pretrained.loading import PretrainedWeights
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results" / "backbones.md"
 MARKS = ("<!-- measured by benchmarks/backbones.py -->", "<!-- end of what was measured -->")
-ROWS, SIDE, TOKENS, WIDTH = 4, 16, 16, 128
-"""Samples of a batch, side of the latents, tokens of a caption and their channels."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A backbone in the table.
-
-    Attributes:
-        kind: its class.
-        architecture: of the network that is measured.
-        published: number of parameters that its authors state, and where they state it.
-        weights: the published ones, whose parameters are counted; None for the class's defaults.
-        channels: of the latents.
-        options: further arguments of the class.
-    """
-
-    kind: Callable[..., FlowMapNetwork]
-    architecture: Any
-    published: str
-    weights: PretrainedWeights | None = None
-    channels: int = 4
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def _of(name: str, subfolder: str = "transformer") -> PretrainedWeights:
-    return PretrainedWeights(name, subfolder)
-
-
-_SD3: dict[str, Any] = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "pos_embed_max_size": 16}
-_ROPE = (8, 12, 12)
-_UNET = UNetArchitecture([64, 128], [False, True], layers=1, heads=4)
-
-BACKBONES: dict[str, Backbone] = {
-    "SANA-1.5 1.6B": Backbone(
-        SanaFlowMap,
-        SanaArchitecture(3, 4, 32, 4, 32, patch_size=2, interpolation_scale=None, qk_norm="rms_norm_across_heads"),
-        "1.6 B",
-        _of("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"),
-    ),
-    "SD3-medium": Backbone(
-        MMDiTFlowMap,
-        MMDiTArchitecture(**_SD3, pooled_projection_dim=64),
-        "2 B",
-        _of("stabilityai/stable-diffusion-3-medium-diffusers"),
-    ),
-    "SD3.5-medium": Backbone(
-        MMDiTFlowMap,
-        MMDiTArchitecture(**_SD3, pooled_projection_dim=64, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
-        "2.5 B, with its table of positions",
-        _of("stabilityai/stable-diffusion-3.5-medium"),
-    ),
-    "FLUX.1-lite": Backbone(
-        FluxFlowMap,
-        FluxArchitecture(2, 3, 4, 32, pooled_projection_dim=64, axes_dims_rope=_ROPE),
-        "8 B",
-        _of("Freepik/flux.1-lite-8B"),
-        options={"guidance": 4.0},  # 4000 is a number of bf16; FLUX itself rounds 3500 to 3504 there
-    ),
-    "PixArt-Sigma": Backbone(
-        PixArtFlowMap, PixArtArchitecture(4, 4, 32), ".6 B", _of("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS")
-    ),
-    "Lumina-Image 2.0": Backbone(
-        Lumina2FlowMap,
-        Lumina2Architecture(WIDTH, 3, 1, 4, 2, multiple_of=32, axes_dim_rope=_ROPE, axes_lens=(32, 16, 16)),
-        "2.6 B",
-        _of("Alpha-VLLM/Lumina-Image-2.0"),
-    ),
-    "Qwen-Image": Backbone(
-        QwenImageFlowMap, QwenImageArchitecture(3, 4, 32, axes_dims_rope=_ROPE), "20 B", _of("Qwen/Qwen-Image")
-    ),
-    "AuraFlow 0.3": Backbone(
-        AuraFlowFlowMap,
-        AuraFlowArchitecture(2, 3, 4, 32, pos_embed_max_size=64),
-        "6.8 B, without its table of positions",
-        _of("fal/AuraFlow-v0.3"),
-    ),
-    "UNet of DDPM": Backbone(UNetFlowMap, _UNET, "35.7 M (arXiv 2006.11239)", None, 3),
-    "UNet of Stable Diffusion 1.5": Backbone(
-        TextUNetFlowMap, _UNET, "860 M", _of("XCLiu/2_rectified_flow_from_sd_1_5", "unet")
-    ),
-}
+ROWS, TOKENS = 4, 16
+"""Samples of a batch, and tokens of a caption."""
 
 
 class Measurement:
-    """A network with random weights, none of which is a copy of another or zero, and a batch for it."""
+    """A tiny network and a batch for it."""
 
     def __init__(self, backbone: Backbone) -> None:
-        torch.manual_seed(0)
         self.backbone = backbone
-        shape = {"latent_channels": backbone.channels, "latent_size": SIDE, "context_width": WIDTH}
-        self.arguments: dict[str, Any] = shape | backbone.options
-        self.net = self.build()
-        with torch.no_grad():
-            for parameter in self.net.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+        self.net = backbone.build()
         self.z, self.v = torch.randn(2, ROWS, backbone.channels, SIDE, SIDE).unbind()
         self.t = 0.2 + 0.7 * torch.rand(ROWS)
         self.context = torch.randn(ROWS, TOKENS, WIDTH), torch.ones(ROWS, TOKENS, dtype=torch.bool)
-
-    def build(self, **settings: Any) -> FlowMapNetwork:
-        """A network of this size."""
-        architecture = self.backbone.architecture
-        return self.backbone.kind(architecture, interval=AnchoredInterval(), **self.arguments, **settings)
 
     def parameters(self) -> str:
         """Those of the published size with one time, in millions."""
@@ -167,14 +72,33 @@ class Measurement:
         differs = not torch.equal(self.call(self.net, 0.4 * self.t), expected)
         return _yes(known and differs and torch.equal(self.call(self.net, self.t), expected))
 
+    def times(self, share: float) -> Times:
+        """Those of the batch, of which a ``share`` has r < t."""
+        n = round(share * ROWS)
+        return Times(torch.cat([0.4 * self.t[:n], self.t[n:]]), self.t, n)
+
     def step(self, net: FlowMapNetwork, share: float) -> None:
         """One forward and backward pass of MeanFlow, of flow matching where ``share`` is 0."""
-        n = round(share * ROWS)
-        times = Times(torch.cat([0.4 * self.t[:n], self.t[n:]]), self.t, n)
-        objective = MeanFlow() if n else FlowMatching()
+        times = self.times(share)
+        objective = MeanFlow() if times.n_interval else FlowMatching()
         u = AverageVelocity(net, self.context)
         torch.autograd.backward(objective.terms(u, self.z, self.v, times, AdaptiveWeighting(), 0.0).loss)
         torch.clear_autocast_cache()
+
+    def whole_batch(self) -> str:
+        """Relative difference of the gradient to that of du/dt of all rows by torch's own forward mode, in fp32."""
+        times, u = self.times(0.5), AverageVelocity(self.net, self.context)
+
+        def step() -> None:
+            moving, along = (self.z, self.t), (self.v, torch.ones_like(self.t))
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                dudt = torch.func.jvp(lambda z, t: u(z, times.r, t), moving, along)[1]
+            target = self.v - expand_like(times.t - times.r, self.z) * dudt
+            squares = (u(self.z, times.r, times.t) - target).square().flatten(1).sum(1)
+            torch.autograd.backward((squares / (squares.detach() + 1e-3)).mean())
+
+        ours, theirs = self.gradient(self.net), self.gradient(self.net, step)
+        return f"{float((ours - theirs).norm() / theirs.norm()):.0e}"
 
     def operations(self) -> list[str]:
         """Those of MeanFlow's steps over the least, for each share of r < t."""
@@ -205,14 +129,14 @@ class Measurement:
 
     def checkpointing(self) -> str:
         """Relative difference of the gradient with checkpointing, and its peak of memory."""
-        other = self.build(gradient_checkpointing=True)
+        other = self.backbone.build(gradient_checkpointing=True)
         error = self.difference(other)
         return f"{error:.0e}, {self.peak(other, 0.5) / self.peak(self.net, 0.5):.2f} of the memory"
 
     def compiled(self) -> str:
         """Relative difference of the gradient with compiled blocks; torch's error where it cannot compile them."""
         try:
-            return f"{self.difference(self.build(compile=True)):.0e}"
+            return f"{self.difference(self.backbone.build(compile=True)):.0e}"
         except Exception as error:  # its type depends on what the blocks do
             return type(error).__name__
 
@@ -222,10 +146,10 @@ class Measurement:
         ours, theirs = self.gradient(self.net), self.gradient(other)
         return float((ours - theirs).norm() / ours.norm())
 
-    def gradient(self, net: FlowMapNetwork) -> Tensor:
-        """That of a step, half of whose rows have r < t."""
+    def gradient(self, net: FlowMapNetwork, step: Callable[[], None] | None = None) -> Tensor:
+        """That of ``step``, by default of one half of whose rows have r < t."""
         net.zero_grad()
-        self.step(net, 0.5)
+        (step or partial(self.step, net, 0.5))()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     def graph(self) -> str:
@@ -245,7 +169,7 @@ class Measurement:
         """Whether the exported network, read back, is the same to the bit."""
         kind: Any = self.backbone.kind
         interval = {"class_path": f"{AnchoredInterval.__module__}.AnchoredInterval"}
-        arguments = self.arguments | {"interval": interval}
+        arguments = self.backbone.arguments | {"interval": interval}
         spec = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": arguments}
         with tempfile.TemporaryDirectory() as folder:
             PipelinePart(self.net, spec).save_pretrained(folder)
@@ -253,17 +177,18 @@ class Measurement:
         r = 0.4 * self.t
         return _yes(torch.equal(self.call(again, r), self.call(self.net.eval(), r)))
 
-    def row(self) -> list[str]:
-        """The cells."""
+    def row(self, devices: list[str]) -> list[str]:
+        """The cells, of which ``devices`` are those of DDP and FSDP2."""
         cells = [self.parameters(), self.backbone.published, self.parent(), *self.operations(), self.memory()]
-        return [*cells, *self.errors(), self.checkpointing(), self.compiled(), self.export(), self.graph()]
+        cells += [*self.errors(), self.whole_batch(), self.checkpointing(), *devices]
+        return [*cells, self.compiled(), self.export(), self.graph()]
 
 
 HEAD = (
     *("backbone", "parameters", "stated", "the parent at r = t"),
     *(f"operations / least, p = {share}" for share in SHARES),
     *("memory / flow matching", "error of du/dt, fp32", "bf16 autocast", "bf16 weights"),
-    *("checkpointing", "compiled", "export", "torch.export"),
+    *("gradient, whole batch", "checkpointing", *WAYS, "compiled", "export", "torch.export"),
 )
 
 
@@ -274,9 +199,11 @@ def _yes(holds: bool) -> str:
 def main() -> None:
     """Measures all backbones and writes them into the document."""
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))  # first: its processes are forks of this one
     rows = []
     for name, backbone in BACKBONES.items():
-        rows.append([name, *Measurement(backbone).row()])
+        rows.append([name, *Measurement(backbone).row([cell(found[name], way) for way in WAYS])])
         print(" | ".join(rows[-1]), flush=True)
     before, rest = DOCUMENT.read_text().split(MARKS[0])
     lines = "\n".join(table(HEAD, rows))

@@ -54,6 +54,7 @@ def test_a_backbones_cells_are_what_they_say():
     assert measurement.parent() == measurement.export() == "bit for bit"
     assert measurement.graph().startswith("bit for bit")  # torch 2.10: of one batch size
     assert 0.9 < float(measurement.memory()) < 3
+    assert float(measurement.whole_batch()) < 1e-6
     assert measurement.parameters() == "610.9 M"
     assert all(0.9 < float(ratio) < 1.03 for ratio in measurement.operations())
     fp32, autocast, weights = map(float, measurement.errors())

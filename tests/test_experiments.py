@@ -176,14 +176,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flow_from(experiment: str, folder: Path) -> None:
     """Saves an untrained network of an experiment's architecture, as the experiment's end would."""
+    from emf_lightning.networks import prediction
     from emf_lightning.networks.flux import FluxArchitecture, FluxFlowMap
     from emf_lightning.networks.unet import TextUNetFlowMap, UNetArchitecture
 
     kinds = {"FluxFlowMap": (FluxFlowMap, FluxArchitecture), "TextUNetFlowMap": (TextUNetFlowMap, UNetArchitecture)}
-    net = yaml.safe_load((ROOT / experiment).read_text())["model"]["init_args"]["net"]
+    settings = yaml.safe_load((ROOT / experiment).read_text())
+    net, patch = settings["model"]["init_args"]["net"], settings["data"]["autoencoder"]["init_args"]["patch_size"]
     kind, size = kinds[net["class_path"]]
-    shape = {"latent_channels": 3, "latent_size": 36, "context_width": 128}
-    kind(size(**net["init_args"]["architecture"]), time_scale=5.0, **shape).save_pretrained(folder)
+    predicted = getattr(prediction, net["init_args"]["prediction"]["class_path"])()
+    shape = {"latent_channels": 3 * patch**2, "latent_size": 36 // patch, "context_width": 128}
+    architecture = size(**net["init_args"]["architecture"])
+    kind(architecture, time_scale=5.0, prediction=predicted, **shape).save_pretrained(folder)
 
 
 def tiny(experiment: str, models: Path) -> list[str]:

@@ -288,6 +288,14 @@ def test_only_what_is_named_trains(name):
 
 
 @backbones
+def test_all_that_trains_has_a_gradient(name):
+    """DDP waits for each."""
+    net = network(name, AnchoredInterval())
+    net(*inputs(name)).square().mean().backward()
+    assert not [key for key, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+@backbones
 def test_a_copy_of_the_network_has_times_of_its_own(name):
     """A deep copy, as a frozen teacher is one, does not share the second embedding."""
     net = stir(network(name, AnchoredInterval())).eval()

@@ -96,6 +96,8 @@ class BackboneFlowMap(DiffusersFlowMap):
             self._check_agreement(weights, recorded)
             self._load_interval(weights)
         finetuning.freeze(type(self).__name__, self.model)
+        for part in self.unused_parts:  # DDP would wait for their gradients
+            self.model.get_submodule(part).requires_grad_(False)
         self._adapt()
         if gradient_checkpointing:
             self.enable_gradient_checkpointing()

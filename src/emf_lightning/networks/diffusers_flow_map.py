@@ -82,7 +82,7 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     @property
     def unused_parts(self) -> Sequence[str]:
-        """Paths of the model's submodules that do not affect the output."""
+        """Paths of the model's submodules that do not affect the output, and so do not train."""
         return ()
 
     def timestep(self, t: Tensor) -> Tensor:

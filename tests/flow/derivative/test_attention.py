@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operations import peak_bytes
+from emf_lightning.flow.derivative import attention
 from emf_lightning.flow.derivative.attention import BLOCK_LOGITS, WHOLE_LOGITS, blockwise_attention
 from emf_lightning.flow.derivative.fast_forward_mode import FastForwardMode
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
@@ -100,11 +101,12 @@ def test_nothing_that_moves_has_no_tangent():
 
 @pytest.mark.parametrize("moving", MOVING)
 def test_half_precision_is_summed_in_fp32(moving):
-    """Wrong by the rounding of the inputs and of the result, no more, also over many blocks."""
+    """Wrong by the rounding of the inputs and of the result, no more, over many blocks, with and without autocast."""
     generator = torch.Generator().manual_seed(0)
     rounded = [torch.randn(1, 2, 700, 8, generator=generator).bfloat16() for _ in range(6)]
     along = [dx if moves else None for dx, moves in zip(rounded[3:], moving, strict=True)]
-    got = blockwise_attention(*rounded[:3], *along, None, SCALE, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=moving[0]):
+        got = blockwise_attention(*rounded[:3], *along, None, SCALE, 16)
     exact = stock([x.double() for x in rounded[:3]], [None if dx is None else dx.double() for dx in along])
     for mine, wanted in zip(got, exact, strict=True):
         assert mine.dtype == torch.bfloat16
@@ -143,6 +145,15 @@ def test_long_attention_takes_blocks():
     assert wrong_by(value[..., rows, :], expected[0]) < 1e-13
     assert wrong_by(tangent[..., rows, :], expected[1]) < 1e-13
     assert peak < 5 * 8 * BLOCK_LOGITS < 8 * 1.3 * LONG * LONG  # all weights and their tangents take 4 times that
+
+
+@pytest.mark.parametrize(("spare", "blocks"), [(0, 0), (-1, 1)])
+def test_logits_of_all_samples_and_heads_count(monkeypatch, spare, blocks):
+    taken = []
+    monkeypatch.setattr(attention, "WHOLE_LOGITS", 2 * 3 * QUERIES * KEYS + spare)
+    monkeypatch.setattr(attention, "blockwise_attention", lambda *given: taken.append(0) or blockwise_attention(*given))
+    in_fast_mode(*inputs(), *tangents((True,) * 3))
+    assert len(taken) == blocks
 
 
 def test_memory_is_linear_in_length():

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.operations import count_operations
+from emf_lightning.flow.derivative import attention
 from emf_lightning.flow.derivative.fast_forward_mode import FastForwardMode
 
 
@@ -28,23 +30,26 @@ def tangent(function, *moving: torch.Tensor, fast: bool) -> torch.Tensor:
 
 
 X, Q, K = tensor(2, 5, 6), tensor(2, 3, 5, 4, seed=1), tensor(2, 3, 7, 4, seed=2)
-V, W, B = tensor(2, 3, 7, 4, seed=3), tensor(6, seed=4), tensor(6, seed=5)
+V, W, B = tensor(2, 3, 7, 8, seed=3), tensor(6, seed=4), tensor(6, seed=5)
 IMAGE = tensor(2, 5, 7, 6, seed=6).permute(0, 3, 1, 2)  # as SANA's, whose channels lie innermost
 SEEN = torch.tensor([[True] * 4 + [False] * 3])
 CASES = {
     "linear": (lambda x: F.linear(x, tensor(4, 6), tensor(4)), X),
     "linear by keyword": (lambda x: F.linear(input=x, weight=tensor(4, 6)), X),
     "linear whose weight moves": (lambda x, w: F.linear(x, w), X, tensor(4, 6)),
+    "linear whose bias moves": (lambda x, b: F.linear(x, tensor(4, 6), b), X, tensor(4)),
     "convolution": (lambda x: F.conv2d(x, tensor(8, 6, 3, 3), tensor(8), stride=2, padding=1), IMAGE),
     "depthwise": (lambda x: F.conv2d(x, tensor(6, 1, 3, 3), None, 1, 1, 1, 6), IMAGE),
     "layer norm": (lambda x: F.layer_norm(x, (6,)), X),
     "layer norm with weights": (lambda x: F.layer_norm(x, (6,), W, B, 1e-6), X),
     "layer norm whose weight moves": (lambda x, w: F.layer_norm(x, (6,), w, B), X, W),
+    "layer norm whose bias moves": (lambda x, b: F.layer_norm(x, (6,), W, b), X, B),
     "layer norm over two dimensions": (lambda x: F.layer_norm(x, (5, 6)), X),
     "group norm": (lambda x: F.group_norm(x, 3), IMAGE),
     "group norm with weights": (lambda x: F.group_norm(x, 2, W, B, 1e-6), IMAGE),
     "group norm over one dimension": (lambda x: F.group_norm(x.flatten(2), 2, W), IMAGE),
     "group norm whose weight moves": (lambda x, w: F.group_norm(x, 2, w, B), IMAGE.contiguous(), W),
+    "group norm whose bias moves": (lambda x, b: F.group_norm(x, 2, W, b), IMAGE.contiguous(), B),
     "attention to what stands still": (lambda q: F.scaled_dot_product_attention(q, K, V), Q),
     "attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), Q, K, V),
     "attention of keys": (lambda k: F.scaled_dot_product_attention(Q, k, V), K),
@@ -54,7 +59,30 @@ CASES = {
     "attention with a scale": (lambda q, k: F.scaled_dot_product_attention(q, k, V, scale=0.3), Q, K),
     "attention whose mask moves": (lambda q, m: F.scaled_dot_product_attention(q, K, V, m), Q, tensor(3, 5, 7)),
     "causal attention": (lambda q, k: F.scaled_dot_product_attention(q, k, V, is_causal=True), Q, K),
+    "attention of grouped queries": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, V, enable_gqa=True),
+        tensor(2, 6, 5, 4),
+        K,
+    ),
+    "attention with dropout": (lambda q, k: _dropped(q, k), Q, K),
+    "joint attention": (lambda q, k, v: _joint(q, k, v), Q, K, V),
+    "RMS norm": (lambda x: F.rms_norm(x, (6,), W, 1e-6), X),
+    "gated activation": (lambda x: x[..., :3] * F.silu(x[..., 3:]), X),
+    "RoPE": (lambda x: x * X[0].cos() + torch.stack([-x[..., 3:], x[..., :3]], -2).flatten(-2) * X[0].sin(), X),
 }
+"""Name -> operation and its arguments that move; the last three have torch's own rules."""
+
+
+def _joint(*moving: torch.Tensor) -> torch.Tensor:
+    """Beside text that stands still."""
+    return F.scaled_dot_product_attention(
+        *(torch.cat([x[:, :, :2], y], 2) for x, y in zip((Q, K, V), moving, strict=True))
+    )
+
+
+def _dropped(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(3)
+    return F.scaled_dot_product_attention(q, k, V, dropout_p=0.5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,6 +91,12 @@ def test_rule_equals_torchs(case):
     fast = tangent(function, *moving, fast=True)
     stock = tangent(function, *(x.contiguous() for x in moving), fast=False)  # torch 2.10's group norm needs it
     assert (fast - stock).norm() < 1e-12 * stock.norm()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "attention" in case])
+def test_rule_in_blocks_equals_torchs(case, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE_LOGITS", 0)
+    test_rule_equals_torchs(case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,6 +118,20 @@ def test_tangents_lie_in_memory_as_their_values_do():
         x = forward_ad.make_dual(IMAGE, IMAGE)
         result = forward_ad.unpack_dual(F.conv2d(x, tensor(6, 1, 3, 3), None, 1, 1, 1, 6))
     assert result.tangent.stride() == result.primal.stride()
+
+
+LAYERS = [torch.nn.Linear(6, 4), torch.nn.Conv2d(6, 8, 3), torch.nn.Conv2d(6, 6, 3, groups=6)]
+
+
+@pytest.mark.parametrize(("layer", "x"), [*zip(LAYERS, (X, IMAGE, IMAGE), strict=True)])
+def test_weights_that_stand_still_cost_nothing(layer, x):
+    """Value and tangent take two forward passes' operations."""
+    layer.double()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with FastForwardMode():
+            both = count_operations(lambda: layer(dual))
+        assert both == 2 * count_operations(lambda: layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

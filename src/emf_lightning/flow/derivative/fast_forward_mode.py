@@ -102,7 +102,7 @@ class _GroupNorm(torch.autograd.Function):
 def _affine(op: Callable[..., Tensor]) -> Callable[[dict[str, Any]], Tensor | None]:
     def rule(given: dict[str, Any]) -> Tensor | None:
         x, w, b = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-        return _Affine.apply(op, x, w, b, given) if _plain(w) else None
+        return _Affine.apply(op, x, w, b, given) if _plain(w) and _plain(b) else None
 
     return rule
 
