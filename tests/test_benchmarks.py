@@ -105,5 +105,5 @@ def test_ranks_of_the_simulated_stream_read_every_sample_once(tmp_path: Path):
 
 
 def test_what_a_call_holds_is_measured_in_a_process_of_its_own():
-    _, megabytes = measured(torch.ones, 5_000_000)
-    assert 15 < megabytes < 60
+    _, megabytes = measured(torch.ones, 25_000_000)  # too large for what a process keeps of memory that it has freed
+    assert 95 < megabytes < 140
