@@ -12,12 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,19 +69,7 @@ def trained(name: str, places: list[ranks.Place], checkpointing: bool = False, *
     net = backbone.build(gradient_checkpointing=checkpointing)
     objective = MeanFlow(times=ranks.GivenTimes(places, 1))
     module = FlowMapModule(net, objective, optimization=Optimization(ranks.sgd), caption_dropout=0.0)
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[weights],
-        **({"devices": 1} | settings),
-    )
-    with patch("torch.randn_like", lambda x: x.roll(1, -1)):  # the noise is the row's
-        trainer.fit(module, DataLoader(Batches(backbone, places), batch_size=None))
+    ranks.fit(module, Batches(backbone, places), max_steps=STEPS, callbacks=[weights], **settings)
     return weights.whole
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
@@ -150,6 +150,16 @@ def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)  # AdamW's first steps are signs: rounding would show
 
 
+def fit(module: LightningModule, batches: Dataset, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
+    """Trains on the CPU, on ``batches``, with noise that is the row's whichever process takes it."""
+    quiet: dict[str, Any] = {"use_distributed_sampler": False, "logger": False, "enable_checkpointing": False}
+    quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(**({"max_steps": STEPS, "accelerator": "cpu", "devices": 1} | quiet | settings))
+    with patch("torch.randn_like", lambda x: x.roll(1, -1)):
+        trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
+    return trainer
+
+
 def train(
     out: Path,
     name: str,
@@ -174,25 +184,11 @@ def train(
         ),
         Found(),
     )
-    trainer = Trainer(
-        **{
-            "max_steps": STEPS,
-            "accelerator": "cpu",
-            "devices": 1,
-            "gradient_clip_val": 0.5,
-            "use_distributed_sampler": False,
-            "logger": False,
-            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": out / name,
-            "callbacks": [TrainingLog(), *callbacks, found],
-            **settings,
-        }
-    )
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options: dict[str, Any] = {"gradient_clip_val": 0.5, "enable_checkpointing": checkpoints}
+    options |= {"default_root_dir": out / name, "callbacks": [TrainingLog(), *callbacks, found]}
     data = Batches(places, parts, first=2 if ckpt_path else 0)  # a plain loader does not know where it was
-    with patch("torch.randn_like", lambda x: x.roll(1, -1)):  # the noise, too, is the row's
-        trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
+    trainer = fit(module, data, ckpt_path, **(options | settings))
     if trainer.is_global_zero:
         torch.save(found.values, out / f"{name}.pt")
 
@@ -282,20 +278,8 @@ def _in_parts(module: AlternatingModule) -> AlternatingModule:
 
 def in_turn(out: Path, name: str, places: list[Place], module: AlternatingModule, **settings: Any) -> None:
     """Trains two networks in turn on ``places``, and leaves the weights of both."""
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out / name,
-        callbacks=[TrainingLog(), SelfCheck()],
-        **({"devices": 1} | settings),
-    )
-    with patch("torch.randn_like", lambda x: x.roll(1, -1)):  # the noise is the row's
-        trainer.fit(module, DataLoader(Batches(places), batch_size=None))
+    options = {"default_root_dir": out / name, "callbacks": [TrainingLog(), SelfCheck()]}
+    trainer = fit(module, Batches(places), **(options | settings))
     if trainer.is_global_zero:
         torch.save({"weights": whole(module.named_parameters())}, out / f"{name}.pt")
 
