@@ -144,6 +144,7 @@ def test_decoupled_the_first_blocks_see_t_and_the_others_r(name):
         at_t, at_r = _embeddings(one, z, t, t, *text), _embeddings(one, z, r, r, *text)
         for i, embedding in enumerate(_embeddings(two, z, r, t, *text)):
             assert torch.equal(embedding, (at_t if i < blocks else at_r)[i])
+    assert not torch.allclose(call(two, z, r, t, *text), call(one, z, t, t, *text)), "the output norm sees r"
 
 
 def _embeddings(net: BackboneFlowMap, *inputs: Tensor) -> list[Tensor]:
