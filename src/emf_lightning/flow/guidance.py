@@ -129,6 +129,11 @@ class TargetGuidance:
         """w' = scale / (1 - kappa), comparable with a sampling guidance scale."""
         return self.scale / (1 - self.kappa)
 
+    @property
+    def changes_velocity(self) -> bool:
+        """Whether vtil differs from v; otherwise u needs no evaluation."""
+        return self.scale != 1 or self.kappa != 0
+
     @torch.no_grad()
     def __call__(
         self,

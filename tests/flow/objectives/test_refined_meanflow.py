@@ -79,6 +79,22 @@ def test_the_refinement_has_the_targets_guidance_or_its_own():
     assert torch.allclose(image(TargetGuidance(scale=2.0, interval=(0.9, 1.0))), torch.ones(2, 3))
 
 
+@pytest.mark.parametrize(("scale", "evaluations"), [(1.0, 2), (1.5, 4)])
+def test_a_teacher_without_guidance_is_evaluated_once_a_solver_step_and_needs_no_null_caption(scale, evaluations):
+    calls: list[Tensor] = []
+
+    def teacher(z: Tensor, r: Tensor, t: Tensor, point: Tensor) -> Tensor:
+        calls.append(point)
+        return (z - point) / t[:, None]
+
+    refinement = Refinement(solver_steps=2, guidance=TargetGuidance(scale=scale))
+    objective = RefinedMeanFlow(velocity=TeacherVelocity(teacher), guidance=TargetGuidance(2.0), refinement=refinement)
+    sample = noise = torch.zeros(2, 3)
+    null = torch.zeros(1, 3) if scale != 1 else None
+    objective.refined(nn.Identity(), sample, noise, torch.ones(2, 3), null)
+    assert len(calls) == evaluations
+
+
 def test_samples_are_those_of_the_sampler_of_one_or_two_steps():
     def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return torch.sin(3 * z) + (t - 2 * r)[:, None]

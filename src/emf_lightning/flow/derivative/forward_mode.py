@@ -45,6 +45,7 @@ class ForwardMode(Derivative):
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if not self.fast or torch.compiler.is_compiling():
                 return _jvp(u, z, r, t, v)[1]
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # as in _jvp
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(FastForwardMode())
             return _tangent(u(_dual(z, v), r, _dual(t, torch.ones_like(t))))

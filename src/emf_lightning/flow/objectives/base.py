@@ -186,6 +186,8 @@ class Objective(ABC):
             guidance: by default the objective's.
         """
         guidance = guidance or self.guidance
+        if guidance is not None and not guidance.changes_velocity:
+            guidance = None
         if guidance is None and isinstance(self.velocity, ConditionalVelocity):
             return v
         if guidance is not None and null_context is None:
