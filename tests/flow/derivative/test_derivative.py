@@ -238,3 +238,30 @@ def test_gradient_checkpointing_changes_nothing():
     net.transformer.enable_gradient_checkpointing()
     net.train()
     assert error(gradient(net, ForwardMode()), plain) < 1e-6
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_compiled_blocks_run_uncompiled_in_the_derivative_and_compiled_before_and_after(fast):
+    torch._dynamo.reset()
+    compiled: list[object] = []
+    calls: list[object] = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lambda *args: calls.append(graph) or graph(*args)
+
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU(), torch.nn.LayerNorm(4))
+    block.compile(backend=backend)
+
+    def u(z, r, t):
+        return block(z) * t[:, None]
+
+    z, v, r, t = torch.randn(2, 4), torch.randn(2, 4), torch.zeros(2), torch.ones(2)
+    u(z, r, t)
+    assert len(compiled) == len(calls) == 1
+    dudt = ForwardMode(fast=fast).jvp(u, z, r, t, v)
+    assert len(compiled) == len(calls) == 1
+    u(z, r, t)
+    assert len(compiled) == 1 and len(calls) == 2
+    plain = torch.func.jvp(lambda z, t: torch.nn.Sequential(*block)(z) * t[:, None], (z, t), (v, torch.ones(2)))[1]
+    assert torch.allclose(dudt, plain, atol=1e-6)
