@@ -14,6 +14,9 @@ from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
 from benchmarks.pages import rows, write_tables
 from benchmarks.readers import Copies, Emf, Files
 from benchmarks.scale import exponent, measured, shares, uneven_shards
+from benchmarks.training_step import AllRows, Recorded
+from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.networks.sana import SanaArchitecture
 
 TINY = SanaArchitecture(
@@ -113,3 +116,21 @@ def test_what_a_call_holds_is_measured_although_the_process_has_freed_as_much(me
     _, held = measured(torch.ones, megabytes * 250_000)
     assert megabytes * 0.95 < held < megabytes * 1.2 + 5, held
     del last
+
+
+@pytest.mark.parametrize("released", [AllRows(), Recorded()])
+def test_the_releases_derivatives_are_the_projects(released):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4, requires_grad=True)
+
+    def u(z, r, t):
+        return torch.tanh(z @ weight) * (t - r)[:, None]
+
+    z, v, t = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6)
+    r = torch.cat([0.5 * t[:2], t[2:]])
+    found, expected = (derivative(AverageVelocity(u), z, r, t, v, 2) for derivative in (released, ForwardMode()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    gradients = [torch.autograd.grad(each[0].sum(), weight)[0] for each in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-6)
+    assert not found[1].requires_grad
