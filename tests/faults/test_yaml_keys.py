@@ -10,6 +10,7 @@ from emf_lightning.cli import main
 from emf_lightning.cli.parsing.experiment_files import check_keys, config_files, expand
 
 TWICE = {
+    "without a colon": ("{steps, batch, steps}", "steps", 1, 1),
     "at the top": ("trainer: {max_steps: 1}\ndata: {}\ntrainer: {max_steps: 2}\n", "trainer", 1, 3),
     "below": ("trainer:\n  max_steps: 1\n  precision: 32\n  max_steps: 2\n", "max_steps", 2, 4),
     "in a list": ("trainer:\n  callbacks:\n    - class_path: A\n      class_path: B\n", "class_path", 3, 4),

@@ -93,7 +93,7 @@ def check_keys(text: str, name: str) -> None:
 
     The parser would drop the first. It takes ``a.b`` for ``b`` below ``a``, so that ``a`` may not stand beside it.
     """
-    if ":" not in text and "?" not in text:  # no mapping, as most values of options
+    if not any(sign in text for sign in ":?{"):  # no mapping, as most values of options
         return
     nodes: list[yaml.Node | None] = [_composed(text)]
     seen: set[int] = set()  # an alias is the node of its anchor, and may hold itself
