@@ -157,7 +157,7 @@ format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(READY) ## measure the detector, the derivative, caches and encoders, write docs/results/*.md (never asserted in tests)
+bench: $(READY) $(SHARDS) ## measure the detector, the derivative, caches and encoders, write docs/results/*.md (never asserted in tests)
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 lock: $(READY) ## renew requirements.lock: exact versions, with hashes, for Python 3.10 and newer

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from emf_lightning.callbacks import WeightEMA
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.experiment_files import expand
 from emf_lightning.flow.derivative.base import Derivative
-from emf_lightning.flow.derivative.forward_mode import ForwardMode
-from emf_lightning.flow.velocity import Velocity, fresh_casts
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
+from emf_lightning.flow.velocity import Velocity
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.frozen import FrozenNetwork
 
@@ -35,29 +36,27 @@ DECAY = 0.995
 
 
 class AllRows(Derivative):
-    """du/dt of all rows by ``torch.func.jvp`` without a graph, then u: the pattern of py-meanflow and of FastGen."""
+    """du/dt of all rows, also of those with r = t, as the releases take it.
+
+    Args:
+        kind: ``ForwardMode(fast=False)``, without a graph and beside u, is the pattern of py-meanflow and of FastGen;
+            ``Fused()``, whose one pass records a graph of both, is that of EMF's release, without its casts.
+    """
+
+    def __init__(self, kind: Derivative) -> None:
+        super().__init__()
+        self.kind = kind
 
     def jvp(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        return ForwardMode(fast=False).jvp(u, z, r, t, v)
+        return self.kind.jvp(u, z, r, t, v)
 
     def __call__(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        with fresh_casts():
-            dudt = self.jvp(u, z, r, t, v)
-        return u(z, r, t), dudt[:n]
-
-
-class Recorded(AllRows):
-    """The same in one pass that records a graph of both: the pattern of EMF's release, without its casts."""
-
-    def __call__(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            tangents = (v, torch.zeros_like(r), torch.ones_like(t))
-            value, dudt = torch.func.jvp(u, (z, r, t), tangents)  # type: ignore[arg-type]
-        return value, dudt[:n].detach()
+        value, dudt = self.kind(u, z, r, t, v, len(z))
+        return value, dudt[:n]
 
 
 class Clock(Callback):
-    """CPU seconds of a fit from the first step's end to the last one's."""
+    """CPU time at the end of each step of a fit."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -115,11 +114,11 @@ class Training:
                 use_distributed_sampler=False,
             )
             trainer.fit(model, datamodule=self.data)
-            return [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+            return [after - before for before, after in pairwise(clock.ends)]
 
         return Way(steps)
 
-    def by_hand(self, derivative: Derivative | None = None, progress: float = 1.0) -> Way:
+    def by_hand(self, derivative: Derivative | None = None) -> Way:
         """The same step as a loop, with its own derivative or another one."""
         net: FlowMapNetwork = copy.deepcopy(self.model.net)
         objective = copy.deepcopy(self.model.objective)
@@ -138,7 +137,7 @@ class Training:
                     net,
                     batch.latents,
                     batch.text.conditioning,
-                    progress=progress,
+                    progress=1.0,
                     null_context=batch.null.conditioning,
                     dropped=torch.zeros(len(batch), dtype=torch.bool),
                 )
@@ -167,12 +166,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     training = Training(options.experiment, options.batch_size)
+    without_graph, with_graph = AllRows(ForwardMode(fast=False)), AllRows(Fused())
     ways: dict[str, Callable[[], Way]] = {
         "this project": training.by_lightning,
         "this project, blocks compiled": partial(training.by_lightning, compiled=True),
         "the same step in a loop by hand": training.by_hand,
-        "by hand, du/dt of all rows without a graph (py-meanflow, FastGen)": lambda: training.by_hand(AllRows()),
-        "by hand, du/dt of all rows with a graph (EMF's release)": lambda: training.by_hand(Recorded()),
+        "by hand, du/dt of all rows without a graph (py-meanflow, FastGen)": partial(training.by_hand, without_graph),
+        "by hand, du/dt of all rows with a graph (EMF's release)": partial(training.by_hand, with_graph),
     }
     measured, first = {}, {}
     for name, make in ways.items():

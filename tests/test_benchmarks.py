@@ -14,8 +14,8 @@ from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
 from benchmarks.pages import rows, write_tables
 from benchmarks.readers import Copies, Emf, Files
 from benchmarks.scale import exponent, measured, shares, uneven_shards
-from benchmarks.training_step import AllRows, Recorded
-from emf_lightning.flow.derivative.forward_mode import ForwardMode
+from benchmarks.training_step import AllRows
+from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.networks.sana import SanaArchitecture
 
@@ -118,7 +118,7 @@ def test_what_a_call_holds_is_measured_although_the_process_has_freed_as_much(me
     del last
 
 
-@pytest.mark.parametrize("released", [AllRows(), Recorded()])
+@pytest.mark.parametrize("released", [AllRows(ForwardMode(fast=False)), AllRows(Fused())])
 def test_the_releases_derivatives_are_the_projects(released):
     torch.manual_seed(0)
     weight = torch.randn(4, 4, requires_grad=True)
