@@ -124,10 +124,13 @@ def pipelines(world: Path) -> dict[str, EMFPipeline]:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_pipeline_generates_the_images_of_predict(world, pipelines, run, steps):
-    output = pipelines[run](PROMPTS, num_inference_steps=steps, num_images_per_prompt=2, seed=3)
-    images = np.stack([np.asarray(image) for image in output.images])
+    options = {"num_inference_steps": steps, "seed": 3}
+    output = pipelines[run](PROMPTS, num_images_per_prompt=2, **options)
+    first = pipelines[run](PROMPTS, **options)
     expected = predicted(world, run, steps)
-    assert np.array_equal(images, expected)
+    # predict has one image of each prompt in a batch: in a batch of both, some CPUs round products differently
+    assert np.array_equal(np.stack(first.images), expected[::2])
+    assert np.abs(np.stack(output.images).astype(int) - expected).max() <= 1
     assert expected.std() > 3, "nothing would be shown by blank images"
     assert output.nfe == steps * (2 if run == "guided" else 1)
 
