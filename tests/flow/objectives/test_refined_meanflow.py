@@ -172,9 +172,50 @@ def test_one_sample_that_is_not_finite_leaves_the_others_as_they_are():
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+def test_a_share_refines_the_first_rows_alone_with_their_own_conditioning_and_the_whole_weight():
+    def gradient(share: float, dropped: Tensor | None = None) -> Tensor:
+        torch.manual_seed(1)
+        samples = torch.linspace(-1, 1, 20).view(10, 2).requires_grad_()
+        guidance = TargetGuidance(scale=2.0)
+        objective = RefinedMeanFlow(
+            velocity=TeacherVelocity(lambda z, r, t, c: to_point(z, r, t) + 0.1 * c),
+            guidance=guidance,
+            refinement=Refinement(start=0.0, share=share, softness=10.0),  # in proportion to the error
+        )
+        terms = objective(shows, torch.zeros(10, 2), samples, null_context=torch.ones(1, 2), dropped=dropped)
+        assert terms.finite.shape == (10,)
+        return torch.autograd.grad(terms.loss, samples)[0]
+
+    part, whole = gradient(0.35), gradient(1.0)
+    assert part.abs().sum(1).bool().tolist() == [True] * 4 + [False] * 6, "3.5 of 10, rounded up"
+    assert torch.allclose(part.norm(), whole.norm(), rtol=1e-4), "weight is the norm of all refined rows together"
+
+    def direction(dropped: list[bool]) -> Tensor:
+        gradient_ = gradient(0.35, torch.tensor(dropped))
+        return gradient_ / gradient_.norm()  # the norm is the regression's, which all dropped captions change
+
+    others = direction([False] * 4 + [True] * 6)
+    assert torch.allclose(others, direction([False] * 10), atol=1e-6), "captions of the rows left out do not matter"
+    assert not torch.allclose(others, direction([True] * 2 + [False] * 8), atol=1e-4)
+
+
+def test_a_row_that_is_not_finite_counts_among_the_share_or_not_at_all():
+    samples = torch.zeros(8, 2)
+    finite = []
+    for row in (1, 6):
+        context = samples.clone()
+        context[row] = torch.nan
+        objective = refined(of=lambda z, r, t, c: 0 * z, share=0.5)
+        net = lambda z, r, t, c: torch.where((t == 1)[:, None], z - c, 0.1 * SCALE + 0 * z)  # noqa: E731
+        finite.append(objective(net, samples, context).finite.tolist())
+    assert finite[0][1] is False and all(finite[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"share": 0.0}, r"share must lie in \(0, 1\]"),
+        ({"share": 1.5}, r"share must lie in \(0, 1\]"),
         ({"starts": ()}, "starts must be"),
         ({"starts": (1.0, 0.0)}, "starts must be"),
         ({"times": (0.7, 0.4)}, "times must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,14 @@ from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.times import TimeSampler
-from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, no_grad_pass
+from emf_lightning.flow.velocity import (
+    AverageVelocity,
+    Context,
+    Velocity,
+    expand_context,
+    no_grad_pass,
+    select_context,
+)
 from emf_lightning.flow.weighting import Weighting
 
 
@@ -32,6 +40,8 @@ class Refinement:
         solver_steps: Euler steps of the teacher from there.
         softness: c of the loss sqrt(d^2 + c^2), which is |d| for larger differences d.
         guidance: the teacher's in the refinement; None is that of MeanFlow's target.
+        share: of the batch's captions, in (0, 1], the first ones, rounded up: samples of these alone are drawn and
+            refined. The weight holds for their gradient as a whole.
 
     Raises:
         ValueError: for values out of range.
@@ -48,6 +58,7 @@ class Refinement:
     solver_steps: int = 4
     softness: float = 0.02
     guidance: TargetGuidance | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.starts or not all(0 < s <= 1 for s in self.starts):
@@ -59,6 +70,8 @@ class Refinement:
             raise ValueError(
                 f"Refinement: needs a weight above 0 and start in [0, 1), got {self.weight} and {self.start}"
             )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"Refinement: share must lie in (0, 1], got {self.share}")
         if self.solver_steps < 1 or not self.softness > 0:
             raise ValueError(
                 f"Refinement: needs solver_steps of at least 1 and softness above 0, got {self.solver_steps} and "
@@ -139,19 +152,24 @@ class RefinedMeanFlow(MeanFlow):
             return terms
         assert terms.u is not None
         reference = torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0].float().norm()
-        e = torch.randn_like(x)
         if sampling_context is not None:
             context, dropped = sampling_context, None
+        rows = slice(math.ceil(self.refinement.share * len(x)))
+        e = torch.randn_like(x[rows])
+        context, null_context = (select_context(expand_context(c, len(x)), rows) for c in (context, null_context))
+        dropped = None if dropped is None else dropped[rows]
         sample = self.sample(AverageVelocity(net, context), e)
         error = sample.detach() - self.refined(net, sample.detach(), e, context, null_context, dropped)
         finite = error.isfinite().flatten(1).all(1)
         error = torch.where(expand_like(finite, error), error, 0).float()
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
         pull *= self.refinement.weight * reference / pull.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        all_finite = terms.finite.clone()
+        all_finite[rows] &= finite
         return replace(
             terms,
             loss=with_pull(terms.loss, sample, pull, finite),
-            finite=terms.finite & finite,
+            finite=all_finite,
             metrics=terms.metrics
             | {"refinement_error": error.abs().mean(), "sample_std": sample.detach().std(0).mean()},
         )
