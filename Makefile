@@ -40,7 +40,7 @@ $(READY): requirements.lock pyproject.toml
 	$$install --require-hashes -r requirements.lock && $$install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (7 minutes on 2 cores)
+demo: $(READY) $(SHARDS) ## watch a MeanFlow model learn to generate images in 1, 2 and 4 steps (5 minutes on 2 cores)
 	$(BIN)/emf fit --config experiments/shapes/demo.yaml $(ARGS)
 
 # the newest run of own_data/$(1)

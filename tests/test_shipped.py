@@ -107,7 +107,7 @@ def test_every_shipped_experiment_is_listed_with_its_question_and_cost(capsys: p
     assert set(NAMES) == set(shipped_names())
     for name in NAMES:
         assert re.search(rf"(?m)^  .*\b{name}(,|$)", text), name
-    assert re.search(r"  shapes/demo\n +Does the installation work,.*Cost: 7 minutes\.", text)
+    assert re.search(r"  shapes/demo\n +Does the installation work,.*Cost: 5 minutes\.", text)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CORRECT, WRONG = "#1f8a4c", "#c8443c"
-CELL, GAP, LABEL, HEAD, TITLE = 0.62, 0.035, 1.45, 0.32, 0.2
-"""Inches: a cell with its gap, the captions' width, height of the headings and of the title."""
+CELL, GAP, LABEL, HEAD, TITLE, EDGE = 0.62, 0.035, 1.45, 0.32, 0.2, 0.06
+"""Inches: a cell with its gap, the captions' width, height of the headings and of the title, margin on the right."""
 ROWS = 20
 """Rows of one block; further prompts stand in further blocks beside it."""
 
@@ -45,7 +45,7 @@ def contact_sheet(
     block_width = LABEL + CELL * len(columns)
     top = HEAD + (TITLE if title else 0)
     with paper_style():
-        width, height = block_width * blocks, top + CELL * rows
+        width, height = block_width * blocks + EDGE, top + CELL * rows
         figure = Figure(figsize=(width, height))
         plain: dict[str, Any] = {"parse_math": False}  # a prompt may hold dollar signs
         if title:
