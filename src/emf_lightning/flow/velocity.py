@@ -80,8 +80,14 @@ def expand_context(context: Context, batch: int) -> Context:
     return _map(context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor)
 
 
-def select_context(context: Context, samples: slice | Tensor) -> Context:
-    """Conditioning of a part of the samples, or of those with the given indices ``[N]``."""
+def select_context(context: Context, samples: slice | Tensor, batch: int | None = None) -> Context:
+    """Conditioning of a part of the samples, or of those with the given indices ``[N]``.
+
+    Raises:
+        ValueError: where it is of another number of samples than ``batch``, if that is given.
+    """
+    if batch is not None:
+        _map(context, lambda tensor: _check_batch(tensor, batch))
     return _map(context, lambda tensor: tensor[samples])
 
 

@@ -199,6 +199,14 @@ def test_a_share_refines_the_first_rows_alone_with_their_own_conditioning_and_th
     assert not torch.allclose(others, direction([True] * 2 + [False] * 8), atol=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_captions_for_another_number_of_samples_are_refused(number, share):
+    data = torch.zeros(8, 3)
+    with pytest.raises(ValueError, match="8"):
+        refined(of=to_point, share=share)(shows, data, data, sampling_context=torch.zeros(number, 3))
+
+
 def test_a_row_that_is_not_finite_counts_among_the_share_or_not_at_all():
     samples = torch.zeros(8, 2)
     finite = []

@@ -156,7 +156,8 @@ class RefinedMeanFlow(MeanFlow):
             context, dropped = sampling_context, None
         rows = slice(math.ceil(self.refinement.share * len(x)))
         e = torch.randn_like(x[rows])
-        context, null_context = (select_context(expand_context(c, len(x)), rows) for c in (context, null_context))
+        context = select_context(context, rows, len(x))
+        null_context = select_context(expand_context(null_context, len(x)), rows, len(x))
         dropped = None if dropped is None else dropped[rows]
         sample = self.sample(AverageVelocity(net, context), e)
         error = sample.detach() - self.refined(net, sample.detach(), e, context, null_context, dropped)
