@@ -90,6 +90,19 @@ def test_a_logger_is_taken_out_and_a_name_that_is_not_there_is_told(capsys) -> N
     assert "takes class names" in complaint(capsys, "fit", "base.yaml", "--config", "{trainer: {callbacks-: [[A]]}}")
 
 
+# -- nothing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nothing", ["null", "None", "~"])
+def test_nothing_is_set_as_deep_as_a_setting_lies(capsys, nothing) -> None:
+    names = ("pretrained", "finetuning", "time_scale")
+    options = [f"--model.init_args.net.init_args.{name}={nothing}" for name in names]
+    with pytest.raises(SystemExit):
+        main(["fit", "base.yaml", *options, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["net"]["init_args"]
+    assert [found[name] for name in names] == [None] * 3
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 ENCODERS = """

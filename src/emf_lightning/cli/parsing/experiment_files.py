@@ -13,6 +13,7 @@ over all files.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -135,12 +136,17 @@ def _composed(text: str) -> yaml.Node | None:
 
 
 def check_every_text() -> None:
-    """Makes the parser check the keys of every YAML text, also of a file that another file or an option names."""
+    """Makes the parser check the keys of every YAML text, also of a file that another file or an option names.
+
+    The word None becomes null: the parser writes it where it hands a null of the command line on to a nested class,
+    which would read a text.
+    """
     from jsonargparse import set_loader
-    from jsonargparse._loaders_dumpers import yaml_load
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader, yaml_load
     from jsonargparse._optionals import get_omegaconf_loader
     from jsonargparse._util import config_load_stack
 
+    get_yaml_default_loader().add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])  # type: ignore[no-untyped-call]
     for mode, load in {"yaml": yaml_load, "omegaconf+": get_omegaconf_loader("omegaconf+")}.items():  # type: ignore[no-untyped-call]
 
         def checked(text: str, load: Callable[[str], Any] = load) -> Any:
