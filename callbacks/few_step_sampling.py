@@ -275,7 +275,7 @@ class FewStepSampling(Callback):
         self.seconds += time.perf_counter() - began
 
     def _draw_parent(self, trainer: Trainer, module: LightningModule) -> None:
-        """Samples the contact sheet's images with the weights that the run starts from, and keeps them in files."""
+        """Samples the contact sheet's images with the parent's weights, and keeps them in files."""
         assert isinstance(module, FlowMapModule)
         began = time.perf_counter()
         for benchmark in self.benchmarks:
@@ -285,7 +285,9 @@ class FewStepSampling(Callback):
             shown = self._shown(benchmark)
             requested = [one for one in _requests(benchmark, self._asked(trainer, benchmark, "final")) if one in shown]
             total = len(requested)
-            with sampling_context(trainer, module), module.sampling_with(EulerSampler()):
+            teacher = getattr(module, "teacher", None)  # where there is one, the network itself may start further on
+            start = None if teacher is None else teacher.on(module.device)
+            with sampling_context(trainer, module), module.sampling_with(EulerSampler(), start):
                 (result,) = sample_and_score(
                     trainer,
                     module,

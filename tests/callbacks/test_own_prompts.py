@@ -20,6 +20,7 @@ from emf_lightning.evaluation.own_prompts import OwnPrompts
 from emf_lightning.evaluation.reports.report import Report
 from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
+from emf_lightning.modules.joint_distillation import JointDistillation
 from tests.callbacks import tiny
 from tests.data.reading.test_sources import imagefolder, jsonl
 from tests.data.tars import noise_image
@@ -276,6 +277,21 @@ def test_the_parents_images_stay_those_of_the_first_step(shards, tmp_path):
         before = kept["images"]
     assert before.shape == (2, 36, 36, 3)
     assert (run / "prompts/contact_sheet.png").is_file()
+
+
+def test_the_parents_images_are_the_teachers_where_the_network_starts_further_on(shards, tmp_path):
+    fit(tmp_path / "run", shards, sampling(prompts=["a", "b"], parent_steps=3), max_steps=2)
+    torch.manual_seed(5)
+    data = tiny.data(shards, validation_shards=str(shards), validation_samples=24)
+    module = JointDistillation(tiny.network())
+    torch.nn.init.ones_(module.net.transformer.proj_out.bias)  # as init_from does
+    callback, settings = (
+        sampling(prompts=["a", "b"], parent_steps=3),
+        {"limit_val_batches": 0, "gradient_clip_val": None},
+    )
+    tiny.trainer(tmp_path / "joint", callback, max_steps=2, **settings).fit(module, datamodule=data)
+    parents = [np.load(tmp_path / name / "prompts/parent.npz")["images"] for name in ("run", "joint")]
+    assert np.array_equal(*parents)
 
 
 def test_emf_test_scores_prompts_by_metrics_alone(shards, tmp_path):

@@ -126,6 +126,23 @@ def test_each_training_batch_gets_captions_to_sample_from_the_same_ones_after_a_
     assert min(counts) >= 4, "each is drawn as often as the others"
 
 
+def test_batches_of_one_caption_draw_other_captions_at_each_step(tmp_path: Path) -> None:
+    class Watching(Model):
+        def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
+            assert batch.sampling is not None
+            drawn.append(batch.sampling.context.flatten(1))
+            return super().training_step(batch, batch_idx)
+
+    drawn: list[Tensor] = []
+    members = {}
+    for number in range(16):
+        members |= {f"{number:06d}.png": noise_image(number), f"{number:06d}.txt": b"a photo of sks dog"}
+    captions = [f"caption {number}" for number in range(100)]
+    trainer(tmp_path).fit(Watching(), make(write_tar(tmp_path / "0.tar", members), sampling_captions=captions))
+    assert len(drawn) == 8
+    assert len(torch.cat(drawn).unique(dim=0)) > 16, "32 of 100 captions, and not the same four at each step"
+
+
 def test_captions_to_sample_from_that_are_not_there_are_named(tmp_path: Path) -> None:
     data = make(write_numbered(tmp_path / "shards", [16]), sampling_captions=str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match=r"sampling_captions: cannot read '.*none\.txt'"):

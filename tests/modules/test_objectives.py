@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,15 +11,18 @@ from lightning.pytorch import Trainer
 
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
+from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
+from emf_lightning.flow.objectives.base import LossTerm
 from emf_lightning.flow.objectives.cmt import CMT
+from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
 from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.objectives.rcgm import RCGM
 from emf_lightning.flow.objectives.refined_meanflow import RefinedMeanFlow, Refinement
 from emf_lightning.flow.objectives.split_meanflow import SplitMeanFlow
 from emf_lightning.flow.objectives.twin_flow import TwinFlow
-from emf_lightning.flow.target_velocity import TeacherVelocity
+from emf_lightning.flow.target_velocity import SelfVelocity, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
 from emf_lightning.latents.pixels import Pixels
@@ -108,6 +112,44 @@ def test_twin_flow_refuses_a_network_without_negative_times(net):
         JointDistillation(net, JointObjective(regression=TwinFlow()), optimization=Optimization(optimizer))
 
 
+def test_joint_training_takes_every_regression(tmp_path, loader):
+    for regression, takes in (
+        (TwinFlow(), {"negative_times": True}),
+        (ImprovedMeanFlow(times=HALF), {"guidance_conditioning": True}),
+    ):
+        net = SanaFlowMap(TINY, prediction=PredictData(), time_scale=10.0, latent_size=8, context_width=16, **takes)
+        before = copy.deepcopy(net.state_dict())
+        joint = JointObjective(regression=regression)
+        logged = fit(JointDistillation(net, joint, optimization=Optimization(optimizer)), loader, tmp_path)
+        assert moved(before, net) == set(before)
+        assert logged.callback_metrics["train/matching_gradient"] > 0
+
+
+def test_joint_training_refuses_a_network_that_its_regression_cannot_train(net):
+    with pytest.raises(ValueError, match="guidance_conditioning"):
+        JointDistillation(net, JointObjective(regression=ImprovedMeanFlow()), optimization=Optimization(optimizer))
+
+
+@pytest.mark.parametrize("kind", [FlowMapModule, JointDistillation])
+def test_a_given_teacher_stays_and_an_own_one_belongs_to_the_last_module(net, kind):
+    given = TeacherVelocity(lambda z, r, t, *context: -z)
+    teacher = given.teacher
+    own, other = TeacherVelocity(), copy.deepcopy(net)
+    torch.nn.init.zeros_(other.transformer.proj_out.weight)
+    for velocity in (given, own):
+        for network in (net, other):
+            objective = MeanFlow(velocity=velocity)
+            kind(network, JointObjective(regression=objective) if kind is JointDistillation else objective)
+    assert given.teacher is teacher
+    assert not own.teacher.net.transformer.proj_out.weight.any(), "a copy of the second network"
+
+
+@pytest.mark.parametrize("velocity", [TeacherVelocity(), SelfVelocity()])
+def test_kappa_needs_a_velocity_beside_the_networks_own(velocity):
+    with pytest.raises(ValueError, match=r"guidance.kappa .* give scale=2 for the same guidance"):
+        MeanFlow(velocity=velocity, guidance=TargetGuidance(scale=1.0, kappa=0.5))
+
+
 def test_cmt_goes_on_with_meanflow_on_the_same_teacher(tmp_path, net, loader):
     steps = []
 
@@ -164,11 +206,16 @@ def test_samples_of_other_captions_train_and_objectives_without_samples_refuse_t
         fit(model, None, tmp_path, datamodule=data)
         return model.net.state_dict()
 
-    def sampling():
-        if kind is JointDistillation:
-            return JointObjective()
+    def refined():
         return RefinedMeanFlow(velocity=TeacherVelocity(), refinement=Refinement(start=0.0))
 
+    def sampling():
+        return JointObjective() if kind is JointDistillation else refined()
+
+    if kind is JointDistillation:  # the samples that its regression refines are of these captions, too
+        alone = partial(JointObjective, matching_weight=LossTerm(2.0, start=1000))
+        own, other = trained(alone(regression=refined())), trained(alone(regression=refined()), sampling_captions=["d"])
+        assert any(not torch.equal(own[name], other[name]) for name in own)
     own, other = trained(sampling()), trained(sampling(), sampling_captions=["d", "e"])
     assert any(not torch.equal(own[name], other[name]) for name in own)
     if kind is FlowMapModule:

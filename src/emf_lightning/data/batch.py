@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class CaptionImageBatch:
         latents = self.latents.to(device, non_blocking=non_blocking)
         sampling = None if self.sampling is None else self.sampling.to(device)
         return CaptionImageBatch(latents, self.text.to(device), self.null.to(device), self.captions, sampling)
+
+    def without_bad_features(self) -> CaptionImageBatch:
+        """This batch, where captions whose features are not finite have the null caption's, and latents of NaN.
+
+        Objectives leave samples of such latents out, but features reach all gradients through the network.
+        """
+        text, good = self.text.finite_or(self.null)
+        latents = torch.where(good[:, None, None, None], self.latents, torch.nan)
+        sampling = None if self.sampling is None else self.sampling.finite_or(self.null)[0]
+        return replace(self, latents=latents, text=text, sampling=sampling)
 
     def parts(self, count: int) -> list[CaptionImageBatch]:
         """Splits the batch into at most ``count`` batches of nearly equal size."""

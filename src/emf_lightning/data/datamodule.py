@@ -295,8 +295,9 @@ class CaptionImageData(LightningDataModule):
         encoded = self._encoder.encode(batch)
         if self._sampling is None or not (self.trainer and self.trainer.training):
             return encoded
-        # a function of the batch, so that a resumed run repeats the uninterrupted one
-        chosen = np.random.default_rng(zlib.crc32("\n".join(encoded.captions).encode()))
+        # a function of rank, step and batch, so that a resumed run repeats the uninterrupted one
+        key = (self.trainer.global_rank, self.trainer.global_step, batch.lane, *batch.position)
+        chosen = np.random.default_rng([zlib.crc32("\n".join(encoded.captions).encode()), *key])
         captions = [self._sampling.prompts[i] for i in chosen.integers(len(self._sampling), size=len(encoded))]
         return replace(encoded, sampling=self.text_features(captions))
 

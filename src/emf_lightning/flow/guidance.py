@@ -102,7 +102,8 @@ class TargetGuidance:
     """Guidance inside MeanFlow's target, so that sampling needs none (arXiv 2505.13447, eq. 19-21).
 
     vtil = scale v + kappa u(z, t, t | text) + (1 - scale - kappa) u(z, t, t | null) where t lies in the interval, v
-    elsewhere; the effective scale is scale / (1 - kappa). u is the network's own, or the teacher's where v is.
+    elsewhere; the effective scale is scale / (1 - kappa). u is the network's own, or the teacher's where v is: v is
+    u(z, t, t | text) itself there, so that kappa has to be 0.
 
     Attributes:
         scale: the paper's omega; 1 with kappa 0 is no guidance.

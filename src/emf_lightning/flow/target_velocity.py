@@ -60,6 +60,9 @@ class TeacherVelocity(SelfVelocity):
 
     See arXiv 2512.13006, section 4.
 
+    Attributes:
+        given: whether the teacher was an argument; a module gives its own otherwise.
+
     Args:
         teacher: the network; ``FlowMapModule`` gives a frozen copy of its network as training starts.
 
@@ -74,6 +77,7 @@ class TeacherVelocity(SelfVelocity):
 
     def __init__(self, teacher: Network | None = None) -> None:
         self.teacher = teacher
+        self.given = teacher is not None
 
     def reference(self, net: Network) -> Network:
         if self.teacher is None:

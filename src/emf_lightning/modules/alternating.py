@@ -149,6 +149,7 @@ class AlternatingModule(FlowMapModule, ABC):
         assert isinstance(optimizer, LightningOptimizer) and isinstance(auxiliary, LightningOptimizer)
         # Lightning counts each step of each optimiser, and resets these at every batch
         auxiliary._on_before_step = auxiliary._on_after_step = do_nothing_closure
+        batch = batch.without_bad_features()
         for _ in range(self.auxiliary_updates):
             self._update(auxiliary, batch, self.compute_auxiliary_loss)
             self.auxiliary_steps += 1
@@ -164,11 +165,16 @@ class AlternatingModule(FlowMapModule, ABC):
         self, optimizer: LightningOptimizer, batch: CaptionImageBatch, loss_of: Callable[[CaptionImageBatch], Tensor]
     ) -> None:
         parts = batch.parts(self.alternation.micro_batches)
+        finite: list[Tensor] = []
+        self.last_finite = None
         for k, part in enumerate(parts):
             with fresh_casts(), optimizer.toggle_model(sync_grad=k == len(parts) - 1):
                 loss = loss_of(part) * (len(part) / len(batch))
                 with torch.autocast(self.device.type, enabled=False):
                     self.manual_backward(loss)
+            if self.last_finite is not None:
+                finite.append(self.last_finite)
+        self.last_finite = torch.cat(finite) if finite else None
         with fresh_casts(), torch.autocast(self.device.type, enabled=False):
             optimizer.step()
             optimizer.zero_grad()

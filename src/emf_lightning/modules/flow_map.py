@@ -98,12 +98,13 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         self._non_finite = NonFiniteGuard(nan_patience)
         self._planned_steps = 0
         self._sampler: Sampler | None = None
+        self._sampled: FlowMapNetwork | None = None
         self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
         check_network(self.net, self.objective)
         if init_from is not None:
             checkpoints.load_network(self.net, init_from)
         velocity = getattr(self.objective, "velocity", None)
-        if isinstance(velocity, TeacherVelocity) and velocity.teacher is None:
+        if isinstance(velocity, TeacherVelocity) and not velocity.given:
             velocity.teacher = FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
 
@@ -161,7 +162,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             guidance_scale: by default the module's own.
         """
         return sample(
-            self.net,
+            self._sampled or self.net,
             noise,
             text.conditioning,
             steps=steps,
@@ -172,13 +173,14 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         )
 
     @contextmanager
-    def sampling_with(self, sampler: Sampler) -> Iterator[None]:
-        """A context in which ``sample_latents`` takes ``sampler`` in place of the objective's."""
+    def sampling_with(self, sampler: Sampler, net: FlowMapNetwork | None = None) -> Iterator[None]:
+        """A context in which ``sample_latents`` takes ``sampler``, and ``net`` in place of this module's."""
         self._sampler = sampler
+        object.__setattr__(self, "_sampled", net)  # not a part of this module
         try:
             yield
         finally:
-            self._sampler = None
+            self._sampler = self._sampled = None
 
     def nfe(self, steps: int, guidance_scale: float | None = None) -> int:
         """Network evaluations per image."""
@@ -203,7 +205,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
 
     def training_step(self, batch: CaptionImageBatch, batch_idx: int) -> Tensor:
         with self.gathered():
-            loss = self.compute_loss(batch)
+            loss = self.compute_loss(batch.without_bad_features())
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
 

@@ -82,7 +82,7 @@ class JointDistillation(AlternatingModule):
             critic = self.auxiliaries["discriminator"] = discriminator(self.net)
             if isinstance(critic, FeatureDiscriminator):
                 critic.backbone = self.teacher  # one frozen copy serves all
-        if isinstance(joint.velocity, TeacherVelocity):
+        if isinstance(joint.velocity, TeacherVelocity) and not joint.velocity.given:
             joint.velocity.teacher = self.teacher
         if init_from is not None:
             checkpoints.load_network(self.net, init_from)

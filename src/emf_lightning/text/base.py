@@ -60,6 +60,11 @@ class TextFeatures:
         context = torch.where(keep[:, None, None], self.context, other.context.to(self.context.dtype))
         return TextFeatures(context, torch.where(keep[:, None], self.mask, other.mask))
 
+    def finite_or(self, other: TextFeatures) -> tuple[TextFeatures, Tensor]:
+        """These features where those of all tokens are finite, those of ``other`` elsewhere, and where, ``[B]``."""
+        finite = (self.context.isfinite().all(2) | ~self.mask).all(1)
+        return self.where(finite, other), finite
+
     @staticmethod
     def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
         """The features of all parts, concatenated along the batch."""

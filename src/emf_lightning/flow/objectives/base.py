@@ -84,7 +84,7 @@ class Objective(ABC):
             averages velocities, so it never leaves their range; du/dt of an untrained u does, and feeds on itself.
 
     Raises:
-        ValueError: for a ``clip_target`` that is not positive.
+        ValueError: for a ``clip_target`` that is not positive, and for ``guidance.kappa`` where v is no e - x.
     """
 
     needs_interval = True
@@ -111,6 +111,12 @@ class Objective(ABC):
         self.weighting = weighting or AdaptiveWeighting()
         self.velocity = velocity or ConditionalVelocity()
         self.guidance = guidance
+        if guidance is not None and guidance.kappa and not isinstance(self.velocity, ConditionalVelocity):
+            raise ValueError(
+                f"{type(self).__name__}: guidance.kappa weighs u(z, t, t | text) beside v = e - x, and "
+                f"{type(self.velocity).__name__} is that u already: leave kappa at 0, and give "
+                f"scale={guidance.effective_scale:g} for the same guidance"
+            )
         self.clip_target = clip_target
 
     def __call__(
@@ -139,8 +145,10 @@ class Objective(ABC):
         """
         times = self.times(len(x), progress, x.device)
         e = torch.randn_like(x)
+        x, finite = zero_non_finite(x)
         z = interpolate(x, e, times.t)
         v = self.target_velocity(net, e - x, z, times.t, context, null_context, dropped)
+        v = torch.where(expand_like(finite, v), v, torch.nan)  # marks the samples that do not count
         return self.terms(AverageVelocity(net, context), z, v, times, self.weighting, progress)
 
     @abstractmethod
@@ -202,6 +210,23 @@ class Objective(ABC):
         return v
 
 
+def zero_non_finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` ``[B, ...]`` with zeros for the samples in which a value is not finite, and which are finite, ``[B]``.
+
+    A sample that is not finite must not enter a network, even where its loss is left out: the zero gradient of its
+    output becomes NaN on the way back through its activations, and with it the gradient of every weight.
+    """
+    finite = x.detach().isfinite().flatten(1).all(1)
+    return torch.where(expand_like(finite, x), x, 0), finite
+
+
+def scaled_to(gradient: Tensor, norm: Tensor) -> Tensor:
+    """``gradient`` scaled to ``norm``, a scalar; 0 stays 0."""
+    length = gradient.detach().float().square().sum().sqrt()
+    # divided before it is multiplied: norm / length would be infinite for a small length
+    return gradient / length.clamp(min=torch.finfo(torch.float32).tiny) * norm
+
+
 def with_pull(loss: Tensor, samples: Tensor, pull: Tensor, finite: Tensor) -> Tensor:
     """``loss`` in value, with ``pull`` added to its gradient at the finite ones of ``samples``, ``[B, C, H, W]``.
 
@@ -220,11 +245,11 @@ def weighted_mse(
 ) -> FlowMapTerms:
     """Terms of the weighted squared error of u against a target without a graph, all ``[B, C, H, W]``.
 
-    Samples whose error is not finite are marked and left out of the loss, so that one cannot spoil the others.
+    Samples whose error or v is not finite are marked and left out of the loss, so that one cannot spoil the others.
     """
     error = (u.float() - target).flatten(1)
     squared_error = error.detach().square().mean(1)
-    finite = squared_error.isfinite()
+    finite = squared_error.isfinite() & v.isfinite().flatten(1).all(1)
     losses = weighting(torch.where(finite[:, None], error, 0).square().sum(1), times)
     return FlowMapTerms(
         loss=losses.sum() / finite.sum().clamp(min=1),

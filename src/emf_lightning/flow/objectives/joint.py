@@ -17,10 +17,17 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import FlowMapTerms, LossTerm, Objective, with_pull
+from emf_lightning.flow.objectives.base import (
+    FlowMapTerms,
+    LossTerm,
+    Objective,
+    scaled_to,
+    with_pull,
+    zero_non_finite,
+)
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
-from emf_lightning.flow.path import expand_like, interpolate
+from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.sampling import Sampler, flow_map_rollout
 from emf_lightning.flow.target_velocity import TargetVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler
@@ -73,7 +80,6 @@ class JointObjective:
         ['cosine', 'matching_gradient', 'regression_gradient', 'sample_std', 'velocity_gap']
     """
 
-    needs_guidance_conditioning = False
     takes_sampling_context = True
 
     def __init__(
@@ -115,6 +121,10 @@ class JointObjective:
     @property
     def needs_interval(self) -> bool:
         return self.regression.needs_interval
+
+    @property
+    def needs_guidance_conditioning(self) -> bool:
+        return self.regression.needs_guidance_conditioning
 
     @property
     def needs_negative_times(self) -> bool:
@@ -170,7 +180,8 @@ class JointObjective:
             null_context: conditioning without a caption; guidance needs it.
             sampling_context: conditioning of the samples; by default ``context``.
         """
-        terms = self.regression(net, x, context, progress=progress, null_context=null_context)
+        own = {"sampling_context": sampling_context} if self.regression.takes_sampling_context else {}
+        terms = self.regression(net, x, context, progress=progress, null_context=null_context, **own)
         assert terms.u is not None
         reference = _norm(torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0])
         metrics = {"regression_gradient": reference}
@@ -190,18 +201,20 @@ class JointObjective:
                 progress=progress,
                 null_context=null_context,
             )
-            gradient = _finite(torch.autograd.grad(matched.loss, leaf)[0])
+            gradient, _ = zero_non_finite(torch.autograd.grad(matched.loss, leaf)[0])
             metrics |= matched.metrics | {"matching_gradient": _norm(gradient)}
-            pull += _scaled(gradient, matching * reference)
+            pull += scaled_to(gradient, matching * reference)
         if adversarial:
             assert discriminator is not None
             logits = self._logits(discriminator, context, leaf, progress)(leaf).float()
-            gradient = _finite(torch.autograd.grad(generator_loss(logits).mean(), leaf)[0])
+            gradient, _ = zero_non_finite(torch.autograd.grad(generator_loss(logits).mean(), leaf)[0])
             metrics |= {"adversarial_gradient": _norm(gradient), "fake_logits": logits.detach().mean()}
-            pull += _scaled(gradient, adversarial * reference)
+            pull += scaled_to(gradient, adversarial * reference)
         finite = samples.detach().isfinite().flatten(1).all(1)
         loss = with_pull(terms.loss, samples, pull, finite)
-        return JointTerms(loss, terms, terms.finite & finite, metrics)
+        counts = finite.clone()
+        counts[: len(terms.finite)] &= terms.finite  # TwinFlow's terms are of the batch's first samples alone
+        return JointTerms(loss, terms, counts, metrics)
 
     def online_flow_loss(
         self,
@@ -250,15 +263,5 @@ class JointObjective:
         return lambda x: call_with_context(discriminator, (interpolate(x, e, t), t), context)
 
 
-def _finite(gradient: Tensor) -> Tensor:
-    """``gradient`` with zeros for the samples in which a value is not finite."""
-    finite = gradient.isfinite().flatten(1).all(1)
-    return torch.where(expand_like(finite, gradient), gradient, 0)
-
-
 def _norm(gradient: Tensor) -> Tensor:
     return gradient.detach().float().square().sum().sqrt()
-
-
-def _scaled(gradient: Tensor, norm: Tensor) -> Tensor:
-    return gradient * (norm / _norm(gradient).clamp(min=torch.finfo(torch.float32).tiny))

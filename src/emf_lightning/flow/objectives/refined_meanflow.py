@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, with_pull
+from emf_lightning.flow.objectives.base import FlowMapTerms, scaled_to, with_pull
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -164,7 +164,7 @@ class RefinedMeanFlow(MeanFlow):
         finite = error.isfinite().flatten(1).all(1)
         error = torch.where(expand_like(finite, error), error, 0).float()
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
-        pull *= self.refinement.weight * reference / pull.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        pull = scaled_to(pull, self.refinement.weight * reference)
         all_finite = terms.finite.clone()
         all_finite[rows] &= finite
         return replace(

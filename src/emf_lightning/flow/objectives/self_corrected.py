@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import LossTerm
+from emf_lightning.flow.objectives.base import LossTerm, zero_non_finite
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.flow.times import Schedule, TimeSampler, UniformTimes
@@ -223,6 +223,7 @@ class SelfCorrectedFlow:
         """
         backward, alignment, adversarial = (term(step) for term in (self.backward, self.alignment, self.adversarial))
         student = AverageVelocity(net, context)
+        x, finite = zero_non_finite(x)
         t = self.times(len(x), progress, x.device).t
         e = torch.randn_like(x)
         u = ClassifierFreeGuidance()(teacher, context, null_context, len(x), self.teacher_guidance_scale)
@@ -238,7 +239,7 @@ class SelfCorrectedFlow:
                 logits = self._noised(discriminator, context, len(x), progress, x.device)(samples).float()
                 parts["adversarial"] = adversarial, generator_loss(logits)
         losses = torch.stack([weight * values for weight, values in parts.values() if weight]).sum(0)
-        finite = losses.detach().isfinite()
+        finite = finite & losses.detach().isfinite()
         metrics = {
             name: torch.where(finite, values.detach(), 0).sum() / finite.sum()
             for name, (weight, values) in parts.items()
