@@ -59,7 +59,7 @@ $(SHARDS): | $(READY)
 	$(BIN)/emf shards --world small --count 1000 --seed 1 --out data/shapes/small/validation
 	@touch $@
 
-parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts, into experiments/shapes/parent (1 hour on 2 cores)
+parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts, into experiments/shapes/parent (40 minutes on 2 idle cores)
 	$(BIN)/emf shards --world small --count 200000 --seed 0 --out data/shapes/small/train
 	$(BIN)/emf fit --config experiments/shapes/flow_matching.yaml $(ARGS)
 	network=$$(ls -td runs/shapes/flow_matching/version_*/network | head -n 1); \
@@ -74,7 +74,7 @@ $(addprefix fit-,$(EXPERIMENTS)): fit-%: $(READY) $(SHARDS)
 encoders: $(READY) ## study the text encoders of the shapes world, with controls (1 minute)
 	$(BIN)/emf encoders --config experiments/encoders/shapes.yaml $(ARGS)
 
-encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (30 trainings, 2 1/2 hours on 2 cores)
+encoders-claim: $(READY) $(SHARDS) ## do few steps need better text features? (30 trainings, about 3 1/2 hours on 2 cores)
 	$(BIN)/emf claim --jobs 2 $(ARGS)
 
 COMMA := ,
@@ -91,7 +91,7 @@ objectives: $(READY) $(SHARDS) ## train all objectives for the same steps and th
 		--images_per_prompt 4 --jobs 2 $(ARGS)
 	cp runs/objectives/comparison.md docs/results/objectives.md
 
-curves: $(READY) ## open TensorBoard on all runs
+curves: $(READY) ## start TensorBoard on all runs and print its address
 	@echo "the scores: http://localhost:6006/?smoothing=0#timeseries&_smoothingWeight=0"
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
