@@ -111,7 +111,9 @@ class FewStepSampling(Callback):
         if parent_steps < 0:
             raise ValueError(f"FewStepSampling: parent_steps must be at least 1, or 0 for none, got {parent_steps}")
         of_suite = [] if suite is None else [SuiteScore(suite)]
-        self.benchmarks = chosen_benchmarks("FewStepSampling", [*of_suite, *(benchmarks or [])], prompts)
+        self.benchmarks = chosen_benchmarks(
+            "FewStepSampling", [*of_suite, *(benchmarks or [])], prompts, extra_metrics or []
+        )
         self.extra_metrics = extra_metrics or []
         self.configs = sampling_configs(steps, guidance_scale)
         self.every_n_steps = every_n_steps
@@ -218,7 +220,7 @@ class FewStepSampling(Callback):
     def _asked(self, trainer: Trainer, benchmark: ImageMetric, stage: str) -> list[tuple[int, int]]:
         """The prompt's place and the number of each image; those of training are among those of the end."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return benchmark.requests(1)
+            return benchmark.requests(2)  # the least number that has a distance or a spread
         count = self.images_per_task if stage == "fit" else self.final_images_per_task
         usual = len(benchmark.prompts()) if benchmark.draws_all else DRAWN if stage == "fit" else DRAWN_FINALLY
         return benchmark.requests(count or usual)

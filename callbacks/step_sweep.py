@@ -82,7 +82,7 @@ class StepSweep(Callback):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"StepSweep: {name} must be at least 1, got {value}")
-        self.benchmarks = chosen_benchmarks("StepSweep", benchmarks, prompts)
+        self.benchmarks = chosen_benchmarks("StepSweep", benchmarks, prompts, extra_metrics or [])
         self.extra_metrics = extra_metrics or []
         self.configs = sampling_configs(steps, guidance_scale)
         self.images_per_prompt = images_per_prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -65,6 +66,21 @@ def test_unfinished_trainings_are_left_out_where_none_is_wanted(out):
     (out / "noise=4-seed1-meanflow/shapes/scores.jsonl").unlink()
     call(out, "--train", "false")
     assert len(json.loads((out / "claim.json").read_text())["runs"]) == 3
+
+
+def test_a_grades_own_settings_win_over_further_options(tmp_path, monkeypatch):
+    asked = []
+
+    def fit(arguments, folder, jobs):
+        asked.append(arguments)
+        finished(folder, 0.0, dict.fromkeys(COUNTS, 0.9))
+
+    monkeypatch.setattr("emf_lightning.cli.claim.fit", fit)
+    options = ["--options", '["--trainer.max_steps", "1500"]']
+    main(["claim", "--out", str(tmp_path), "--grades", "[steps=1200]", "--seeds", "[0]", "--pairs", "300", *options])
+    parent, meanflow = asked
+    assert [value for key, value in itertools.pairwise(parent) if key == "--trainer.max_steps"][-1] == "1200"
+    assert [value for key, value in itertools.pairwise(meanflow) if key == "--trainer.max_steps"] == ["1500"]
 
 
 def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):

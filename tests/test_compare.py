@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from emf_lightning.cli import main
-from emf_lightning.cli.compare import CALIBRATION
+from emf_lightning.cli.compare import CALIBRATION, Training, _warmups
+from emf_lightning.cli.parsing.experiment_files import config_files, without_base
 from emf_lightning.data.shapes.shards import write_shards
 from emf_lightning.data.shapes.world import SMALL
 
@@ -66,6 +68,47 @@ def test_a_folder_of_other_runs_is_not_taken_for_these(tmp_path, capsys, root):
     (run / "summary.json").write_text("{}")
     line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--steps", "5")
     assert f"{run} holds a run of other files or settings" in line
+
+
+def test_an_experiment_that_has_changed_is_not_taken_for_the_one_that_was_trained(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text("model: {init_args: {nan_patience: 3}}\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\ndata: {batch_size: 2}\n")
+    (tmp_path / "top.yaml").write_text("trainer: {precision: 32-true}\n")
+    training = Training(tmp_path / "own.yaml", (tmp_path / "top.yaml",), 5, 0, tmp_path / "out/own/steps5-seed0", 8)
+    training.folder.mkdir(parents=True)
+    training.file.write_text(training._config())
+    training.check()  # of a version that kept no record
+    training.record.write_text(training._contents())
+    (training.folder / "summary.json").write_text("{}")
+    training.check()
+    for file in ("base.yaml", "own.yaml", "top.yaml"):
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(f"{before}# only a comment\n")
+        training.check()
+        (tmp_path / file).write_text(f"{before}seed_everything: 7\n")
+        options = ["--experiments", f"[{tmp_path}/own.yaml]", "--overlays", f"[{tmp_path}/top.yaml]", "--steps", "5"]
+        line = said(capsys, "--out", str(tmp_path / "out"), *options)
+        assert f"has changed since {training.folder} was trained" in line
+        (tmp_path / file).write_text(before)
+    training.check()
+
+
+def test_a_short_run_has_no_warmup_whatever_the_schedules(root):
+    def places(name, *more):
+        settings = [
+            yaml.safe_load(without_base(file.read_text())) for file in config_files(root / "experiments" / name)
+        ]
+        return _warmups([*settings, *more])
+
+    network = "model.init_args.optimization.scheduler.init_args"
+    assert places("shapes/emf.yaml") == [network]
+    assert places("shapes/fgm.yaml") == [network, "model.init_args.online_optimization.scheduler.init_args"]
+    none = {"model": {"init_args": {"optimization": {"scheduler": None}}}}
+    assert places("shapes/emf.yaml", none) == []
+    linear = {"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": {"total_iters": 5}}
+    assert places("shapes/emf.yaml", {"model": {"init_args": {"optimization": {"scheduler": linear}}}}) == []
+    unsaid = {"class_path": "emf_lightning.WarmupCosine", "init_args": {"total": 5}}  # 100 steps, by its default
+    assert places("shapes/emf.yaml", {"model": {"init_args": {"optimization": {"scheduler": unsaid}}}}) == [network]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from PIL import Image
 
 from emf_lightning import load_run
 from emf_lightning.cli import main
+from emf_lightning.cli.export import _figures
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
@@ -282,6 +283,14 @@ def test_the_card_says_what_it_is_and_how_well_it_generates(world):
     for figure in ("contact_sheet", "step_counts", "training_curves"):
         assert f"(shapes_{figure}.png)" in card
         assert (world / f"guided/shapes_{figure}.png").is_file()
+
+
+def test_an_export_has_the_runs_figures_and_not_its_samples(tmp_path):
+    for file in ("shapes/contact_sheet.png", "diagnosis/diagnosis.png", "samples/00000-1step.png"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    (tmp_path / "samples/prompts.jsonl").touch()
+    assert [figure.name for figure in _figures(tmp_path)] == ["diagnosis.png", "contact_sheet.png"]
 
 
 def test_a_run_that_is_none_and_a_folder_that_is_full_are_refused(world, monkeypatch, capsys):

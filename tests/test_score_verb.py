@@ -51,6 +51,14 @@ def test_a_folder_is_scored_with_a_suite_from_a_file(folder, capsys):
     assert f"score          {scores['scores']['score']:.4f}" in printed
 
 
+@pytest.mark.parametrize("inside", [".", "../images"])
+def test_scores_of_this_folder_lie_beside_it(folder, monkeypatch, inside):
+    monkeypatch.chdir(folder)
+    main(["score", inside, "--config", str(folder.parent / "shapes.yaml")])
+    assert (folder.parent / "images-scores/shapes/scores.json").is_file()
+    assert not list(folder.rglob("scores.json"))
+
+
 def test_images_of_each_step_count_have_scores_of_their_own(folder):
     rows = [json.loads(line) | {"steps": 1} for line in (folder / "prompts.jsonl").read_text().splitlines()]
     for row in list(rows):

@@ -10,6 +10,7 @@ import torch
 
 from emf_lightning.callbacks import FewStepSampling, StepSweep
 from emf_lightning.evaluation.distances.diversity import PromptDiversity, VendiScore
+from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.distances.precision_recall import Precision, Recall
 from emf_lightning.evaluation.reports.report import Report
@@ -130,7 +131,8 @@ def test_a_sweep_of_single_images_is_refused_before_the_first(data, tmp_path):
 
 def test_a_trial_of_one_batch_does_not_ask_for_more_images(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it has no run directory
-    callback = FewStepSampling(prompts=PROMPTS, extra_metrics=metrics(), figures=False)
+    distances = [FrechetDistance(FEATURES), KernelDistance(FEATURES)]
+    callback = FewStepSampling(prompts=PROMPTS, extra_metrics=[*metrics(), *distances], figures=False)
     tiny.trainer(tmp_path / "run", callback, fast_dev_run=1, limit_val_batches=0).fit(tiny.meanflow(), datamodule=data)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from emf_lightning.callbacks import FewStepSampling, StepSweep, WeightEMA
 from emf_lightning.data.shapes.scenes import scene_for
+from emf_lightning.evaluation.distances.diversity import VendiScore
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.dpg.dpg_bench import DpgBench
@@ -274,6 +275,7 @@ def test_the_sweep_takes_the_place_of_the_other_callbacks_test(shards, tmp_path)
     [
         ({"benchmarks": []}, "benchmarks is empty"),
         ({"benchmarks": [SuiteScore(SUITE), SuiteScore(SUITE)]}, "benchmarks of one name"),
+        ({"extra_metrics": [VendiScore(), VendiScore()]}, "two of extra_metrics have the name vendi_random"),
         ({"images_per_prompt": 0}, "images_per_prompt must be at least 1"),
         ({"steps": [0]}, "steps must be different whole numbers"),
     ],

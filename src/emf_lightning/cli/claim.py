@@ -58,7 +58,7 @@ def claim(
         out: directory of all trainings, and of claim.md, claim.json and claim.png.
         flow_matching: experiment of the parents.
         meanflow: experiment that adapts the parents.
-        options: further options for all trainings, e.g. '["--trainer.max_steps", "100"]'.
+        options: further options for all trainings, e.g. '["--data.batch_size", "32"]'; a grade's own settings win.
         pairs: number of caption-image pairs that measure discriminability.
         jobs: trainings at the same time, each with its share of the CPU's threads.
         train: false reports the finished trainings without training.
@@ -84,7 +84,7 @@ def claim(
         start: list[str] = []
         for kind, folder in trainings[seed, grade].items():
             if not _final_scores(folder):
-                common = [*settings[grade][kind], "--seed_everything", str(seed), *(options or [])]
+                common = [*(options or []), *settings[grade][kind], "--seed_everything", str(seed)]
                 fit(["--config", str(kinds[kind]), *common, *start], folder, jobs)
             start = ["--model.init_args.net.init_args.pretrained", str(folder / "network")]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from emf_lightning.cli.parsing.experiment_files import config_files, without_base
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.trainings import fit, run_in_parallel
@@ -61,10 +62,20 @@ class Training:
         """Configuration file of this run."""
         return self.folder / "compared.yaml"
 
+    @property
+    def record(self) -> Path:
+        """The settings of the experiment's and the overlays' files, as this run was trained with them."""
+        return self.folder / "trained.yaml"
+
     def check(self) -> None:
-        """Raises a ``ValueError`` where the folder holds a run of other files or settings."""
+        """Raises a ``ValueError`` where the folder holds a run of other files, or of files that have changed."""
         if self.file.is_file() and not holds_settings(self.file, self._config()):
             raise ValueError(f"out: {self.folder} holds a run of other files or settings; choose another folder")
+        if self.record.is_file() and not holds_settings(self.record, self._contents()):
+            raise ValueError(
+                f"out: {self.experiment}, or a file that it builds on, has changed since {self.folder} was trained; "
+                "choose another folder, or delete this one"
+            )
 
     def train(self, jobs: int = 1) -> None:
         """Trains in a separate process, so that its peak memory is the run's, unless the run is done."""
@@ -72,11 +83,20 @@ class Training:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.file, self._config())
-        # an experiment's own warm-up may be longer than a short run
-        warmup = ["--model.init_args.optimization.scheduler.init_args.warmup", "0"] if self.steps < SHORT else []
-        fit(["--config", str(self.file), *warmup], self.folder, jobs)
+        write_atomic(self.record, self._contents())
+        # an experiment's own warm-ups may be longer than a short run
+        warmups = [f"--{place}.warmup" for place in _warmups(self._settings())] if self.steps < SHORT else []
+        fit(["--config", str(self.file), *(part for name in warmups for part in (name, "0"))], self.folder, jobs)
         if not self.done:
             raise ValueError(f"the training in {self.folder} ended without {SUMMARY}; its output tells why")
+
+    def _settings(self) -> list[Any]:
+        """The settings of all files, oldest first."""
+        files = [file for top in (self.experiment, *self.overlays) for file in config_files(top)]
+        return [yaml.safe_load(without_base(file.read_text(encoding="utf-8"))) for file in files]
+
+    def _contents(self) -> str:
+        return yaml.safe_dump(self._settings(), sort_keys=False)
 
     def _config(self) -> str:
         """Content of the configuration file of this run."""
@@ -96,6 +116,27 @@ class Training:
             },
         }
         return yaml.safe_dump(config, sort_keys=False)
+
+
+def _warmups(settings: Sequence[Any]) -> list[str]:
+    """Places of the arguments of all learning-rate schedules that have a warm-up, in files that apply in this order."""
+
+    def merged(old: Any, new: Any) -> Any:
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return new
+        if new.get("class_path", old.get("class_path")) != old.get("class_path"):
+            return new  # another class, without the old one's arguments
+        return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+
+    def places(node: Any, place: str) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            schedule = "warmup" in value if isinstance(value, dict) else False
+            if key == "init_args" and (schedule or str(node.get("class_path")).endswith("WarmupCosine")):
+                yield f"{place}.init_args"
+            yield from places(value, f"{place}.{key}")
+
+    whole: Any = reduce(merged, settings, {})
+    return list(places(whole.get("model"), "model"))
 
 
 def compare(

@@ -244,7 +244,11 @@ def _models(
                 f"{list(model.noise_shape)}: the two share no noise; give models of one autoencoder and size"
             )
     exported = (run / INDEX).is_file()
-    folder = run.with_name(f"{run.resolve().name}-diagnosis") if exported else find_run(run).directory / "diagnosis"
+    folder = (
+        run.resolve().with_name(f"{run.resolve().name}-diagnosis")
+        if exported
+        else find_run(run).directory / "diagnosis"
+    )
     return folder, models, teacher, remark
 
 

@@ -68,7 +68,7 @@ def export(
     with replacing_folder(out) as partial:
         pipeline.save_pretrained(str(partial))
         pipeline.check_saved(partial)
-        for figure in sorted(run.glob("*/*.png")):
+        for figure in _figures(run):
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
         prompts = example_prompts(run, settings)
         if prompts:
@@ -82,6 +82,13 @@ def export(
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
     if push is not None:
         print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
+
+
+def _figures(run: Path) -> list[Path]:
+    """The run's figures and contact sheets, not the images that `emf predict` has written beside them."""
+    from emf_lightning.evaluation.folders.image_folder import PROMPTS
+
+    return [figure for figure in sorted(run.glob("*/*.png")) if not (figure.parent / PROMPTS).is_file()]
 
 
 def _settle_adapters(net: Any, merge: bool, push: str | None) -> None:

@@ -57,7 +57,7 @@ def score(
         dist.init_process_group("gloo", timeout=timedelta(days=1))
     selected = re.sub(r"\[[^]]*\]|[^\w.]+", "-", files).strip("-.")  # words of the pattern
     name = f"{metric.name}-{selected}" if selected else metric.name
-    directory = out or folder.with_name(f"{folder.resolve().name}-scores") / name
+    directory = out or folder.resolve().with_name(f"{folder.resolve().name}-scores") / name
     held = lock(directory, process()) if rank == 0 else nullcontext()
     with held, tqdm(desc=metric.title, total=len(images), unit="image", disable=rank > 0) as bar:
 

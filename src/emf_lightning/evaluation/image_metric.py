@@ -48,10 +48,22 @@ class ImageMetric(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, Any]] = []
+        self._no_rows: dict[str, Tensor] = {}
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
         """Adds a state of zeros, summed over ranks."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def add_list(self, name: str, *shape: int, dtype: torch.dtype) -> None:
+        """Adds a state of rows ``[N, *shape]``, one for each image, in a list that is concatenated over ranks."""
+        self.add_state(name, [], dist_reduce_fx="cat")
+        self._no_rows[name] = torch.zeros(0, *shape, dtype=dtype)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        for name, none in self._no_rows.items():  # torchmetrics would take a rank's empty list for a vector of fp32
+            if isinstance(state := getattr(self, name), list) and not state:
+                state.append(none.to(self.device))
+        super().sync(*args, **kwargs)
 
     @abstractmethod
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:

@@ -87,12 +87,16 @@ class ValidationCaptions(OwnPrompts):
 
 
 def chosen_benchmarks(
-    caller: str, benchmarks: Sequence[ImageMetric] | None, prompts: Path | list[str] | None
+    caller: str,
+    benchmarks: Sequence[ImageMetric] | None,
+    prompts: Path | list[str] | None,
+    extra_metrics: Sequence[ImageMetric] = (),
 ) -> list[ImageMetric]:
     """The benchmarks that a callback's arguments name, ``prompts`` as ``OwnPrompts``.
 
     Raises:
-        ValueError: for a benchmark without prompts, two of one name, or unusable ``prompts``.
+        ValueError: for a benchmark without prompts, two benchmarks or two ``extra_metrics`` of one name, or unusable
+            ``prompts``.
     """
     chosen = [*(benchmarks or []), *([] if prompts is None else [OwnPrompts(prompts)])]
     for benchmark in chosen:
@@ -102,4 +106,10 @@ def chosen_benchmarks(
     names = [benchmark.name for benchmark in chosen]
     if len(set(names)) < len(names):
         raise ValueError(f"{caller}: benchmarks of one name ({', '.join(names)}); give each another `name`, or one run")
+    extra = [metric.name for metric in extra_metrics]
+    if twice := next((name for name in extra if extra.count(name) > 1), None):
+        raise ValueError(
+            f"{caller}: two of extra_metrics have the name {twice}, under which scores are kept; leave one out, and "
+            "score its images in another run, or by `emf score` with --out"
+        )
     return chosen

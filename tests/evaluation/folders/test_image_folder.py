@@ -59,6 +59,21 @@ def test_the_list_that_predict_writes_names_the_prompts(tmp_path):
     assert [image.prompt for image in images] == [prompt.prompt for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (SuiteScore(SUITE), r"no prompt for 1 of .*00000-2step\.png among them"),
+        (Distance(), r"1 of the \d+ images are not in prompts\.jsonl, .*00000-2step\.png among them"),
+    ],
+)
+def test_images_that_an_earlier_call_has_left_are_named(tmp_path, metric, said):
+    write_listed(tmp_path)
+    scene_image(PROMPTS[0]).save(tmp_path / "00000-2step.png")
+    with pytest.raises(ValueError, match=said):
+        generated_images(tmp_path, metric)
+    assert len(generated_images(tmp_path, metric, "*-1step*")) == len(PROMPTS)
+
+
 @pytest.mark.parametrize("metadata", [True, False])
 def test_genevals_layout_is_known_with_and_without_its_records(tmp_path, metadata):
     for number, prompt in enumerate(PROMPTS):

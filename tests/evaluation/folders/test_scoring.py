@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+from emf_lightning.evaluation.distances.diversity import PromptDiversity, VendiScore
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage, generated_images
@@ -267,3 +268,25 @@ def test_memory_holds_a_batch_and_no_more(folder, tmp_path, monkeypatch):
     assert max(alive) == 5
     assert sum(alive) == len(images)
     assert sum(tensor.numel() for name in metric._defaults for tensor in [getattr(metric, name)]) == 3 * len(PROMPTS)
+
+
+def _one_worker(number: int, out: str, port_file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=number, world_size=2)
+    torch.set_num_threads(1)
+    found = []
+    for kind in (PromptDiversity, VendiScore):
+        metric = kind(RandomFeatures(width=8))
+        if number == 1:
+            metric.update(list(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)), ["a", "b"] * 3)
+        found.append(float(metric.compute()["score"]))
+        metric.reset()
+        assert metric.features == []
+    (Path(out) / f"of-{number}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_a_process_without_an_image_takes_part_in_every_score(tmp_path):
+    mp.start_processes(_one_worker, (str(tmp_path), str(tmp_path / "port")), nprocs=2, start_method="fork")
+    both = [json.loads((tmp_path / f"of-{number}.json").read_text()) for number in range(2)]
+    assert both[0] == both[1]
+    assert min(both[0]) > 0

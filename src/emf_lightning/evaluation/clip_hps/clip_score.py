@@ -50,7 +50,8 @@ class ClipScore(ImageMetric):
         quick_gelu: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.title = "clip", f"CLIP score ({model})"
+        self.name = "clip" if model == "ViT-L-14-quickgelu" else f"clip_{model}"
+        self.title = f"CLIP score ({model})"
         self._clip = load_clip("ClipScore", model, pretrained, quick_gelu, device)
         self.add_sum("totals", CLUSTERS)
         self.add_sum("images", CLUSTERS, dtype=torch.int64)

@@ -32,8 +32,8 @@ class _Diversity(ImageMetric):
         super().__init__()
         self._features = features or RandomFeatures()
         self.name, self.title = named_by_features(self, self._features)
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("keys", [], dist_reduce_fx="cat")
+        self.add_list("features", self._features.width, dtype=torch.float32)
+        self.add_list("keys", dtype=torch.int64)
 
     @abstractmethod
     def value(self, features: Tensor) -> Tensor:

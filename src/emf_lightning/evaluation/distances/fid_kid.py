@@ -119,7 +119,7 @@ class KernelDistance(FeatureSetMetric):
                 f"KernelDistance: reference {reference} has {self._images.count} images, fewer than subset_size="
                 f"{subset_size}; give more images or a smaller subset_size"
             )
-        self.add_state("keys", [], dist_reduce_fx="cat")
+        self.add_list("keys", dtype=torch.int64)
 
     def check_count(self, images: int) -> None:
         if self.reference is not None and images < self.subset_size:

@@ -97,7 +97,7 @@ class FeatureSetMetric(ReferenceMetric):
                 f"{type(self).__name__}: reference {reference} must be a folder of images: {self.asks_for_each} each "
                 "of them"
             )
-        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_list("features", self._features.width, dtype=torch.float32)
 
     def update(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> None:
         assert isinstance(self.features, list)

@@ -50,8 +50,8 @@ def generated_images(
         partial: whether prompts of the benchmark, or lines of ``prompts.jsonl``, may lack images.
 
     Raises:
-        ValueError: for missing images, or images that have different sampling settings, no prompt, or a prompt of
-            another benchmark.
+        ValueError: for missing images, images without a prompt where others have one or the metric needs it, images
+            of different sampling settings, or a prompt of another benchmark.
     """
     paths = [path for path in image_files(folder, "folder") if fnmatch(str(path.relative_to(folder)), files)]
     if not paths:
@@ -62,13 +62,19 @@ def generated_images(
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
     stated, own = _prompts(folder, paths, metric, listed), set(metric.prompts())
+    without = [path for path in paths if path not in stated]
+    if without and listed and not metric.needs_prompts:
+        raise ValueError(
+            f"folder: {len(without):,} of the {len(paths):,} images are not in {PROMPTS}, {without[0]} among them: an "
+            "earlier `emf predict` may have left them; delete them, or choose with --files"
+        )
     prompts, faults = {}, {}
     for path, prompt in stated.items():
         try:
             prompts[path] = prompt if isinstance(prompt, str) and prompt in own else _usable(prompt)
         except UnusableSampleError as reason:
             faults[path] = str(reason) if metric.needs_prompts else ""
-    if metric.needs_prompts and (without := [path for path in paths if path not in stated]):
+    if without and metric.needs_prompts:
         raise ValueError(
             f"folder: no prompt for {len(without):,} of {len(paths):,} images, {without[0]} among them; known layouts: "
             f"{PROMPTS} with lines of `file` and `prompt`, as `emf predict` writes it; GenEval's 00012/metadata.jsonl "
