@@ -12,6 +12,7 @@ from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.cache_filling import CacheFiller
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.decoding import SquareTransform
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.base import TextEncoder
@@ -106,6 +107,31 @@ def test_captions_alone_need_no_image_to_be_decoded(shards, tmp_path):
     data = make(WordEncoder(width=8, length=4), [write_tar(tmp_path / "x.tar", members)], tmp_path, latent_cache=None)
     assert fill(data) == (1, 0)
     assert data.cache.fetch("a red cube") is not None
+
+
+def test_captions_without_images_have_a_size_as_well(tmp_path):
+    shards = [write_tar(tmp_path / "x.tar", {"0.txt": b"a red cube", "1.txt": b"a blue ball"})]
+    data = make(WordEncoder(width=8, length=4), shards, tmp_path, latent_cache=None, images=False)
+    (option, *_) = CacheFiller(data, CPU).options(2)["features"]
+    assert option.size > 0
+    assert fill(data) == (2, 0)
+
+
+def test_other_limits_of_images_do_not_find_the_latents_of_images_beyond_them(tmp_path):
+    members = {}
+    for number in range(8):
+        size = (SIDE, SIDE) if number % 2 else (10 * SIDE, SIDE)
+        members |= {f"{number}.png": noise_image(number, size), f"{number}.txt": b"a ball"}
+    shards = [write_tar(tmp_path / "x.tar", members)]
+
+    def trained(**options) -> int:
+        data = make(WordEncoder(width=8, length=4), shards, tmp_path, batch_size=2, **options)
+        data.setup("fit")
+        return sum(len(batch) for batch in data.train_dataloader())
+
+    assert fill(make(WordEncoder(width=8, length=4), shards, tmp_path)) == (8, 0)
+    assert trained() == 8
+    assert trained(image_limits=ImageLimits(max_aspect_ratio=3)) == 4
 
 
 def test_options_state_the_size_and_the_measured_error_of_each_dtype(encoder, shards, tmp_path):

@@ -36,6 +36,19 @@ def test_a_held_out_share_validates_and_the_rest_trains(make, tmp_path: Path) ->
     assert len(trained) == (44 - len(validated)) // 4 * 4  # whole batches
 
 
+def test_a_share_that_is_gone_on_resuming_is_noticed(tmp_path: Path) -> None:
+    texts_beside(tmp_path / "set")
+    loaders = []
+    for share in (0.3, 0.0, 0.3):
+        module = data(str(tmp_path / "set"), validation_share=share)
+        module.setup("fit")
+        loaders.append(module.train_dataloader())
+    for first, second in ((0, 1), (1, 2)):
+        state = loaders[first].state_dict()
+        with pytest.warns(UserWarning, match="resumed with other validation_share than the checkpoint's"):
+            loaders[second].load_state_dict(state)
+
+
 def test_a_share_of_nothing_and_two_sources_of_validation_are_refused(tmp_path: Path) -> None:
     texts_beside(tmp_path / "set")
     for share in (-0.1, 1.0):

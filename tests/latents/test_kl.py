@@ -25,6 +25,16 @@ def test_latents_are_the_scaled_mean_and_decode_as_the_stock_model_does(case):
         assert torch.allclose(latents.decode(z), stock.decode(mean).sample.clamp(-1, 1), atol=1e-4)
 
 
+def test_tiles_change_decoded_images_and_no_latents(tmp_path):
+    pipelines.vae(tmp_path, sample_size=16)
+    whole, tiled = KLAutoencoder(str(tmp_path)), KLAutoencoder(str(tmp_path), tiling=True)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    z = whole.encode(images)
+    assert torch.equal(tiled.encode(images), z), "both share the entries of a cache"
+    assert not torch.equal(tiled.decode(z), whole.decode(z))
+    assert tiled.model.use_tiling
+
+
 def test_it_stays_frozen_and_in_eval_mode(case):
     latents = case[1].train()
     assert not latents.model.training

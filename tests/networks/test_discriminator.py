@@ -5,7 +5,10 @@ import torch
 
 from emf_lightning.flow.objectives.adversarial import discriminator_loss
 from emf_lightning.networks.discriminator import ConvDiscriminator
+from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
 from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+from tests.networks.test_two_time import backbones, network
+from tests.networks.test_two_time import inputs as backbone_inputs
 
 
 def generator(side: int = 8) -> SanaFlowMap:
@@ -73,3 +76,13 @@ def test_it_learns_to_tell_two_distributions_apart_under_r1():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match="ConvDiscriminator"):
         ConvDiscriminator(generator(), **settings)
+
+
+@backbones
+def test_heads_read_the_features_of_every_network_and_take_the_penalty(name):
+    net = FeatureDiscriminator(network(name, None), width=8)
+    z, _, t, *text = backbone_inputs(name)
+    assert net(z, t, *text).shape == (3,)
+    terms = discriminator_loss(lambda x: net(x, t, *text), z, 0 * z, gamma=0.1)
+    terms.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.heads.parameters())

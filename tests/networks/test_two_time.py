@@ -18,6 +18,7 @@ from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import Times
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.flow.weighting import AdaptiveWeighting
+from emf_lightning.modules.checkpoint import PARAMETRIZATION, described, disagreement, parametrization_of
 from emf_lightning.networks.auraflow import AuraFlowArchitecture, AuraFlowFlowMap
 from emf_lightning.networks.backbone import BackboneFlowMap
 from emf_lightning.networks.finetuning import Finetuning
@@ -314,3 +315,22 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     assert torch.allclose(gradients(gradient_checkpointing=True), gradients(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BY_BLOCKS)
+def test_weights_with_a_rule_by_blocks_are_not_taken_for_a_network_of_one_time(name, tmp_path):
+    decoupled, anchored = network(name, DecoupledInterval(1)), network(name, AnchoredInterval())
+    decoupled.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"knows intervals; set net\.init_args\.interval to DecoupledInterval"):
+        network(name, None, pretrained=str(tmp_path))
+    saved = parametrization_of({PARAMETRIZATION: decoupled.parametrization})
+    assert "its interval is DecoupledInterval" in str(disagreement(saved, described(network(name, None))))
+    of_one_time = parametrization_of({PARAMETRIZATION: network(name, None).parametrization})
+    assert disagreement(of_one_time, described(anchored)) is None, "a network that learns intervals starts from it"
+
+
+@pytest.mark.parametrize("interval", [DecoupledInterval(1), AnchoredInterval(), SummedInterval()])
+def test_a_network_that_forgets_its_intervals_is_one_of_one_time(interval):
+    net, (z, r, t, *rest) = stir(network("SD3", interval)), inputs("SD3")
+    net.refit_time(5.0)
+    assert torch.equal(call(net, z, r, t, *rest), call(net, z, t, t, *rest))

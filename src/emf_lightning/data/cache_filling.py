@@ -71,7 +71,7 @@ class CacheFiller:
         self.data = data
         self.device = device
         self.shards = data.training_sources
-        data.encoder.open_caches(str(data.transform))
+        data.open_caches()
         data.encoder.device = device
         caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
         lanes = max(data.num_workers, 1)
@@ -100,7 +100,7 @@ class CacheFiller:
         Raises ``ValueError`` if the shards give no batch.
         """
         data = self.data
-        batch = next(iter(data.stream(self.shards))).to(self.device)
+        batch = next(iter(data.stream(self.shards, images=data.images))).to(self.device)
         if not len(batch):
             raise ValueError(f"data.shards: no usable sample in {len(self.shards)} shards ({self.shards[0]}, ...)")
         uncached = BatchEncoder(data.text, data.autoencoder, None, None, data.resolution, device=self.device)

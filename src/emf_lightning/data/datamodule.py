@@ -175,7 +175,7 @@ class CaptionImageData(LightningDataModule):
         return self._encoder.latent_size
 
     def setup(self, stage: str) -> None:
-        self._encoder.open_caches(str(self.transform))
+        self.open_caches()
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
             self._train = self._loader(self.training_sources, self.num_workers, share=self.validation_share, **options)
@@ -261,6 +261,14 @@ class CaptionImageData(LightningDataModule):
         options |= {"member_mb": self.member_mb, "image_limits": self.image_limits}
         options |= {"caption_column": self.caption_column}
         return ShardStream(shards, self.transform, self.batch_size, **options)
+
+    def open_caches(self) -> None:
+        """Binds the caches to the frozen parts, and to images after the transform and within their limits.
+
+        Images whose latents are cached are not opened, so that other limits must not find these latents.
+        """
+        limits = "" if self.image_limits == ImageLimits() else f" {self.image_limits}"  # keys as before for the default
+        self._encoder.open_caches(f"{self.transform}{limits}")
 
     def train_dataloader(self) -> ShardLoader:
         assert self._train is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +57,17 @@ class PublishedAutoencoder(Autoencoder):
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents, shifted and scaled, fp32."""
-        with without_autocast(images):
+        with without_autocast(images), self._untiled():
             return (self._encode(images.to(self.model.dtype)).float() - self.shift) * self.scale
+
+    @contextmanager
+    def _untiled(self) -> Iterator[None]:
+        """A context without tiles, which would change the latents, and with them the meaning of a cache's entries."""
+        tiling, self.model.use_tiling = getattr(self.model, "use_tiling", False), False
+        try:
+            yield
+        finally:
+            self.model.use_tiling = tiling
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, fp32, clamped to [-1, 1]."""

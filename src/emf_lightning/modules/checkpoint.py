@@ -142,7 +142,7 @@ def parametrization_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(net: FlowMapNetwork) -> dict[str, Any]:
     """The description of a network, as ``parametrization_of`` reads it from a checkpoint."""
-    return _PLAIN | net.parametrization
+    return _PLAIN | {"interval": "none"} | net.parametrization
 
 
 def check_parametrization(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -142,6 +142,8 @@ class BackboneFlowMap(DiffusersFlowMap):
             embedding = self.model.get_submodule(self.places.embedding)
             if self.interval.embeds_length:
                 delattr(embedding, INTERVAL)
+            if self.two_times is not None:
+                self.two_times.remove()
             self.interval = self.two_times = None
             self.takes_interval = False
         self._record()
@@ -157,11 +159,14 @@ class BackboneFlowMap(DiffusersFlowMap):
     def _load_interval(self, weights: PretrainedWeights) -> None:
         """The second time embedding's weights, where the network knew intervals; otherwise it stays a copy of t's."""
         prefix = f"{self.places.embedding}.{INTERVAL}."
+        rule, remedy = self.diffusers_model.config.get("_flow_interval"), "set net.init_args.interval"
+        known = self.interval is not None or not rule  # a rule by blocks has no weights of its own
+        require(self, known, f"{weights} knows intervals; {remedy} to {rule}")
         if on_meta_device():
             return
         read = tensors_of(weights.path, prefix, subfolder=weights.subfolder, stem="diffusion_pytorch_model")
         ours = None if self.interval is None or not self.interval.embeds_length else self._interval_embedding()
-        require(self, not read or ours is not None, f"{weights} knows intervals; set net.init_args.interval")
+        require(self, not read or ours is not None, f"{weights} knows intervals; {remedy}")
         if ours is not None and read:
             ours.load_state_dict(read)
 

@@ -92,6 +92,9 @@ class FeatureDiscriminator(Discriminator):
 
 
 def _tokens(output: Any) -> Tensor:
-    """A block's output as tokens ``[B, N, D]``: its last tensor, of an image ``[B, D, H, W]`` the pixels."""
-    tensor: Tensor = output if isinstance(output, Tensor) else output[-1]
+    """A block's output as tokens ``[B, N, D]``: its last tensor, of an image ``[B, D, H, W]`` the pixels.
+
+    Down blocks of UNets have a tuple of residuals behind the tensor.
+    """
+    tensor: Tensor = output if isinstance(output, Tensor) else [one for one in output if isinstance(one, Tensor)][-1]
     return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor

@@ -298,6 +298,46 @@ def test_classes_and_named_columns_are_captions(tmp_path: Path) -> None:
     assert captions((shard,), caption_column="alt") == ["other"]
 
 
+def test_a_named_column_comes_before_a_text_beside_it(tmp_path: Path) -> None:
+    """img2dataset writes both: the alternative text, and a record of all columns."""
+    members = {}
+    for number, record in enumerate([{"caption": "alt", "llava": "long"}, {"caption": "alt"}]):
+        members |= {f"{number}.png": noise_image(number), f"{number}.txt": b"alt"}
+        members |= {f"{number}.json": json.dumps(record).encode()}
+    shard = write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "pictures").mkdir()
+    for name, content in members.items():
+        (tmp_path / "pictures" / name).write_bytes(content)
+    for source in (shard, str(tmp_path / "pictures")):
+        for column, expected in ((None, ["alt", "alt"]), ("llava", ["alt", "long"])):
+            sources = open_sources(source, "shards", caption_column=column)
+            assert sorted(captions(sources, caption_column=column)) == expected
+
+
+def test_parquet_columns_of_other_kinds_do_not_matter(tmp_path: Path) -> None:
+    large = pyarrow.large_list(pyarrow.large_string())
+    table = pyarrow.table(
+        {
+            "jpg": pyarrow.array([noise_image(0), noise_image(1)]),
+            "caption": pyarrow.array([["one"], ["two"]], type=large),
+            "counts": pyarrow.array([[("a", 1)], []], type=pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert captions(open_sources(str(tmp_path / "x.parquet"), "shards")) == ["one", "two"]
+
+
+def test_a_later_parquet_file_without_the_columns_is_named_in_the_count(tmp_path: Path) -> None:
+    for name, column in (("a", "caption"), ("b", "alt")):
+        rows = [{"jpg": noise_image(0), column: name}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    sources = open_sources([str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")], "shards")
+    assert captions(sources) == ["a"]
+    (reason,) = skipped(sources)
+    assert reason.startswith("parquet file without its columns (has the columns jpg, alt, but none named")
+    assert "data.caption_column" in reason
+
+
 def test_unusable_rows_and_damaged_parquet_files_are_counted(tmp_path: Path) -> None:
     texts = ["good", None, " ", "no picture", "corrupt", "good too"]
     images = [{"bytes": noise_image(n), "path": None} for n in range(6)]

@@ -32,11 +32,11 @@ class UnusableSampleError(Exception):
 
 
 def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, epoch: int = 0) -> str:
-    """The sample's caption: of its row, its txt member, or its JSON member's ``column``.
+    """The sample's caption.
 
-    Of several captions each pass ``epoch`` takes the next, the first by ``seed``. Without ``column`` it is "caption",
-    "prompt" or "text". Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not
-    UTF-8.
+    It is that of its row, of the JSON member's ``column`` where that is given and there, of the txt member, or of the
+    JSON member's "caption", "prompt" or "text". Of several captions each pass ``epoch`` takes the next, the first by
+    ``seed``. Raises ``UnusableSampleError`` for a missing or empty caption, broken JSON, or text that is not UTF-8.
     """
     captions = decode_captions(sample, column)
     if len(captions) == 1:
@@ -48,9 +48,9 @@ def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, 
 def decode_captions(sample: TarSample, column: str | None = None) -> list[str]:
     """All usable captions of the sample, which ``decode_caption`` takes in turns; its errors where there is none."""
     captions: Any = list(sample.captions)
-    if not captions and sample.text is None and sample.json is not None:
+    if not captions and sample.json is not None and (column is not None or sample.text is None):
         captions = _field(sample.json, CAPTION_KEYS if column is None else (column,))
-    elif not captions:
+    if not captions:
         captions = sample.text
     usable, reason = [], UnusableSampleError("missing caption")
     for caption in reversed(captions if isinstance(captions, list) else [captions]):

@@ -206,7 +206,8 @@ class ShardLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at ``state``; with other shards, shuffle, ranks or workers, at the start of the next pass."""
         identity = self._identity()
-        changed = [name for name in identity if state["identity"].get(name) != identity[name]]
+        names = [*identity, *({"validation_share"} & state["identity"].keys() - identity.keys())]
+        changed = [name for name in names if state["identity"].get(name) != identity.get(name)]
         own = state["ranks"][min(self.stream.rank, len(state["ranks"]) - 1)]
         self.skipped = Counter(own["skipped"])
         if changed:

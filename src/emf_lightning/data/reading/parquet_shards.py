@@ -20,6 +20,10 @@ ROWS = 16
 Caption = str | list[Any] | None
 
 
+class MissingColumnError(ValueError):
+    """A parquet file without a column of pictures, or of captions."""
+
+
 @dataclass(frozen=True)
 class ParquetShard:
     """A parquet file with a column of pictures and one of captions, of lists of captions, or of classes.
@@ -89,6 +93,8 @@ class ParquetShard:
                     if row % parts == part and wanted(f"{self.identity}/{row}"):
                         yield self._sample(row, image, caption, member_mb)
             return
+        except MissingColumnError as error:
+            fault = f"parquet file without its columns ({error})"
         except (OSError, ValueError) as error:  # pyarrow's own are among them
             fault = f"unreadable shard ({type(error).__name__})" if isinstance(error, OSError) else "damaged shard"
         except Exception as error:  # each kind of URL has errors of its own
@@ -140,21 +146,18 @@ class ParquetShard:
     def _columns(self, schema: Any) -> tuple[str | None, str, Callable[[Any], Caption]]:
         """The columns of pictures and captions, and the caption of a value; ValueError if one is missing."""
         import pyarrow
-        from datasets import Features, Image
-
-        features = Features.from_arrow_schema(schema)
 
         def is_picture(name: str) -> bool:
             kind = schema.field(name).type
             bytes_ = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
             struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-            return isinstance(features[name], Image) or bytes_ or struct
+            return bytes_ or struct
 
         named = [self.image_column] if self.image_column is not None else schema.names
         pictures = [name for name in named if name in schema.names and is_picture(name)]
         if len(pictures) != 1 and (self.images or pictures):
             known = "none of pictures" if not pictures else f"several of pictures ({', '.join(pictures)})"
-            raise ValueError(
+            raise MissingColumnError(
                 f"has the columns {', '.join(schema.names)}, {known}"
                 + (f" named {self.image_column!r}" if self.image_column is not None else "")
                 + "; name it with data.image_column"
@@ -162,24 +165,30 @@ class ParquetShard:
         names = CAPTIONS if self.caption_column is None else (self.caption_column,)
         caption = next((name for name in names if name in schema.names), None)
         if caption is None:
-            raise ValueError(
+            raise MissingColumnError(
                 f"has the columns {', '.join(schema.names)}, but none named {' or '.join(names)}; name the captions' "
                 "with data.caption_column"
             )
-        return (pictures or [None])[0], caption, _caption_of(caption, schema.field(caption).type, features)
+        return (pictures or [None])[0], caption, _caption_of(caption, schema)
 
 
 def _converted(caption_of: Callable[[Any], Caption], value: Any) -> Caption:
     return caption_of(value.as_py())
 
 
-def _caption_of(column: str, kind: Any, features: Any) -> Callable[[Any], Caption]:
+def _caption_of(column: str, schema: Any) -> Callable[[Any], Caption]:
     import pyarrow
+    from datasets import Features
+
+    kind = schema.field(column).type
 
     def is_text(kind: Any) -> bool:
         return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
-    if is_text(kind) or (pyarrow.types.is_list(kind) and is_text(kind.value_type)):
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    if is_text(kind) or (is_list and is_text(kind.value_type)):
         return lambda value: value
+    # of this column alone: others may be of kinds that `datasets` does not know
+    features = Features.from_arrow_schema(pyarrow.schema([schema.field(column)], schema.metadata))
     of_row = caption_function(SimpleNamespace(features=features), column)
     return lambda value: of_row({column: value})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput, Modulation, combined
@@ -73,6 +74,7 @@ class TwoTimeEmbedding:
         self.ignored = False
         self._times: tuple[Tensor, Tensor] | None = None
         self._sinusoid: nn.Module | None = None
+        self._hooks: list[RemovableHandle] = []
         if places.sinusoid is not None and (rule.blocks_at_t is None or places.conditioning == places.embedding):
             self._sinusoid = model.get_submodule(places.sinusoid)
         if rule.blocks_at_t is not None:
@@ -81,7 +83,12 @@ class TwoTimeEmbedding:
         embedding = model.get_submodule(places.embedding)
         if rule.embeds_length and not hasattr(embedding, INTERVAL):
             embedding.add_module(INTERVAL, copy.deepcopy(embedding).requires_grad_(True))
-        embedding.register_forward_hook(self._join, with_kwargs=True)
+        self._hooks = [embedding.register_forward_hook(self._join, with_kwargs=True)]
+
+    def remove(self) -> None:
+        """Takes the second time input out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def at(self, r: Tensor, t: Tensor) -> Iterator[None]:
@@ -117,14 +124,14 @@ class TwoTimeEmbedding:
                 f"{self.rule.__class__.__name__}: {name}'s blocks share no time embedding that it could split"
             )
         require(self.rule, at_t <= len(blocks), f"blocks={at_t}, but the network has {len(blocks)}")
-        model.get_submodule(places.conditioning).register_forward_hook(self._join, with_kwargs=True)
+        self._hooks = [model.get_submodule(places.conditioning).register_forward_hook(self._join, with_kwargs=True)]
         takers = [(block, places.argument, int(i >= at_t)) for i, block in enumerate(blocks)]
         if places.output_norm is not None:
             takers.append((model.get_submodule(places.output_norm[0]), places.output_norm[1], 1))
         for module, argument, half in takers:
             position = list(inspect.signature(module.forward).parameters).index(argument)
             take = partial(_take_half, argument=argument, position=position, half=half)
-            module.register_forward_pre_hook(take, with_kwargs=True)
+            self._hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
 
 
 @contextmanager
