@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -92,3 +94,24 @@ def test_any_step_times_have_one_step_any_interval_and_none():
 def test_any_step_times_of_one_step_are_intervals_at_any_batch(batch):
     sampler = AnyStepTimes()
     assert sampler.one_step(batch) <= sampler(batch, 0.0, CPU).n_interval
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("batch", range(1, 33))
+def test_shares_that_make_up_the_whole_are_taken_and_kept_apart(share, batch):
+    times = LogitNormalTimes(flow_matching_ratio=Schedule(1 - share), consistency_ratio=share)(batch, 0.0, CPU)
+    assert (times.r[times.n_interval :] == times.t[times.n_interval :]).all()
+    any_step = AnyStepTimes(share, Schedule(1 - share))
+    times = any_step(batch, 0.0, CPU)
+    assert any_step.one_step(batch) <= times.n_interval
+    assert (times.t[times.n_interval :] < 1).all()
+
+
+def test_a_batch_too_small_for_an_interval_is_noticed():
+    with pytest.warns(UserWarning, match=r"batches of 2 train the velocity alone, .* take batches of at least 3"):
+        LogitNormalTimes()(2, 0.0, CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LogitNormalTimes()(3, 0.0, CPU).n_interval == 1
+        LogitNormalTimes(flow_matching_ratio=Schedule(1.0, 0.5))(2, 0.0, CPU)  # no intervals yet
+        LogitNormalTimes(flow_matching_ratio=Schedule(1.0))(2, 0.0, CPU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +57,7 @@ class TimeSampler(ABC):
         for ratio in (flow_matching_ratio(0.0), flow_matching_ratio(1.0)):
             if not 0 <= ratio <= 1:
                 raise ValueError(f"{type(self).__name__}: flow_matching_ratio must lie in [0, 1], got {ratio}")
-            if not 0 <= consistency_ratio <= 1 - ratio:
+            if not 0 <= consistency_ratio <= 1 - ratio + 1e-9:  # .1 of .9 is more than 1 - .9 in floating point
                 raise ValueError(
                     f"{type(self).__name__}: samples with r = 0 are some of those with r < t, so consistency_ratio "
                     f"must lie in [0, 1 - flow_matching_ratio]; got {consistency_ratio}, and flow_matching_ratio is "
@@ -85,8 +87,16 @@ class TimeSampler(ABC):
         """
         a, b = self.sample(batch, progress, device)
         n = round((1 - self.flow_matching_ratio(progress)) * batch)
+        share = 1 - min(self.flow_matching_ratio(0.0), self.flow_matching_ratio(1.0))
+        if share > 0 and round(share * batch) == 0:
+            warnings.warn(
+                f"{type(self).__name__}: batches of {batch} train the velocity alone, as no sample has r < t "
+                f"at flow_matching_ratio {1 - share:g}; take batches of at least {math.floor(0.5 / share) + 1}, or "
+                "another ratio",
+                stacklevel=2,
+            )
         t, r = torch.maximum(a, b), torch.minimum(a, b)
-        r[: round(self.consistency_ratio * batch)] = 0
+        r[: min(round(self.consistency_ratio * batch), n)] = 0
         t = torch.cat([t[:n], a[n:]])
         return Times(r=torch.cat([r[:n], a[n:]]), t=t, n_interval=n)
 
@@ -182,7 +192,8 @@ class AnyStepTimes(TimeSampler):
 
     def one_step(self, batch: int) -> int:
         """How many of ``batch`` samples have t = 1 and r = 0."""
-        return round(self.consistency_ratio * batch)
+        ratio = max(self.flow_matching_ratio(0.0), self.flow_matching_ratio(1.0))
+        return min(round(self.consistency_ratio * batch), round((1 - ratio) * batch))
 
     def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """t uniform on (0, 1), and r uniform on (0, t)."""

@@ -105,6 +105,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             checkpoints.load_network(self.net, init_from)
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
+            if velocity.teacher is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: the objective's TeacherVelocity holds another module's network; make an "
+                    "objective for each module, or give the teacher: TeacherVelocity(teacher)"
+                )
             velocity.teacher = FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
 

@@ -232,6 +232,20 @@ def test_dropout_masks_are_the_same_in_u_and_its_derivative(derivative):
     assert not torch.allclose(value[:N], velocity(net.eval(), context, mask)(z, r, t)[:N], atol=1e-3)
 
 
+@pytest.mark.parametrize("central", [True, False])
+def test_difference_quotients_drop_the_same_units_in_all_passes(central):
+    net = network(dropout=0.3).train()
+    z, r, t, v, context, mask = inputs()
+    u = velocity(net, context, mask)
+    found = []
+    for derivative in (FiniteDifference(1e-3, central=central), ForwardMode()):
+        torch.manual_seed(3)
+        found.append(derivative(u, z, r, t, v, N))
+    (value, quotient), (expected, dudt) = found
+    assert torch.allclose(value, expected, atol=1e-6)
+    assert error([quotient], [dudt]) < 0.02
+
+
 def test_gradient_checkpointing_changes_nothing():
     net = network()
     plain = gradient(net, ForwardMode())

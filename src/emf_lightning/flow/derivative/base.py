@@ -60,14 +60,14 @@ class Derivative(ABC):
         if n == 0:
             return u(z, r, t), torch.zeros_like(z[:0])
         first = slice_velocity(u, slice(n), len(z))
-        before = _random_state(z.device)
+        before = random_state(z.device)
         with fresh_casts(), self.timer:
             dudt = self.jvp(first, z[:n], r[:n], t[:n], v[:n])
-        if before is None or _same(before, after := _random_state(z.device)):
+        if before is None or _same(before, after := random_state(z.device)):
             return u(z, r, t), dudt
-        _set_random_state(before, z.device)
+        set_random_state(before, z.device)
         value = first(z[:n], r[:n], t[:n])
-        assert after is not None and _same(after, _random_state(z.device)), "both passes draw the same numbers"
+        assert after is not None and _same(after, random_state(z.device)), "both passes draw the same numbers"
         return with_other_samples(value, u, z, r, t), dudt
 
     def _autocast(self, z: Tensor) -> AbstractContextManager[object]:
@@ -90,7 +90,7 @@ def check_times(r: Tensor, t: Tensor) -> None:
         raise TypeError(f"times must be fp32, got {r.dtype} and {t.dtype}: rounded, t - r and its derivative are noise")
 
 
-def _random_state(device: torch.device) -> list[Tensor] | None:
+def random_state(device: torch.device) -> list[Tensor] | None:
     """States of the generators that a network on ``device`` may use; None under compilation."""
     if torch.compiler.is_compiling():
         return None
@@ -98,7 +98,7 @@ def _random_state(device: torch.device) -> list[Tensor] | None:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emf_lightning.flow.derivative.base import Derivative, Precision
+from emf_lightning.flow.derivative.base import Derivative, Precision, random_state, set_random_state
 from emf_lightning.flow.velocity import Velocity
 
 
@@ -50,7 +50,11 @@ class FiniteDifference(Derivative):
                 raise ValueError(_TOO_COARSE.format(torch.get_autocast_dtype(z.device.type)))
             h = self.step
             back = h if self.central else 0.0
-            ahead, behind = u(z + h * v, r, t + h), u(z - back * v, r, t - back)
+            before = random_state(z.device)
+            ahead = u(z + h * v, r, t + h)
+            if before is not None:  # dropout of the same units in both
+                set_random_state(before, z.device)
+            behind = u(z - back * v, r, t - back)
         if torch.finfo(ahead.dtype).eps > torch.finfo(torch.float32).eps:
             raise ValueError(_TOO_COARSE.format(ahead.dtype))
         return (ahead - behind) / (h + back)
