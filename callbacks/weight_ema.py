@@ -52,11 +52,15 @@ class WeightEMA(EMAWeightAveraging):
             update_starting_at_epoch,
             **kwargs,
         )
-        if warmup:
-            self._kwargs["avg_fn"] = partial(_warmed_up, decay)
+        self._kwargs["avg_fn"] = partial(_averaged, decay, warmup)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
+                raise ValueError(
+                    "ModelCheckpoint: save_weights_only would save the last step's weights, and not the averages of "
+                    "WeightEMA, whose scores are logged; leave it out, and take the weights from `emf export`"
+                )
             pl_module.configure_model()  # shards the module, where it is sharded, before its weights are copied
             super().setup(trainer, _Weights(pl_module), stage)
             if self._average_model is not None and self._device is None:
@@ -92,8 +96,12 @@ class WeightEMA(EMAWeightAveraging):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
-def _warmed_up(decay: float, average: Tensor, live: Tensor, averaged: Tensor | int) -> Tensor:
-    return average.lerp(live, 1 - min(decay, (1 + int(averaged)) / (10 + int(averaged))))
+def _averaged(decay: float, warmup: bool, average: Tensor, live: Tensor, averaged: Tensor | int) -> Tensor:
+    """The next average; integers, such as positions, are the live ones, and what never changes keeps its bits."""
+    if not average.is_floating_point():
+        return live
+    kept = min(decay, (1 + int(averaged)) / (10 + int(averaged))) if warmup else decay
+    return average.lerp(live, 1 - kept)
 
 
 def _read_live(trainer: Trainer, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from emf_lightning.callbacks import WeightEMA
@@ -49,3 +50,37 @@ def test_warmup_averages_over_a_share_of_the_training(tmp_path):
         expected = expected.lerp(live, 1 - min(0.3, (1 + n) / (10 + n)))
     assert not torch.equal(lives[-1], lives[0])
     torch.testing.assert_close(next(average._average_model.module.net.parameters()), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_integers_and_what_never_changes_keep_their_bits(warmup):
+    average = WeightEMA(decay=0.9995, warmup=warmup)._kwargs["avg_fn"]
+    positions, weight = torch.arange(77), torch.randn(1000)
+    kept = weight.clone()
+    for n in range(1, 200):
+        positions, kept = average(positions, torch.arange(77), n), average(kept, weight, n)
+    assert torch.equal(positions, torch.arange(77))
+    assert torch.equal(kept, weight)
+
+
+def test_files_of_the_last_steps_weights_are_refused(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True)
+    trainer = tiny.trainer(tmp_path / "run", WeightEMA(), saving, enable_checkpointing=True)
+    with pytest.raises(ValueError, match="save_weights_only would save the last step's weights"):
+        trainer.fit(tiny.meanflow(), datamodule=tiny.data(tiny.shards(tmp_path / "shards")))
+
+
+def test_a_run_that_goes_on_without_averages_starts_from_the_last_steps_weights(tmp_path):
+    shards = tiny.shards(tmp_path / "shards")
+
+    def fit(name: str, steps: int, *callbacks: Callback, ckpt_path: str | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        module = tiny.meanflow()
+        trainer = tiny.trainer(tmp_path / name, *callbacks, max_steps=steps, enable_checkpointing=bool(callbacks))
+        trainer.fit(module, datamodule=tiny.data(shards), ckpt_path=ckpt_path)
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    saving = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)
+    fit("averaged", 2, WeightEMA(decay=0.5), saving)
+    resumed = fit("on", 4, ckpt_path=str(tmp_path / "saved/last.ckpt"))
+    assert all(map(torch.equal, resumed, fit("whole", 4)))

@@ -188,6 +188,10 @@ LINEAR = "{class_path: torch.optim.lr_scheduler.LinearLR}"
         (SCHEDULER % ("torch.optim.lr_scheduler.LinearLR", "total_iters: 9"), "9 steps (total_iters), but"),
         (SCHEDULER % ("torch.optim.lr_scheduler.OneCycleLR", "max_lr: 1, total_steps: 40"), "steps (pct_start of"),
         (SCHEDULER % ("tests.cli.test_habits.Slow", "warmup_steps: 3"), "Slow raises the learning rate for 3 steps"),
+        (
+            SCHEDULER % ("WarmupCosine", "total: 1, warmup: 0, final: 0"),
+            "falls to 0 of the rate within 1 steps, and training",
+        ),
         (CALLBACK % ("SaveNetwork", "time_scale: 5"), "PixelNet has no time embedding to fit; leave it out"),
         (CALLBACK % ("SaveNetwork", "time_scale: -5"), "SaveNetwork: time_scale must be positive"),
         (CALLBACK % ("SaveEncoder", ""), "SaveEncoder: only EncoderTuning trains an encoder"),

@@ -131,18 +131,17 @@ def test_joint_training_refuses_a_network_that_its_regression_cannot_train(net):
 
 
 @pytest.mark.parametrize("kind", [FlowMapModule, JointDistillation])
-def test_a_given_teacher_stays_and_an_own_one_belongs_to_one_module(net, kind):
-    def module(velocity):
-        objective = MeanFlow(velocity=velocity)
-        return kind(net, JointObjective(regression=objective) if kind is JointDistillation else objective)
-
-    given, own = TeacherVelocity(lambda z, r, t, *context: -z), TeacherVelocity()
+def test_a_given_teacher_stays_and_an_own_one_is_the_last_modules(net, kind):
+    given = TeacherVelocity(lambda z, r, t, *context: -z)
     teacher = given.teacher
-    module(given), module(given)
+    own, other = TeacherVelocity(), copy.deepcopy(net)
+    torch.nn.init.zeros_(other.transformer.proj_out.weight)
+    for velocity in (given, own):
+        for network in (net, other):
+            objective = MeanFlow(velocity=velocity)
+            kind(network, JointObjective(regression=objective) if kind is JointDistillation else objective)
     assert given.teacher is teacher
-    module(own)
-    with pytest.raises(ValueError, match="holds another module's network; make an objective for each module"):
-        module(own)
+    assert not own.teacher.net.transformer.proj_out.weight.any(), "a copy of the second network"
 
 
 @pytest.mark.parametrize("velocity", [TeacherVelocity(), SelfVelocity()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -72,6 +73,8 @@ class EncoderTuning(FlowMapModule):
 
     def configure_model(self) -> None:
         """Takes the datamodule's encoder, which also encodes captions for validation and sampling."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError("EncoderTuning: ModelParallelStrategy shards one network, and here are two: set ddp")
         super().configure_model()
         if self.encoder is not None:
             return

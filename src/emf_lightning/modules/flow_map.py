@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -105,11 +106,6 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             checkpoints.load_network(self.net, init_from)
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
-            if velocity.teacher is not None:
-                raise ValueError(
-                    f"{type(self).__name__}: the objective's TeacherVelocity holds another module's network; make an "
-                    "objective for each module, or give the teacher: TeacherVelocity(teacher)"
-                )
             velocity.teacher = FrozenNetwork(self.net)
         self.save_hyperparameters(logger=False)
 
@@ -330,6 +326,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
         checkpoints.put_parents_back(checkpoint, self)
+        trainer: Any = self._trainer
+        if trainer is not None and trainer.training and "current_model_state" in checkpoint:
+            averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+            if not averaged:  # the optimiser's state belongs to the last step's weights
+                checkpoint["state_dict"] = checkpoint["current_model_state"]
         # a sharded checkpoint that was made one file holds the live weights beside the averages
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith(LIVE)]:

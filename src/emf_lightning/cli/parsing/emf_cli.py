@@ -24,7 +24,13 @@ from emf_lightning.cli.parsing.nested_help import Help
 from emf_lightning.cli.parsing.own_state import OwnStateOnly
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
-from emf_lightning.cli.parsing.setting_checks import check_devices, check_sharding, check_val_interval, check_warmup
+from emf_lightning.cli.parsing.setting_checks import (
+    check_devices,
+    check_schedule,
+    check_sharding,
+    check_val_interval,
+    check_warmup,
+)
 from emf_lightning.cli.parsing.verb_options import add_options, choose, set_prediction
 from emf_lightning.cli.run_directory import open_run
 from emf_lightning.cli.runs import OPTION
@@ -202,6 +208,7 @@ class EMFCLI(LightningCLI):
         if self.subcommand == "fit":
             check_val_interval(config.trainer)
             check_warmup(config)
+            check_schedule(config)
         if not trusted():
             config["weights_only"] = True  # also of a checkpoint that the file names, or that Lightning finds
         self.chosen.step = _check_checkpoint(self.chosen.checkpoint, sharded)

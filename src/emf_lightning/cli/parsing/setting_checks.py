@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,24 @@ def check_warmup(config: Namespace) -> None:
                     f"{place}: {kind} raises the learning rate for {steps:g} steps ({name}), but training ends after "
                     f"{planned}: set {name} below trainer.max_steps, or train longer"
                 )
+
+
+def check_schedule(config: Namespace) -> None:
+    """Raises if a schedule has reached a rate of 0 before training ends; warns where it has reached its last rate.
+
+    A run's ``config.yaml`` has the number of steps itself in place of ``${trainer.max_steps}``.
+    """
+    planned = config.trainer.max_steps
+    for place, kind, settings in _parts(config.model.as_dict(), "model") if planned > 0 else ():
+        total = settings.get("total") if kind == "WarmupCosine" else None
+        if type(total) is int and total < planned:
+            said = (
+                f"{place}: WarmupCosine falls to {settings.get('final', 0.02):g} of the rate within {total} steps, and "
+                f"training goes on to {planned}: set its total to {planned}"
+            )
+            if settings.get("final", 0.02) == 0:
+                raise ValueError(said)
+            warnings.warn(said, stacklevel=2)
 
 
 def _warmups(kind: str, settings: dict[str, Any]) -> dict[str, float]:

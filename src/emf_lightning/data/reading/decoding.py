@@ -47,10 +47,10 @@ def decode_caption(sample: TarSample, column: str | None = None, seed: int = 0, 
 
 def decode_captions(sample: TarSample, column: str | None = None) -> list[str]:
     """All usable captions of the sample, which ``decode_caption`` takes in turns; its errors where there is none."""
-    captions: Any = list(sample.captions)
-    if not captions and sample.json is not None and (column is not None or sample.text is None):
+    captions: Any = list(sample.captions) or None
+    if captions is None and sample.json is not None and (column is not None or sample.text is None):
         captions = _field(sample.json, CAPTION_KEYS if column is None else (column,))
-    if not captions:
+    if captions is None:
         captions = sample.text
     usable, reason = [], UnusableSampleError("missing caption")
     for caption in reversed(captions if isinstance(captions, list) else [captions]):
