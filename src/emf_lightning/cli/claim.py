@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from emf_lightning.callbacks.few_step_sampling import SCORES
-from emf_lightning.cli.parsing.experiment_files import config_files, read_yaml, without_base
+from emf_lightning.cli.parsing.experiment_files import read_yaml, settings_of
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.sizes import build_part
@@ -111,8 +111,7 @@ def claim(
 
 def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
     """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
-    files = [file for experiment in experiments for file in config_files(experiment)]
-    settings = [*(yaml.safe_load(without_base(file.read_text())) for file in files), options]
+    settings = [*settings_of(experiments), options]
     content, record = yaml.safe_dump(settings, sort_keys=False), out / "trained.yaml"
     if record.is_file() and not holds_settings(record, content):
         raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from emf_lightning.cli.parsing.experiment_files import config_files, without_base
+from emf_lightning.cli.parsing.experiment_files import settings_of
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.trainings import fit, run_in_parallel
@@ -92,8 +92,7 @@ class Training:
 
     def _settings(self) -> list[Any]:
         """The settings of all files, oldest first."""
-        files = [file for top in (self.experiment, *self.overlays) for file in config_files(top)]
-        return [yaml.safe_load(without_base(file.read_text(encoding="utf-8"))) for file in files]
+        return settings_of((self.experiment, *self.overlays))
 
     def _contents(self) -> str:
         return yaml.safe_dump(self._settings(), sort_keys=False)

@@ -168,6 +168,12 @@ def without_base(text: str) -> str:
     return text
 
 
+def settings_of(experiments: Sequence[Path]) -> list[Any]:
+    """The settings of the files of all experiments, each experiment's oldest first, without their ``base:``."""
+    files = [file for experiment in experiments for file in config_files(experiment)]
+    return [yaml.safe_load(without_base(file.read_text(encoding="utf-8"))) for file in files]
+
+
 def without_removals(text: str) -> tuple[str, dict[str, list[str]]]:
     """The document without its ``REMOVALS``, and the class names in each of them.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, scaled_to, with_pull
+from emf_lightning.flow.objectives.base import FlowMapTerms, scaled_to, with_pull, zero_non_finite
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -161,8 +161,7 @@ class RefinedMeanFlow(MeanFlow):
         dropped = None if dropped is None else dropped[rows]
         sample = self.sample(AverageVelocity(net, context), e)
         error = sample.detach() - self.refined(net, sample.detach(), e, context, null_context, dropped)
-        finite = error.isfinite().flatten(1).all(1)
-        error = torch.where(expand_like(finite, error), error, 0).float()
+        error, finite = zero_non_finite(error.float())
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
         pull = scaled_to(pull, self.refinement.weight * reference)
         all_finite = terms.finite.clone()
