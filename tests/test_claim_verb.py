@@ -83,6 +83,22 @@ def test_a_grades_own_settings_win_over_further_options(tmp_path, monkeypatch):
     assert [value for key, value in itertools.pairwise(meanflow) if key == "--trainer.max_steps"] == ["1500"]
 
 
+def test_another_objective_starts_from_the_same_parents(out, capsys):
+    call(out)
+    for seed in (0, 1):
+        for noise in (0, 4):
+            finished(out / f"noise={noise}-seed{seed}-refined", noise, {1: 0.6, 2: 0.7, 4: 0.8, 30: 0.9})
+    capsys.readouterr()
+    call(out, "--meanflow", "claim/refined")
+
+    said = capsys.readouterr().out
+    assert "| RefinedMeanFlow, 1 step" in said and "Shares that RefinedMeanFlow keeps" in said
+    assert "| MeanFlow" not in said
+    of_refined, of_meanflow = (json.loads((out / f"{name}.json").read_text()) for name in ("claim-refined", "claim"))
+    for one, other in zip(of_refined["runs"], of_meanflow["runs"], strict=True):
+        assert one["flow_matching"] == other["flow_matching"] and one["meanflow"]["1"] == 0.6 != other["meanflow"]["1"]
+
+
 def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):
     call(out)
     with pytest.raises(SystemExit) as end:
@@ -98,6 +114,7 @@ def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):
         (["--grades", "[noise=much]"], "grades: 'noise=much' is none"),
         (["--grades", "[steps=1.5]"], "grades: 'steps=1.5' is none"),
         (["--meanflow", "nowhere.yaml"], "meanflow: no file nowhere.yaml, and no experiment"),
+        (["--meanflow", "claim/flow_matching"], "meanflow: flow_matching.yaml has the name of flow_matching's file"),
         (["--train", "false", "--seeds", "[7]"], "no finished trainings"),
     ],
 )

@@ -197,7 +197,7 @@ def test_numbers_of_shards_out_of_range_are_refused(capsys, tmp_path, option, sa
 @pytest.mark.parametrize("content", [b"\xff\x00", b"a: [", b"seed_everything: 2024-13-45\n"])
 @pytest.mark.parametrize("verb", ["compare", "claim"])
 def test_damaged_settings_of_earlier_trainings_are_named(capsys, tmp_path, verb, content):
-    file = tmp_path / ("base/steps2-seed0/compared.yaml" if verb == "compare" else "trained.yaml")
+    file = tmp_path / ("base/steps2-seed0/compared.yaml" if verb == "compare" else "trained-meanflow.yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     options = {"compare": ["base.yaml", "--steps", "2"], "claim": ["--seeds", "[0]"]}[verb]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,16 +47,17 @@ def claim(
 ) -> None:
     """Train on encoders of graded quality by flow matching, then MeanFlow, and compare their few-step scores.
 
-    Repeat an interrupted call: it keeps finished trainings and resumes the others. A quarter of an hour for each grade
-    and seed on two cores.
+    Repeat an interrupted call: it keeps finished trainings and resumes the others. A call with another ``meanflow``
+    and the same ``out`` starts from the same parents. A quarter of an hour for each grade and seed on two cores.
 
     Args:
         grades: noise=NUMBER and shared=NUMBER set DegradedEncoder, as a grade of the scale and as a control;
             steps=NUMBER is a control whose parent trains for that many steps; five by default.
         seeds: seeds of the trainings; 0, 1 and 2 by default.
-        out: directory of all trainings, and of claim.md, claim.json and claim.png.
+        out: directory of all trainings, and of claim.md, claim.json and claim.png; of claim-NAME.md and so on where
+            ``meanflow`` is NAME.yaml.
         flow_matching: experiment of the parents.
-        meanflow: experiment that adapts the parents.
+        meanflow: experiment that adapts the parents, by MeanFlow or another few-step objective, e.g. claim/refined.
         options: further options for all trainings, e.g. '["--data.batch_size", "32"]'; a grade's own settings win.
         pairs: number of caption-image pairs that measure discriminability.
         jobs: trainings at the same time, each with its share of the CPU's threads.
@@ -72,10 +72,15 @@ def claim(
     )
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
+    if flow_matching.stem == meanflow.stem:
+        raise ValueError(f"meanflow: {meanflow.name} has the name of flow_matching's file; rename one, as runs have it")
     if train:
-        _check_same_settings(out, list(kinds.values()), options or [])
+        for file in kinds.values():
+            _check_same_settings(out, file, options or [])
+    name = "claim" if meanflow.stem == "meanflow" else f"claim-{meanflow.stem}"
+    objective = _objective_of(meanflow)
     trainings = {  # seed by seed, so that the first whole scale is there early
-        (seed, grade): {kind: out / f"{grade}-seed{seed}-{kind}" for kind in kinds}
+        (seed, grade): {kind: out / f"{grade}-seed{seed}-{file.stem}" for kind, file in kinds.items()}
         for seed in numbers
         for grade in chosen
     }
@@ -100,21 +105,34 @@ def claim(
 
     for _ in run_in_parallel([partial(train_both, *key) for key in trainings] if train else [], jobs):
         if so_far := finished():
-            Claim(so_far).write(out)
-    found = Claim(finished())
+            Claim(so_far, objective).write(out, name)
+    found = Claim(finished(), objective)
     if not found.runs:
         raise ValueError(f"out: no finished trainings in {out}; leave out --train false")
-    found.write(out)
+    found.write(out, name)
     print(found.markdown())
-    print(f"claim.md, claim.json and claim.png: {out}")
+    print(f"{name}.md, {name}.json and {name}.png: {out}")
 
 
-def _check_same_settings(out: Path, experiments: Sequence[Path], options: list[str]) -> None:
-    """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
-    settings = [*settings_of(experiments), options]
-    content, record = yaml.safe_dump(settings, sort_keys=False), out / "trained.yaml"
+def _objective_of(experiment: Path) -> str:
+    """Name of the objective's class in an experiment's files, or that of the file where none names it."""
+    for node in reversed(settings_of([experiment])):
+        for key in ("model", "init_args", "objective", "class_path"):
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, str):
+            return node.rpartition(".")[2]
+    return experiment.stem
+
+
+def _check_same_settings(out: Path, experiment: Path, options: list[str]) -> None:
+    """Raises a ``ValueError`` where ``out`` holds its trainings with other settings; records the settings otherwise."""
+    content = yaml.safe_dump([*settings_of([experiment]), options], sort_keys=False)
+    record = out / f"trained-{experiment.stem}.yaml"
     if record.is_file() and not holds_settings(record, content):
-        raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
+        raise ValueError(
+            f"out: the trainings of {experiment.stem} in {out} are of other settings, see {record}; choose another "
+            "folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(record, content)
 

@@ -1,7 +1,8 @@
 """Test of EMF's claim that few-step quality needs better text features than many-step quality.
 
 The claim (arXiv 2604.18168) is that MeanFlow needs discriminative text features more than flow matching does. The same
-network is trained on encoders of graded discriminability, by flow matching and then by MeanFlow, with several seeds.
+network is trained on encoders of graded discriminability, by flow matching and then by MeanFlow, or another few-step
+objective, with several seeds.
 The test compares the share of its parent's many-step score that a model keeps at few steps: if the claim holds, that
 share rises with the encoder's discriminability. The share of the model's own many-step score is reported, too: it
 leaves out the effect of the adaptation on the many-step score.
@@ -55,7 +56,7 @@ class ClaimRun:
     meanflow: dict[int, float]
 
     def kept(self, steps: int, relative_to: str = PARENT) -> float:
-        """MeanFlow's few-step score divided by its parent's or its own many-step score; NaN where that is 0."""
+        """The adapted model's few-step score divided by its parent's or own many-step score; NaN where that is 0."""
         whole = (self.flow_matching if relative_to == PARENT else self.meanflow)[MANY_STEPS]
         return self.meanflow[steps] / whole if whole else math.nan
 
@@ -82,9 +83,10 @@ class Slope:
 
 @dataclass(frozen=True)
 class Claim:
-    """All runs."""
+    """All runs, with the name of the objective of the models that were adapted from the parents."""
 
     runs: tuple[ClaimRun, ...]
+    objective: str = "MeanFlow"
 
     def slopes(self) -> list[Slope]:
         """The slopes of both shares at each few-step count."""
@@ -106,13 +108,13 @@ class Claim:
         margin = error * float(student_t.ppf(0.975, len(slopes) - 1)) if len(slopes) > 1 else math.nan
         return Slope(steps, relative_to, mean, error, margin, _verdict(mean, margin))
 
-    def write(self, directory: Path) -> None:
-        """Writes ``claim.json``, ``claim.md`` and ``claim.png`` into ``directory``, which is made if missing."""
+    def write(self, directory: Path, name: str = "claim") -> None:
+        """Writes ``NAME.json``, ``NAME.md`` and ``NAME.png`` into ``directory``, which is made if missing."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"runs": [asdict(run) for run in self.runs], "slopes": [asdict(slope) for slope in self.slopes()]}
-        write_atomic(directory / "claim.json", to_json(content))
-        write_atomic(directory / "claim.md", self.markdown())
-        save_figure(self.figure(), directory / "claim.png")
+        write_atomic(directory / f"{name}.json", to_json(content))
+        write_atomic(directory / f"{name}.md", self.markdown())
+        save_figure(self.figure(), directory / f"{name}.png")
 
     def markdown(self) -> str:
         """Tables of all encoders, the slopes and the verdicts."""
@@ -120,11 +122,13 @@ class Claim:
         scores = {
             f"flow matching, {step_name(n)}": [run.flow_matching.get(n, math.nan) for run in self.runs] for n in counts
         }
-        scores |= {f"MeanFlow, {step_name(n)}": [run.meanflow.get(n, math.nan) for run in self.runs] for n in counts}
+        scores |= {
+            f"{self.objective}, {step_name(n)}": [run.meanflow.get(n, math.nan) for run in self.runs] for n in counts
+        }
         shares = [(model, n) for model in (PARENT, OWN) for n in FEW_STEPS]
         kept = {f"{_whose(model)}, {step_name(n)}": [run.kept(n, model) for run in self.runs] for model, n in shares}
         lines = ["# Does few-step quality need better text features than many-step quality?", "", "Scores:", ""]
-        lines += [self._table(scores), "", f"Shares that MeanFlow keeps of a {MANY_STEPS}-step score:", ""]
+        lines += [self._table(scores), "", f"Shares that {self.objective} keeps of a {MANY_STEPS}-step score:", ""]
         lines += [self._table(kept), ""]
         lines += ["± is the standard error over training seeds. Share kept per unit of discriminability:", ""]
         for slope in self.slopes():
@@ -163,8 +167,8 @@ class Claim:
             for n in FEW_STEPS:
                 self._line(kept, [run.kept(n) for run in self.runs], n)
             parents.set(title="flow matching", ylabel="score", ylim=(-0.02, 1.02))
-            models.set(title="MeanFlow from it")
-            kept.set(title="MeanFlow, relative to its parent", ylim=(-0.02, None))
+            models.set(title=f"{self.objective} from it")
+            kept.set(title=f"{self.objective}, relative to its parent", ylim=(-0.02, None))
             kept.set_ylabel(f"share of the parent's {MANY_STEPS}-step score")
             kept.axhline(1, color="#999999", linestyle=":", linewidth=0.8)
             if any(run.graded for run in self.runs):
