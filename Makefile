@@ -18,7 +18,7 @@ SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow coverage test-oldest test-pythons lint docs format bench reliability objectives lock audit clean
+.PHONY: help venv demo own shards parent compare encoders encoders-claim curves test test-slow coverage test-oldest test-pythons lint types docs format bench reliability objectives lock audit clean
 .PHONY: $(addprefix fit-,$(EXPERIMENTS))
 
 help: ## this list
@@ -141,9 +141,11 @@ test_in = install="$(BIN)/uv pip install --quiet --compile-bytecode --python $(1
 lint: $(READY) ## check style, types, layers and documentation
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going types docs
+
+types: $(READY)
+	$(BIN)/mypy
 
 docs: $(READY) ## build the documentation site into docs/_build/html; a broken link or a missing reference is an error
 	@rm -rf docs/api/generated  # pages of modules that are gone
