@@ -11,7 +11,7 @@ AUDIT := pip-audit@2.10.1
 ARGS ?=
 # parts/ are what experiments build on, devices/ overlays; encoders/ and scores/ are for other verbs
 EXPERIMENTS := $(filter-out parts/% devices/% encoders/% scores/%,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*/*.yaml)))
-BENCHMARKS := shapes_detector derivative backbones self_check support_table feature_cache data_path training_step scale remote_shards cached_epoch token_sampling
+BENCHMARKS := shapes_detector derivative backbones self_check support_table feature_cache data_path training_step scale remote_shards cached_epoch token_sampling startup
 SOURCES := src callbacks tests benchmarks docs/conf.py docs/_extensions
 
 # the first Python that is new enough
@@ -144,7 +144,7 @@ lint: $(READY) ## check style, types, layers and documentation
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going types docs
 
-types: $(READY)
+types: $(READY) ## check types alone
 	$(BIN)/mypy
 
 docs: $(READY) ## build the documentation site into docs/_build/html; a broken link or a missing reference is an error
