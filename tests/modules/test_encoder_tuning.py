@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from emf_lightning.callbacks import SaveEncoder
 from emf_lightning.data.cache.feature_cache import FeatureCache
@@ -64,3 +66,10 @@ def test_settings_under_which_an_encoder_would_not_learn_are_refused(tmp_path, g
     trainer = tiny.trainer(tmp_path / "run", max_steps=1)
     with pytest.raises(ValueError, match=said):
         trainer.fit(EncoderTuning(tiny.network()), datamodule=data(tmp_path, gemma, **settings))
+
+
+def test_sharded_strategies_are_refused(tmp_path, gemma):
+    tuning = EncoderTuning(tiny.network())
+    tuning.trainer = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), logger=False)
+    with pytest.raises(ValueError, match=r"EncoderTuning: ModelParallelStrategy shards one network.*set ddp"):
+        tuning.configure_model()

@@ -289,3 +289,9 @@ def test_a_network_that_ignores_r_is_refused_when_the_module_is_built():
     with pytest.raises(ValueError, match="u of this UNetFlowMap ignores r: give it a second time input"):
         FlowMapModule(unet, MeanFlow())
     assert FlowMapModule(unet, FlowMatching()).nfe(4) == 4
+
+
+def test_a_module_built_in_python_keeps_no_copy_of_its_networks(net, recwarn):
+    model = FlowMapModule(net, MeanFlow(velocity=TeacherVelocity(copy.deepcopy(net))))
+    assert not model.hparams
+    assert not [one for one in recwarn if "save_hyperparameters" in str(one.message)]

@@ -177,9 +177,6 @@ def step_passes(model: Namespace, max_steps: int, batch_size: int, channels: int
     side, width, batch_size = 4, 8, min(batch_size, 64)
     module = _module(model, _Network(of_network, channels, side, width), of_critic)
     module._planned_steps = max(max_steps, 1)
-    kept: list[Any] = [module._hparams, module._hparams_initial]
-    for copies in kept:  # of the stand-in
-        copies.clear()
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     if module.tunes_encoder:
         module.drop_captions = lambda batch: FlowMapModule.drop_captions(module, batch)  # type: ignore[method-assign]

@@ -69,7 +69,6 @@ class EncoderTuning(FlowMapModule):
             raise ValueError(f"EncoderTuning: encoder_rate must be positive, got {encoder_rate}")
         self.encoder_rate = encoder_rate
         self.encoder: nn.Module | None = None
-        self.save_hyperparameters(logger=False)
 
     def configure_model(self) -> None:
         """Takes the datamodule's encoder, which also encodes captions for validation and sampling."""

@@ -62,7 +62,6 @@ class FGM(AlternatingModule):
             init_from=init_from,
         )
         self.online_flow = copied(self.net)
-        self.save_hyperparameters(logger=False)
 
     def compute_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The generator's loss: signed; ``train/velocity_gap`` goes to 0."""

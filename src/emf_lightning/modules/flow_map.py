@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -107,7 +108,10 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
             velocity.teacher = FrozenNetwork(self.net)
-        self.save_hyperparameters(logger=False)
+        if _given_hyperparameters.get() is not None:
+            # from a configuration: plain values that rebuild the module. Of one built in Python, Lightning would copy
+            # the network and its teacher, and keep the copies.
+            self.save_hyperparameters(logger=False)
 
     def sample(
         self,
@@ -307,8 +311,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             checkpoints.leave_out_parents(checkpoint, self)
         saved = (getattr(callback, "_last_checkpoint_saved", "") for callback in self.trainer.checkpoint_callbacks)
         checkpoints.check_finite(checkpoint, self.trainer.global_step, next(filter(None, saved), None))
-        # From a configuration they are plain values that rebuild the module; from Python they are the objects
-        # themselves, and pickling the network once more would double the file and need trust to load.
+        # A module of one's own may save hyperparameters that are objects: pickling the network once more would double
+        # the file and need trust to load.
         if any(isinstance(value, torch.nn.Module) for value in self.hparams.values()):
             checkpoint.pop("hyper_parameters", None)
         names = {"model": type(self).__name__, "objective": type(self.objective).__name__}

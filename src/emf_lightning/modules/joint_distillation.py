@@ -86,7 +86,6 @@ class JointDistillation(AlternatingModule):
             joint.velocity.teacher = self.teacher
         if init_from is not None:
             checkpoints.load_network(self.net, init_from)
-        self.save_hyperparameters(logger=False)
 
     @property
     def auxiliary_updates(self) -> int:

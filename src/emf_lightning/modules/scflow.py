@@ -69,7 +69,6 @@ class SCFlow(AlternatingModule):
         )
         self.discriminator = discriminator(self.net)
         self.target = EMATarget(self.net, target_decay)
-        self.save_hyperparameters(logger=False)
 
     @property
     def auxiliary_updates(self) -> int:
