@@ -258,6 +258,8 @@ class FewStepSampling(Callback):
                 prompts = [prompt for prompt, _ in _requests(benchmark, self._asked(trainer, benchmark, stage))]
                 for metric in (benchmark, *self.extra_metrics):
                     metric.check_requests(prompts)
+                    if stage == "final":  # during training fewer images are enough for a curve
+                        metric.check_count(len(prompts))
         histories = [ScoreHistory.read_if_there(run / benchmark.name / SCORES) for benchmark in self.benchmarks]
         # evaluations after the step of a resumed checkpoint are about to be repeated
         here = [record for history in histories for record in history.records]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
@@ -98,8 +99,9 @@ def sample_and_score(
             if not batch:
                 continue
             began = time.perf_counter()
-            for metric in result.metrics:
-                metric.update(list(generated.images), captions)
+            with torch.autocast(device.type, enabled=False):  # the trainer's precision is the sampling's alone
+                for metric in result.metrics:
+                    metric.update(list(generated.images), captions)
             for (request, _), row, image in zip(batch, result.metrics[0].rows, generated.images, strict=True):
                 shown = resize(image, min(SHOWN_PIXELS, min(image.shape[:2]))) if request in kept else None
                 result.images.append(ScoredImage(*request, row, shown))

@@ -315,3 +315,29 @@ def test_a_report_of_prompts_alone_says_that_there_is_nothing_to_tabulate(shards
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert "drew prompts without any metric" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_images_are_scored_in_full_precision_whatever_the_trainer_has(shards, tmp_path, stage):
+    dtypes = set()
+
+    class Product(Brightness):
+        """Notes the dtype of a product of matrices, which autocast would change."""
+
+        def values(self, images, prompts):
+            dtypes.add((torch.eye(2) @ torch.eye(2)).dtype)
+            return super().values(images, prompts)
+
+    if stage == "fit":
+        fit(tmp_path, shards, sampling(benchmarks=[Product()]), precision="bf16-mixed")
+    else:
+        sweep = StepSweep(benchmarks=[Product()], steps=[1], images_per_prompt=1)
+        trainer = tiny.trainer(tmp_path, sweep, precision="bf16-mixed")
+        trainer.test(tiny.meanflow(), datamodule=tiny.data(shards, validation_shards=str(shards)), verbose=False)
+    assert dtypes == {torch.float32}
+
+
+def test_a_distance_of_another_number_of_images_is_refused_before_training(shards, tmp_path):
+    distance = FrechetDistance(RandomFeatures(), count=50_000)
+    with pytest.raises(ValueError, match="images, but count is 50,000"):
+        fit(tmp_path, shards, sampling(prompts=PROMPTS, extra_metrics=[distance]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from emf_lightning.evaluation.score_history import ScoreHistory
 
@@ -27,3 +28,10 @@ def test_further_metrics_of_an_earlier_version_are_kept(root):
     (record,) = ScoreHistory.from_rows([row | {"label": "1step_cfg2", "also": {"clip": 0.5}}]).records
     assert {name: found.score for name, found in record.metrics.items()} == {"clip": 0.5}
     assert not record.sampling.is_main
+
+
+def test_the_latest_scores_are_those_of_the_highest_step(root):
+    (end, *_) = ScoreHistory.read(root / "experiments/shapes/parent/scores.jsonl", "parent").records
+    earlier, again = (replace(end, stage="validate", step=step) for step in (end.step // 2, end.step))
+    assert ScoreHistory([end, earlier]).latest() == [end]
+    assert ScoreHistory([end, again, earlier]).latest() == [again]

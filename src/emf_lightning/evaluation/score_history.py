@@ -132,8 +132,11 @@ class ScoreHistory:
         return [of_step[step] for step in sorted(of_step)]
 
     def latest(self) -> list[ScoreRecord]:
-        """The last record of each sampling config, by guidance scale, then by steps."""
-        last = {record.sampling.curve: record for record in self.records}
+        """The record of each sampling config at the highest step, by guidance scale, then by steps.
+
+        Of one step it is the last that was recorded. Earlier checkpoints may have been evaluated since.
+        """
+        last = {record.sampling.curve: record for record in sorted(self.records, key=lambda record: record.step)}
         return sorted(last.values(), key=lambda record: (record.sampling.guidance_scale or 0, record.sampling.steps))
 
     def to_rows(self) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.distances.diversity import PromptDiversity, VendiScore
 from emf_lightning.evaluation.distances.fid_kid import FrechetDistance, KernelDistance
 from emf_lightning.evaluation.distances.image_features import RandomFeatures
@@ -188,10 +189,24 @@ def test_the_beginnings_of_something_else_are_refused(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path, save_seconds=0, report=stop)
     metric = SuiteScore(SUITE)
-    with pytest.raises(ValueError, match=r"holds the beginnings of other images or another score"):
+    with pytest.raises(ValueError, match=r"holds the beginnings of other images, of images that have been replaced"):
         score_images(generated_images(folder, metric)[:10], metric, tmp_path)
     with pytest.raises(ValueError, match=r"was begun by 1 processes, this is one of 2"):
         score_images(generated_images(folder, metric), SuiteScore(SUITE), tmp_path, rank=1, ranks=2)
+
+
+@pytest.mark.parametrize("change", ["an image", "the limits"])
+def test_images_replaced_since_and_other_limits_are_refused(tmp_path, change):
+    (tmp_path / "images").mkdir()
+    write_listed(tmp_path / "images", per_prompt=2)
+    with pytest.raises(KilledError):
+        run(tmp_path / "images", tmp_path / "out", save_seconds=0, report=kill_at_20)
+    if change == "an image":
+        file = min((tmp_path / "images").glob("*.png"))
+        file.write_bytes(max((tmp_path / "images").glob("*.png")).read_bytes())
+    limits = ImageLimits() if change == "an image" else ImageLimits(max_pixels=100_000)
+    with pytest.raises(ValueError, match="images that have been replaced since"):
+        run(tmp_path / "images", tmp_path / "out", limits=limits)
 
 
 def _worker(number: int, folder: str, out: str, port_file: str) -> None:

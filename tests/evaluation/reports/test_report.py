@@ -188,6 +188,13 @@ def test_figures_have_a_line_for_each_run_and_weights():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "1 step", "4 steps"]
 
 
+@pytest.mark.parametrize(("metric", "note"), [("dpg_official", ""), ("dpg", ", counted by its script")])
+def test_published_scores_of_dpg_say_how_they_were_counted(metric, note):
+    figure = steps_figure(Report((dataclasses.replace(row(metric), scores={"score": 80.0}),)))
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {f"EMF (published{note})", f"BLIP3o-NEXT 3B (published{note})", row().model}
+
+
 def test_guidance_scales_of_a_run_look_different():
     rows = [row("shapes", steps=n, guidance_scale=g, run=run) for n in (1, 4) for g in (1.0, 2.0) for run in "ab"]
     lines = [bars.lines[0] for bars in steps_figure(Report(tuple(rows))).axes[0].containers]
@@ -200,3 +207,8 @@ def test_every_number_of_another_metric_is_in_its_table():
     report = Report((dataclasses.replace(row("clip"), title="CLIP score", scores={"score": 27.25, "se": 0.03125}),))
     found = cells(section(report, "CLIP score"), "mine", 4)
     assert (found["score"], found["se"]) == ("27.25", "0.03125")
+
+
+def test_numbers_of_images_are_whole():
+    rows = (dataclasses.replace(row("kid"), scores={"score": 2.5, "images": 12345.0}),)
+    assert cells(section(Report(rows), rows[0].title), "mine", 4)["images"] == "12345"

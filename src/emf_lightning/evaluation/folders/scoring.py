@@ -65,7 +65,7 @@ def score_images(
     metric.check_count(len(images))
     metric.check_requests([image.prompt for image in images])
     directory.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(directory, metric, images, rank, ranks)
+    progress = _Progress(directory, metric, images, rank, ranks, limits)
     mine = images[rank::ranks]
     began, saved, before = time.perf_counter(), time.perf_counter(), progress.done
     with progress.results.open("a", encoding="utf-8") as lines:
@@ -117,6 +117,15 @@ def score_images(
     return scores
 
 
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of a file, which tell it from one that takes its place; zeros for one that is gone."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _read_progress(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, weights_only=True)
@@ -150,13 +159,20 @@ class _Progress:
     """Progress of one rank on disk; the constructor restores the metric's state from it."""
 
     def __init__(
-        self, directory: Path, metric: ImageMetric, images: Sequence[GeneratedImage], rank: int, ranks: int
+        self,
+        directory: Path,
+        metric: ImageMetric,
+        images: Sequence[GeneratedImage],
+        rank: int,
+        ranks: int,
+        limits: ImageLimits,
     ) -> None:
         self.metric = metric
         self.path = directory / STATE.format(rank, ranks)
         self.results = directory / ROWS.format(rank, ranks)
         self.done = 0
-        identity = [metric.name, metric.settings(), [[str(image.path), image.prompt] for image in images]]
+        files = [[str(image.path), image.prompt, *_stamp(image.path)] for image in images]
+        identity = [metric.name, metric.settings(), repr(limits), files]
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         others = [p for p in directory.glob(".progress-*.pt") if not p.name.endswith(f"-of-{ranks}.pt")]
         if others:
@@ -169,8 +185,8 @@ class _Progress:
             saved = _read_progress(self.path)
             if saved["key"] != self.key:
                 raise ValueError(
-                    f"out: {directory} holds the beginnings of other images or another score than this; empty it or "
-                    "give another directory"
+                    f"out: {directory} holds the beginnings of other images, of images that have been replaced since, "
+                    "or of another score than this; empty it or give another directory"
                 )
             for name, value in saved["state"].items():
                 setattr(metric, name, value)

@@ -238,7 +238,7 @@ def plain_table(rows: Sequence[ReportRow]) -> str:
     spread = [] if all(math.isnan(row.seed_spread) for row in rows) else ["± seeds"]
     lines = []
     for row in rows:
-        cells = {name: f"{value:.4g}" for name, value in row.scores.items()}
+        cells = {name: f"{value:.0f}" if name == "images" else f"{value:.4g}" for name, value in row.scores.items()}
         lines.append(row.cells | cells | {"± seeds": f"{row.seed_spread:.2g}"})
     if rows[0].metric == "fid":
         protocol = rows[0].settings.get("resolution"), rows[0].settings.get("count")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from emf_lightning.evaluation.geneval.task_scores import SHARE
 from emf_lightning.evaluation.reports.figures import OTHER_COLOUR, label_level, paper_style, set_step_axis, step_colour
 from emf_lightning.evaluation.reports.published import PUBLISHED
-from emf_lightning.evaluation.reports.report import FAMILIES, Report
+from emf_lightning.evaluation.reports.report import FAMILIES, OFFICIAL, Report
 from emf_lightning.evaluation.sampling_config import step_name
 
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ def steps_figure(report: Report) -> Figure:
                     capsize=2,
                     elinewidth=0.8,
                 )
-            family = FAMILIES.get(name, name)
+            family = "dpg" if name == OFFICIAL else FAMILIES.get(name, name)
+            remark = ", counted by its script" if name == "dpg" else ", its own detector" if name in FAMILIES else ""
             for model, marker in (("EMF", "o"), ("BLIP3o-NEXT 3B", "s")):
                 published = [row for row in PUBLISHED if row.model == model and family in row.scores]
                 if known := sorted((row.steps, row.scores[family]["score"]) for row in published):
-                    label = f"{model} (published{', its own detector' if family != name else ''})"
+                    label = f"{model} (published{remark})"
                     style = {"color": "#aaaaaa", "linestyle": ":", "marker": marker, "markersize": 3}
                     axes.plot(*zip(*known, strict=True), label=label, **style)
                     counts = sorted({*counts, *(steps for steps, _ in known)})
