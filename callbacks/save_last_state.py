@@ -33,7 +33,9 @@ class SaveLastState(Callback):
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last:
                 continue
             if callback._last_global_step_saved != trainer.global_step:
+                kept, callback.save_last = callback.save_last, True  # a link would name an earlier state
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+                callback.save_last = kept
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

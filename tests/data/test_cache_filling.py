@@ -86,6 +86,20 @@ def test_ranks_share_the_work_and_a_second_call_finds_it_done(encoder, shards, t
     assert fill(make(encoder, shards, tmp_path)) == (0, 15)
 
 
+def test_captions_to_sample_from_are_counted_and_filled_as_well(encoder, shards, tmp_path):
+    sampling = [f"one ball and {number} ring" for number in range(9)]
+
+    def data() -> CaptionImageData:
+        return make(WordEncoder(8), shards, tmp_path, sampling_captions=sampling)
+
+    assert CacheFiller(data(), CPU).entries(15) == {"features": 24, "latents": 15}
+    for rank in range(2):
+        fill(data(), rank, 2)
+    filled = data()
+    filled.open_caches()
+    assert all(filled.cache.fetch(filled.cache.key(caption)) is not None for caption in sampling)
+
+
 def test_what_was_interrupted_goes_on(encoder, shards, tmp_path):
     running = CacheFiller(make(encoder, shards, tmp_path), CPU).fill()
     assert next(running).done == 4

@@ -334,3 +334,20 @@ def test_missing_shards_are_named_before_anything_is_read(tmp_path: Path) -> Non
 def test_prediction_without_prompts_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prompts is not set"):
         make("x.tar").predict_dataloader()
+
+
+def test_captions_to_sample_from_are_drawn_beside_damaged_shards(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path / "shards", [6] * 4)
+    for path in shards:
+        Path(path).write_bytes(Path(path).read_bytes()[:7000])
+    data = make(shards, sampling_captions=["a", "b"], shuffle_block=3)
+    with pytest.warns(UserWarning, match="truncated shard"):
+        trainer(tmp_path).fit(Model(), data)
+
+
+def test_overfit_batches_trains_on_the_same_batches(tmp_path: Path) -> None:
+    model = Model()
+    shards = write_numbered(tmp_path / "shards", [24])
+    trainer(tmp_path, overfit_batches=2, max_epochs=3).fit(model, make(shards, validation_shards=shards))
+    batches = [tuple(captions) for _, captions, _ in model.seen]
+    assert len(batches) == 6 and len({*batches}) == 2

@@ -49,6 +49,16 @@ def test_the_last_step_is_in_a_checkpoint_whatever_the_interval(run):
     assert {path.name for path in run.glob("*.ckpt")} == {"step=3.ckpt", "step=6.ckpt", "last.ckpt"}
 
 
+def test_a_link_to_the_last_checkpoint_is_the_last_state_at_the_end(shards, tmp_path):
+    linked = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_last="link")
+    trainer = tiny.trainer(tmp_path, SaveLastState(), linked, max_steps=7, enable_checkpointing=True)
+    trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    trainer.fit(tiny.meanflow(), tiny.data(shards))
+    assert read_checkpoint(tmp_path / "last.ckpt", "ckpt_path")["global_step"] == 7
+    assert read_checkpoint(tmp_path / "step=6.ckpt", "ckpt_path")["global_step"] == 6
+    assert linked.save_last == "link"
+
+
 def damaged(path: Path, place: Path, seed: int) -> Path:
     """A copy of ``path``, damaged at a place and in a way of ``seed``."""
     rng, data = random.Random(seed), bytearray(path.read_bytes())

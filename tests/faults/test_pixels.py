@@ -264,3 +264,26 @@ def test_a_worker_s_batches_hold_the_displayed_pixels(tmp_path: Path) -> None:
     left = round((W - H) / 2)
     expected = np.stack([picture.displayed[:, left : left + H] for picture in chosen])
     assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.from_numpy(expected).to(torch.uint8))
+
+
+def test_emf_images_refuses_its_earlier_shards_once_the_captions_have_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(noise_image(number))
+
+    def write(word: str) -> None:
+        rows = ({"file_name": f"{number}.png", "text": f"{word} {number}"} for number in range(3))
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    call = ["images", "--dataset", str(folder), "--out", str(out), "--caption", "text"]
+    write("wrong")
+    main(call)
+    main(call)  # nothing has changed
+    write("corrected")
+    for changed in (call, [*call, "--image_limits.max_pixels", "1000"]):
+        with pytest.raises(SystemExit):
+            main(changed)
+        assert "holds other samples" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.optimization import Optimization, WarmupCosine
 from emf_lightning.text.words import WordEncoder
+from tests.callbacks import tiny
 
 
 def trainer(tmp_path, **kwargs) -> Trainer:
@@ -295,3 +296,9 @@ def test_a_module_built_in_python_keeps_no_copy_of_its_networks(net, recwarn):
     model = FlowMapModule(net, MeanFlow(velocity=TeacherVelocity(copy.deepcopy(net))))
     assert not model.hparams
     assert not [one for one in recwarn if "save_hyperparameters" in str(one.message)]
+
+
+def test_epochs_that_end_before_the_schedules_are_told(tmp_path, net):
+    data = tiny.data(tiny.shards(tmp_path / "shards"))
+    with pytest.warns(UserWarning, match=r"max_epochs=1 may end training before step 1000.*set trainer.max_steps"):
+        trainer(tmp_path, max_steps=1000, max_epochs=1).fit(tiny.meanflow(), datamodule=data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,7 +37,14 @@ def images(
         image_limits: bounds beyond which an image is left out and counted.
     """
     opened = open_dataset(dataset, split, revision)
-    identity = {"dataset": Path(dataset).name, "split": split, "rows": len(opened), "caption": caption}
+    identity = {
+        "dataset": Path(dataset).name,
+        "split": split,
+        "rows": len(opened),
+        "caption": caption,
+        "fingerprint": opened._fingerprint,  # of the files and their times, or of the hub's revision
+        "image_limits": asdict(image_limits),
+    }
     rows: dict[str, list[str]] = defaultdict(list)
     with tqdm(desc=f"{out}", total=len(opened), unit="image", delay=0.1) as bar:
         samples = dataset_samples(opened, caption, image_limits, lambda n, why: rows[why].append(f"row {n:,}"))

@@ -39,7 +39,7 @@ class StorageOption:
 class FillProgress:
     """Progress of this rank: samples written, cached already, left out (by reason), and seconds since the start.
 
-    Each of several captions of an image is a sample.
+    Each of several captions of an image is a sample, and so is a caption of ``sampling_captions``, written or not.
     """
 
     done: int
@@ -70,6 +70,7 @@ class CacheFiller:
             )
         self.data = data
         self.device = device
+        self.rank, self.ranks = rank, ranks
         self.shards = data.training_sources
         data.open_caches()
         data.encoder.device = device
@@ -90,7 +91,10 @@ class CacheFiller:
     def entries(self, samples: int) -> dict[str, int]:
         """Number of entries of each cache for ``samples`` samples: an image may have several captions."""
         captions = self.data.caption_files.per_image if self.data.caption_files is not None else 1
-        return {name: round(samples * (captions if name == "features" else 1)) for name in self.caches}
+        found = {name: round(samples * (captions if name == "features" else 1)) for name in self.caches}
+        if "features" in found and (sampling := self.data.sampling_prompts) is not None:
+            found["features"] += len(sampling)
+        return found
 
     @torch.no_grad()
     def options(self, samples: int) -> dict[str, list[StorageOption]]:
@@ -145,6 +149,14 @@ class CacheFiller:
         began = time.perf_counter()
         if self.data.cache is not None:
             self.data.null_features()
+        if self.data.cache is not None and (sampling := self.data.sampling_prompts) is not None:
+            size = self.data.batch_size
+            for first in range(self.rank * size, len(sampling), self.ranks * size):
+                here = range(first, min(first + size, len(sampling)))
+                self.data.text_features([sampling.prompts[i] for i in here])
+                self._check_room()
+                done += len(here)
+                yield FillProgress(done, 0, {}, time.perf_counter() - began)
         for batch in loader:
             left_out.update(batch.skipped)
             if len(batch):
@@ -158,6 +170,9 @@ class CacheFiller:
             self.data.encoder.features(batch)
         if self.data.latent_cache is not None:
             self.data.encoder.latents(batch)
+        self._check_room()
+
+    def _check_room(self) -> None:
         for name, cache in self.caches.items():
             if cache.full:
                 raise ValueError(

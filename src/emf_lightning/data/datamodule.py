@@ -179,8 +179,7 @@ class CaptionImageData(LightningDataModule):
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
             self._train = self._loader(self.training_sources, self.num_workers, share=self.validation_share, **options)
-            if self.sampling_captions is not None:
-                self._sampling = PromptList(self.sampling_captions, "CaptionImageData: sampling_captions")
+            _ = self.sampling_prompts  # read, or refused, before training starts
         if stage in ("validate", "test") and not self.validates:
             raise ValueError("CaptionImageData: validation_shards is not set; give the shards to validate on")
         if stage in ("fit", "validate", "test") and self.validates:
@@ -288,7 +287,9 @@ class CaptionImageData(LightningDataModule):
         return DataLoader(self._prompts, batch_size=self.batch_size)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, RawBatch) and self._train is not None and self.trainer and self.trainer.training:
+        # with overfit_batches each pass begins at the same batch
+        trained = self.trainer and self.trainer.training and not self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if isinstance(batch, RawBatch) and self._train is not None and trained:
             self._train.acknowledge(batch)
         return batch
 
@@ -301,13 +302,22 @@ class CaptionImageData(LightningDataModule):
                 cache.hits += int(lookup.found.sum())  # counts in a worker stay in its process
         self._encoder.device = batch.images.device
         encoded = self._encoder.encode(batch)
-        if self._sampling is None or not (self.trainer and self.trainer.training):
+        sampling = self.sampling_prompts
+        if sampling is None or not (self.trainer and self.trainer.training):
             return encoded
         # a function of rank, step and batch, so that a resumed run repeats the uninterrupted one
-        key = (self.trainer.global_rank, self.trainer.global_step, batch.lane, *batch.position)
+        position = (n % 2**63 for n in batch.position)  # an offset behind a shard's end is negative
+        key = (self.trainer.global_rank, self.trainer.global_step, batch.lane, *position)
         chosen = np.random.default_rng([zlib.crc32("\n".join(encoded.captions).encode()), *key])
-        captions = [self._sampling.prompts[i] for i in chosen.integers(len(self._sampling), size=len(encoded))]
+        captions = [sampling.prompts[i] for i in chosen.integers(len(sampling), size=len(encoded))]
         return replace(encoded, sampling=self.text_features(captions))
+
+    @property
+    def sampling_prompts(self) -> PromptList | None:
+        """The captions of ``sampling_captions``; None without them."""
+        if self._sampling is None and self.sampling_captions is not None:
+            self._sampling = PromptList(self.sampling_captions, "CaptionImageData: sampling_captions")
+        return self._sampling
 
     @property
     def encoder(self) -> BatchEncoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
@@ -303,6 +305,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         if not 0 < planned < float("inf"):
             raise ValueError("the schedules need to know how long training is: set trainer.max_steps")
         self._planned_steps = int(planned)
+        if self.trainer.max_epochs not in (None, -1) and math.isinf(self.trainer.num_training_batches):
+            rank_zero_warn(
+                f"trainer.max_epochs={self.trainer.max_epochs} may end training before step {planned}, which all "
+                "schedules run to: leave it at -1, and set trainer.max_steps to the steps of that many passes"
+            )
         # Lightning loads the optimiser's state after this, whichever optimiser it came from
         checkpoints.check_parametrization(self._loaded, _trained(self.trainer.optimizers))
 

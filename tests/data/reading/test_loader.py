@@ -208,3 +208,15 @@ def test_ranks_with_unequal_shards_stop_together_and_resume_each_at_its_own_plac
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(results.get() for _ in processes) == [(0, 8, True), (1, 8, True)]
+
+
+def test_a_pass_whose_last_shards_were_dealt_otherwise_ends_with_the_checkpoint(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path, [8] * 5)
+
+    def loader() -> ShardLoader:
+        return ShardLoader(ShardStream(shards, SquareTransform(SIDE), 4, ranks=2))
+
+    state = loader().state_dict()
+    del state["identity"]["dealing of shards"]
+    with pytest.warns(UserWarning, match="other dealing of shards than the checkpoint's.*at the start of pass 1"):
+        loader().load_state_dict(state)

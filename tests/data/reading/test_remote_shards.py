@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +68,75 @@ def test_a_resumed_pass_over_addresses_is_that_of_the_disk(
         resumed.load_state_dict(began.state_dict())
         found += [(batch.captions, batch.images.tolist()) for batch in resumed]
     assert found == expected
+
+
+class Flaky(BytesIO):
+    """A file of which some reads fail, as those of a service."""
+
+    failures = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if Flaky.failures:
+            Flaky.failures -= 1
+            raise ConnectionResetError("reset by peer")
+        return super().read(size)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_request_that_fails_is_made_again_from_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    monkeypatch.setattr(urls, "PAUSES", (0.0, 0.0))
+    content = gzip.compress(b"abcdefgh" * 1000) if compressed else b"abcdefgh" * 1000
+    opened: list[Flaky] = []
+
+    def open_file() -> Flaky:
+        opened.append(Flaky(content))
+        return opened[-1]
+
+    Flaky.failures = 0
+    retried = urls.RetriedFile(open_file)
+    file: Any = gzip.GzipFile(fileobj=retried) if compressed else retried
+    assert file.read(4) == b"abcd"
+    Flaky.failures = 2
+    assert file.read(8 * 1000 - 4) == (b"abcdefgh" * 1000)[4:]
+    assert len(opened) == (1 if compressed and Flaky.failures else 3)
+    if not compressed:
+        assert file.seek(-4, 2) == 7996 and file.read() == b"efgh" and file.seek(2) == 2 and file.read(2) == b"cd"
+        Flaky.failures = 3
+        with pytest.raises(ConnectionResetError):
+            file.read(1)
+    Flaky.failures = 0
+    file.close()
+    retried.close()
+    assert all(one.closed for one in opened)
+
+
+@pytest.mark.parametrize("status", [403, 404, 503])
+def test_refusals_are_not_repeated_and_failures_of_the_service_are(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    class AnswerError(Exception):
+        def __init__(self) -> None:
+            self.status = status
+
+    attempts: list[int] = []
+
+    def open_file() -> BytesIO:
+        attempts.append(status)
+        raise AnswerError
+
+    monkeypatch.setattr(urls, "PAUSES", (0.0, 0.0, 0.0))
+    with pytest.raises(AnswerError):
+        urls.RetriedFile(open_file)
+    assert len(attempts) == (4 if status == 503 else 1)
+
+
+def test_every_lane_tells_of_the_part_that_a_service_did_not_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "PAUSES", ())
+    with served(tmp_path) as address:
+        for part in range(3):
+            (fault,) = read_samples(f"{address}/none.tar", part=part, parts=3)
+            assert fault.fault == "unreadable shard (FileNotFoundError)"

@@ -14,6 +14,7 @@ from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.reading.decoding import SquareTransform, image_key
 from emf_lightning.data.reading.loader import ShardLoader
 from emf_lightning.data.reading.raw_batch import Position, RawBatch
+from emf_lightning.data.reading.sources import Source
 from emf_lightning.data.reading.streams import ShardStream
 from emf_lightning.data.reading.tar_samples import read_samples
 from emf_lightning.latents.pixels import Pixels
@@ -40,6 +41,24 @@ def test_each_sample_is_in_exactly_one_lane_of_two_ranks_with_two_workers(tmp_pa
         for lane in range(2):
             seen += captions(one_lane(shards, rank, 2, lane, 2, shuffle_block=3))
     assert sorted(seen) == sorted(f"sample {number}" for number in range(sum(sizes)))
+
+
+@pytest.mark.parametrize(("shards", "ranks", "lanes"), [(300, 64, 4), (5, 2, 2), (9, 1, 4), (257, 64, 4)])
+def test_shards_that_do_not_divide_evenly_are_read_by_few_lanes(shards: int, ranks: int, lanes: int) -> None:
+    names, parts = [str(number) for number in range(shards)], set[tuple[str | Source, int, int]]()
+    for rank in range(ranks):
+        for lane in range(lanes):
+            stream = ShardStream(names, SquareTransform(SIDE), 4, rank=rank, ranks=ranks, lanes=lanes, shuffle_block=2)
+            read = stream.lane_shards(0, lane)
+            assert len(read) <= shards // (ranks * lanes) + 2
+            for shard, part, of, width in read:
+                mine = {(shard, residue, of) for residue in range(part, part + width)}
+                assert not mine & parts
+                parts |= mine
+    whole = {shard for shard, _, of in parts if of == 1}
+    split = {shard for shard, _, of in parts if of > 1}
+    assert len(whole) + len(split) == shards and not whole & split
+    assert len(parts) == len(whole) + len(split) * ranks * lanes, "every sample of a split shard is in one lane"
 
 
 def test_lanes_are_within_one_shard_and_one_sample_of_each_other(tmp_path: Path) -> None:

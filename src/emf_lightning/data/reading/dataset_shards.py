@@ -161,7 +161,9 @@ def write_samples(
     remove_partial(directory)
     manifest, identity = directory / MANIFEST, identity | {"samples_per_shard": samples_per_shard}
     remedy = "delete it with the shards beside it, or choose another directory"
-    if manifest.exists() and read_json(manifest, remedy) != identity:
+    known = read_json(manifest, remedy) if manifest.exists() else identity
+    # a manifest of an earlier version has fewer keys
+    if not isinstance(known, dict) or known != {key: value for key, value in identity.items() if key in known}:
         raise ValueError(
             f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete this one"
         )

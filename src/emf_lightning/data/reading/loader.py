@@ -23,6 +23,9 @@ from emf_lightning.text.plain import shorten
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
 
+DEALING = "dealing of shards"
+"""Key of the rule by which shards that do not divide evenly are dealt, where there are any."""
+
 OUTLIVES = 600
 """Seconds after SIGTERM at which a worker ends by itself."""
 
@@ -179,6 +182,7 @@ class ShardLoader:
         # names only: a folder may have moved
         names = [shard.rpartition("/")[2] if isinstance(shard, str) else shard.identity for shard in stream.shards]
         held_out = {"validation_share": stream.share} if stream.share else {}
+        dealing = {DEALING: "rest in turn"} if stream.splits_rest else {}
         return {
             "shards": hashlib.sha256("\n".join(names).encode()).hexdigest(),
             "seed": stream.seed,
@@ -186,6 +190,7 @@ class ShardLoader:
             "ranks": stream.ranks,
             "workers": stream.lanes,
             **held_out,
+            **dealing,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,8 +216,9 @@ class ShardLoader:
         own = state["ranks"][min(self.stream.rank, len(state["ranks"]) - 1)]
         self.skipped = Counter(own["skipped"])
         if changed:
+            told = [name for name in changed if name != DEALING] or changed  # it depends on shards, ranks and workers
             warnings.warn(
-                f"resumed with other {', '.join(changed)} than the checkpoint's: its position in the data does not"
+                f"resumed with other {', '.join(told)} than the checkpoint's: its position in the data does not"
                 f" apply, training continues at the start of pass {own['epoch'] + 1}",
                 stacklevel=2,
             )

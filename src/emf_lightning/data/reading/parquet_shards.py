@@ -12,7 +12,7 @@ from typing import Any
 from emf_lightning.data.reading.dataset_shards import caption_function
 from emf_lightning.data.reading.names import CAPTIONS
 from emf_lightning.data.reading.tar_members import END, open_shard
-from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything
+from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything, in_parts
 
 ROWS = 16
 """Rows that are held in memory at once: pictures may have megabytes."""
@@ -82,6 +82,7 @@ class ParquetShard:
         parts: int = 1,
         member_mb: float = MEMBER_MB,
         wanted: Callable[[str], bool] = everything,
+        width: int = 1,
     ) -> Iterator[TarSample]:
         """As ``read_samples``; offsets are numbers of rows."""
         if offset == END:
@@ -90,7 +91,7 @@ class ParquetShard:
         try:
             with closing(open_shard(self.path)) as file:
                 for row, image, caption in self._rows(file, offset):
-                    if row % parts == part and wanted(f"{self.identity}/{row}"):
+                    if in_parts(row, part, parts, width) and wanted(f"{self.identity}/{row}"):
                         yield self._sample(row, image, caption, member_mb)
             return
         except MissingColumnError as error:
@@ -101,7 +102,7 @@ class ParquetShard:
             if "://" not in self.path or isinstance(error, ImportError):
                 raise
             fault = f"unreadable shard ({type(error).__name__})"
-        if row % parts == part:
+        if "://" in self.path or in_parts(row, part, parts, width):  # a service may have answered the other lanes
             yield TarSample(f"{self.path} from row {row:,} to the end", row, END, fault=fault)
 
     def _rows(self, opened: Any, offset: int) -> Iterator[tuple[int, Any, Callable[[], Caption]]]:

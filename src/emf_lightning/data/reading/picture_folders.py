@@ -17,6 +17,7 @@ from emf_lightning.data.reading.tar_samples import (
     SampleFiles,
     TarSample,
     everything,
+    in_parts,
     kind_of,
     reason_of,
     sample_key,
@@ -135,10 +136,12 @@ class PictureFolders:
         parts: int = 1,
         member_mb: float = MEMBER_MB,
         wanted: Callable[[str], bool] = everything,
+        width: int = 1,
     ) -> Iterator[TarSample]:
         """As ``read_samples``; offsets are numbers of samples."""
-        first = offset + (part - offset) % parts
-        for number in range(first, len(self), parts):
+        for number in range(offset, len(self)):
+            if not in_parts(number, part, parts, width):
+                continue
             place, names = self._files(int(self._order[number]))
             folder, relative = self._folders[place]
             key = _key_of(names)

@@ -38,8 +38,12 @@ class Source(Protocol):
         parts: int = 1,
         member_mb: float = 0,
         wanted: Callable[[str], bool] = ...,
+        width: int = 1,
     ) -> Iterator[TarSample]:
-        """The samples with ``number % parts == part`` that are ``wanted``, from ``offset`` on."""
+        """The samples of the ``width`` parts from ``part`` on that are ``wanted``, from ``offset`` on.
+
+        ``number % parts`` is the part of a sample.
+        """
 
 
 @dataclass(frozen=True)

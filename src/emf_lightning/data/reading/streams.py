@@ -59,9 +59,10 @@ class ShardStream(IterableDataset[RawBatch]):
     """One rank's batches of one pass over the shards.
 
     A pass is dealt to ``ranks * lanes`` lanes; each worker reads one lane. As many shards as divide evenly are dealt
-    whole, in the order of the pass; the samples of the remaining shards one by one. So every sample is in exactly one
-    lane, however few shards there are. A lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in
-    memory and permuted by (seed, pass, lane, block), so that a resumed lane reads at most one block again.
+    whole, in the order of the pass. Of the rest each lane takes its samples from one shard or two; where there are
+    fewer shards than lanes, from every shard, so that all lanes have as many. So every sample is in exactly one lane. A
+    lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in memory and permuted by (seed, pass,
+    lane, block), so that a resumed lane reads at most one block again.
 
     Shards are read with the standard library, because neither common reader can do all of this. In ``datasets`` 5.2,
     a truncated shard ends the run; JSON that Arrow cannot type, like GenEval's ``["left of", 0]``, cannot be opened; a
@@ -121,15 +122,29 @@ class ShardStream(IterableDataset[RawBatch]):
         """Sets the start of the next iteration: pass, position of each lane, and lane of the first batch."""
         self._epoch, self._positions, self._first = epoch, tuple(positions), first
 
-    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int]]:
-        """The lane's shards of one pass in order, as (path, part, parts): the lane reads one part of each."""
+    @property
+    def splits_rest(self) -> bool:
+        """Whether some shards are dealt whole and the rest to the lanes in turn, one or two for each."""
+        lanes = self.ranks * self.lanes
+        return self.limit is None and len(self.shards) > lanes and len(self.shards) % lanes > 0
+
+    def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int, int]]:
+        """The lane's shards of one pass in order, as (path, part, parts, width), see ``read_samples``."""
         order: Sequence[int] = range(len(self.shards))
         if self.shuffle_block > 0:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)).tolist()
         lanes, index = self.ranks * self.lanes, self.rank * self.lanes + lane
         whole = 0 if self.limit is not None else len(order) // lanes * lanes
-        shards = [(self.shards[i], 0, 1) for i in order[index:whole:lanes]]
-        return shards + [(self.shards[i], index, lanes) for i in order[whole:]]
+        shards = [(self.shards[i], 0, 1, 1) for i in order[index:whole:lanes]]
+        rest = order[whole:]
+        if not self.splits_rest:
+            return shards + [(self.shards[i], index, lanes, 1) for i in rest]
+        # the samples of the rest are len(rest) * lanes parts, of which the lane takes len(rest) in a row
+        first, end = index * len(rest), (index + 1) * len(rest)
+        for i in range(first // lanes, -(-end // lanes)):
+            part, stop = max(first - i * lanes, 0), min(end - i * lanes, lanes)
+            shards.append((self.shards[rest[i]], part, lanes, stop - part))
+        return shards
 
     def __iter__(self) -> Iterator[RawBatch]:
         """The batches of this process's lane, then an empty one that carries the samples skipped since the last."""
@@ -281,9 +296,9 @@ class ShardStream(IterableDataset[RawBatch]):
         """The lane's undecoded samples in shard order, from the start of the block at ``position`` on."""
         offset, number = position.offset, position.number
         shards = list(enumerate(self.lane_shards(self._epoch, lane)))
-        for shard, (source, part, parts) in shards[position.shard :]:
+        for shard, (source, part, parts, width) in shards[position.shard :]:
             read = partial(read_samples, source) if isinstance(source, str) else source.samples
-            for sample in read(offset, number, part, parts, self.member_mb, self.wanted):
+            for sample in read(offset, number, part, parts, self.member_mb, self.wanted, width):
                 yield position._replace(shard=shard, offset=sample.end, number=sample.number + 1), sample
             offset = number = 0
 

@@ -94,6 +94,11 @@ def kind_of(extension: str) -> str | None:
     return "image" if extension in IMAGES else _TEXTS.get(extension)
 
 
+def in_parts(number: int, part: int, parts: int, width: int) -> bool:
+    """Whether sample ``number`` of a shard in ``parts`` belongs to the ``width`` of them from ``part`` on."""
+    return (number - part) % parts < width
+
+
 def everything(key: str) -> bool:
     """True for each sample."""
     return True
@@ -107,8 +112,9 @@ def read_samples(
     parts: int = 1,
     member_mb: float = MEMBER_MB,
     wanted: Callable[[str], bool] = everything,
+    width: int = 1,
 ) -> Iterator[TarSample]:
-    """The samples of one shard with ``number % parts == part``.
+    """The samples of one shard in ``width`` parts of ``parts`` from ``part`` on: ``number % parts`` says the part.
 
     A sample is a run of members with one key (the name up to the first dot of its last component). Members without a
     key are passed over, wherever they are. A stretch that is damaged or cut off is a sample of its own, with a
@@ -118,13 +124,17 @@ def read_samples(
         path: file or URL.
         offset: start: 0 or the ``end`` of an earlier sample.
         number: running number of the sample at ``offset``.
-        part: index of the part to yield; the bytes of other samples are not read.
+        part: index of the first part to yield; the bytes of other samples are not read.
         parts: number of parts that the shard's samples are dealt to.
         member_mb: members that are larger are not read.
         wanted: says by ``shard/key`` whether a sample is read; others are passed over.
+        width: number of parts to yield.
     """
     run, ignored, place = SampleFiles(), list[tuple[str, str]](), offset
     shard = path.rpartition("/")[2]
+
+    def mine() -> bool:
+        return in_parts(number, part, parts, width)
 
     def sample(where: str, end: int, **content: object) -> TarSample:
         made = TarSample(where, number, end, **content, ignored=tuple(ignored))  # type: ignore[arg-type]
@@ -142,9 +152,10 @@ def read_samples(
             number += 1
         run = SampleFiles()
 
-    def lost(reason: str, start: int, end: int) -> Iterator[TarSample]:
+    def lost(reason: str, start: int, end: int, here: bool = False) -> Iterator[TarSample]:
+        """A stretch that all lanes lose, unless it is this one alone, ``here``."""
         nonlocal number
-        if number % parts == part:
+        if here or mine():
             last = f"{end:,}" if end != END else "the end"
             yield sample(f"{path} from byte {start:,} to {last}", end, fault=reason)
         ignored.clear()
@@ -168,8 +179,7 @@ def read_samples(
                 key, extension = matched
                 if key != run.key:
                     yield from close(member.start)
-                    mine = number % parts == part and wanted(f"{shard}/{key}")
-                    run = SampleFiles(key, member.start, mine)
+                    run = SampleFiles(key, member.start, mine() and wanted(f"{shard}/{key}"))
                 if not run.wanted:
                     continue
 
@@ -180,7 +190,7 @@ def read_samples(
                 if (reason := run.add(extension, member.size, read, member_mb)) is not None:
                     ignored.append((reason, f"{path}/{member.name}"))
             yield from close(place)
-            if ignored and number % parts == part:
+            if ignored and mine():
                 (reason, where) = ignored.pop(0)
                 yield sample(where, END, fault=reason)
         return
@@ -193,7 +203,7 @@ def read_samples(
             raise
         fault = f"unreadable shard ({type(error).__name__})"
     yield from close(place, whole=False)
-    yield from lost(fault, place, END)
+    yield from lost(fault, place, END, is_url(path))  # of a service, which may have answered the other lanes
 
 
 def count_samples(path: str, at_most: int = 8192) -> int:
