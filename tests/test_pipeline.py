@@ -20,7 +20,7 @@ from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
 from emf_lightning.flow.sampling import EulerSampler
-from emf_lightning.modules.generation import spec_of
+from emf_lightning.modules.generation import AUTOCAST, spec_of
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from tests.callbacks.tiny import SIZE
@@ -385,3 +385,18 @@ def test_an_unconditional_unet_over_a_kl_autoencoder_is_exported_too(tmp_path, p
         assert torch.equal(pipe("", num_inference_steps=1, latents=noise, output_type="latent").images, expected)
         image = (autoencoder.decode(expected) / 2 + 0.5).clamp(0, 1)
         assert torch.equal(pipe("", num_inference_steps=1, latents=noise, output_type="pt").images, image)
+
+
+def test_every_name_of_a_precision_is_the_same_to_an_export():
+    from lightning.fabric.connector import _PRECISION_INPUT_STR_ALIAS_CONVERSION as ALIASES
+
+    assert {"bf16", "16"} <= ALIASES.keys()
+    assert all(AUTOCAST.get(alias) == AUTOCAST.get(name) for alias, name in ALIASES.items())
+
+
+def test_a_device_is_taken_from_device_map_and_a_split_is_refused(world):
+    folder = world / "meanflow"
+    part = PipelinePart.from_pretrained(folder / "transformer", device_map={"": "meta"})
+    assert {weight.device.type for weight in part.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match=r"device_map: 'balanced' would split the parts; give one device"):
+        EMFPipeline.from_pretrained(folder, device_map="balanced")

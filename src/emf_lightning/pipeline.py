@@ -123,6 +123,11 @@ class EMFPipeline(DiffusionPipeline):
             ValueError: for a name that is neither; for files that name another class, unless they are trusted; for
                 damaged files.
         """
+        if isinstance(options.get("device_map"), str) and options["device_map"] in ("balanced", "auto"):
+            raise ValueError(
+                f"device_map: {options['device_map']!r} would split the parts; give one device, e.g. cuda, or call "
+                "enable_model_cpu_offload() of the loaded pipeline"
+            )
         places = {name: options.pop(name) for name in DOWNLOAD_OPTIONS if name in options}
         folder = downloaded(str(pretrained_model_name_or_path), **places)
         check_digests(folder)

@@ -82,7 +82,12 @@ class PipelinePart(ModelMixin):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, variant: str | None = None, **_: Any
+        cls,
+        folder: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        device_map: Any = None,
+        **_: Any,
     ) -> PipelinePart:
         """The part saved in a folder.
 
@@ -90,6 +95,7 @@ class PipelinePart(ModelMixin):
             folder: as ``save_pretrained`` wrote it.
             torch_dtype: of parts without a precision of their own.
             variant: whose weights are read, e.g. ``fp16``.
+            device_map: the device of the part, or ``{"": device}``.
 
         Raises:
             ValueError: for a folder that names a class from outside this package, see ``builder``.
@@ -106,4 +112,6 @@ class PipelinePart(ModelMixin):
                 load_model(part, weights / WEIGHTS)
         if torch_dtype is not None and "dtype" not in saved["init_args"]:
             nn.Module.to(part, dtype=torch_dtype)
-        return cls(part.eval(), place)
+        made = cls(part.eval(), place)
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        return made if device is None else made.to(device)

@@ -351,3 +351,23 @@ def test_overfit_batches_trains_on_the_same_batches(tmp_path: Path) -> None:
     trainer(tmp_path, overfit_batches=2, max_epochs=3).fit(model, make(shards, validation_shards=shards))
     batches = [tuple(captions) for _, captions, _ in model.seen]
     assert len(batches) == 6 and len({*batches}) == 2
+
+
+def test_parts_that_something_else_has_moved_come_back_to_the_device(tmp_path: Path) -> None:
+    class Weighted(Halving):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.requires_grad_(False)
+
+        def encode(self, images: Tensor) -> Tensor:
+            return super().encode(images) * self.weight
+
+    shards = write_numbered(tmp_path / "shards", [8])
+    data = CaptionImageData(CountingEncoder(), Weighted(), shards, batch_size=4, resolution=SIDE, num_workers=0)
+    data.setup("fit")
+    raw = next(iter(data.train_dataloader()))
+    data.encoder.encode(raw)
+    data.autoencoder.to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):  # its weights are gone, but it was to be moved
+        data.encoder.encode(raw)

@@ -16,7 +16,8 @@ from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.velocity import AverageVelocity
 from emf_lightning.networks.adapter import Adapter
 from emf_lightning.networks.finetuning import Finetuning
-from emf_lightning.networks.frozen import EMATarget, FrozenNetwork
+from emf_lightning.networks.frozen import EMATarget, FrozenNetwork, copied
+from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
 from emf_lightning.networks.two_time.rules import DecoupledInterval
 from tests.adapters import NAMES, SANA, adapted, built, inputs, parent, same, train
 from tests.networks.test_two_time import call
@@ -292,23 +293,42 @@ class TestFolder:
             self.load(folder)
 
 
+SIZE = SanaArchitecture(1, 2, 8, 2, 8, patch_size=12)
+
+
+@pytest.mark.parametrize("copying", [FrozenNetwork, copied, lambda net: EMATarget(net, 0.9)])
+def test_copies_of_compiled_networks_are_compiled(copying):
+    made = copying(SanaFlowMap(SIZE, compile=True))
+    net = getattr(made, "net", made)
+    assert all(block._compiled_call_impl is not None for block in net.blocks)
+
+
+def test_a_frozen_network_that_a_validation_moved_can_be_differentiated(monkeypatch):
+    frozen = FrozenNetwork(SanaFlowMap(SIZE))
+    # as a move to a GPU does: all weights are new tensors
+    monkeypatch.setattr(frozen.net, "to", lambda device: frozen.net._apply(torch.clone))
+    with torch.inference_mode():
+        frozen.on(torch.device("meta"))
+    assert not any(weight.is_inference() for weight in frozen.net.parameters())
+
+
 @pytest.mark.parametrize("copying", [FrozenNetwork, lambda net: EMATarget(net, 0.9)])
 def test_copies_have_the_parents_weights_in_common(tmp_path, copying):
     parent("SANA", tmp_path)
     net = adapted("SANA", tmp_path)
-    copied = copying(net)
-    ours, theirs = dict(net.named_parameters()), dict(copied.net.named_parameters())
+    twin = copying(net)
+    ours, theirs = dict(net.named_parameters()), dict(twin.net.named_parameters())
     assert {name for name in ours if ours[name] is theirs[name]} == net.parent_weights & ours.keys()
-    before = call(copied, *inputs("SANA"))
+    before = call(twin, *inputs("SANA"))
     train(net)
-    assert torch.equal(call(copied, *inputs("SANA")), before)
-    if isinstance(copied, EMATarget):
-        copied.update(net)
-        assert not torch.equal(call(copied, *inputs("SANA")), before)
-        assert not copied.state().keys() & net.parent_weights
+    assert torch.equal(call(twin, *inputs("SANA")), before)
+    if isinstance(twin, EMATarget):
+        twin.update(net)
+        assert not torch.equal(call(twin, *inputs("SANA")), before)
+        assert not twin.state().keys() & net.parent_weights
         other = EMATarget(net, 0.9)
-        other.load(copied.state())
-        assert same(other.net.state_dict(), copied.net.state_dict())
+        other.load(twin.state())
+        assert same(other.net.state_dict(), twin.net.state_dict())
 
 
 def test_a_network_without_adapters_has_copies_of_its_own(tmp_path):

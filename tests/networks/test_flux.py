@@ -41,12 +41,12 @@ def test_the_network_is_the_stock_one_with_pooled_features_first_and_a_guidance_
     stock = FluxTransformer2DModel.from_pretrained(pipeline, subfolder="transformer").eval()
     z, t, pooled, sequence, context = inputs()
     places = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
-    for guidance in (3.5, 1.0):
+    for guidance, told in ((3.5, 3.504), (4.5, 4.512), (1.0, 1.0)):  # 1000 times the latter are numbers of bf16
         net = network(pipeline, guidance=guidance).eval()
         with torch.no_grad():
             u = net(z, t / 2, t, context, torch.ones(2, 7, dtype=torch.bool))
             packed = FluxPipeline._pack_latents(z, 2, 4, 8, 12)
-            scale = torch.full((2,), guidance)
+            scale = torch.full((2,), told)
             tokens = stock(packed, sequence, pooled, t, places, torch.zeros(6, 3), scale).sample
             expected = FluxPipeline._unpack_latents(tokens, 64, 96, 8)
         assert torch.equal(u, expected)
@@ -77,3 +77,17 @@ def test_impossible_sizes_and_other_weights_are_refused(pipeline):
         network(pipeline, latent_channels=16)
     with pytest.raises(ValueError, match="text feature width 40, this experiment has 4096"):
         network(pipeline, context_width=4096)
+
+
+@pytest.mark.parametrize("guidance", [3.5, 4.5, 4.0])
+def test_guidance_is_the_same_number_in_every_precision(pipeline, guidance):
+    net, told = network(pipeline, guidance=guidance).eval(), []
+    net.model.time_text_embed.guidance_embedder.register_forward_pre_hook(lambda _, given: told.append(given[0]))
+    z, t, _, _, context = inputs()
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        net(z, t / 2, t, context, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            net(z, t / 2, t, context, mask)
+    full, low = (each.float() for each in told)
+    torch.testing.assert_close(full, low, rtol=5e-3, atol=5e-3)

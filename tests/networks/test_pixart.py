@@ -31,7 +31,7 @@ def test_the_straight_paths_velocity_is_that_of_the_schedules_noise(name):
     assert (state - alpha.view(shape) * x - sigma.view(shape) * e).abs().max() < 1e-4
     assert (1000 * prediction.time(t) - torch.arange(1000)).abs().max() < 0.02
     assert ((prediction(e.double(), z, t) - (e - x)) * alpha.view(shape)).abs().max() < 1e-5
-    exact = prediction._times
+    exact = torch.tensor(prediction._times, dtype=torch.float64)
     assert torch.equal(1000 * prediction.time(exact), torch.arange(1000).double())
     assert (exact - t).abs().max() < 1e-5
 
@@ -47,6 +47,11 @@ def test_between_its_steps_the_time_grows_steadily_and_at_the_ends_u_is_finite()
     _, slope = torch.func.jvp(prediction.time, (torch.tensor([0.3, 0.5]),), (torch.ones(2),))
     before, after = prediction.time(torch.tensor([[0.2999, 0.4999], [0.3001, 0.5001]]).double())
     assert torch.allclose(slope.double(), (after - before) / 2e-4, rtol=1e-2)
+
+
+def test_numbers_of_another_kind_are_the_same_prediction():
+    one, other = PredictNoise(steps=10, power=2), PredictNoise(steps=10.0, power=2.0)
+    assert vars(one) == vars(other) and repr(vars(one)) == repr(vars(other))
 
 
 def test_published_weights_are_called_with_the_schedules_state_and_integer_times(tmp_path):

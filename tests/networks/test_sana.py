@@ -480,3 +480,12 @@ def test_both_time_embeddings_can_start_from_normal_weights_as_emfs_code_does(tm
         adapted(tmp_path, "net", interval=SummedInterval(), time_scale=1.0, finetuning=Finetuning(reset_time=0.02))
     with pytest.raises(ValueError, match="set one of them"):
         Finetuning(refit=True, reset_time=0.02)
+
+
+def test_times_drawn_anew_leave_guidance_conditions_at_zero_and_copy_negative_times(tmp_path):
+    stock_parent(tmp_path)
+    twin = adapted(tmp_path, negative_times=True, finetuning=Finetuning(reset_time=0.02))
+    z, t, context, mask = inputs()
+    assert torch.equal(twin(z, -t, -t, context, mask), twin(z, t, t, context, mask))
+    guided = adapted(tmp_path, guidance_conditioning=True, finetuning=Finetuning(reset_time=0.02))
+    assert not guided.transformer.time_embed.conditions.linear.weight.any()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from emf_lightning.flow.sampling import sample
+from emf_lightning.networks.prediction import PredictNoise, PredictVelocity
 from tests.adapters import NAMES, built, inputs
 from tests.networks.test_two_time import stir
 
@@ -62,8 +63,10 @@ def test_exported_sampling_is_the_networks_bit_for_bit_for_other_captions_and_ba
         assert torch.equal(program(*others), model(*others)), n
 
 
-def test_an_exported_network_is_the_same_bit_for_bit_at_other_times():
+@pytest.mark.parametrize("prediction", [PredictVelocity(), PredictNoise(steps=50)])
+def test_an_exported_network_is_the_same_bit_for_bit_at_other_times(prediction):
     net = stir(built("PixArt")).eval().requires_grad_(False)
+    net.prediction = prediction
     z, r, t, *text = inputs("PixArt")
     program = read_back(export(net, (z, r, t, *text)))
     for times in ((r, t), (t, t), (0 * t, 1 + 0 * t)):

@@ -96,3 +96,9 @@ def test_a_source_is_its_path_or_names_its_subfolder():
     assert PretrainedWeights.of("folder") == PretrainedWeights("folder")
     assert str(PretrainedWeights("folder")) == "folder"
     assert str(PretrainedWeights.of(PretrainedWeights("folder", "unet"))) == "folder (subfolder unet)"
+
+
+def test_a_path_below_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PretrainedWeights("~/weights").path == str(tmp_path / "weights")
+    assert PretrainedWeights("owner/~name").path == "owner/~name"

@@ -174,6 +174,34 @@ def test_a_chat_is_the_tokenizer_s_own_format_and_has_no_special_tokens_twice(qw
     assert plain.fingerprint != encoder.fingerprint
 
 
+def test_a_chat_whose_format_writes_the_date_is_of_one_day(qwen, monkeypatch):
+    save_tokenizer(qwen, chat_template="{{ strftime_now('%d %b %Y') }} " + CHAT)
+    encoder = PretrainedTextEncoder(str(qwen), length=9, chat=True)
+    assert encoder._text("red cube").startswith("26 Jul 2024 <unk>red cube")
+    other = PretrainedTextEncoder(str(qwen), length=9, chat=True)
+    assert encoder.fingerprint == other.fingerprint
+    monkeypatch.setattr(
+        "emf_lightning.text.pretrained.FIXED_DAY", "{%- macro strftime_now(f) -%}1 Jan 2020{%- endmacro -%}"
+    )
+    assert PretrainedTextEncoder(str(qwen), length=9, chat=True).fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize(("kind", "length"), [("clip", 25), ("bert", 33), ("roberta", 31)])
+def test_more_tokens_than_the_model_has_positions_are_refused(folders, tmp_path, kind, length):
+    folder = folders / kind
+    if kind == "roberta":
+        import transformers as t
+
+        folder = tmp_path
+        sizes = {"vocab_size": 32, "max_position_embeddings": 32, "pad_token_id": 1}
+        t.RobertaModel(t.RobertaConfig(**sizes, **SMALL)).save_pretrained(folder)
+        save_tokenizer(folder)
+    with pytest.raises(ValueError, match=f"length={length} is more than the {length - 1} positions"):
+        PretrainedTextEncoder(str(folder), length=length)
+    encoder = PretrainedTextEncoder(str(folder), length=length - 1)
+    assert encoder([" ".join(["red"] * 100)]).context.isfinite().all()
+
+
 def test_a_chat_needs_a_format(qwen):
     with pytest.raises(ValueError, match="has no chat format"):
         PretrainedTextEncoder(str(qwen), length=9, chat=True)

@@ -18,8 +18,9 @@ def gemma(tmp_path_factory):
 CAPTIONS = ["A Red cube on a blue ball ", "two ring", "a photo of a cube and a ball under a ring and a cube on a ball"]
 
 
+@pytest.mark.parametrize("instruction", [None, ""])
 @pytest.mark.parametrize("length", [6, 12, 40])
-def test_features_are_those_of_diffusers_own_pipeline(gemma, tmp_path, length):
+def test_features_are_those_of_diffusers_own_pipeline(gemma, tmp_path, length, instruction):
     from diffusers import DPMSolverMultistepScheduler, SanaPipeline
     from transformers import AutoTokenizer, Gemma2Model
 
@@ -31,10 +32,11 @@ def test_features_are_those_of_diffusers_own_pipeline(gemma, tmp_path, length):
         tiny_checkpoints.sana(tmp_path),
     )
     pipeline = SanaPipeline(*parts, DPMSolverMultistepScheduler())
-    encoder = SanaGemma(str(gemma), length=length, dtype="float32")
+    encoder = SanaGemma(str(gemma), length=length, dtype="float32", instruction=instruction)
+    lines = sana_instruction().split("\n") if instruction is None else None
     with torch.no_grad():
         expected, mask, null, null_mask = pipeline.encode_prompt(
-            CAPTIONS, max_sequence_length=length, complex_human_instruction=sana_instruction().split("\n")
+            CAPTIONS, max_sequence_length=length, complex_human_instruction=lines
         )
     for features, theirs, kept in (
         (encoder(CAPTIONS), expected, mask),

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from emf_lightning.text.base import NULL_CAPTION
-from emf_lightning.text.words import WordEncoder
+from emf_lightning.text.words import WordEncoder, words_of
 
 
 def test_a_token_is_the_decayed_sum_of_permuted_neighbours_at_unit_variance():
@@ -61,6 +61,23 @@ def test_case_and_punctuation_do_not_count():
     encoder = WordEncoder(width=16)
     features = encoder(["A red, red cube!", "a red red cube"])
     assert torch.equal(features.context[0], features.context[1])
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A red_cube, 2 x!", ["a", "red", "cube", "2", "x"]),
+        ("Ein Mädchen im Café", ["ein", "mädchen", "im", "café"]),
+        ("Красный круг", ["красный", "круг"]),
+        ("赤い円", ["赤", "い", "円"]),
+        ("一只红色 fox", ["一", "只", "红", "色", "fox"]),
+        ("लाल घन", ["लाल", "घन"]),
+        ("cafe\u0301", ["café"]),
+    ],
+)
+def test_words_of_every_script_count(caption, words):
+    assert words_of(caption) == words
+    assert not torch.equal(WordEncoder(16)([caption]).context, WordEncoder(16)([""]).context)
 
 
 def test_the_null_caption_is_one_token_of_its_own():

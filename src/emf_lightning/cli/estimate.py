@@ -15,6 +15,7 @@ from emf_lightning.cli.sizes import discriminator_size, encoder_size, encoding_f
 from emf_lightning.cli.worth import SCALES, Prices, worth
 from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.latents.base import Autoencoder
+from emf_lightning.modules.generation import AUTOCAST
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextEncoder
 
@@ -112,7 +113,7 @@ class Plan:
     def memory(self) -> list[str]:
         """Memory of a device, by strategy."""
         trainer, batch = self.settings.trainer, self.settings.data.batch_size
-        mixed = str(trainer.precision).endswith("-mixed")
+        mixed = str(trainer.precision) in AUTOCAST
         activations = self.cost.block_activations if self.checkpointing else self.cost.activations
         activations = int(activations * batch * self.passes.network.recorded)
         copies = 4 * self.copied * self.passes.frozen_copies

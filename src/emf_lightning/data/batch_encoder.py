@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -35,7 +36,6 @@ class BatchEncoder:
     images: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _null: TextFeatures | None = field(default=None, init=False)
-    _places: dict[int, torch.device] = field(default_factory=dict, init=False)
 
     @property
     def latent_size(self) -> int:
@@ -109,10 +109,16 @@ class BatchEncoder:
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _placed(self, part: Frozen) -> Frozen:
-        if self._places.get(id(part)) != self.device:
+        """The part on the device; others, such as a pipeline, may have moved it."""
+        held = next(chain(part.parameters(), part.buffers()), None)
+        if held is not None and not _same(held.device, self.device):
             part.to(self.device)
-            self._places[id(part)] = self.device
         return part
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one; without an index it is any of the kind."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def _pixels(images: Tensor, indices: list[int]) -> Tensor:

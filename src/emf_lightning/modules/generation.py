@@ -13,7 +13,8 @@ from emf_lightning.pipeline_part import PipelinePart
 if TYPE_CHECKING:
     from emf_lightning.data.datamodule import CaptionImageData
 
-_AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+AUTOCAST = {"bf16-mixed": "bfloat16", "bf16": "bfloat16", "16-mixed": "float16", "16": "float16"}
+"""Lightning's names of the precisions that compute in 16 bits by autocast, and torch's dtype."""
 
 
 def pipeline_of(
@@ -37,7 +38,7 @@ def pipeline_of(
             guidance=spec_of(module.objective.sampling_guidance),
             guidance_scale=module.guidance_scale,
             latent_size=data.latent_size,
-            autocast=_AUTOCAST.get(precision),
+            autocast=AUTOCAST.get(precision),
             features=data.cache.dtype if data.cache is not None else None,
         )
 
@@ -59,7 +60,7 @@ def attached_pipeline(module: Any) -> EMFPipeline:
         )
     attached = pipeline_of(module, data, str(module.trainer.precision))
     attached.set_progress_bar_config(disable=True)
-    return attached.to(module.device)
+    return attached.to(module.trainer.strategy.root_device)  # after a training the module itself lies on the CPU
 
 
 def spec_of(settings: Any) -> Spec:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from emf_lightning.networks.two_time.two_time_embedding import NEGATIVE
+
 
 @dataclass(frozen=True)
 class Finetuning:
@@ -41,8 +43,8 @@ class Finetuning:
         """Draws the linear layers of a time embedding, and of the interval's inside it, anew, where that is asked."""
         if self.reset_time is None:
             return
-        for layer in embedding.modules():
-            if isinstance(layer, nn.Linear):
+        for name, layer in embedding.named_modules():
+            if isinstance(layer, nn.Linear) and name.partition(".")[0] not in ("conditions", NEGATIVE):
                 nn.init.normal_(layer.weight, std=self.reset_time)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

@@ -63,8 +63,9 @@ class FluxFlowMap(BackboneFlowMap):
 
     Args:
         architecture: its size, if it starts from scratch.
-        guidance: the guidance scale that the network is told, where it takes one. It rounds 1000 times the scale under
-            bf16 weights or autocast: 3.5 becomes 3504, 4 stays 4000.
+        guidance: the guidance scale that the network is told, where it takes one. FLUX rounds 1000 times the scale to
+            bf16, in which it was trained: 3.5 becomes 3504, 4 stays 4000. Here it does in every precision, so that
+            passes of one step in different precisions agree.
         latent_channels: C of the latents; see ``BackboneFlowMap`` for it and for the other arguments.
 
     Example:
@@ -101,6 +102,8 @@ class FluxFlowMap(BackboneFlowMap):
         shape = latent_channels, latent_size, context_width
         super().__init__(FluxTransformer2DModel, arguments, architecture, *shape, **options)
         self.guidance = guidance
+        # bf16 of it times 1000 is the same number
+        self._told = float((torch.tensor(guidance, device="cpu").bfloat16() * MODEL_SCALE).float() / MODEL_SCALE)
         require_patches(self, latent_size, PATCH)
         require_pooled(self, self.model.config.pooled_projection_dim, context_width)
 
@@ -122,7 +125,7 @@ class FluxFlowMap(BackboneFlowMap):
             timestep=self.prediction.time(t) * (self.time_scale / MODEL_SCALE),  # the model multiplies it
             img_ids=_positions(height, width, z.device),
             txt_ids=torch.zeros(context.shape[1] - 1, 3, device=z.device),
-            guidance=t.new_full(t.shape, self.guidance) if config.guidance_embeds else None,
+            guidance=t.new_full(t.shape, self._told) if config.guidance_embeds else None,
             return_dict=False,
         )[0]
         return unpatched(tokens, height, PATCH)

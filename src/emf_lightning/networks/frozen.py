@@ -14,7 +14,10 @@ from emf_lightning.networks.base import FlowMapNetwork
 
 def copied(net: FlowMapNetwork) -> FlowMapNetwork:
     """A copy of a network; under adapters both have the parent's weights in common, which never change."""
-    return copy.deepcopy(net, dict(parent_parameters(net)))
+    twin = copy.deepcopy(net, dict(parent_parameters(net)))
+    if net.compiled:
+        twin.compile_blocks()  # a copy is not compiled
+    return twin
 
 
 class FrozenNetwork:
@@ -26,8 +29,6 @@ class FrozenNetwork:
 
     def __init__(self, net: FlowMapNetwork) -> None:
         self.net = copied(net).requires_grad_(False).eval()
-        if net.compiled:
-            self.net.compile_blocks()  # copies are not compiled
 
     def __call__(self, z: Tensor, *inputs: Any, **conditions: Any) -> Tensor:
         """The network's output, computed on the device of ``z``."""
@@ -40,7 +41,8 @@ class FrozenNetwork:
     def on(self, device: torch.device) -> FlowMapNetwork:
         """The network, moved to ``device`` where it is not there yet."""
         if any(each.device != device for each in self.net.parameters()):  # the parent's weights moved with the owner's
-            self.net.to(device)
+            with torch.inference_mode(False), torch.no_grad():  # the first pass may be a validation's, the next trains
+                self.net.to(device)
         return self.net
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,11 +92,13 @@ class PredictNoise(Prediction):
                 "PredictNoise: betas must lie in (0, 1), the first at most the last, with at least 2 steps and a "
                 f"positive power; got {first_beta} to {last_beta}, {steps} steps, power {power}"
             )
-        self.first_beta, self.last_beta, self.steps, self.power = first_beta, last_beta, steps, power
+        # one form of each number, whoever gave it: checkpoints name them
+        self.first_beta, self.last_beta, self.power = float(first_beta), float(last_beta), float(power)
+        self.steps = int(steps)
 
     def time(self, t: Tensor) -> Tensor:
         """n(t) / N."""
-        times = self._times.to(t.device, t.dtype)
+        times = torch.tensor(self._times, dtype=t.dtype, device=t.device)
         t = t.clamp(times[0], times[-1])
         n = torch.searchsorted(times, t.detach().contiguous(), right=True).clamp(1, self.steps - 1) - 1
         return (n + (t - times[n]) / (times[n + 1] - times[n])) / self.steps
@@ -110,18 +113,16 @@ class PredictNoise(Prediction):
         return (output.float() - z) / (1 - self._at(t))
 
     def _at(self, t: Tensor) -> Tensor:
-        return t.clamp(max=float(self._times[-1])).view(-1, 1, 1, 1)
+        return t.clamp(max=self._times[-1]).view(-1, 1, 1, 1)
 
     @property
-    def _times(self) -> Tensor:
+    def _times(self) -> tuple[float, ...]:
         return _schedule_times(self.first_beta, self.last_beta, self.steps, self.power)
 
 
 @lru_cache
-def _schedule_times(first: float, last: float, steps: int, power: float) -> Tensor:
-    """t of n = 0 ... N - 1, float64, on the CPU."""
-    ends = first ** (1 / power), last ** (1 / power)
-    betas = torch.linspace(*ends, steps, dtype=torch.float64, device="cpu") ** power
-    kept = (1 - betas).cumprod(0)
-    alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
-    return sigma / (alpha + sigma)
+def _schedule_times(first: float, last: float, steps: int, power: float) -> tuple[float, ...]:
+    """t of n = 0 ... N - 1, as numbers: a tensor made within torch.export would be part of its graph."""
+    kept = np.cumprod(1 - np.linspace(first ** (1 / power), last ** (1 / power), steps) ** power)
+    alpha, sigma = np.sqrt(kept), np.sqrt(1 - kept)
+    return tuple((sigma / (alpha + sigma)).tolist())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emf_lightning.networks.architecture_checks import require_patches, require_positive
@@ -89,6 +90,9 @@ class QwenImageFlowMap(BackboneFlowMap):
 
     def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         height, width = (side // PATCH for side in z.shape[-2:])
+        if torch.is_inference_mode_enabled():  # the model keeps these numbers, and a later pass may be a training's
+            with torch.inference_mode(False):
+                self.model.pos_embed._get_device_freqs(z.device)
         tokens = self.model(
             patches(z, PATCH),
             encoder_hidden_states=context,

@@ -23,7 +23,7 @@ from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.guidance_conditioning import no_guidance
 from emf_lightning.networks.prediction import Prediction
 from emf_lightning.networks.two_time.rules import AnchoredInterval, IntervalInput
-from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces, TwoTimeEmbedding
+from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, NEGATIVE, TimePlaces, TwoTimeEmbedding
 from emf_lightning.pretrained.loading import PretrainedWeights, unreadable
 
 
@@ -211,6 +211,7 @@ class SanaFlowMap(DiffusersFlowMap):
             self._refit_to_ours(weights, recorded)
         if finetuning.reset_time is not None:
             finetuning.draw_time(self.transformer.time_embed)
+            self.transformer.copy_to(NEGATIVE)
             recorded["time_scale"] = None
         self._check_agreement(weights, recorded)
 

@@ -72,14 +72,15 @@ class IntervalSanaTransformer(SanaTransformer2DModel):
 
     def initializers(self) -> dict[str, Callable[[], None]]:
         """Initializers of the parameters that a flow's weights lack, by prefix; they keep the flow's output."""
-        return {"time_embed.interval.": functools.partial(self._copy_to, INTERVAL)}
+        return {"time_embed.interval.": functools.partial(self.copy_to, INTERVAL)}
 
     def init_copies(self) -> None:
         """Copies the pretrained time embedding to the interval's (arXiv 2604.18168, section 3) and negative times'."""
-        self._copy_to(INTERVAL)
-        self._copy_to(NEGATIVE)
+        self.copy_to(INTERVAL)
+        self.copy_to(NEGATIVE)
 
-    def _copy_to(self, name: str) -> None:
+    def copy_to(self, name: str) -> None:
+        """Copies the time embedding to another one of its layers, if the network has it."""
         if hasattr(self.time_embed, name):
             own = {k: v for k, v in self.time_embed.state_dict().items() if k.startswith(("emb.", "linear."))}
             getattr(self.time_embed, name).load_state_dict(own)
@@ -92,11 +93,11 @@ class TwinSanaTransformer(IntervalSanaTransformer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.time_embed.add_module(NEGATIVE, AdaLayerNormSingle(self.time_embed.linear.in_features))
-        self._copy_to(NEGATIVE)
+        self.copy_to(NEGATIVE)
 
     def initializers(self) -> dict[str, Callable[[], None]]:
         """Those of the interval's embedding and of negative times'."""
-        return super().initializers() | {"time_embed.negative.": functools.partial(self._copy_to, NEGATIVE)}
+        return super().initializers() | {"time_embed.negative.": functools.partial(self.copy_to, NEGATIVE)}
 
 
 class GuidedSanaTransformer(IntervalSanaTransformer):

@@ -31,6 +31,10 @@ class PretrainedWeights:
     path: str
     subfolder: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.path.startswith("~"):
+            object.__setattr__(self, "path", str(Path(self.path).expanduser()))
+
     @classmethod
     def of(cls, source: str | PretrainedWeights) -> PretrainedWeights:
         """``source``, which may be its path alone."""

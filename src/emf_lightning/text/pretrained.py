@@ -15,6 +15,11 @@ from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
 from emf_lightning.text.fingerprint import fingerprint, tokenizer_digest, weights_digest
 from emf_lightning.text.plain import neutral, special_tokens
 
+FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Before a chat template: takes the place of the function that returns today's date."""
+_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Models that count positions from behind the padding token's."""
+
 
 class PretrainedTextEncoder(TextEncoder):
     """Hidden states of a transformers model.
@@ -73,6 +78,13 @@ class PretrainedTextEncoder(TextEncoder):
                 f"PretrainedTextEncoder: layer={layer} is none of the {depth + 1} hidden states of {model!r} "
                 f"(0 the embeddings ... {depth}, or from the end: -1 ... {-depth - 1})"
             )
+        positions = getattr(self.tower.config, "max_position_embeddings", None)
+        if positions is not None and self.tower.config.model_type in _FROM_PADDING:
+            positions -= self.tower.config.pad_token_id + 1
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"PretrainedTextEncoder: length={length} is more than the {positions} positions of {model!r}; lower it"
+            )
         self.width = self.tower.config.hidden_size
         self.length = length
         self.template = template
@@ -95,7 +107,7 @@ class PretrainedTextEncoder(TextEncoder):
             dtype=self.dtype,
             length=self.length,
             layer=self.layer,
-            **({"chat": self.tokenizer.chat_template} if self.chat else {}),
+            **({"chat": self._chat_template} if self.chat else {}),
         )
 
     def planned_passes(self) -> tuple[Callable[[], object], ...]:
@@ -118,7 +130,15 @@ class PretrainedTextEncoder(TextEncoder):
         if not self.chat:
             return text
         turns = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+        )
+
+    @property
+    def _chat_template(self) -> str:
+        """The tokenizer's, on a fixed day: some write today's date into the text, so that features changed daily."""
+        template: str = self.tokenizer.get_chat_template()
+        return FIXED_DAY + template if "strftime_now" in template else template
 
     def _ids(self, texts: list[str], length: int) -> list[list[int]]:
         special = not self.chat  # the chat template contains them

@@ -59,7 +59,7 @@ class SanaGemma(PretrainedTextEncoder):
 
     def _sequence(self, caption: str) -> tuple[list[int], int, bool]:
         """Token ids, the length to which SANA pads or truncates them, and True if truncated."""
-        instructed = caption != NULL_CAPTION
+        instructed = caption != NULL_CAPTION and bool(self.instruction)
         text = (self.instruction if instructed else "") + neutral(caption.lower().strip(), self._special)
         length = self._before + self.length - 2 if instructed else self.length
         ids, more = (self._ids([text], length + extra)[0] for extra in (0, 1))

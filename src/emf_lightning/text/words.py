@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +15,17 @@ from emf_lightning.text.base import TextEncoder, TextFeatures
 from emf_lightning.text.plain import shorten
 
 _WORD = re.compile(r"[a-z0-9]+")
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+"""Kana and ideographs, which are written without spaces: each is a word."""
+
+
+def words_of(caption: str) -> list[str]:
+    """The words in lower case: runs of letters, their marks, and digits of any script."""
+    text = caption.lower()
+    if text.isascii():
+        return _WORD.findall(text)
+    text = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
+    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
 
 
 class WordEncoder(TextEncoder):
@@ -66,7 +78,7 @@ class WordEncoder(TextEncoder):
     @property
     def fingerprint(self) -> str:
         settings = (self.width, self.length, self.window, self.decay, self.position, self.shared, self.seed)
-        return hashlib.sha256(f"{type(self).__name__} 1 {settings}".encode()).hexdigest()
+        return hashlib.sha256(f"{type(self).__name__} 2 {settings}".encode()).hexdigest()
 
     def _generator(self, name: str) -> np.random.Generator:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
@@ -80,7 +92,7 @@ class WordEncoder(TextEncoder):
 
     def _tokens(self, caption: str) -> torch.Tensor:
         """Tokens ``[words, D]``; the null caption is one token of its own."""
-        words = _WORD.findall(caption.lower())
+        words = words_of(caption)
         self.truncated += len(words) > self.length
         if len(words) > self.length and self.truncated == 1:
             warnings.warn(
@@ -99,7 +111,7 @@ class WordEncoder(TextEncoder):
         return tokens + self.shared * self._vector("shared")
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Features ``[B, L, D]``; words are runs of letters and digits in lower case."""
+        """Features ``[B, L, D]`` of the words, see ``words_of``."""
         context = torch.zeros(len(captions), self.length, self.width)
         mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
         for row, caption in enumerate(captions):
