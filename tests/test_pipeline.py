@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,9 +281,24 @@ def test_the_card_says_what_it_is_and_how_well_it_generates(world):
     card = (world / "guided/README.md").read_text()
     assert "| objective | FlowMatching |" in card
     assert "| shapes | 2 | 4 | 2.5 | " in card
+    assert "samples in some 30 network steps" in card and "num_inference_steps=30" in card and "meanflow" not in card
+    few = (world / "meanflow/README.md").read_text()
+    assert "samples in 1, 2 or 4 network steps" in few and "- few-step" in few
     for figure in ("contact_sheet", "step_counts", "training_curves"):
         assert f"(shapes_{figure}.png)" in card
         assert (world / f"guided/shapes_{figure}.png").is_file()
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_later_scores(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    run = Path(shutil.copytree("runs/guided", tmp_path / "run")) / "version_0"
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] > 1
+    torch.save(checkpoint | {"global_step": 1}, tmp_path / "early.ckpt")
+    main(["export", "--run", str(run), "--checkpoint", str(tmp_path / "early.ckpt"), "--out", str(tmp_path / "out")])
+    card, whole = (tmp_path / "out/README.md").read_text(), Path("guided/README.md").read_text()
+    assert "| optimiser steps | 1 |" in card and "model-index" not in card
+    assert f"| optimiser steps | {checkpoint['global_step']} |" in whole and "model-index" in whole
 
 
 def test_an_export_has_the_runs_figures_and_not_its_samples(tmp_path):

@@ -57,7 +57,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
     found = find_run(run)
-    run, built = found.directory, build_run(found.directory, checkpoint or checkpoint_of(found))
+    weights = Path(checkpoint) if checkpoint else checkpoint_of(found)
+    run, built = found.directory, build_run(found.directory, weights)
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     _settle_adapters(module.net, merge, push)
     net = _spec(settings.model.init_args.net)
@@ -77,11 +78,23 @@ def export(
         (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
         figures, name = sorted(partial.glob("*.png")), push or out.resolve().name
         source = None if parent is None or (Path(parent) / INDEX).is_file() else parent
-        card = model_card(run, name, figures, settings, pipeline, prompts, license, source)
+        card = model_card(run, name, figures, settings, pipeline, prompts, license, source, _step(weights))
         (partial / "README.md").write_text(card, encoding="utf-8")
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
     if push is not None:
         print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
+
+
+def _step(weights: Path) -> int | None:
+    """Optimiser steps of a checkpoint; None for other files of weights."""
+    import torch
+
+    from emf_lightning.modules.checkpoint_files import whole_checkpoint
+
+    file = whole_checkpoint(weights)
+    read = torch.load(file, map_location="meta", weights_only=True, mmap=True) if file.is_file() else {}
+    step = read.get("global_step")
+    return None if step is None else int(step)
 
 
 def _figures(run: Path) -> list[Path]:

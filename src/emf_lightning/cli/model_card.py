@@ -16,6 +16,7 @@ from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, run_of
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.score_history import ScoreHistory
+from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.remote_code import INSTALL
 
@@ -25,13 +26,13 @@ _CARD = """\
 ---
 # {title}
 
-A text-to-image model that samples in 1, 2 or 4 network steps, trained with emf_lightning.
+A text-to-image model{few}, trained with emf_lightning.
 
 ```python
 from emf_lightning import EMFPipeline
 
 pipe = EMFPipeline.from_pretrained("{name}").to("cuda")  # or pipe.enable_model_cpu_offload()
-pipe({prompt}, num_inference_steps=1, seed=0).images[0]
+pipe({prompt}, num_inference_steps={steps}, seed=0).images[0]
 ```
 
 Stock diffusers loads the same class through the code in this repository, `pipeline.py`. It imports the package
@@ -43,9 +44,9 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-The model was trained for few `num_inference_steps`; a `guidance_scale` other than 1 doubles the evaluations, unless the
-network takes guidance as a condition. `seed` and prompt fix the noise, so that a prompt's image is the same in any
-batch. `python app.py` shows the model as a web page (`pip install 'emf_lightning[play]'`).
+The model was trained for {trained} `num_inference_steps`; a `guidance_scale` other than 1 doubles the evaluations,
+unless the network takes guidance as a condition. `seed` and prompt fix the noise, so that a prompt's image is the same
+in any batch. `python app.py` shows the model as a web page (`pip install 'emf_lightning[play]'`).
 {stock}
 ## Training
 {facts}
@@ -74,6 +75,7 @@ def model_card(
     prompts: Sequence[str] = (),
     license: str | None = None,
     parent: str | None = None,
+    step: int | None = None,
 ) -> str:
     """The model card: usage, training, last scores and ``figures``, which lie beside it; no local path is in it.
 
@@ -86,23 +88,26 @@ def model_card(
         prompts: of the run, for the example.
         license: identifier of the hub, e.g. ``apache-2.0``.
         parent: name on the hub of the model that the run started from, where its configuration names none.
+        step: optimiser steps of the exported checkpoint; by default those of the whole training.
     """
     net = settings.model.init_args.net
     config = read_yaml(run / CONFIG)  # an export starts from the exported checkpoint, and with no seed
     started = _parent(config, net)
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     title = experiment_name(settings.trainer) or run.name
+    few = not isinstance(pipeline.sampler, EulerSampler)
+    step = settings.trainer.max_steps if step is None else step
     data = _data_sets(settings.data.get("shards"))
     base = next((one for one in (parent, started) if one and _on_hub(one)), None)
     head = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["emf_lightning", "few-step", "meanflow"],
+        tags=["emf_lightning", *(["few-step", "meanflow"] if few else ["flow-matching"])],
         license=license,
         base_model=base,
         datasets=[one for one in data if _on_hub(one)] or None,
         model_name=title,
-        eval_results=_results(run) or None,
+        eval_results=_results(run, step) or None,
         sdk="gradio",
         app_file="app.py",
     )
@@ -115,7 +120,7 @@ def model_card(
         "text encoder": _description(settings.data.text),
         "latents": _description(settings.data.autoencoder) + f", {pipeline.config.latent_size} positions a side",
         "resolution": f"{settings.data.resolution} px",
-        "optimiser steps": settings.trainer.max_steps,
+        "optimiser steps": f"{step:,}",
         "guidance scale": settings.model.init_args.get("guidance_scale", 1.0),
         "seed": config.get("seed_everything"),
     }
@@ -127,13 +132,16 @@ def model_card(
         remark = _ADAPTED.format(name=name)
     return _CARD.format(
         head=head.to_yaml().strip(),
+        few=" that samples in 1, 2 or 4 network steps" if few else " that samples in some 30 network steps",
+        steps=1 if few else 30,
+        trained="few" if few else "some 30",
         title=title,
         name=name,
         install=INSTALL,
         prompt=repr(prompts[0] if prompts else ""),
         stock=remark,
         facts=markdown_table(["", ""], [[key, str(value)] for key, value in facts.items()]),
-        scores=_scores(run),
+        scores=_scores(run, step),
         figures="".join(f"\n![{figure.stem}]({figure.name})\n" for figure in figures),
     )
 
@@ -168,8 +176,8 @@ def _description(part: Namespace) -> str:
     return part.class_path.rpartition(".")[2] + (f" ({public_name(str(getattr(name, 'path', name)))})" if name else "")
 
 
-def _results(run: Path) -> list[EvalResult]:
-    """The last scores as the hub's model index has them."""
+def _results(run: Path, step: int) -> list[EvalResult]:
+    """The scores of ``step`` as the hub's model index has them, which names no step."""
     return [
         EvalResult(
             task_type="text-to-image",
@@ -181,15 +189,18 @@ def _results(run: Path) -> list[EvalResult]:
         )
         for path in sorted(run.glob("*/scores.jsonl"))
         for record in ScoreHistory.read_if_there(path).latest()
+        if record.step == step
         for name, found in record.results.items()
         if math.isfinite(found.score)
     ]
 
 
-def _scores(run: Path) -> str:
+def _scores(run: Path, step: int) -> str:
+    """A table of the last scores up to ``step``."""
     rows = []
     for path in sorted(run.glob("*/scores.jsonl")):
-        for record in ScoreHistory.read_if_there(path).latest():
+        records = ScoreHistory.read_if_there(path).records
+        for record in ScoreHistory([record for record in records if record.step <= step]).latest():
             sampling, stage = record.sampling, f"{record.stage}, step {record.step:,}"
             for name, found in record.results.items():
                 metric = name if name == record.suite else f"{found.heading} (images of {record.suite})"
