@@ -95,6 +95,12 @@ def test_an_encoder_that_trains_counts():
     assert rows["in all, one device or DDP"].endswith("does not fit")
 
 
+def test_what_trains_two_networks_is_not_planned_as_sharded():
+    rows = planned("--config", "experiments/fgm/sd3.yaml", "--samples", "1000")
+    assert rows["in all, FSDP2"].startswith("none  it shards one network, and FGM trains two")
+    assert rows["in all, one device or DDP"].endswith("does not fit")
+
+
 def test_overlays_and_the_plans_own_options_count():
     files = ("experiments/emf/sana.yaml", "experiments/devices/fsdp2.yaml", "experiments/devices/nodes.yaml")
     options = [part for file in files for part in ("--config", file)]

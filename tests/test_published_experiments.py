@@ -15,6 +15,9 @@ from tests import pipelines
 SMALL_UNET = {"channels": "[8,16]", "attention": "[false,true]", "groups": "4", "layers": "1"}
 
 
+ONE_DEVICE = {"trainer.devices": "1", "trainer.strategy": "auto"}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data sets, prompts and pipelines in the layouts that users download."""
@@ -117,6 +120,7 @@ def test_text_to_image_student_trains(place, tmp_path):
         "data.autoencoder.init_args.pretrained": pipeline,
         "model.init_args.objective.init_args.backward.start": "0",
         "model.init_args.objective.init_args.adversarial.start": "0",
+        **ONE_DEVICE,
     }
     trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(**{"pretrained.path": pipeline})))
 
@@ -131,11 +135,9 @@ def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
         "data.cache.path": str(tmp_path / "cache"),
         "data.cache.max_gb": "0.1",
         "model.init_args.alternation.micro_batches": "2",
+        **ONE_DEVICE,
     }
     trained(fit("fgm/sd3", tmp_path, place / "shards/prompts", **settings, **net(**{"pretrained.path": pipeline})))
-
-
-ONE_DEVICE = {"trainer.devices": "1", "trainer.strategy": "auto"}
 
 
 def test_meanflow_trains_on_cifar10_and_its_fid_is_a_curve(place, tmp_path):

@@ -15,6 +15,7 @@ from emf_lightning.cli.sizes import discriminator_size, encoder_size, encoding_f
 from emf_lightning.cli.worth import SCALES, Prices, worth
 from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.latents.base import Autoencoder
+from emf_lightning.modules.alternating import AlternatingModule
 from emf_lightning.modules.generation import AUTOCAST
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.text.base import TextEncoder
@@ -57,6 +58,7 @@ class Plan:
         )
         self.network = sum(p.numel() for p in self.net.parameters())
         self.tuned = self.text.parameters if kind.tunes_encoder else 0
+        self.several = kind.__name__ if kind.tunes_encoder or issubclass(kind, AlternatingModule) else ""
         self.adapter = getattr(self.net, "adapter", None)
         parents = self.net.parent_weights  # copies and checkpoints leave them out
         self.copied = sum(p.numel() for name, p in self.net.named_parameters() if name not in parents)
@@ -126,9 +128,7 @@ class Plan:
         passes = activations // 2 if mixed else activations
         block = max((4 * sum(p.numel() for p in b.parameters()) for b in self.net.blocks), default=4 * self.weights)
         ddp = states + gradients + average + casts + passes + frozen
-        whole = 20 * self.tuned  # FSDP2 shards the network only; an encoder stays whole, with its gradients twice
-        sharded = (states + average - 16 * self.tuned) // self.devices
-        fsdp = sharded + whole + 2 * block + casts + passes + frozen
+        fsdp = (states + average) // self.devices + 2 * block + casts + passes + frozen
         room = DEVICES[self.device][1]
         is_sharded = isinstance(trainer.strategy, Namespace)
         chosen = "set to FSDP2" if is_sharded else "set to DDP" if self.devices > 1 else "one device"
@@ -142,7 +142,9 @@ class Plan:
             row("activations", gb(passes), kept),
             *([row("weights cast to 16 bit", gb(casts), "autocast's, during a step")] if casts else []),
             row("in all, one device or DDP", gb(ddp), fits[ddp]),
-            row(f"in all, FSDP2 over {self.devices}", gb(fsdp), fits[fsdp]),
+            row("in all, FSDP2", "none", f"it shards one network, and {self.several} trains two")
+            if self.several
+            else row(f"in all, FSDP2 over {self.devices}", gb(fsdp), fits[fsdp]),
             row("", "", "counted, not measured: allow a tenth and more for the allocator"),
         ]
 
