@@ -126,7 +126,7 @@ class ShardStream(IterableDataset[RawBatch]):
     def splits_rest(self) -> bool:
         """Whether some shards are dealt whole and the rest to the lanes in turn, one or two for each."""
         lanes = self.ranks * self.lanes
-        return self.limit is None and len(self.shards) > lanes and len(self.shards) % lanes > 0
+        return self.limit is None and len(self.shards) > lanes and len(self.shards) % lanes > 1
 
     def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int, int]]:
         """The lane's shards of one pass in order, as (path, part, parts, width), see ``read_samples``."""
