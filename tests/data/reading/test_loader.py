@@ -214,9 +214,16 @@ def test_a_pass_whose_last_shards_were_dealt_otherwise_ends_with_the_checkpoint(
     shards = write_numbered(tmp_path, [8] * 5)
 
     def loader() -> ShardLoader:
-        return ShardLoader(ShardStream(shards, SquareTransform(SIDE), 4, ranks=2))
+        return ShardLoader(ShardStream(shards, SquareTransform(SIDE), 4, ranks=3))
 
     state = loader().state_dict()
     del state["identity"]["dealing of shards"]
     with pytest.warns(UserWarning, match="other dealing of shards than the checkpoint's.*at the start of pass 1"):
         loader().load_state_dict(state)
+
+
+def test_fewer_validation_samples_than_processes_are_named(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path, [8])
+    loader = ShardLoader(ShardStream(shards, SquareTransform(SIDE), 4, rank=3, ranks=4, limit=2))
+    with pytest.raises(ValueError, match="raise validation_samples: 2 leave some of 4 processes without one"):
+        list(loader)

@@ -234,6 +234,8 @@ class ShardLoader:
         counts = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
         stream = self.stream
         remedy = "raise validation_share" if stream.held_out else "lower batch_size or num_workers"
+        if stream.limit is not None and stream.limit < stream.ranks * stream.lanes:
+            remedy = f"raise validation_samples: {stream.limit} leave some of {stream.ranks} processes without one"
         return (
             f"a whole pass over {len(stream.shards)} shards ({stream.shards[0]}, ...) gave no batch of"
             f" {stream.batch_size} samples ({counts or 'none skipped'}); check the shards, or {remedy}"
