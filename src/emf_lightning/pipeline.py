@@ -254,7 +254,7 @@ class EMFPipeline(DiffusionPipeline):
             encoder = self.text_encoder.part
             text = given_features(prompt_embeds, prompt_attention_mask, encoder.length, encoder.width).to(device)
         each = torch.arange(len(prompts), device=device).repeat_interleave(num_images_per_prompt)
-        null = self._features(negatives).to(device)
+        null = self._features(negatives, negative=True).to(device)
         if len(negatives) > 1:
             null = null[each]
         if hook := getattr(self.transformer, "_hf_hook", None):  # offloaded: the sampler calls the part itself
@@ -278,8 +278,8 @@ class EMFPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return EMFPipelineOutput(images=images, nfe=nfe) if return_dict else (images,)
 
-    def _features(self, captions: Sequence[str]) -> TextFeatures:
-        features: TextFeatures = self.text_encoder(captions)
+    def _features(self, captions: Sequence[str], negative: bool = False) -> TextFeatures:
+        features: TextFeatures = self.text_encoder(captions, True) if negative else self.text_encoder(captions)
         if self.config.features is None:
             return features
         stored = EntryFormat(features.context.shape[1], features.context.shape[2], self.config.features)

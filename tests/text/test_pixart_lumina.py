@@ -53,4 +53,10 @@ def test_lumina_s_features_are_the_pipelines_own(tmp_path, length):
     encoder = Lumina2TextEncoder(str(tmp_path), length=length, dtype="float32")
     with torch.no_grad():
         expected, mask, null, null_mask = stock.encode_prompt(CAPTIONS, max_sequence_length=length, device="cpu")
+        *_, negative, kept = stock.encode_prompt(
+            ["a"], negative_prompt=["blurry"], max_sequence_length=length, device="cpu"
+        )
     same(encoder, expected, mask, null, null_mask)
+    features = encoder(["blurry"], negative=True)
+    assert torch.equal(features.mask, kept.bool())
+    assert torch.allclose(features.context[features.mask], negative[features.mask], atol=1e-5)

@@ -38,9 +38,11 @@ def test_features_are_those_of_diffusers_own_pipeline(gemma, tmp_path, length, i
         expected, mask, null, null_mask = pipeline.encode_prompt(
             CAPTIONS, max_sequence_length=length, complex_human_instruction=lines
         )
+        negative = pipeline.encode_prompt(["a"], negative_prompt="blurry ring", max_sequence_length=length)[2:]
     for features, theirs, kept in (
         (encoder(CAPTIONS), expected, mask),
         (encoder([""] * len(CAPTIONS)), null, null_mask),
+        (encoder(["blurry ring"], negative=True), *negative),
         (encoder([CAPTIONS[0], ""])[1:], null[:1], null_mask[:1]),
     ):
         assert torch.equal(features.mask, kept.bool())

@@ -132,6 +132,13 @@ class TextEncoder(nn.Module, ABC):
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, L, D]`` of ``captions``, float32; the null caption is the empty string."""
 
+    def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
+        """Features ``[B, L, D]`` of negative prompts, by default those of captions.
+
+        Encoders that put an instruction before each caption leave it out here, as their models' pipelines do.
+        """
+        return self.encode(captions)
+
     def encode_pairs(self, captions: Sequence[str], images: Tensor) -> TextFeatures:
         """Training features ``[B, L, D]``, float32, of ``captions`` and their whole images ``[B, 3, S, S]`` in [-1, 1].
 
@@ -148,9 +155,9 @@ class TextEncoder(nn.Module, ABC):
         return ()
 
     @torch.no_grad()
-    def forward(self, captions: Sequence[str]) -> TextFeatures:
-        """``encode`` without gradients, of texts that are made fit by ``prompt_texts``."""
-        return self.encode(prompt_texts(captions, "captions"))
+    def forward(self, captions: Sequence[str], negative: bool = False) -> TextFeatures:
+        """``encode`` or ``encode_negative`` without gradients, of texts that are made fit by ``prompt_texts``."""
+        return (self.encode_negative if negative else self.encode)(prompt_texts(captions, "captions"))
 
     def freeze(self) -> None:
         """Ends construction: permanent eval mode, no gradient for any parameter."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-from emf_lightning.text.base import NULL_CAPTION
+from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.pretrained import PretrainedTextEncoder
 
 LUMINA_INSTRUCTION = (
@@ -67,6 +68,13 @@ class Lumina2TextEncoder(PretrainedTextEncoder):
         subfolder: str | None = "text_encoder",
     ) -> None:
         super().__init__(model, length, LUMINA_INSTRUCTION + "{caption}", -2, dtype, revision, subfolder)
+
+    def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
+        template, self.template = self.template, "{caption}"
+        try:
+            return self.encode(captions)
+        finally:
+            self.template = template
 
     def _text(self, caption: str) -> str:
         return super()._text(caption) if caption != NULL_CAPTION else NULL_CAPTION

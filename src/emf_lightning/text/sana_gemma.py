@@ -57,6 +57,13 @@ class SanaGemma(PretrainedTextEncoder):
         parts = [self._part(*part) for part in zip(states, mask, [length for _, length, _ in sequences], strict=True)]
         return TextFeatures(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
 
+    def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
+        instruction, self.instruction = self.instruction, ""
+        try:
+            return self.encode(captions)
+        finally:
+            self.instruction = instruction
+
     def _sequence(self, caption: str) -> tuple[list[int], int, bool]:
         """Token ids, the length to which SANA pads or truncates them, and True if truncated."""
         instructed = caption != NULL_CAPTION and bool(self.instruction)
