@@ -15,13 +15,11 @@ from torch.optim import Optimizer
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
 from emf_lightning.data.datamodule import CaptionImageData
 
-SKIPPED = "train/skipped_samples"
-
 
 class TrainingLog(Callback):
     """Logs images/s, seconds a step, the gradient norm before clipping, skipped samples and cache hits.
 
-    The number of skipped samples is that of all ranks; by reason, and cache hits, they are the first rank's.
+    Skipped samples and cache hits are the first rank's: to add up all would make the ranks wait for each other.
 
     Lightning's ``ThroughputMonitor`` counts validation and sampling as training time, logs nothing before its window
     is full, and waits for the GPU after every batch; this class measures time on its own. Lightning's
@@ -68,10 +66,7 @@ class TrainingLog(Callback):
         seconds = max(ended - began, 1e-9)
         pl_module.log("train/images_per_second", (last - first) / seconds)
         pl_module.log("train/step_seconds", seconds / (last_step - first_step))
-        counts = self._counts(trainer)
-        if SKIPPED in counts:
-            pl_module.log(SKIPPED, counts.pop(SKIPPED), sync_dist=True, reduce_fx="sum")
-        pl_module.log_dict(counts)
+        pl_module.log_dict(self._counts(trainer))
 
     def _counts(self, trainer: Trainer) -> dict[str, float]:
         """Skipped samples, cache hits and cache misses of this rank so far."""
@@ -79,7 +74,7 @@ class TrainingLog(Callback):
         if not isinstance(data, CaptionImageData):
             return {}
         counts = {f"train/skipped/{reason}": number for reason, number in data.skipped.items()}
-        counts[SKIPPED] = sum(data.skipped.values())
+        counts["train/skipped_samples"] = sum(data.skipped.values())
         if data.cache is not None:
             counts |= {"train/cache_hits": data.cache.hits, "train/cache_misses": data.cache.misses}
         return {tag: float(count) for tag, count in counts.items()}
