@@ -34,8 +34,10 @@ class SaveLastState(Callback):
                 continue
             if callback._last_global_step_saved != trainer.global_step:
                 kept, callback.save_last = callback.save_last, True  # a link would name an earlier state
-                callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
-                callback.save_last = kept
+                try:
+                    callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+                finally:
+                    callback.save_last = kept
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

@@ -295,9 +295,13 @@ def test_the_card_of_an_earlier_checkpoint_has_no_later_scores(world, tmp_path, 
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] > 1
     torch.save(checkpoint | {"global_step": 1}, tmp_path / "early.ckpt")
+    scores = run / "shapes/scores.jsonl"
+    at_one = json.loads(scores.read_text().splitlines()[-1]) | {"step": 1}
+    scores.write_text(json.dumps(at_one) + "\n" + scores.read_text())
     main(["export", "--run", str(run), "--checkpoint", str(tmp_path / "early.ckpt"), "--out", str(tmp_path / "out")])
     card, whole = (tmp_path / "out/README.md").read_text(), Path("guided/README.md").read_text()
-    assert "| optimiser steps | 1 |" in card and "model-index" not in card
+    assert "| optimiser steps | 1 |" in card
+    assert "model-index" in card and ", step 1 |" in card and ", step 2 |" not in card
     assert f"| optimiser steps | {checkpoint['global_step']} |" in whole and "model-index" in whole
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emf_lightning.modules.sharded_checkpoint import check_index
+from emf_lightning.modules.sharded_checkpoint import _remove, check_index
 from tests.faults import sharded_ranks
 from tests.forked import Forked
 
@@ -139,3 +139,10 @@ def test_an_index_reaches_nothing_through_torch(tmp_path, name):
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
     with pytest.raises(ValueError, match=f"it names {module}.{name}"):
         check_index(tmp_path)
+
+
+def test_a_link_to_a_sharded_checkpoint_is_removed_and_not_what_it_names(tmp_path):
+    (tmp_path / "step=6.ckpt").mkdir()
+    (tmp_path / "last.ckpt").symlink_to("step=6.ckpt")
+    _remove(tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step=6.ckpt"]

@@ -73,6 +73,7 @@ def test_case_and_punctuation_do_not_count():
         ("一只红色 fox", ["一", "只", "红", "色", "fox"]),
         ("लाल घन", ["लाल", "घन"]),
         ("cafe\u0301", ["café"]),
+        ("a Red heart \u2764\ufe0f on Lego\u2122 ICE", ["a", "red", "heart", "on", "lego", "ice"]),
     ],
 )
 def test_words_of_every_script_count(caption, words):

@@ -75,6 +75,7 @@ def claim(
     if flow_matching.stem == meanflow.stem:
         raise ValueError(f"meanflow: {meanflow.name} has the name of flow_matching's file; rename one, as runs have it")
     if train:
+        _check_earlier_record(out, [flow_matching, meanflow], options or [])
         for file in kinds.values():
             _check_same_settings(out, file, options or [])
     name = "claim" if meanflow.stem == "meanflow" else f"claim-{meanflow.stem}"
@@ -122,6 +123,14 @@ def _objective_of(experiment: Path) -> str:
         if isinstance(node, str):
             return node.rpartition(".")[2]
     return experiment.stem
+
+
+def _check_earlier_record(out: Path, experiments: list[Path], options: list[str]) -> None:
+    """Raises a ``ValueError`` where an earlier version has recorded other settings of both experiments."""
+    record = out / "trained.yaml"
+    content = yaml.safe_dump([*settings_of(experiments), options], sort_keys=False)
+    if record.is_file() and not holds_settings(record, content):
+        raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
 
 
 def _check_same_settings(out: Path, experiment: Path, options: list[str]) -> None:

@@ -16,7 +16,6 @@ from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, run_of
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.score_history import ScoreHistory
-from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.remote_code import INSTALL
 
@@ -95,7 +94,7 @@ def model_card(
     started = _parent(config, net)
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     title = experiment_name(settings.trainer) or run.name
-    few = not isinstance(pipeline.sampler, EulerSampler)
+    few = trained.rpartition(".")[2] != "FlowMatching"
     step = settings.trainer.max_steps if step is None else step
     data = _data_sets(settings.data.get("shards"))
     base = next((one for one in (parent, started) if one and _on_hub(one)), None)
@@ -188,8 +187,7 @@ def _results(run: Path, step: int) -> list[EvalResult]:
             metric_value=round(float(found.score), 6),
         )
         for path in sorted(run.glob("*/scores.jsonl"))
-        for record in ScoreHistory.read_if_there(path).latest()
-        if record.step == step
+        for record in ScoreHistory([r for r in ScoreHistory.read_if_there(path).records if r.step == step]).latest()
         for name, found in record.results.items()
         if math.isfinite(found.score)
     ]

@@ -21,11 +21,12 @@ _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 def words_of(caption: str) -> list[str]:
     """The words in lower case: runs of letters, their marks, and digits of any script."""
-    text = caption.lower()
-    if text.isascii():
-        return _WORD.findall(text)
-    text = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
-    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    if caption.isascii():
+        return _WORD.findall(caption.lower())
+    signs = "".join(" " if unicodedata.category(c) == "So" else c for c in caption)  # NFKC makes letters of some
+    text = _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", signs).lower())
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    return [word for word in words if any(unicodedata.category(c)[0] in "LN" for c in word)]
 
 
 class WordEncoder(TextEncoder):

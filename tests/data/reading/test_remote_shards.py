@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -70,6 +75,61 @@ def test_a_resumed_pass_over_addresses_is_that_of_the_disk(
     assert found == expected
 
 
+@contextmanager
+def failing(content: bytes, failures: list[int]) -> Iterator[str]:
+    """An address whose next ``failures[0]`` answers are 503."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if failures[0] > 0:
+                failures[0] -= 1
+                self.send_error(503)
+                return
+            first, last = 0, len(content) - 1
+            if given := self.headers.get("Range"):
+                first, _, end = given.removeprefix("bytes=").partition("-")
+                first, last = int(first), min(int(end or last), last)
+            self.send_response(206 if given else 200)
+            self.send_header("Content-Length", str(last - first + 1))
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[first : last + 1])
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: the console is pytest's."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/x.tar"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_outage_of_a_server_is_waited_for_at_the_opening_and_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(urls, "BLOCK", 1 << 13)
+    path = write_tar(tmp_path / "x.tar", {f"{n}.png": noise_image(n, (64, 64)) for n in range(6)})
+    local, failures = list(map(content, read_samples(path))), [3]
+    with failing(Path(path).read_bytes(), failures) as address:
+        samples = read_samples(address)
+        found = [content(next(samples))]
+        assert failures == [0]
+        failures[0] = 3
+        found += map(content, samples)
+        assert failures == [0] and found == local
+        failures[0] = 100
+        (fault,) = read_samples(address)
+        assert fault.fault == "unreadable shard (FileNotFoundError)"
+
+
 class Flaky(BytesIO):
     """A file of which some reads fail, as those of a service."""
 
@@ -87,7 +147,8 @@ def test_a_request_that_fails_is_made_again_from_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
 ) -> None:
     monkeypatch.setattr(urls, "PAUSES", (0.0, 0.0))
-    content = gzip.compress(b"abcdefgh" * 1000) if compressed else b"abcdefgh" * 1000
+    whole = random.Random(0).randbytes(200_000)
+    content = gzip.compress(whole) if compressed else whole
     opened: list[Flaky] = []
 
     def open_file() -> Flaky:
@@ -97,12 +158,13 @@ def test_a_request_that_fails_is_made_again_from_where_it_was(
     Flaky.failures = 0
     retried = urls.RetriedFile(open_file)
     file: Any = gzip.GzipFile(fileobj=retried) if compressed else retried
-    assert file.read(4) == b"abcd"
+    assert file.read(4) == whole[:4]
     Flaky.failures = 2
-    assert file.read(8 * 1000 - 4) == (b"abcdefgh" * 1000)[4:]
-    assert len(opened) == (1 if compressed and Flaky.failures else 3)
+    assert file.read(len(whole) - 4) == whole[4:]
+    assert Flaky.failures == 0 and len(opened) == 3
     if not compressed:
-        assert file.seek(-4, 2) == 7996 and file.read() == b"efgh" and file.seek(2) == 2 and file.read(2) == b"cd"
+        assert file.seek(-4, 2) == len(whole) - 4 and file.read() == whole[-4:]
+        assert file.seek(2) == 2 and file.read(2) == whole[2:4]
         Flaky.failures = 3
         with pytest.raises(ConnectionResetError):
             file.read(1)

@@ -84,11 +84,14 @@ class RetriedFile(io.RawIOBase):
                 if self._file is None:
                     self._file = self._open()
                 return use(self._file)
-            except (FileNotFoundError, PermissionError, ImportError):
-                raise
             except Exception as error:  # each kind of service has errors of its own
-                status = getattr(error, "status", None)
-                if pause is None or (isinstance(status, int) and 400 <= status < 500 and status not in RETRIED):
+                # fsspec's HTTP calls every failure to open a file that is missing; its cause tells
+                missing = isinstance(error, FileNotFoundError) and error.__cause__ is not None
+                cause = error.__cause__ if missing else error
+                status = getattr(cause, "status", None)
+                refused = isinstance(status, int) and 400 <= status < 500 and status not in RETRIED
+                final = isinstance(cause, FileNotFoundError | PermissionError | ImportError | ValueError)
+                if pause is None or refused or final:
                     raise
                 self._drop()
                 time.sleep(pause)
