@@ -98,7 +98,8 @@ curves: $(READY) ## start TensorBoard on all runs and print its address
 # tests that run beside all others, in a second process: on two cores they take as long as the rest, and these alone
 # need the process that tests/forked.py forks
 BESIDE := tests/callbacks tests/cli tests/data/cache/test_feature_cache.py tests/faults tests/test_devices.py \
-	tests/test_diagnose_verb.py tests/test_forked.py tests/test_own_pages.py tests/test_play.py tests/test_resume.py
+	tests/test_diagnose_verb.py tests/test_experiments.py tests/test_forked.py tests/test_own_pages.py tests/test_play.py \
+	tests/test_resume.py
 test: export PYTHONDONTWRITEBYTECODE :=  # the processes that tests start read what one of them has compiled
 test: $(READY) ## run the tests (a quarter of an hour on 2 cores)
 ifeq ($(strip $(ARGS)),)
