@@ -101,7 +101,7 @@ BESIDE := tests/callbacks tests/cli tests/data/cache/test_feature_cache.py tests
 	tests/test_diagnose_verb.py tests/test_experiments.py tests/test_forked.py tests/test_own_pages.py tests/test_play.py \
 	tests/test_resume.py
 test: export PYTHONDONTWRITEBYTECODE :=  # the processes that tests start read what one of them has compiled
-test: $(READY) ## run the tests (a quarter of an hour on 2 cores)
+test: $(READY) ## run the tests (8 minutes on 2 cores)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/pytest $(BESIDE) > $(VENV)/pytest-beside.log 2>&1 & beside=$$!; status=0; \
 	$(BIN)/pytest $(addprefix --ignore=,$(BESIDE)) || status=$$?; \
