@@ -107,6 +107,13 @@ def test_trainings_of_other_settings_do_not_come_into_one_table(out, capsys):
     assert "are of other settings, see" in capsys.readouterr().err
 
 
+def test_an_earlier_versions_record_of_other_settings_is_refused(out, capsys):
+    (out / "trained.yaml").write_text("[{trainer: {max_steps: 3}}, []]\n")
+    with pytest.raises(SystemExit):
+        call(out)
+    assert "are of other settings, see" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

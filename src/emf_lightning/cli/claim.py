@@ -75,9 +75,7 @@ def claim(
     if flow_matching.stem == meanflow.stem:
         raise ValueError(f"meanflow: {meanflow.name} has the name of flow_matching's file; rename one, as runs have it")
     if train:
-        _check_earlier_record(out, [flow_matching, meanflow], options or [])
-        for file in kinds.values():
-            _check_same_settings(out, file, options or [])
+        _check_same_settings(out, list(kinds.values()), options or [])
     name = "claim" if meanflow.stem == "meanflow" else f"claim-{meanflow.stem}"
     objective = _objective_of(meanflow)
     trainings = {  # seed by seed, so that the first whole scale is there early
@@ -125,25 +123,20 @@ def _objective_of(experiment: Path) -> str:
     return experiment.stem
 
 
-def _check_earlier_record(out: Path, experiments: list[Path], options: list[str]) -> None:
-    """Raises a ``ValueError`` where an earlier version has recorded other settings of both experiments."""
-    record = out / "trained.yaml"
-    content = yaml.safe_dump([*settings_of(experiments), options], sort_keys=False)
-    if record.is_file() and not holds_settings(record, content):
-        raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
-
-
-def _check_same_settings(out: Path, experiment: Path, options: list[str]) -> None:
-    """Raises a ``ValueError`` where ``out`` holds its trainings with other settings; records the settings otherwise."""
-    content = yaml.safe_dump([*settings_of([experiment]), options], sort_keys=False)
-    record = out / f"trained-{experiment.stem}.yaml"
-    if record.is_file() and not holds_settings(record, content):
-        raise ValueError(
-            f"out: the trainings of {experiment.stem} in {out} are of other settings, see {record}; choose another "
-            "folder"
-        )
+def _check_same_settings(out: Path, experiments: list[Path], options: list[str]) -> None:
+    """Raises a ``ValueError`` where ``out`` holds trainings of other settings; records the settings otherwise."""
+    earlier = out / "trained.yaml"  # an earlier version's record, of both experiments
+    records = {out / f"trained-{file.stem}.yaml": [file] for file in experiments}
+    contents = {
+        record: yaml.safe_dump([*settings_of(files), options], sort_keys=False)
+        for record, files in ({earlier: experiments} | records).items()
+    }
+    for record, content in contents.items():
+        if record.is_file() and not holds_settings(record, content):
+            raise ValueError(f"out: the trainings in {out} are of other settings, see {record}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(record, content)
+    for record in records:
+        write_atomic(record, contents[record])
 
 
 def _settings(grade: str) -> dict[str, list[str]]:
