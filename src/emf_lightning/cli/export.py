@@ -48,6 +48,8 @@ def export(
     from emf_lightning.cli.runs import checkpoint_of, find_run
     from emf_lightning.exported_files import INDEX
     from emf_lightning.hub import check_pushing, pushed
+    from emf_lightning.modules.checkpoint import read_checkpoint
+    from emf_lightning.modules.checkpoint_files import whole_checkpoint
     from emf_lightning.modules.generation import pipeline_of
     from emf_lightning.play import APP, PROMPTS
 
@@ -57,7 +59,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
     found = find_run(run)
-    weights = Path(checkpoint) if checkpoint else checkpoint_of(found)
+    weights = whole_checkpoint(Path(checkpoint) if checkpoint else checkpoint_of(found))
     run, built = found.directory, build_run(found.directory, weights)
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     _settle_adapters(module.net, merge, push)
@@ -77,24 +79,13 @@ def export(
         trust = ", trust_remote_code=True" if trusted() else ""
         (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
         figures, name = sorted(partial.glob("*.png")), push or out.resolve().name
+        step = int(read_checkpoint(weights, "checkpoint").get("global_step", settings.trainer.max_steps))
         source = None if parent is None or (Path(parent) / INDEX).is_file() else parent
-        card = model_card(run, name, figures, settings, pipeline, prompts, license, source, _step(weights))
+        card = model_card(run, name, figures, settings, pipeline, prompts, license, source, step=step)
         (partial / "README.md").write_text(card, encoding="utf-8")
     print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
     if push is not None:
         print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
-
-
-def _step(weights: Path) -> int | None:
-    """Optimiser steps of a checkpoint; None for other files of weights."""
-    import torch
-
-    from emf_lightning.modules.checkpoint_files import whole_checkpoint
-
-    file = whole_checkpoint(weights)
-    read = torch.load(file, map_location="meta", weights_only=True, mmap=True) if file.is_file() else {}
-    step = read.get("global_step")
-    return None if step is None else int(step)
 
 
 def _figures(run: Path) -> list[Path]:

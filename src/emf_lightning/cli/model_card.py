@@ -74,7 +74,8 @@ def model_card(
     prompts: Sequence[str] = (),
     license: str | None = None,
     parent: str | None = None,
-    step: int | None = None,
+    *,
+    step: int,
 ) -> str:
     """The model card: usage, training, last scores and ``figures``, which lie beside it; no local path is in it.
 
@@ -87,7 +88,7 @@ def model_card(
         prompts: of the run, for the example.
         license: identifier of the hub, e.g. ``apache-2.0``.
         parent: name on the hub of the model that the run started from, where its configuration names none.
-        step: optimiser steps of the exported checkpoint; by default those of the whole training.
+        step: optimiser steps of the exported checkpoint.
     """
     net = settings.model.init_args.net
     config = read_yaml(run / CONFIG)  # an export starts from the exported checkpoint, and with no seed
@@ -95,7 +96,6 @@ def model_card(
     trained = settings.model.get("init_args.objective.class_path") or settings.model.class_path
     title = experiment_name(settings.trainer) or run.name
     few = trained.rpartition(".")[2] != "FlowMatching"
-    step = settings.trainer.max_steps if step is None else step
     data = _data_sets(settings.data.get("shards"))
     base = next((one for one in (parent, started) if one and _on_hub(one)), None)
     head = ModelCardData(

@@ -70,11 +70,7 @@ class Lumina2TextEncoder(PretrainedTextEncoder):
         super().__init__(model, length, LUMINA_INSTRUCTION + "{caption}", -2, dtype, revision, subfolder)
 
     def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
-        template, self.template = self.template, "{caption}"
-        try:
-            return self.encode(captions)
-        finally:
-            self.template = template
+        return self._encode_with(captions, template="{caption}")
 
     def _text(self, caption: str) -> str:
         return super()._text(caption) if caption != NULL_CAPTION else NULL_CAPTION

@@ -125,6 +125,15 @@ class PretrainedTextEncoder(TextEncoder):
         # many tokenizers return no token for the null caption: it becomes one padding token, which is not masked
         return [ids or [self._padding] for ids in sequences]
 
+    def _encode_with(self, captions: Sequence[str], **settings: str) -> TextFeatures:
+        """``encode`` with other settings for this call alone."""
+        kept = {name: getattr(self, name) for name in settings}
+        vars(self).update(settings)
+        try:
+            return self.encode(captions)
+        finally:
+            vars(self).update(kept)
+
     def _text(self, caption: str) -> str:
         text = self.template.replace("{caption}", neutral(caption, self._special))
         if not self.chat:

@@ -58,11 +58,7 @@ class SanaGemma(PretrainedTextEncoder):
         return TextFeatures(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]))
 
     def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
-        instruction, self.instruction = self.instruction, ""
-        try:
-            return self.encode(captions)
-        finally:
-            self.instruction = instruction
+        return self._encode_with(captions, instruction="")
 
     def _sequence(self, caption: str) -> tuple[list[int], int, bool]:
         """Token ids, the length to which SANA pads or truncates them, and True if truncated."""

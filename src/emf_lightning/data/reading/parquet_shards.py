@@ -13,6 +13,7 @@ from emf_lightning.data.reading.dataset_shards import caption_function
 from emf_lightning.data.reading.names import CAPTIONS
 from emf_lightning.data.reading.tar_members import END, open_shard
 from emf_lightning.data.reading.tar_samples import MEMBER_MB, TarSample, everything, in_parts
+from emf_lightning.data.reading.urls import is_url
 
 ROWS = 16
 """Rows that are held in memory at once: pictures may have megabytes."""
@@ -99,10 +100,10 @@ class ParquetShard:
         except (OSError, ValueError) as error:  # pyarrow's own are among them
             fault = f"unreadable shard ({type(error).__name__})" if isinstance(error, OSError) else "damaged shard"
         except Exception as error:  # each kind of URL has errors of its own
-            if "://" not in self.path or isinstance(error, ImportError):
+            if not is_url(self.path) or isinstance(error, ImportError):
                 raise
             fault = f"unreadable shard ({type(error).__name__})"
-        if "://" in self.path or in_parts(row, part, parts, width):  # a service may have answered the other lanes
+        if is_url(self.path) or in_parts(row, part, parts, width):  # a service may have answered the other lanes
             yield TarSample(f"{self.path} from row {row:,} to the end", row, END, fault=fault)
 
     def _rows(self, opened: Any, offset: int) -> Iterator[tuple[int, Any, Callable[[], Caption]]]:
