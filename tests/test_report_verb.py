@@ -52,6 +52,17 @@ def test_runs_stand_in_one_table_with_the_names_that_tell_them_apart(tmp_path, c
     }
 
 
+def test_a_run_may_be_named_by_its_name_alone_or_by_a_checkpoint(tmp_path):
+    runs = [trained(tmp_path / f"runs/{name}/version_0", 0.5) for name in ("emf", "fgm")]
+    for run in runs:
+        (run / "config.yaml").touch()
+    (checkpoint := runs[1] / "checkpoints/last.ckpt").parent.mkdir()
+    checkpoint.touch()
+    main(["report", str(tmp_path / "runs/emf"), str(checkpoint), "--out", str(tmp_path / "out")])
+    report = Report.read(tmp_path / "out/report.json")
+    assert [r.run for r in report.rows] == ["emf/version_0", "fgm/version_0"]
+
+
 def test_a_training_alone_bears_the_title_that_says_which_detector_scored(tmp_path, capsys):
     main(["report", str(trained(tmp_path / "run", 0.5, "geneval_hf")), "--out", str(tmp_path / "out")])
     assert "## GenEval (HF detector)\n" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from emf_lightning.cli.runs import find_run
 from emf_lightning.evaluation.geneval.prompt_suite import TITLES
 from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
@@ -20,11 +21,13 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
     """Put several runs into one table and one figure: score by network steps, and by training: `emf report RUN RUN`.
 
     Args:
-        runs: directories of runs, with the report.json of `emf test` or the scores.jsonl of training.
+        runs: runs with the report.json of `emf test` or the scores.jsonl of training: their directories, `runs/NAME`
+            for its newest version, or one of their checkpoints.
         out: directory for report.json, report.md, steps.png and, for suites watched in training, training-SUITE.png.
     """
     if not runs:
         raise ValueError("runs: give the directories of one or more runs")
+    runs = [_directory(run) for run in runs]
     resolved = [run.resolve() for run in runs]
     if twice := next((run for run, path in zip(runs, resolved, strict=True) if resolved.count(path) > 1), None):
         raise ValueError(f"runs: {twice} is given more than once; name each run once")
@@ -71,6 +74,16 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         save_figure(training_figure(nonempty, title, units[metric]), out / file)
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
+
+
+def _directory(run: Path) -> Path:
+    """The directory that holds a run's scores; ``run`` itself where none is found, and the caller's errors are of it."""
+    if (run / REPORT).is_file() or any(run.glob("*/scores.jsonl")):
+        return run
+    try:
+        return find_run(run).directory
+    except ValueError:
+        return run
 
 
 def _names(runs: list[Path]) -> list[str]:
