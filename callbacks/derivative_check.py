@@ -72,12 +72,14 @@ class Float64:
 
 
 def points_of(batch: CaptionImageBatch, samples: int = SAMPLES) -> list[Point]:
-    """The first samples, each with its own noise; a small batch's several times.
+    """The first samples, each with its own noise; a small batch's several times. What is not finite in them is 0.
+
+    Training leaves such samples out, and a run must not depend on which samples come first.
 
     At most an eighth of the batch is evaluated at once: float64 then takes no more memory than a training step.
     """
     index = torch.arange(samples, device=batch.latents.device) % len(batch)
-    x, text = batch.latents[index].float(), batch.text[index]
+    x, text = torch.nan_to_num(batch.latents[index].float(), 0, 0, 0), batch.text[index].finite_or(batch.null)[0]
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device)
     z, v = interpolate(x, e, x.new_full((samples,), T)), e - x
     size = max(1, len(batch) // 8)

@@ -25,6 +25,7 @@ from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.sampling_config import SamplingConfig, sampling_configs
 from emf_lightning.files import to_json, write_atomic
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.sharding import is_sharded
 
 SUMMARY = "summary.json"
 """File name in the run directory."""
@@ -84,6 +85,11 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not any(isinstance(callback, TrainingLog) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("RunSummary: needs TrainingLog in trainer.callbacks, which tells training from sampling")
+        samples = self.images_per_prompt and (self.suite or _watched_suite(trainer))
+        if samples and is_sharded(pl_module):  # the first rank alone samples
+            raise ValueError(
+                "RunSummary: images_per_prompt samples with an unsharded network: set it to 0, or train with ddp"
+            )
         if self.suite is None or not self.images_per_prompt:
             return
         if self.suite.reference_image(self.suite.images(1)[0].prompt, 0) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,14 +93,26 @@ class SelfCheck(Callback):
         """Results of the checks, for the message.
 
         Raises:
-            FaultError: for the first failed check. Checks whose outcome depends on the samples come last, so that
-                ranks that share a sharded network call it equally often.
+            FaultError: of the first check that fails, after all checks: ranks that share a sharded network call it
+                equally often.
         """
         points = points_of(batch)
-        figures = _flow_at_r_equals_t(module, points[0])
+        checks: list[Callable[[], list[str]]] = [lambda: _flow_at_r_equals_t(module, points[0])]
         if module.derivative is not None:
-            _check_times(module, points[0])
-            figures.insert(0, check_derivative(module, points, precision, self.tolerance, self.largest_copy))
+            settings = precision, self.tolerance, self.largest_copy
+            checks += [
+                lambda: _check_times(module, points[0]),
+                lambda: [check_derivative(module, points, *settings)],
+            ]
+        figures: list[str] = []
+        faults: list[FaultError] = []
+        for check in checks:
+            try:
+                figures = check() + figures
+            except FaultError as error:
+                faults.append(error)
+        if faults:
+            raise faults[0]
         return figures
 
 
@@ -108,12 +120,12 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: Point) -> list[str]:
     u = module.average_velocity(point.text)
     r, t = point.times(T, T)
     value = u(point.z, r, t)
+    with without_interval(module.net) as anchored:
+        apart = float(errors(value, u(point.z, r, t)).max()) if anchored else None
     if not value.isfinite().all():
         raise FaultError("u(z, t, t) is not finite before the first step: check the weights that training starts from")
-    with without_interval(module.net) as anchored:
-        if not anchored:
-            return []
-        apart = float(errors(value, u(point.z, r, t)).max())
+    if apart is None:
+        return []
     if apart > 1e-3:
         raise FaultError(
             f"u(z, t, t) is {apart:.1e} away from the flow that the network was made from: its interval embedding must "
@@ -122,7 +134,7 @@ def _flow_at_r_equals_t(module: FlowMapModule, point: Point) -> list[str]:
     return ["r = t exact" if apart == 0 else f"r = t within {apart:.0e} of its flow"]
 
 
-def _check_times(module: FlowMapModule, point: Point) -> None:
+def _check_times(module: FlowMapModule, point: Point) -> list[str]:
     u = module.average_velocity(point.text)
     r, t = point.times(0.25, 0.5)
     with torch.autocast(point.z.device.type, enabled=False):
@@ -139,6 +151,7 @@ def _check_times(module: FlowMapModule, point: Point) -> None:
             "(networks.two_time); where the interval's embedding starts at zero on purpose, leave SelfCheck out of "
             "trainer.callbacks"
         )
+    return []
 
 
 def _compare_gradients(trainer: Trainer, parameters: Sequence[tuple[str, nn.Parameter]]) -> str:

@@ -25,7 +25,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from emf_lightning.callbacks import FewStepSampling, SampleWriter, SaveNetwork, SelfCheck, TrainingLog, WeightEMA
+from emf_lightning.callbacks import (
+    FewStepSampling,
+    RunSummary,
+    SampleWriter,
+    SaveNetwork,
+    SelfCheck,
+    TrainingLog,
+    WeightEMA,
+)
 from emf_lightning.callbacks.sampling.sampling_context import averaged_weights, sampling_context
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -352,6 +360,9 @@ def refused(rank: int, out: Path) -> None:
         "apart": complaint(lambda: tiny.trainer(out / "apart", SelfCheck(), **auto()).fit(apart, datamodule=data)),
         "averages": complaint(lambda: train(out, "averages", OWN[rank], EMAWeightAveraging(), **sharded(2))),
         "alternating": complaint(lambda: in_turn(out, "alternating", OWN[rank], fgm(), **sharded(2))),
+        "summary": complaint(
+            lambda: train(out, "summary", OWN[rank], RunSummary(ShapesSuite(per_task=2)), **sharded(2))
+        ),
         "prediction": complaint(lambda: predicting.predict(tiny.meanflow(), datamodule=data)),
     }
     if rank == 0:

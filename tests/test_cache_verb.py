@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from emf_lightning.cli import main
+from tests.cli.world import complaint
 from tests.tiny_blip3o import save_checkpoint
 
 EXPERIMENT = """
@@ -97,6 +98,27 @@ def test_processes_take_their_part_by_torchrun_s_variables(world, capsys, monkey
     assert "by dtype" not in written[0]
     assert "4 samples written" in written[1]
     assert "2 processes take a part" in written[1]
+
+
+def test_each_machine_fills_caches_of_its_own(world, capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    main(["cache", "--config", "e.yaml"])
+    assert "rank 1: 3 samples written" in capsys.readouterr().out
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    slurm = {"SLURM_STEP_NUM_TASKS": 4, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 2, "SLURM_LOCALID": 0}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, str(value))
+    main(["cache", "--config", "e.yaml"])
+    assert "4 samples written" in (said := capsys.readouterr().out)
+    assert "2 processes of each of 2 machines take a part" in said
+
+
+def test_machines_with_different_numbers_of_processes_are_refused(world, capsys, monkeypatch):
+    for name, value in {"SLURM_STEP_NUM_TASKS": 3, "SLURM_STEP_NUM_NODES": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert "3 processes on 2 machines; start equally many on each" in complaint(capsys, "cache", "--config", "e.yaml")
 
 
 def test_the_model_is_not_built(world, capsys):

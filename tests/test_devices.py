@@ -132,3 +132,4 @@ def test_what_cannot_be_sharded_is_refused_with_the_remedy(out):
     assert "sharded over 1 of 2 ranks" in said["apart"]
     assert "--trainer.strategy auto, or ddp" in said["prediction"]
     assert "ModelParallelStrategy shards one network" in said["alternating"]
+    assert "set it to 0, or train with ddp" in said["summary"]

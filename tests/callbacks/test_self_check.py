@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from emf_lightning.callbacks import ExperimentProgressBar, SelfCheck
 from emf_lightning.callbacks.derivative_check import FaultError, check_derivative, points_of
@@ -170,6 +171,41 @@ def test_a_network_that_would_fail_in_silence_is_refused(shards, tmp_path, kind,
 def test_it_is_refused_without_a_float64_copy_too(shards, tmp_path, kind):
     with pytest.raises(ValueError, match="SelfCheck"):
         fit(shards, tmp_path / "run", FlowMapModule(kind(tiny.SIZE, context_width=16)), SelfCheck(largest_copy=1))
+
+
+class OneNaN(Callback):
+    """Latents of the first sample and features of the second are not finite, as of a damaged file."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        batch.latents[0] = torch.nan
+        batch.text.context[1] = torch.inf
+
+
+def test_samples_that_training_leaves_out_do_not_end_it(shards, tmp_path):
+    fit(shards, tmp_path / "run", tiny.meanflow(), OneNaN(), SelfCheck())
+
+
+class Passes(Callback):
+    """The number of forward passes before the first step."""
+
+    count = 0
+
+    def on_fit_start(self, trainer, module):
+        module.net.register_forward_hook(self._more)
+
+    def _more(self, *_):
+        self.count += 1
+
+
+def test_a_fault_takes_as_many_passes_as_none(shards, tmp_path):
+    # ranks that share a sharded network and do not all find the fault would wait for each other
+    counts = []
+    for kind in (SanaFlowMap, PlainSumCalledAnchored):
+        passes = Passes()
+        with pytest.raises(ValueError) if kind is not SanaFlowMap else nullcontext():
+            fit(shards, tmp_path / "run", FlowMapModule(kind(tiny.SIZE, context_width=16)), passes, SelfCheck())
+        counts.append(passes.count)
+    assert 0 < counts[1] <= counts[0] < counts[1] + 4  # the training step's own follow
 
 
 def test_a_derivative_too_coarse_for_the_network_is_refused(shards, tmp_path):

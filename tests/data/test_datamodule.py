@@ -73,10 +73,9 @@ def make(shards: str | list[str], num_workers: int = 0, **options: object) -> Ca
 
 
 def trainer(folder: Path, **options: object) -> Trainer:
-    options = {"max_epochs": 2, "enable_checkpointing": False, **options}
+    options = {"max_epochs": 2, "enable_checkpointing": False, "devices": 1, **options}
     return Trainer(
         accelerator="cpu",
-        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -329,6 +328,25 @@ def test_missing_shards_are_named_before_anything_is_read(tmp_path: Path) -> Non
     shards = write_numbered(tmp_path, [8])
     with pytest.raises(ValueError, match=r"CaptionImageData: validation_shards: '.*none\.tar' matches no file"):
         make(shards, validation_shards=f"{tmp_path}/none.tar").setup("fit")
+
+
+def test_fewer_prompts_than_processes_are_refused(tmp_path: Path) -> None:
+    data = make("x.tar", prompts=["one"])
+    data.trainer = trainer(tmp_path, devices=2, strategy="ddp")
+    data.setup("predict")
+    with pytest.raises(ValueError, match=r"prompts: 1 leave some of 2 processes without one; .*--trainer\.devices 1"):
+        data.predict_dataloader()
+
+
+def test_several_machines_do_not_share_a_cache_on_a_network_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emf_lightning.data.cache.network_disk.network_file_system", lambda path: "nfs4")
+    data = make(write_numbered(tmp_path, [8]), cache=FeatureCache(tmp_path / "cache"))
+    data.setup("fit")
+    data.trainer = trainer(tmp_path, num_nodes=2, strategy="ddp")
+    with pytest.raises(ValueError, match=r"data\.cache\.path: .*cache' lies on a network disk \(nfs4\)"):
+        data.setup("fit")
 
 
 def test_prediction_without_prompts_says_what_to_give(tmp_path: Path) -> None:

@@ -302,3 +302,18 @@ def test_epochs_that_end_before_the_schedules_are_told(tmp_path, net):
     data = tiny.data(tiny.shards(tmp_path / "shards"))
     with pytest.warns(UserWarning, match=r"max_epochs=1 may end training before step 1000.*set trainer.max_steps"):
         trainer(tmp_path, max_steps=1000, max_epochs=1).fit(tiny.meanflow(), datamodule=data)
+
+
+def test_each_rank_validates_with_noise_of_its_own(tmp_path):
+    from tests.callbacks import tiny
+
+    def error(rank: int) -> float:
+        class OfRank(FlowMapModule):
+            global_rank = rank
+
+        data = tiny.data(tiny.shards(tmp_path / f"{rank}"), validation_shards=str(tmp_path / f"{rank}"))
+        (found,) = tiny.trainer(tmp_path).validate(OfRank(tiny.network(), FlowMatching()), data, verbose=False)
+        return found["validation/mse_v_at_0.5"]
+
+    assert error(0) == error(0)
+    assert error(0) != error(1)

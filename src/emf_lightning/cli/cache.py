@@ -42,12 +42,19 @@ def cache(arguments: list[str]) -> None:
 
     dry = "--dry_run" in arguments
     data = DataCLI.run(["fit", *(argument for argument in arguments if argument != "--dry_run")]).datamodule
-    # SLURM_STEP_NUM_TASKS is set by srun only; SLURM_NTASKS is set in a batch script's single process, too
-    rank, ranks = _number("RANK", "SLURM_PROCID", 0), _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-    filler = CacheFiller(data, _device(), rank, ranks)
+    # Each machine fills caches of its own: LMDB serves one. SLURM_STEP_* are set by srun only, other SLURM_* variables
+    # also in a batch script's single process.
+    everywhere = _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+    of_torchrun = os.environ.get("LOCAL_WORLD_SIZE")
+    machines = everywhere // int(of_torchrun) if of_torchrun else int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    ranks, left = divmod(everywhere, machines)
+    if left:
+        raise ValueError(f"emf cache: {everywhere} processes on {machines} machines; start equally many on each")
+    rank = _number("LOCAL_RANK", "SLURM_LOCALID", _number("RANK", "SLURM_PROCID", 0) % ranks)
+    filler = CacheFiller(data, _device(), rank, ranks, machines)
     samples = filler.count()
     if rank == 0:
-        _announce(filler, samples, ranks)
+        _announce(filler, samples, ranks, machines)
     filler.check(samples)
     if not dry:
         _fill(filler, max(filler.entries(samples).values()) // ranks, rank)
@@ -65,11 +72,12 @@ def _device() -> torch.device:
     return torch.device("cuda", _number("LOCAL_RANK", "SLURM_LOCALID", 0) % torch.cuda.device_count())
 
 
-def _announce(filler: CacheFiller, samples: int, ranks: int) -> None:
+def _announce(filler: CacheFiller, samples: int, ranks: int, machines: int) -> None:
     from emf_lightning.data.cache.entry_cache import format_bytes
 
     if ranks > 1:
-        print(f"{ranks} processes take a part of the samples each")
+        of_each = f" of each of {machines} machines" if machines > 1 else ""
+        print(f"{ranks} processes{of_each} take a part of the samples each")
     began = time.perf_counter()
     options = filler.options(samples)
     for name, choices in options.items():

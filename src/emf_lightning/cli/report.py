@@ -77,7 +77,7 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
 
 
 def _directory(run: Path) -> Path:
-    """The directory that holds a run's scores; ``run`` itself where none is found, and the caller's errors are of it."""
+    """The directory that holds a run's scores; ``run`` itself where none is found, for the caller's errors."""
     if (run / REPORT).is_file() or any(run.glob("*/scores.jsonl")):
         return run
     try:

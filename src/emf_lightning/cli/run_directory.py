@@ -157,10 +157,15 @@ def record(config: Namespace) -> dict[str, Any]:
 
 def job() -> str | None:
     """Name of the SLURM job, or of torchrun's call, that keeps its name where it is started again."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        name = os.environ["TORCHELASTIC_RUN_ID"]
-        return f"torchrun {name}" if name != "none" else f"torchrun {os.getppid()} on {socket.gethostname()}"
-    return f"slurm {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else None
+    torchrun, slurm = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
+    if torchrun not in (None, "none"):  # torchrun's name of a call without --rdzv-id
+        return f"torchrun {torchrun}"
+    if slurm is not None:
+        return f"slurm {slurm}"
+    if torchrun is None:
+        return None
+    machines = int(os.environ.get("GROUP_WORLD_SIZE") or 1)  # rank 0 may be on another one after a restart
+    return f"torchrun on {machines} machines" if machines > 1 else f"torchrun {os.getppid()} on {socket.gethostname()}"
 
 
 def is_restart() -> bool:

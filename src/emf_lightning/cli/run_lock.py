@@ -33,7 +33,7 @@ def lock(directory: Path, about: dict[str, Any], patience: float = 0.0) -> IO[st
         ValueError: naming the process that works there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file, begin = (directory / LOCK).open("a+"), None
+    file, begin = os.fdopen(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+"), None
     while not _locked(file):
         other = read(directory)
         name = f"process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')}"
@@ -45,9 +45,8 @@ def lock(directory: Path, about: dict[str, Any], patience: float = 0.0) -> IO[st
             file.close()
             raise ValueError(f"{directory}: {name} works there; wait for it, end it, or choose another directory")
         time.sleep(0.1)
-    file.seek(0)
-    file.truncate()
-    json.dump(about, file)
+    # one write over the earlier record, never an empty file: other ranks read it at this moment
+    file.write(json.dumps(about).ljust(os.fstat(file.fileno()).st_size))
     file.flush()
     return file
 

@@ -54,13 +54,16 @@ class CacheFiller:
     Args:
         data: data with a cache, a latent cache, or both.
         device: device of the encoders.
-        rank: rank of this process among the ``ranks`` that share the work.
+        rank: rank of this process among the ``ranks`` that share the work: those of one machine, with its own caches.
+        machines: that run this at once, each for itself.
 
     Raises:
         ValueError: if there is no cache to fill, images are mirrored at random, or shards are missing.
     """
 
-    def __init__(self, data: CaptionImageData, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, data: CaptionImageData, device: torch.device, rank: int = 0, ranks: int = 1, machines: int = 1
+    ) -> None:
         if data.cache is None and data.latent_cache is None:
             raise ValueError("data: nothing to fill; set data.cache, data.latent_cache or both")
         if data.flip and (data.latent_cache is not None or data.text.image_size is not None):
@@ -72,7 +75,7 @@ class CacheFiller:
         self.device = device
         self.rank, self.ranks = rank, ranks
         self.shards = data.training_sources
-        data.open_caches()
+        data.open_caches(machines)
         data.encoder.device = device
         caches = {"feature_cache": data.cache, "latent_cache": data.latent_cache}
         lanes = max(data.num_workers, 1)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from emf_lightning.data.batch_encoder import BatchEncoder
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
+from emf_lightning.data.cache.network_disk import check_one_machine
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.data.reading.caption_files import CaptionFiles
 from emf_lightning.data.reading.decoding import SquareTransform
@@ -175,7 +176,7 @@ class CaptionImageData(LightningDataModule):
         return self._encoder.latent_size
 
     def setup(self, stage: str) -> None:
-        self.open_caches()
+        self.open_caches(self.trainer.num_nodes if self.trainer is not None else 1)
         if stage == "fit":
             options = {"shuffle_block": self.shuffle_block, "flip": self.flip, "drop_last": True}
             self._train = self._loader(self.training_sources, self.num_workers, share=self.validation_share, **options)
@@ -261,11 +262,20 @@ class CaptionImageData(LightningDataModule):
         options |= {"caption_column": self.caption_column}
         return ShardStream(shards, self.transform, self.batch_size, **options)
 
-    def open_caches(self) -> None:
+    def open_caches(self, machines: int = 1) -> None:
         """Binds the caches to the frozen parts, and to images after the transform and within their limits.
 
         Images whose latents are cached are not opened, so that other limits must not find these latents.
+
+        Raises:
+            ValueError: where ``machines`` of them would write to a cache on a network disk.
         """
+        for name, cache in {"cache": self.cache, "latent_cache": self.latent_cache}.items():
+            if cache is not None:
+                try:
+                    check_one_machine(cache.path, machines)
+                except ValueError as error:
+                    raise ValueError(f"data.{name}.path: {error}") from None
         limits = "" if self.image_limits == ImageLimits() else f" {self.image_limits}"  # keys as before for the default
         self._encoder.open_caches(f"{self.transform}{limits}")
 
@@ -284,6 +294,11 @@ class CaptionImageData(LightningDataModule):
         """Batches of (indices ``[B]``, prompts)."""
         if self._prompts is None:
             raise ValueError("CaptionImageData: prompts is not set; give a text file with one prompt a line")
+        if self.trainer is not None and len(self._prompts) < (ranks := self.trainer.world_size):
+            raise ValueError(
+                f"prompts: {len(self._prompts)} leave some of {ranks} processes without one; sample with fewer: "
+                "--trainer.devices 1 --trainer.num_nodes 1"
+            )
         return DataLoader(self._prompts, batch_size=self.batch_size)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -94,8 +94,8 @@ class FGM(AlternatingModule):
         return loss
 
     def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
-        """Logs |u - v|^2 at fixed times on samples of the batch's captions, with noise fixed by the batch's index."""
-        generator = torch.Generator().manual_seed(batch_idx)
+        """Logs |u - v|^2 at fixed times on samples of the batch's captions, with noise fixed by rank and batch."""
+        generator = torch.Generator().manual_seed(batch_idx + (self.global_rank << 20))
         e, fresh = (torch.randn(batch.latents.shape, generator=generator).to(batch.latents) for _ in range(2))
         x = self.objective.sampler(self.average_velocity(batch.text), e, 1)
         context, null = batch.text.conditioning, batch.null.conditioning

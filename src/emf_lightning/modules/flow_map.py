@@ -277,9 +277,9 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         """Does nothing: the ``SampleWriter`` callback samples, so that all step counts start from the same noise."""
 
     def _log_error(self, batch: CaptionImageBatch, batch_idx: int, stage: str) -> None:
-        """Logs the mean squared error of u(z, t, t) against v at fixed times, with noise fixed by the batch's index."""
+        """Logs the mean squared error of u(z, t, t) against v at fixed times, with noise fixed by rank and batch."""
         x, u = batch.latents, self.average_velocity(batch.text)
-        noise = torch.Generator().manual_seed(batch_idx)
+        noise = torch.Generator().manual_seed(batch_idx + (self.global_rank << 20))
         e = torch.randn(x.shape, generator=noise).to(x)
         for time in VALIDATION_TIMES:
             t = torch.full((len(batch),), time, device=x.device)

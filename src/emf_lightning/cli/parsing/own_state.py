@@ -21,6 +21,8 @@ class OwnStateOnly(_CheckpointConnector):
     _hpc_resume_path = None
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any, **options: Any) -> None:
+        # each rank has looked for the run's checkpoint by itself, and one may have seen another state of the disk
+        self._ckpt_path = checkpoint_path = self.trainer.strategy.broadcast(checkpoint_path)
         with _naming(checkpoint_path):
             super()._restore_modules_and_callbacks(checkpoint_path, *args, **options)
 
