@@ -119,6 +119,9 @@ def test_an_earlier_versions_record_of_other_settings_is_refused(out, capsys):
     [
         (["--grades", "[loud=3]"], "grades: 'loud=3' is none; give noise=NUMBER"),
         (["--grades", "[noise=much]"], "grades: 'noise=much' is none"),
+        (["--grades", "[noise=0,noise=-1]"], "grades: 'noise=-1' is none"),
+        (["--seeds", "[0,-1]"], "seeds must lie in 0 .. 4,294,967,295, got -1"),
+        (["--pairs", "2"], "pairs: 2 are too few"),
         (["--grades", "[steps=1.5]"], "grades: 'steps=1.5' is none"),
         (["--meanflow", "nowhere.yaml"], "meanflow: no file nowhere.yaml, and no experiment"),
         (["--meanflow", "claim/flow_matching"], "meanflow: flow_matching.yaml has the name of flow_matching's file"),

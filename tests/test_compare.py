@@ -54,6 +54,17 @@ def test_no_time_is_refused(tmp_path, capsys, root):
     assert "steps must be positive" in said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--steps", "0")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [("--seeds", "[0,-1]", "seeds must lie in 0"), ("--images_per_prompt", "1", "images_per_prompt must be 2 or more")],
+)
+def test_what_each_training_would_refuse_is_refused_before_the_first(tmp_path, capsys, root, option, value, complaint):
+    emf = root / "experiments/shapes/emf.yaml"
+    line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", option, value)
+    assert complaint in line
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_overlay_that_is_not_there_is_named(tmp_path, capsys, root):
     emf = root / "experiments/shapes/emf.yaml"
     line = said(capsys, "--out", str(tmp_path), "--experiments", f"[{emf}]", "--overlays", "[nowhere.yaml]")

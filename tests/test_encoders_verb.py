@@ -127,6 +127,8 @@ def test_the_papers_values_stand_beside_what_it_measured_alone(config, tmp_path,
     [
         (["--encoders", "{{}}"], "encoders: name at least one"),
         (["--config", "{config}", "--fraction", "1.5"], "fraction must lie between 0 and 1"),
+        (["--config", "{config}", "--seeds", "[-1]"], "seeds must lie in 0 .. "),
+        (["--config", "{config}", "--device", "gpu"], "device: 'gpu' is not there"),
         (["--config", "{config}", "--k", "0"], "k must be at least 1"),
         (["--config", "{config}", "--k", "151"], "k must be at most "),
         (["--config", "{config}", "--prompts", "nowhere.csv"], "cannot read benchmark nowhere.csv"),

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonargparse import Namespace
 from PIL import Image
 
 from emf_lightning import EMFPipeline, load_run
 from emf_lightning.cli import main
-from emf_lightning.cli.play import run_model
+from emf_lightning.cli.play import example_prompts, run_model
 from emf_lightning.digests import write_digests
 from emf_lightning.play import PROMPTS, Drawn, PlayedModel, draw, exported_model
 from tests.cli.world import BASE
@@ -67,6 +68,14 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
+
+
+def test_a_list_of_prompts_gives_the_examples(tmp_path) -> None:
+    (tmp_path / "two.txt").write_text("a circle\na square\n")
+    for prompts in (["a circle", "a square"], str(tmp_path / "two.txt")):
+        settings = Namespace(data=Namespace(prompts=prompts))
+        assert example_prompts(tmp_path, settings) == ["a circle", "a square"]
+    assert example_prompts(tmp_path, Namespace(data=Namespace(prompts="none.txt"))) == []
 
 
 # -- the functions behind the page ------------------------------------------------------------------------------------

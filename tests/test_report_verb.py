@@ -110,6 +110,17 @@ def test_a_text_in_place_of_a_score_is_named(tmp_path, capsys, place):
     assert "holds no scores" in (said := capsys.readouterr().err) and "'many'" in said
 
 
+@pytest.mark.parametrize("out", ["run", "other"])
+def test_the_report_of_a_run_is_not_replaced(tmp_path, capsys, monkeypatch, out):
+    trained(tmp_path / "run", 0.5)
+    (trained(tmp_path / "other", 0.5) / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["report", "run", "--out", out])
+    assert f"out: {out} is a run's directory" in capsys.readouterr().err
+    assert not (tmp_path / out / "report.json").exists()
+
+
 def test_one_run_named_twice_is_refused(tmp_path, capsys, monkeypatch):
     trained(tmp_path / "run", 0.5)
     monkeypatch.chdir(tmp_path)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.optim import lr_scheduler
 
 from emf_lightning.cli import main
 from emf_lightning.cli.parsing.own_state import OwnStateOnly
+from emf_lightning.cli.parsing.resumed_settings import ConfiguredSettings
 from emf_lightning.cli.run_directory import claim, job
 from emf_lightning.cli.run_lock import lock, read
 from tests.callbacks import tiny
@@ -139,3 +143,59 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, *_):
         self.seen.append(trainer.global_step)
+
+
+def rates(run: str) -> tuple[float, float]:
+    """The base rate and the weight decay in the state of a run's optimiser."""
+    (group,) = torch.load(Path(run) / LAST, weights_only=True)["optimizer_states"][0]["param_groups"]
+    return group["initial_lr"], group["weight_decay"]
+
+
+def test_a_resumed_run_takes_the_rate_of_its_configuration(here):
+    optimizer = "--model.init_args.optimization.optimizer"
+    main(["fit", "--config", "run.yaml", optimizer, "torch.optim.AdamW", f"{optimizer}.init_args.lr", "0.001"])
+    settings = [f"{optimizer}.init_args.lr", "0.0001", f"{optimizer}.init_args.weight_decay", "0.5"]
+    with pytest.warns(UserWarning, match=r"its configuration: lr 0\.001 -> 0\.0001, weight_decay 0\.01 -> 0\.5"):
+        main(["fit", "--run", "runs/tiny", "--trainer.max_steps", "4", *settings])
+    assert rates("runs/tiny/version_0") == (0.0001, 0.5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "sequence", "none"])
+def test_settings_of_torch_s_schedulers_are_the_configuration_s(schedule):
+    """After ten steps at 1e-3 the rate goes on from there at a tenth, over the new number of steps."""
+
+    def built(rate, steps):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], rate, momentum=0.5)
+        cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if schedule == "cosine":
+            return optimizer, [cosine]
+        if schedule == "none":
+            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], rate, momentum=0.5), []
+        warm = lr_scheduler.ConstantLR(optimizer, 1.0, 5)
+        return optimizer, [lr_scheduler.SequentialLR(optimizer, [warm, cosine], [5])]
+
+    def trainer(optimizer, schedulers):
+        return SimpleNamespace(
+            optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=each) for each in schedulers]
+        )
+
+    optimizer, schedulers = built(1e-3, 20)
+    for _ in range(10):
+        optimizer.step()
+        for each in schedulers:
+            each.step()
+    rate = optimizer.param_groups[0]["lr"]
+    for new, steps in ((1e-3, 20), (1e-4, 40)):
+        resumed, again = built(new, steps)
+        configured = ConfiguredSettings(trainer(resumed, again))
+        resumed.load_state_dict(optimizer.state_dict())
+        for each, saved in zip(again, schedulers, strict=True):
+            each.load_state_dict(copy.deepcopy(saved.state_dict()))
+        changes = configured.put_back(trainer(resumed, again))
+        assert resumed.param_groups[0]["lr"] == pytest.approx(rate * new / 1e-3)
+        assert resumed.param_groups[0]["momentum"] == 0.5
+        if new == 1e-3:
+            assert not changes
+        else:
+            assert "lr 0.001 -> 0.0001" in changes
+            assert schedule == "none" or "T_max 20 -> 40" in changes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from emf_lightning.text.base import NULL_CAPTION
+from emf_lightning.text.base import NULL_CAPTION, TextFeatures
 from emf_lightning.text.words import WordEncoder, words_of
 
 
@@ -133,3 +133,17 @@ def test_it_is_frozen_and_stays_in_eval_mode():
     assert not encoder.training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder.state_dict()
+
+
+class Ragged(WordEncoder):
+    """Pads to the longest of the batch."""
+
+    def encode(self, captions):
+        features = super().encode(captions)
+        longest = int(features.mask.sum(1).max())
+        return TextFeatures(features.context[:, :longest], features.mask[:, :longest])
+
+
+def test_an_encoder_of_another_shape_than_it_says_is_named():
+    with pytest.raises(ValueError, match=r"Ragged: encode gave features \(1, 2, 8\) .* they are \(1, 6, 8\)"):
+        Ragged(width=8, length=6)(["red circle"])

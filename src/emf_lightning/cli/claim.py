@@ -14,10 +14,10 @@ from emf_lightning.cli.parsing.experiment_files import read_yaml, settings_of
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
 from emf_lightning.cli.sizes import build_part
-from emf_lightning.cli.trainings import fit, run_in_parallel
+from emf_lightning.cli.trainings import check_seeds, fit, run_in_parallel
 from emf_lightning.evaluation.bootstrap import Estimate
 from emf_lightning.evaluation.encoders.claim import FEW_STEPS, MANY_STEPS, Claim, ClaimRun
-from emf_lightning.evaluation.encoders.discriminability import discriminability
+from emf_lightning.evaluation.encoders.discriminability import check_retrieval, discriminability
 from emf_lightning.evaluation.encoders.features import pooled_features
 from emf_lightning.evaluation.encoders.pair_corpus import PairCorpus
 from emf_lightning.evaluation.score_history import ScoreHistory
@@ -66,11 +66,16 @@ def claim(
     chosen, numbers = grades or list(GRADES), seeds if seeds is not None else [0, 1, 2]
     if not numbers:
         raise ValueError("seeds: the list is empty; give at least one")
+    check_seeds(numbers)
     settings = {grade: _settings(grade) for grade in chosen}
     [flow_matching], [meanflow] = (
         named_experiments(name, [file]) for name, file in (("flow_matching", flow_matching), ("meanflow", meanflow))
     )
     corpus, measured = ShapesPairs(count=pairs), dict[str, Estimate]()
+    try:
+        check_retrieval(corpus, 2)
+    except ValueError as error:
+        raise ValueError(f"pairs: {pairs} are too few ({error})") from None
     kinds = {"flow_matching": flow_matching, "meanflow": meanflow}
     if flow_matching.stem == meanflow.stem:
         raise ValueError(f"meanflow: {meanflow.name} has the name of flow_matching's file; rename one, as runs have it")
@@ -147,7 +152,7 @@ def _settings(grade: str) -> dict[str, list[str]]:
         shorter = ["--trainer.max_steps", value, "--trainer.val_check_interval", str(int(value) // 2 + 1)]
         return {"flow_matching": shorter, "meanflow": []}
     try:
-        name = name if math.isfinite(float(value)) else ""
+        name = name if math.isfinite(float(value)) and float(value) >= 0 else ""
     except ValueError:
         name = ""
     if name not in ("noise", "shared"):

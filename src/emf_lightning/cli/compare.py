@@ -13,7 +13,7 @@ import yaml
 from emf_lightning.cli.parsing.experiment_files import settings_of
 from emf_lightning.cli.parsing.experiment_loggers import holds_settings
 from emf_lightning.cli.shipped import named_experiments
-from emf_lightning.cli.trainings import fit, run_in_parallel
+from emf_lightning.cli.trainings import check_seeds, fit, run_in_parallel
 from emf_lightning.evaluation.reports.comparison import Run, comparison, comparison_figure
 from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.files import read_json, write_atomic
@@ -180,6 +180,9 @@ def compare(
     all_seeds = list(dict.fromkeys(seeds if seeds is not None else [0]))
     if not experiments or not all_seeds:
         raise ValueError(f"{'seeds' if experiments else 'experiments'}: the list is empty; give at least one")
+    check_seeds(all_seeds)
+    if images_per_prompt < 0 or images_per_prompt == 1:
+        raise ValueError(f"images_per_prompt must be 2 or more, or 0 for no distances, got {images_per_prompt}")
 
     def trainings(counts: dict[Path, int]) -> list[Training]:
         return [

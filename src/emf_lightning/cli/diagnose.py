@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from emf_lightning.cli.play import run_model
 from emf_lightning.cli.runs import checkpoint_of, find_run
+from emf_lightning.cli.trainings import check_seeds
 from emf_lightning.data.shapes.world import WORLDS
+from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.fixed_noise import fixed_noise
 from emf_lightning.evaluation.geneval.prompt_suite import PromptImage, PromptSuite
 from emf_lightning.evaluation.sampling_config import sampling_configs, step_name
@@ -94,6 +96,8 @@ def diagnose(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not near > 0:
         raise ValueError(f"near must be above 0, got {near}")
+    check_seeds([seed])
+    device_of(device)
     counts = [config.steps for config in sampling_configs(sorted(steps or [1, 2, 4]), None)]
     folder, models, teacher, remark = _models(run, checkpoint, against, parent, device)
     suite = ShapesSuite(_world_of(models[0].pipeline))

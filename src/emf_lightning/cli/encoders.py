@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from emf_lightning.cli.parsing import import_classes
+from emf_lightning.cli.trainings import check_seeds
 from emf_lightning.data.prompt_list import PromptList
 from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.encoders.controls import ConstantEncoder
@@ -63,6 +64,8 @@ def encoders(
     for name, value in (("queries", queries), ("k", k), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    removed, place = seeds or [0, 1, 2], device_of(device)
+    check_seeds(removed)
     began, pairs = time.perf_counter(), corpus or ShapesPairs()
     check_retrieval(pairs, k)
     of_dpg = prompts is not None and prompts.suffix.lower() == ".csv"
@@ -72,10 +75,9 @@ def encoders(
 
         texts = [item.text for item in read_items(prompts)] if of_dpg else PromptList(prompts).prompts
     asked = list(dict.fromkeys(texts))
-    removed = seeds or [0, 1, 2]
     studied = []
     for name, encoder in {**encoders, "constant (control)": ConstantEncoder()}.items():
-        encoder.to(device_of(device))
+        encoder.to(place)
         with tqdm(desc=name, unit="text") as bar:
 
             def show(done: int, total: int, bar: tqdm = bar) -> None:

@@ -16,6 +16,7 @@ from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run, run_of
 from emf_lightning.cli.shipped import with_shipped_files
 from emf_lightning.data.prompt_list import PromptList
+from emf_lightning.evaluation.devices import device_of
 from emf_lightning.evaluation.score_history import ScoreHistory
 from emf_lightning.exported_files import INDEX
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
@@ -54,6 +55,7 @@ def play(
         device: of all parts; by default cuda where there is one.
     """
     check_gradio()
+    device_of(device)
     if (run / INDEX).is_file():
         model = exported_model(run, device, trusted())
     else:
@@ -109,7 +111,8 @@ def example_prompts(directory: Path, settings: Namespace) -> list[str]:
         if found:
             return list(found.values())[::-1][:_EXAMPLES]
     listed = settings.data.get("prompts")
-    return list(PromptList(listed).prompts[:_EXAMPLES]) if listed and Path(listed).is_file() else []
+    there = isinstance(listed, list) or (listed and Path(listed).expanduser().is_file())
+    return list(PromptList(listed).prompts[:_EXAMPLES]) if listed and there else []
 
 
 def _result(line: str) -> dict[str, Any]:

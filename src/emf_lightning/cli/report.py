@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from emf_lightning.cli.runs import find_run
+from emf_lightning.cli.runs import CONFIG, find_run
 from emf_lightning.evaluation.geneval.prompt_suite import TITLES
 from emf_lightning.evaluation.reports.figures import save_figure
 from emf_lightning.evaluation.reports.report import REPORT, Report, ReportRow
@@ -31,6 +31,8 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
     resolved = [run.resolve() for run in runs]
     if twice := next((run for run, path in zip(runs, resolved, strict=True) if resolved.count(path) > 1), None):
         raise ValueError(f"runs: {twice} is given more than once; name each run once")
+    if out.resolve() in resolved or (out / CONFIG).is_file():
+        raise ValueError(f"out: {out} is a run's directory, whose own {REPORT} would be replaced; give another folder")
     names = _names(runs)
     rows: list[ReportRow] = []
     all_levels: list[Levels] = []

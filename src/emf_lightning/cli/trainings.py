@@ -30,6 +30,12 @@ PATIENCE = 120
 """Seconds that a training waits for another one in its directory: a killed call's ends at its next step boundary."""
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises a ``ValueError`` for a seed that the random generators do not take."""
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise ValueError(f"seeds must lie in 0 .. {2**32 - 1:,}, got {', '.join(map(str, wrong))}")
+
+
 def fit(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
     """Runs `emf fit` with ``arguments`` in the run directory ``folder``; resumes from its last checkpoint, if any.
 

@@ -112,7 +112,14 @@ class CaptionImageData(LightningDataModule):
         image_limits: ImageLimits = ImageLimits(),
     ) -> None:
         super().__init__()
-        lowest = {"resolution": 1, "batch_size": 1, "num_workers": 0, "shuffle_block": 1, "validation_samples": 1}
+        lowest = {
+            "resolution": 1,
+            "batch_size": 1,
+            "num_workers": 0,
+            "shuffle_block": 1,
+            "seed": 0,
+            "validation_samples": 1,
+        }
         for name, low in lowest.items():
             if (value := locals()[name]) < low:
                 raise ValueError(f"CaptionImageData: {name} must be at least {low}, got {value}")
@@ -193,7 +200,7 @@ class CaptionImageData(LightningDataModule):
     @cached_property
     def caption_files(self) -> CaptionFiles | None:
         """Captions from files beside the shards, if there are any."""
-        return None if self.captions is None else CaptionFiles(self.captions)
+        return None if self.captions is None else CaptionFiles(self.captions, self.caption_column)
 
     @property
     def validates(self) -> bool:

@@ -32,7 +32,11 @@ class Optimization:
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> tuple[Optimizer, Any]:
         """The optimiser of those ``parameters`` that train, and its scheduler or None."""
-        optimizer = self.optimizer([parameter for parameter in parameters if parameter.requires_grad])
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        try:
+            optimizer = self.optimizer(trained)
+        except ValueError as error:  # torch's own names no setting
+            raise ValueError(f"optimization.optimizer: {error}") from error
         return optimizer, None if self.scheduler is None else self.scheduler(optimizer)
 
 

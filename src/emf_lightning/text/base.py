@@ -157,7 +157,14 @@ class TextEncoder(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, captions: Sequence[str], negative: bool = False) -> TextFeatures:
         """``encode`` or ``encode_negative`` without gradients, of texts that are made fit by ``prompt_texts``."""
-        return (self.encode_negative if negative else self.encode)(prompt_texts(captions, "captions"))
+        features = (self.encode_negative if negative else self.encode)(prompt_texts(captions, "captions"))
+        wanted, found = (len(captions), self.length, self.width), tuple(features.context.shape)
+        if found != wanted or tuple(features.mask.shape) != wanted[:2]:
+            raise ValueError(
+                f"{type(self).__name__}: encode gave features {found} with a mask {tuple(features.mask.shape)} for "
+                f"{len(captions)} captions; by its length and width they are {wanted} and {wanted[:2]}"
+            )
+        return features
 
     def freeze(self) -> None:
         """Ends construction: permanent eval mode, no gradient for any parameter."""

@@ -78,6 +78,16 @@ def test_a_file_holds_for_its_folder_and_below(tmp_path):
     assert CaptionFiles(str(tmp_path / "a/x.json")).find(f"{tmp_path}/a/x.tar/0") == "in a"
 
 
+def test_a_key_may_be_named_and_one_that_is_missing_is_said(tmp_path):
+    record = {"image": "0.png", "caption": "short", "long_caption": "long"}
+    (tmp_path / "x.json").write_text(json.dumps([record, {"image": "1.png", "caption": "short alone"}]))
+    files = CaptionFiles(tmp_path / "x.json", "long_caption")
+    assert [files.find(f"{tmp_path}/x.tar/{n}") for n in (0, 1)] == ["long", "short alone"]
+    with pytest.warns(UserWarning, match=r"caption_column: no record of .*x\.json' has 'long_captoin'"):
+        files = CaptionFiles(tmp_path / "x.json", "long_captoin")
+    assert files.find(f"{tmp_path}/x.tar/0") == "short"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

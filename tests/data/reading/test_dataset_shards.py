@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from emf_lightning.cli import main
 from emf_lightning.data.datamodule import CaptionImageData
-from emf_lightning.data.reading.dataset_shards import dataset_samples, open_dataset, write_samples
+from emf_lightning.data.reading.dataset_shards import caption_function, dataset_samples, open_dataset, write_samples
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
 from tests import pipelines
@@ -49,6 +50,20 @@ def test_an_interrupted_call_writes_only_what_is_missing(tmp_path):
     assert len(paths[1].read_bytes()) == len(content)
     with pytest.raises(ValueError, match="holds other samples"):
         write_samples(samples, tmp_path, {"rows": 26}, samples_per_shard=10)
+
+
+def test_shards_without_a_manifest_are_not_taken_for_these(tmp_path):
+    write_samples([(None, "theirs")], tmp_path, {"rows": 1})
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"data-000000\.tar' has no manifest\.json beside it"):
+        write_samples([(None, "ours")], tmp_path, {"rows": 2})
+
+
+def test_a_caption_that_is_nearly_a_column_is_refused():
+    dataset = Dataset.from_dict({"image": ["x"], "label_text": ["a cat"]})
+    with pytest.raises(ValueError, match=r"'label_txt' is no column.*did you mean 'label_text'"):
+        caption_function(dataset, "label_txt")
+    assert caption_function(dataset, "a photo")({}) == "a photo"
 
 
 def test_captions_alone_are_read_without_images(tmp_path):

@@ -194,6 +194,12 @@ class EMFCLI(LightningCLI):
             stop.restore()
             run.close()
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything must lie in 0 .. {2**32 - 1:,}, got {seed}")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.chosen = choose(config, self.subcommand == "fit", self.arguments)

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -35,7 +36,14 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
     with known_classes_only(imported=True), naming_options(parser):
         namespace = parser.instantiate(parser.parse_args(options))
     namespace.pop("config", None)
-    return function(**namespace.as_dict())
+    return function(**{name: _at_home(value) for name, value in namespace.as_dict().items()})
+
+
+def _at_home(value: Any) -> Any:
+    """``value``, where a path's ``~`` stands for the user's home: a shell leaves it in ``--out=~/runs``."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def function_parser(verb: str, function: Callable[..., Any]) -> ArgumentParser:

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.utilities import rank_zero_warn
 
 from emf_lightning.cli.parsing.errors import raised_in_package
+from emf_lightning.cli.parsing.resumed_settings import ConfiguredSettings
 
 
 class OwnStateOnly(_CheckpointConnector):
@@ -19,16 +21,21 @@ class OwnStateOnly(_CheckpointConnector):
     """
 
     _hpc_resume_path = None
+    _configured: ConfiguredSettings | None = None
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *args: Any, **options: Any) -> None:
         # each rank has looked for the run's checkpoint by itself, and one may have seen another state of the disk
         self._ckpt_path = checkpoint_path = self.trainer.strategy.broadcast(checkpoint_path)
+        self._configured = ConfiguredSettings(self.trainer)  # of a sharding strategy, which loads the optimisers here
         with _naming(checkpoint_path):
             super()._restore_modules_and_callbacks(checkpoint_path, *args, **options)
 
     def restore_training_state(self) -> None:
+        configured = self._configured or ConfiguredSettings(self.trainer)
         with _naming(self._ckpt_path):
             super().restore_training_state()
+        if changes := configured.put_back(self.trainer):
+            rank_zero_warn(f"ckpt_path: training goes on with the settings of its configuration: {', '.join(changes)}")
 
     def restore_optimizers(self) -> None:
         saved, there = len(self._loaded_checkpoint["optimizer_states"]), len(self.trainer.optimizers)

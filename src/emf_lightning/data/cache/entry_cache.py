@@ -45,11 +45,13 @@ class EntryCache(ABC, Generic[T]):
     def __init__(self, path: str | Path, max_gb: float = 16.0, dtype: StoredDtype = "float32") -> None:
         if max_gb < 0.001:
             raise ValueError(f"{type(self).__name__}: max_gb must be at least 0.001 (1 MB), got {max_gb}")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.max_gb = max_gb
         self.dtype = dtype
         self.hits = self.misses = self.corrupt = self.full = 0
-        self._store = LmdbStore(str(path), map_size=int(max_gb * 1e9) // 65536 * 65536)  # a multiple of any page size
+        self._store = LmdbStore(
+            str(self.path), map_size=int(max_gb * 1e9) // 65536 * 65536
+        )  # a multiple of any page size
         self._format: EntryFormat | None = None
         self._salt = b""
 

@@ -34,12 +34,16 @@ class CaptionFiles:
     end. Raises ``ValueError`` for a file that is missing, is not JSON, or holds no captions with images.
 
     The captions of large files are mapped from the disk, see ``kept_arrays``.
+
+    Args:
+        files: one or more.
+        key: of a record's caption; records without it have theirs under one of the usual keys.
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path]) -> None:
+    def __init__(self, files: str | Path | Sequence[str | Path], key: str | None = None) -> None:
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, (str, Path)) else files)]
         self._folders = [os.path.abspath(path.parent) for path in paths]
-        arrays = kept_arrays(paths, "captions", partial(_arrays, paths))
+        arrays = kept_arrays(paths, "captions" if key is None else f"captions {key}", partial(_arrays, paths, key))
         self._stems, self._rows, self._files, self._parents, self._counts = (
             arrays[name] for name in ("stems", "rows", "files", "parents", "counts")
         )
@@ -118,13 +122,13 @@ def _stem(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _arrays(files: Sequence[Path]) -> Arrays:
+def _arrays(files: Sequence[Path], key: str | None = None) -> Arrays:
     """A row for each caption: its text, its image's path, its file's number; and the rows in the order of the stems."""
     folders = [os.path.abspath(path.parent) for path in files]
     images, captions, parents = TextRows(), TextRows(), set[int]()
     numbers, stems, keys, texts = array("i"), array("q"), array("q"), array("q")
     for number, path in enumerate(files):
-        for parts, caption in _captions(path):
+        for parts, caption in _captions(path, key):
             image = "/".join(parts)
             images.add(image)
             captions.add(caption)
@@ -146,12 +150,13 @@ def _arrays(files: Sequence[Path]) -> Arrays:
     return found
 
 
-def _captions(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+def _captions(path: Path, key: str | None) -> Iterator[tuple[tuple[str, ...], str]]:
     """(components of the image's path, caption) for each caption of a file."""
-    count = 0
+    count, found = 0, key is None
     try:
         for record in _records(path):
-            for entry in _entries(record):
+            found = found or (isinstance(record, dict) and key in record)
+            for entry in _entries(record, key):
                 count += 1
                 yield entry
     except OSError as error:
@@ -161,6 +166,10 @@ def _captions(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
         ) from error
     except ValueError as error:
         raise ValueError(f"captions: {str(path)!r} is neither JSON nor JSON lines ({error})") from error
+    if not found:
+        warnings.warn(
+            f"caption_column: no record of {str(path)!r} has {key!r}; their usual captions are taken", stacklevel=2
+        )
     if not count:
         raise ValueError(
             f"captions: {str(path)!r} holds no record with one of {', '.join(CAPTIONS)} and one of {', '.join(IMAGES)}"
@@ -195,11 +204,12 @@ def _records(path: Path) -> Iterator[Any]:
         )
 
 
-def _entries(record: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+def _entries(record: Any, key: str | None = None) -> Iterator[tuple[tuple[str, ...], str]]:
     """(components of the image's path, caption) for each caption of a record; none if it lacks either."""
     if not isinstance(record, dict):
         return
-    captions: str | list[Any] = next((record[key] for key in CAPTIONS if isinstance(record.get(key), (str, list))), [])
+    keys = CAPTIONS if key is None else (key, *CAPTIONS)
+    captions: str | list[Any] = next((record[k] for k in keys if isinstance(record.get(k), (str, list))), [])
     image = next((record[key] for key in IMAGES if isinstance(record.get(key), str)), "")
     parts = tuple(part for part in image.replace("\\", "/").split("/") if part not in ("", "."))
     for caption in [captions] if isinstance(captions, str) else captions:

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,6 +62,10 @@ def caption_function(dataset: Any, caption: str) -> Callable[[dict[str, Any]], s
 
     feature = dataset.features.get(caption)
     if feature is None:
+        if near := get_close_matches(caption, dataset.features, 1):
+            raise ValueError(
+                f"caption: {caption!r} is no column, and would be the caption of all images; did you mean {near[0]!r}?"
+            )
         return lambda row: caption
     if isinstance(feature, ClassLabel):
         names = dict(enumerate(feature.names))
@@ -161,11 +166,17 @@ def write_samples(
     remove_partial(directory)
     manifest, identity = directory / MANIFEST, identity | {"samples_per_shard": samples_per_shard}
     remedy = "delete it with the shards beside it, or choose another directory"
+    leftover = next(directory.glob("data-*.tar"), None)
+    if leftover is not None and not manifest.exists():
+        raise ValueError(
+            f"out: {str(leftover)!r} has no {MANIFEST} beside it, which says what is in it; choose another directory, "
+            "or delete the shards"
+        )
     known = read_json(manifest, remedy) if manifest.exists() else identity
     # a manifest of an earlier version has fewer keys
     if not isinstance(known, dict) or known != {key: value for key, value in identity.items() if key in known}:
         raise ValueError(
-            f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete this one"
+            f"out: {directory} holds other samples (see its {MANIFEST}); choose another, or delete it with its shards"
         )
     with replacing(manifest, shared=True) as partial:
         partial.write_text(json.dumps(identity, indent=1) + "\n")

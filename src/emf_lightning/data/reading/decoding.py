@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def decode_captions(sample: TarSample, column: str | None = None) -> list[str]:
         captions = _field(sample.json, CAPTION_KEYS if column is None else (column,))
     if captions is None:
         captions = sample.text
+        if column is not None and sample.json is not None and captions is not None:
+            warnings.warn(f"caption_column: a sample's JSON has no {column!r}; its txt is the caption", stacklevel=2)
     usable, reason = [], UnusableSampleError("missing caption")
     for caption in reversed(captions if isinstance(captions, list) else [captions]):
         try:

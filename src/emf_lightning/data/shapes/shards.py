@@ -77,7 +77,7 @@ def _ensure_manifest(directory: Path, spec: _ShardSpec) -> None:
         if changed:
             raise ValueError(
                 f"write_shards: directory {str(directory)!r} holds shards of another {', '.join(changed)}"
-                f" (see its {MANIFEST}); choose another directory, or delete this one"
+                f" (see its {MANIFEST}); choose another directory, or delete it with its shards"
             )
         return
     if leftover := next(directory.glob("shapes-*.tar"), None):
