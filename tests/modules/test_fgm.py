@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from emf_lightning.callbacks import TrainingLog
 from emf_lightning.flow.objectives.distribution_matching import AlphaMatching, ExactMatching
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
+from emf_lightning.flow.sampling import MultistepSampler
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, UniformTimes
 from emf_lightning.modules.alternating import Alternation
 from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.optimization import Optimization, WarmupCosine
+from emf_lightning.networks.unet import UNetArchitecture, UNetFlowMap
 from tests.callbacks import tiny
 from tests.modules.conftest import Batches
 from tests.modules.test_modules import trainer
@@ -215,6 +217,51 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     for one, other in zip(found["optimizer_states"], expected["optimizer_states"], strict=True):
         for number, state in other["state"].items():
             assert same(one["state"][number], state)
+
+
+def test_dropout_of_the_teacher_is_off_in_both_networks():
+    """Of a generator that is its teacher's and its online flow's equal, both velocities are the same."""
+    architecture = UNetArchitecture([8, 8], [False, True], layers=1, groups=4, dropout=0.5)
+    torch.manual_seed(0)
+    model = FGM(UNetFlowMap(architecture, latent_size=8), FlowGeneratorMatching()).train()
+    assert model.training and model.net.training
+    z, t = torch.randn(4, 3, 8, 8), torch.full((4,), 0.5)
+    with torch.no_grad():
+        text = torch.zeros(4, 0, 0), torch.ones(4, 0, dtype=torch.bool)
+        values = [each(z, t, t, *text) for each in (model.net, model.online_flow, model.teacher)]
+    assert torch.allclose(values[0], values[2], atol=1e-5)
+    assert torch.allclose(values[1], values[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_batch_takes_the_first_jumps_of_the_grid_that_sampling_takes(step):
+    """With four steps, training meets sampling's times 1, 3/4, 1/2, 1/4 and no other, each as the last one in turn."""
+    times, graphs = [], []
+
+    def net(z, r, t, context=None):
+        times.append(float(t[0]))
+        graphs.append(torch.is_grad_enabled())
+        return 0.5 * z * scale
+
+    scale = torch.ones((), requires_grad=True)
+    FlowGeneratorMatching(steps=4)(net, torch.zeros(2, 1, 2, 2), teacher=net, online_flow=net, step=step)
+    count = 1 + step % 4
+    assert times[:count] == [1.0, 0.75, 0.5, 0.25][:count]
+    assert graphs[:count] == [False] * (count - 1) + [True]
+    sampled = []
+    MultistepSampler()(lambda z, r, t: sampled.append(float(t[0])) or z, torch.zeros(1, 1, 2, 2), 4)
+    assert sampled == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_samples_that_share_a_number_have_noise_of_their_own():
+    noise = torch.randn(3, 1, 4, 4)
+    noise[1, 0, 0, 1] = noise[0, 0, 0, 1]
+    noise[2] = noise[0]
+    seen = []
+    MultistepSampler()(lambda z, r, t: seen.append(z) or z, noise, 2)
+    second = seen[1] / 0.5  # x = 0 after the first jump
+    assert not torch.equal(second[0], second[1])
+    assert torch.equal(second[0], second[2])
 
 
 def test_few_steps_are_sampled_with_noise_of_the_row_alone(net):

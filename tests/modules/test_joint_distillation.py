@@ -21,6 +21,7 @@ from emf_lightning.modules.optimization import Optimization, WarmupCosine
 from emf_lightning.networks.discriminator import ConvDiscriminator
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
 from tests.callbacks import tiny
+from tests.modules.conftest import Batches
 from tests.modules.test_fgm import adam, same, weights
 from tests.modules.test_modules import trainer
 
@@ -128,6 +129,28 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 def test_impossible_settings_are_refused(net, settings, said):
     with pytest.raises(ValueError, match=said):
         JointDistillation(net, JointObjective(**settings))
+
+
+def test_a_penalty_on_features_that_are_computed_twice_is_refused(net):
+    net.enable_gradient_checkpointing()
+    objective = JointObjective(adversarial_weight=LossTerm(1.0), r1=1.0)
+    with pytest.raises(ValueError, match=r"r1: its second derivative .* set r1 to 0"):
+        JointDistillation(net, objective, discriminator=partial(FeatureDiscriminator, blocks=[0]))
+
+
+def test_the_discriminator_s_loss_is_not_in_bf16(net):
+    kinds = []
+
+    def discriminator(z, t, context, mask):
+        kinds.append((z.mean(dim=1) @ z.mean(dim=1)).dtype)
+        return z.flatten(1).sum(1)
+
+    batch = Batches(1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        JointObjective(adversarial_weight=LossTerm(1.0), r1=1.0).discriminator_loss(
+            net, batch.latents, batch.text.conditioning, teacher=net, discriminator=discriminator
+        )
+    assert kinds == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("blocks", [[], [1], [0, 0], [-1]])

@@ -203,8 +203,10 @@ def gradients(net: SanaFlowMap) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    stored, checkpointed = tiny(), tiny(gradient_checkpointing=True)
+@pytest.mark.parametrize("attention_backend", [None, "math"])
+def test_gradient_checkpointing_changes_no_gradient(attention_backend):
+    stored = tiny(attention_backend=attention_backend)
+    checkpointed = tiny(attention_backend=attention_backend, gradient_checkpointing=True)
     assert checkpointed.transformer.is_gradient_checkpointing
     assert torch.equal(gradients(checkpointed), gradients(stored))
 

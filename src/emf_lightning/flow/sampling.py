@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -145,6 +146,7 @@ def multistep_sample(
     fresh_noise: Callable[[int], Tensor],
     start: float = 1.0,
     step_end: StepEnd | None = None,
+    jumps: int | None = None,
 ) -> Tensor:
     """Data from noise, with the graph of the last jump alone.
 
@@ -154,21 +156,23 @@ def multistep_sample(
     Args:
         u: the generator's average velocity.
         noise: ``[B, C, H, W]``, unit normal.
-        steps: jumps.
+        steps: jumps of the whole grid.
         fresh_noise: k -> the noise of step k > 0, like ``noise``.
         start: the first t, in (0, 1].
         step_end: called after each jump.
+        jumps: how many of them are made, the first ones; None makes all.
 
     Raises:
         ValueError: for no steps.
     """
     _check_steps(steps)
+    jumps = steps if jumps is None else jumps
     x = torch.zeros_like(noise)
-    for k in range(steps):
+    for k in range(jumps):
         t = torch.full((noise.shape[0],), start * (1 - k / steps), device=noise.device, dtype=torch.float32)
         e = noise if k == 0 else fresh_noise(k)
         z = (1 - expand_like(t, e)) * x + expand_like(t, e) * e
-        with nullcontext() if k == steps - 1 else no_grad_pass():
+        with nullcontext() if k == jumps - 1 else no_grad_pass():
             x = z - expand_like(t, z) * u(z, torch.zeros_like(t), t).to(z.dtype)
         if step_end is not None:
             x = step_end(k, t[0], x)
@@ -208,11 +212,11 @@ def flow_map_rollout(
 
 
 def _fresh_noise(e: Tensor, k: int) -> Tensor:
-    """Unit normal noise like ``e``, ``[B, ...]``; that of a sample is a function of its bits in ``e`` and of ``k``."""
-    first = e.detach().flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()
+    """Unit normal noise like ``e``, ``[B, ...]``; that of a sample is a function of ``e`` and ``k``."""
     samples = []
-    for a, b in first:
-        generator = torch.Generator().manual_seed(((a & 0x7FFFFFFF) << 32 | (b & 0xFFFFFFFF)) ^ k)
+    for row in e.detach().float().cpu().contiguous():
+        digest = hashlib.sha256(row.numpy().tobytes() + bytes([k])).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's takes 32 bits
         samples.append(torch.randn(e.shape[1:], generator=generator))
     return torch.stack(samples).to(e)
 

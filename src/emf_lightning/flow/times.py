@@ -126,9 +126,9 @@ class UniformTimes(TimeSampler):
 class LogitNormalTimes(TimeSampler):
     """t and r as sigmoids of normal numbers; the larger is t (arXiv 2505.13447, section 4.3).
 
-    With ``mu`` -.5 -> .5, ``sigma`` 1 -> 2 and ``flow_matching_ratio`` .75 -> .25 it is EMF's sampler (arXiv
-    2604.18168, released code), except that t of an r = t sample is one number, not the larger of two, unless
-    ``sort_first`` is set.
+    With ``sort_first`` it is MeanFlow's sampler, where an r = t sample has the larger of two numbers, too, and with
+    ``mu`` -.5 -> .5, ``sigma`` 1 -> 2 and ``flow_matching_ratio`` .75 -> .25 EMF's (arXiv 2604.18168, released code).
+    Without it, t of such a sample is one number, as flow matching has it.
 
     Args:
         mu: mean of t's logit; larger is noisier.
@@ -137,7 +137,7 @@ class LogitNormalTimes(TimeSampler):
         r_mu: mean of r's logit, where r has a distribution of its own; else ``mu``. The later version of MeanFlow's
             CIFAR-10 code has one, too, but keeps t and takes min(r, t): there 70 % of the samples have r < t.
         r_sigma: its standard deviation; else ``sigma``.
-        sort_first: r = t samples, too, take the larger of two numbers, as in EMF's release.
+        sort_first: r = t samples, too, take the larger of two numbers, as in MeanFlow and in EMF's release.
         consistency_ratio: share of the samples with r = 0.
 
     Example:

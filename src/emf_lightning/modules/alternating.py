@@ -97,6 +97,18 @@ class AlternatingModule(FlowMapModule, ABC):
         self.last_finite: Tensor | None = None
         """``[B]``, False for samples of the network's last loss that were not finite; a subclass sets it."""
 
+    def train(self, mode: bool = True) -> AlternatingModule:
+        """As Lightning's, but dropout stays off.
+
+        The other network reads the difference of two outputs, and samples have no dropout: with it, the difference
+        would not be 0 at the optimum. A teacher's configuration may have it.
+        """
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, nn.modules.dropout._DropoutNd):
+                part.training = False
+        return self
+
     @property
     def auxiliary(self) -> nn.Module:
         """The online flow or discriminator."""

@@ -12,6 +12,7 @@ from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.alternating import AlternatingModule, Alternation
 from emf_lightning.modules.optimization import Optimization
+from emf_lightning.modules.requirements import check_penalty
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import DiscriminatorCallable
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
@@ -80,6 +81,7 @@ class JointDistillation(AlternatingModule):
             self.auxiliaries["online_flow"] = copied(self.net)
         if adversarial and discriminator is not None:
             critic = self.auxiliaries["discriminator"] = discriminator(self.net)
+            check_penalty(self.net, critic, joint.r1)
             if isinstance(critic, FeatureDiscriminator):
                 critic.backbone = self.teacher  # one frozen copy serves all
         if isinstance(joint.velocity, TeacherVelocity) and not joint.velocity.given:

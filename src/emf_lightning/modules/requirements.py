@@ -6,6 +6,16 @@ from typing import Any
 
 from emf_lightning.flow.derivative.forward_mode import Fused
 from emf_lightning.networks.base import FlowMapNetwork
+from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
+
+
+def check_penalty(net: FlowMapNetwork, discriminator: Any, r1: float) -> None:
+    """Raises a ``ValueError`` for R1 on features of blocks that would be computed again in the backward pass."""
+    if r1 > 0 and net.gradient_checkpointing and isinstance(discriminator, FeatureDiscriminator):
+        raise ValueError(
+            "r1: its second derivative goes through the blocks of FeatureDiscriminator, which gradient checkpointing "
+            "computes again with kernels that have none: set r1 to 0, or net.gradient_checkpointing to false"
+        )
 
 
 def check_network(net: FlowMapNetwork, objective: Any) -> None:

@@ -10,6 +10,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
 from emf_lightning.modules.alternating import AlternatingModule, Alternation
 from emf_lightning.modules.optimization import Optimization
+from emf_lightning.modules.requirements import check_penalty
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import DiscriminatorCallable
 from emf_lightning.networks.frozen import EMATarget
@@ -68,6 +69,7 @@ class SCFlow(AlternatingModule):
             init_from=init_from,
         )
         self.discriminator = discriminator(self.net)
+        check_penalty(self.net, self.discriminator, self.objective.r1)
         self.target = EMATarget(self.net, target_decay)
 
     @property

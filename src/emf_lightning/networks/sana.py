@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from emf_lightning.networks.adapter import Adapter
 from emf_lightning.networks.architecture_checks import (
@@ -232,6 +234,11 @@ class SanaFlowMap(DiffusersFlowMap):
         self.transformer.register_to_config(_flow_interval=None)
         return error
 
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        if self.attention_backend == "math":  # the blocks' second pass is outside ``backbone``
+            self.transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_math))
+
     def backbone(
         self, z: Tensor, r: Tensor, t: Tensor, context: Tensor, mask: Tensor, conditions: Tensor | None = None
     ) -> Tensor:
@@ -249,3 +256,8 @@ class SanaFlowMap(DiffusersFlowMap):
                 encoder_attention_mask=mask,
                 return_dict=False,
             )[0]
+
+
+def _math() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a block's first pass, which ``backbone`` has set, and of its second."""
+    return nullcontext(), sdpa_kernel(SDPBackend.MATH)

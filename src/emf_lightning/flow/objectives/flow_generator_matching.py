@@ -31,7 +31,8 @@ class FlowGeneratorMatching(DistributionMatching):
         loss: of the teacher's and the online flow's velocities.
         weight: of times in the generator's loss.
         times: sampler of t for both networks; its ``flow_matching_ratio`` must be 1.
-        steps: the most jumps that the generator trains for; batches take 1, 2, ... up to this in turn.
+        steps: jumps that the generator trains for. Batches take the first 1, 2, ... of them in turn, and the last one
+            taken is trained: each at the time and on the states that sampling in ``steps`` steps meets.
         generator_time: t*, at which the generator reads its noise, in (0, 1]: it gets t* e. At 1 a teacher that knows
             only the caption starts by generating the mean of all images.
         teacher_guidance_scale: of classifier-free guidance in the teacher's velocity; all but 1 double its passes.
@@ -122,4 +123,5 @@ class FlowGeneratorMatching(DistributionMatching):
 
     def _generate(self, net: Callable[..., Tensor], x: Tensor, context: Context, step: int) -> Tensor:
         e, u = torch.randn_like(x), AverageVelocity(net, context)
-        return multistep_sample(u, e, 1 + step % self.steps, lambda k: torch.randn_like(e), self.sampler.start)
+        jumps, start = 1 + step % self.steps, self.sampler.start
+        return multistep_sample(u, e, self.steps, lambda k: torch.randn_like(e), start, jumps=jumps)

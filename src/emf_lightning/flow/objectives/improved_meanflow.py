@@ -56,7 +56,7 @@ class ImprovedMeanFlow(Objective):
     the time embedding rather than to the tokens, and samples without a caption take their tangent without it, too.
 
     Args:
-        times: sampler of (r, t); by default LogitNormalTimes with half of the samples at r = t.
+        times: sampler of (r, t); by default LogitNormalTimes, sorted first, with half of the samples at r = t.
         weighting: from summed squared errors to losses, of u and of v.
         velocity: ``ConditionalVelocity`` (e - x, guided by the network's own v, which is the tangent, too) or
             ``TeacherVelocity`` (the teacher's guided velocity in both).
@@ -89,7 +89,7 @@ class ImprovedMeanFlow(Objective):
         clip_target: float | None = None,
     ) -> None:
         super().__init__(
-            times=times or LogitNormalTimes(flow_matching_ratio=Schedule(0.5)),
+            times=times or LogitNormalTimes(flow_matching_ratio=Schedule(0.5), sort_first=True),
             weighting=weighting or AdaptiveWeighting(c=0.01),
             velocity=velocity,
             clip_target=clip_target,

@@ -249,7 +249,9 @@ class JointObjective:
             if self.real_steps is not None:
                 u = self.matching.teacher_velocity(teacher, context, null_context, len(x))
                 x = flow_map_rollout(lambda z, r, t: u(z, t, t), torch.randn_like(x), self.real_steps, 0)
-        return discriminator_loss(self._logits(discriminator, context, x, progress), x, fake, self.r1)
+        # R1 is a derivative of a derivative, and sums squares: not in bf16
+        with torch.autocast(x.device.type, enabled=False):
+            return discriminator_loss(self._logits(discriminator, context, x, progress), x, fake, self.r1)
 
     def _rollout(self, net: Callable[..., Tensor], x: Tensor, context: Context, step: int) -> Tensor:
         steps = self.rollout_steps[step % len(self.rollout_steps)]

@@ -11,7 +11,7 @@ from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.target_velocity import TargetVelocity
-from emf_lightning.flow.times import Times, TimeSampler
+from emf_lightning.flow.times import LogitNormalTimes, Times, TimeSampler
 from emf_lightning.flow.velocity import Velocity
 from emf_lightning.flow.weighting import Weighting
 
@@ -50,7 +50,11 @@ class MeanFlow(Objective):
         clip_target: float | None = None,
     ) -> None:
         super().__init__(
-            times=times, weighting=weighting, velocity=velocity, guidance=guidance, clip_target=clip_target
+            times=times or LogitNormalTimes(sort_first=True),
+            weighting=weighting,
+            velocity=velocity,
+            guidance=guidance,
+            clip_target=clip_target,
         )
         self.derivative: Derivative = derivative or ForwardMode()
 
