@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from emf_lightning.cli.parsing.own_state import OwnStateOnly
 from emf_lightning.cli.parsing.resumed_settings import ConfiguredSettings
 from emf_lightning.cli.run_directory import claim, job
 from emf_lightning.cli.run_lock import lock, read
+from emf_lightning.modules.optimization import WarmupCosine
 from tests.callbacks import tiny
 from tests.cli.world import BASE, complaint
 
@@ -155,47 +157,83 @@ def test_a_resumed_run_takes_the_rate_of_its_configuration(here):
     optimizer = "--model.init_args.optimization.optimizer"
     main(["fit", "--config", "run.yaml", optimizer, "torch.optim.AdamW", f"{optimizer}.init_args.lr", "0.001"])
     settings = [f"{optimizer}.init_args.lr", "0.0001", f"{optimizer}.init_args.weight_decay", "0.5"]
-    with pytest.warns(UserWarning, match=r"its configuration: lr 0\.001 -> 0\.0001, weight_decay 0\.01 -> 0\.5"):
+    with pytest.warns(UserWarning, match=r"its configuration: weight_decay 0\.01 -> 0\.5, lr 0\.001 -> 0\.0001"):
         main(["fit", "--run", "runs/tiny", "--trainer.max_steps", "4", *settings])
     assert rates("runs/tiny/version_0") == (0.0001, 0.5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "sequence", "none"])
-def test_settings_of_torch_s_schedulers_are_the_configuration_s(schedule):
-    """After ten steps at 1e-3 the rate goes on from there at a tenth, over the new number of steps."""
+def cosine(optimizer, steps):
+    return lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    def built(rate, steps):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], rate, momentum=0.5)
-        cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if schedule == "cosine":
-            return optimizer, [cosine]
-        if schedule == "none":
-            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], rate, momentum=0.5), []
-        warm = lr_scheduler.ConstantLR(optimizer, 1.0, 5)
-        return optimizer, [lr_scheduler.SequentialLR(optimizer, [warm, cosine], [5])]
 
-    def trainer(optimizer, schedulers):
-        return SimpleNamespace(
-            optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=each) for each in schedulers]
-        )
+def sequence(optimizer, steps):
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5), lr_scheduler.CosineAnnealingLR(optimizer, steps)]
+    return lr_scheduler.SequentialLR(optimizer, parts, [5])
 
-    optimizer, schedulers = built(1e-3, 20)
+
+def one_cycle(optimizer, steps):
+    return lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=steps)
+
+
+def to_zero(optimizer, steps):
+    return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+
+
+def lambdas(optimizer, steps):
+    return WarmupCosine(optimizer, steps, warmup=2)
+
+
+SCHEDULES = [cosine, sequence, one_cycle, to_zero, lambdas, None]
+
+
+class Trained:
+    """An optimiser and a schedule, as a trainer has them."""
+
+    def __init__(self, schedule, rate, steps):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], rate, betas=(0.8, 0.9))
+        self.optimizers = [optimizer]
+        schedulers = [] if schedule is None else [schedule(optimizer, steps)]
+        self.lr_scheduler_configs = [SimpleNamespace(scheduler=each) for each in schedulers]
+
+    def step(self):
+        self.optimizers[0].step()
+        for config in self.lr_scheduler_configs:
+            config.scheduler.step()
+        return {name: self.optimizers[0].param_groups[0][name] for name in ("lr", "betas", "weight_decay")}
+
+    def resumed_from(self, other):
+        configured = ConfiguredSettings(self)
+        self.optimizers[0].load_state_dict(other.optimizers[0].state_dict())
+        for ours, theirs in zip(self.lr_scheduler_configs, other.lr_scheduler_configs, strict=False):
+            ours.scheduler.load_state_dict(copy.deepcopy(theirs.scheduler.state_dict()))
+        return configured.put_back(self)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_schedule_goes_on_as_an_uninterrupted_one_with_its_settings(schedule):
+    interrupted, whole = Trained(schedule, 1e-3, 20), Trained(schedule, 1e-3, 20)
     for _ in range(10):
-        optimizer.step()
-        for each in schedulers:
-            each.step()
-    rate = optimizer.param_groups[0]["lr"]
-    for new, steps in ((1e-3, 20), (1e-4, 40)):
-        resumed, again = built(new, steps)
-        configured = ConfiguredSettings(trainer(resumed, again))
-        resumed.load_state_dict(optimizer.state_dict())
-        for each, saved in zip(again, schedulers, strict=True):
-            each.load_state_dict(copy.deepcopy(saved.state_dict()))
-        changes = configured.put_back(trainer(resumed, again))
-        assert resumed.param_groups[0]["lr"] == pytest.approx(rate * new / 1e-3)
-        assert resumed.param_groups[0]["momentum"] == 0.5
-        if new == 1e-3:
-            assert not changes
-        else:
-            assert "lr 0.001 -> 0.0001" in changes
-            assert schedule == "none" or "T_max 20 -> 40" in changes
+        assert interrupted.step() == whole.step()
+    same, changed = Trained(schedule, 1e-3, 20), Trained(schedule, 1e-4, 40)
+    assert not same.resumed_from(interrupted)
+    assert [same.step() for _ in range(8)] == [whole.step() for _ in range(8)]
+
+    assert "lr 0.001 -> 0.0001" in changed.resumed_from(interrupted) or schedule is one_cycle
+    wanted = Trained(schedule, 1e-4, 40)
+    for _ in range(10):
+        wanted.step()
+    for _ in range(20):
+        assert changed.step()["lr"] == pytest.approx(wanted.step()["lr"], rel=1e-6, abs=1e-12)
+
+
+def test_a_schedule_that_has_ended_at_0_does_not_hold_the_next_one_there():
+    ended = Trained(to_zero, 1e-3, 5)
+    for _ in range(6):
+        ended.step()
+    longer, constant, another = Trained(to_zero, 1e-3, 20), Trained(None, 1e-3, 0), Trained(cosine, 1e-3, 20)
+    assert "total_iters 5 -> 20" in longer.resumed_from(ended)
+    assert longer.step()["lr"] == pytest.approx(1e-3 * 13 / 20)
+    assert "lr 0 -> 0.001" in constant.resumed_from(ended)
+    assert constant.step()["lr"] == 1e-3
+    assert "scheduler CosineAnnealingLR" in another.resumed_from(ended)
+    assert another.step()["lr"] == pytest.approx(5e-4 * (1 + math.cos(math.pi * 7 / 20)))

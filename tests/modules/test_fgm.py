@@ -219,12 +219,17 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
             assert same(one["state"][number], state)
 
 
-def test_dropout_of_the_teacher_is_off_in_both_networks():
+def test_dropout_of_the_teacher_is_off_in_both_networks(tmp_path, loader):
     """Of a generator that is its teacher's and its online flow's equal, both velocities are the same."""
     architecture = UNetArchitecture([8, 8], [False, True], layers=1, groups=4, dropout=0.5)
     torch.manual_seed(0)
-    model = FGM(UNetFlowMap(architecture, latent_size=8), FlowGeneratorMatching()).train()
-    assert model.training and model.net.training
+    model = FGM(UNetFlowMap(architecture, latent_size=8), FlowGeneratorMatching())
+    trainer(tmp_path, max_steps=1, gradient_clip_val=None).fit(model, loader)
+    assert model.training and model.net.training and model.online_flow.training
+    parts = [part for part in model.modules() if isinstance(part, torch.nn.Dropout)]
+    assert parts and not any(part.training for part in parts)
+    for network in (model.net, model.online_flow):
+        network.load_state_dict(model.teacher.net.state_dict())
     z, t = torch.randn(4, 3, 8, 8), torch.full((4,), 0.5)
     with torch.no_grad():
         text = torch.zeros(4, 0, 0), torch.ones(4, 0, dtype=torch.bool)

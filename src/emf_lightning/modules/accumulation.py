@@ -19,12 +19,12 @@ class MeanOfAccumulated(LightningModule):
     def on_train_start(self) -> None:
         """Counts batches from 0 where training resumes after a pass's last batch: the loader gives the next pass.
 
-        Lightning does so where it knows the number of batches of a pass. Else the first step would take as many batches
-        fewer as the pass had beyond whole steps.
+        Lightning does so where it knows the number of batches of a pass, or saved after a validation. Else the first
+        step would take as many batches fewer as the pass had beyond whole steps.
         """
         loop = self.trainer.fit_loop.epoch_loop
         progress, current = loop.batch_progress, loop.batch_progress.current
-        if loop.restarting and progress.is_last_batch:
+        if loop.restarted_on_train_batch_end and progress.is_last_batch:
             progress.is_last_batch, last = False, current.ready
             for name in ("ready", "started", "processed", "completed"):
                 setattr(current, name, getattr(current, name) - last)

@@ -109,6 +109,10 @@ class AlternatingModule(FlowMapModule, ABC):
                 part.training = False
         return self
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.train(self.training)  # Lightning keeps the modes of modules as they are
+
     @property
     def auxiliary(self) -> nn.Module:
         """The online flow or discriminator."""

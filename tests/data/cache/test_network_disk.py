@@ -13,6 +13,9 @@ MOUNTS = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 32 22 0:26 / /my\040disk rw - lustre mds:/fs rw
 33 22 8:3 / /twice rw - nfs server:/a rw
 34 22 8:4 / /twice rw - ext4 /dev/sdc1 rw
+35 22 0:27 / /däta rw - fuse.beegfs x rw
+a line of another kind
+36 - x
 """
 
 
@@ -32,6 +35,7 @@ def mounts(tmp_path: Path) -> Path:
         ("/shared/scratch/cache", None),
         ("/my disk/cache", "lustre"),
         ("/twice/cache", None),
+        ("/däta/cache", "beegfs"),
     ],
 )
 def test_the_innermost_mount_decides(mounts: Path, path: str, kind: str | None) -> None:
@@ -60,4 +64,4 @@ def own_file_system(path: Path) -> str:
     """The type of the file system of ``path``, as Linux lists it."""
     lines = [line.partition(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     points = {before.split()[4]: after.split()[0] for before, _, after in lines}
-    return next(points[str(folder)] for folder in (path, *path.parents) if str(folder) in points)
+    return next(points[str(folder)].removeprefix("fuse.") for folder in (path, *path.parents) if str(folder) in points)

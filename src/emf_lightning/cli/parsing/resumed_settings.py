@@ -6,19 +6,28 @@ the place of those that the configuration has now: a new learning rate would hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch.optim import Optimizer
 
 GROUP_SETTINGS = ("weight_decay", "momentum", "betas", "eps")
 """Settings of an optimiser's parameter group beside its rate. Optimisers keep state of their own in groups, too."""
 
+CYCLED = ("momentum", "betas")
+"""Those of them that a scheduler with ``cycle_momentum`` changes."""
+
+GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+"""Numbers in a group from which schedulers start."""
+
 SCHEDULE_SETTINGS = (
-    *("T_max", "eta_min", "gamma", "step_size", "milestones", "_milestones"),
-    *("total_iters", "start_factor", "end_factor", "factor", "power"),
+    *("T_max", "T_0", "T_mult", "eta_min", "gamma", "step_size", "milestones", "_milestones", "total_steps"),
+    *("_schedule_phases", "total_iters", "start_factor", "end_factor", "factor", "power"),
 )
-"""Settings of torch's schedulers beside the base rates; the rest of their state is their progress."""
+"""Settings of torch's schedulers; the rest of their state is their progress."""
 
 
 class ConfiguredSettings:
@@ -26,7 +35,11 @@ class ConfiguredSettings:
 
     def __init__(self, trainer: Trainer) -> None:
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        self._schedules = [dict(vars(scheduler)) for scheduler in _schedulers(trainer)]
+        # schedulers with the same optimiser, which a copy must not copy
+        self._schedulers = {
+            id(config): copy.deepcopy(config.scheduler, {id(optimizer): optimizer for optimizer in trainer.optimizers})
+            for config in trainer.lr_scheduler_configs
+        }
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -34,47 +47,70 @@ class ConfiguredSettings:
     def put_back(self, trainer: Trainer) -> Sequence[str]:
         """Gives what was loaded these settings again; returns what has changed, as ``lr 0.001 -> 1e-06``.
 
-        A rate that a scheduler has changed keeps its share of the base rate.
+        A scheduler with other settings than the loaded one's takes the steps that were taken anew, from its start.
         """
-        changes: dict[str, None] = {}
-
-        def differs(name: str, loaded: Any, ours: Any) -> bool:
-            if loaded == ours:
-                return False
-            changes[f"{name} {_short(loaded)} -> {_short(ours)}"] = None
-            return True
-
+        changes: list[str] = []
+        configs = {id(config.scheduler.optimizer): config for config in trainer.lr_scheduler_configs}
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
-            for group, ours in zip(optimizer.param_groups, groups, strict=True):
-                base = "initial_lr" if "initial_lr" in ours else "lr"
-                loaded = group.get(base)
-                if loaded and differs("lr", loaded, ours[base]):
-                    group["lr"] = group["lr"] * (ours[base] / loaded) if base == "initial_lr" else ours["lr"]
-                    group[base] = ours[base]
+            config = configs.get(id(optimizer))
+            ours: Any = None if config is None else self._schedulers[id(config)]
+            loaded: Any = None if config is None else config.scheduler
+            kept = CYCLED if getattr(ours, "cycle_momentum", False) else ()
+            for group, wanted in zip(optimizer.param_groups, groups, strict=True):
                 for name in GROUP_SETTINGS:
-                    if name in ours and name in group and differs(name, _listed(group[name]), _listed(ours[name])):
-                        group[name] = ours[name]
-        for scheduler, ours in zip(_schedulers(trainer), self._schedules, strict=True):
-            if "base_lrs" in ours and scheduler.base_lrs != ours["base_lrs"]:
-                scheduler.base_lrs = ours["base_lrs"]
-                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-            for name in SCHEDULE_SETTINGS:
-                if name in ours and differs(name.lstrip("_"), getattr(scheduler, name), ours[name]):
-                    setattr(scheduler, name, ours[name])
-        return list(changes)
+                    if name in wanted and name in group and name not in kept:
+                        changes += _change(name, group[name], wanted[name])
+                        group[name] = wanted[name]
+            base = "lr" if ours is None else "initial_lr"
+            rates = [
+                line
+                for group, wanted in zip(optimizer.param_groups, groups, strict=True)
+                for line in _change("lr", group.get(base), wanted[base])
+            ]
+            if ours is not None:
+                rates += _differences(loaded, ours)
+            if rates:
+                changes += rates
+                _start(optimizer, groups)
+            if rates and config is not None:
+                config.scheduler = ours
+                _advance(ours, loaded.last_epoch)
+        return list(dict.fromkeys(changes))
 
 
-def _schedulers(trainer: Trainer) -> Iterator[Any]:
-    """All schedulers, those within another one too."""
-    waiting: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-    while waiting:
-        scheduler = waiting.pop(0)
-        yield scheduler
-        waiting += getattr(scheduler, "_schedulers", [])
+def _change(name: str, loaded: Any, ours: Any) -> list[str]:
+    loaded, ours = (list(value) if isinstance(value, tuple) else value for value in (loaded, ours))
+    return [] if loaded == ours else [f"{name} {_short(loaded)} -> {_short(ours)}"]
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _differences(loaded: Any, ours: Any) -> list[str]:
+    """Settings of a scheduler, and of those within it, that were loaded and are not ours."""
+    if not isinstance(loaded, type(ours)) or vars(loaded).keys() != vars(ours).keys():
+        return [f"scheduler {type(ours).__name__}"]
+    found = [
+        line
+        for name in SCHEDULE_SETTINGS
+        if name in vars(ours)
+        for line in _change(name.lstrip("_"), getattr(loaded, name), getattr(ours, name))
+    ]
+    inner = [getattr(each, "_schedulers", []) for each in (loaded, ours)]
+    if len(inner[0]) != len(inner[1]):
+        return [f"scheduler {type(ours).__name__}"]
+    return found + [line for pair in zip(*inner, strict=True) for line in _differences(*pair)]
+
+
+def _start(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Gives the groups the rates from which a schedule starts."""
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        group |= {name: wanted[name] for name in GROUP_RATES if name in wanted}
+
+
+def _advance(scheduler: Any, steps: int) -> None:
+    """Takes the steps of a scheduler, up to ``steps`` of its start."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimiser takes none meanwhile
+        for _ in range(steps - scheduler.last_epoch):
+            scheduler.step()
 
 
 def _short(value: Any) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
-        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs"),
-        *("pvfs2", "smb3", "smbfs", "wekafs"),
-        *("fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.sshfs"),
+        *("9p", "acfs", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"),
+        *("orangefs", "panfs", "pvfs2", "smb3", "smbfs", "virtiofs", "wekafs"),
+        *("gcsfuse", "juicefs", "s3fs", "sshfs"),  # by FUSE
     ]
 )
-"""Types of file systems, as Linux lists them, whose files several machines may open."""
+"""Types of file systems, as Linux lists them but for "fuse.", whose files several machines may open."""
 
 
 def network_file_system(path: str | Path, mounts: str | Path = "/proc/self/mountinfo") -> str | None:
@@ -29,10 +30,12 @@ def network_file_system(path: str | Path, mounts: str | Path = "/proc/self/mount
     place, found = os.path.realpath(path), ("", "")
     for line in lines:  # 36 35 98:0 /mnt1 /mnt/parent rw,noatime master:1 - ext3 /dev/root rw
         before, _, after = line.partition(" - ")
-        point = before.split()[4].encode(errors="surrogateescape").decode("unicode_escape")  # a space is \040
+        if len(before.split()) < 5 or not after.split():
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])  # a space is \040
         inside = place == point or place.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(found[0]):  # a later mount at one point hides the earlier
-            found = point, after.split()[0]
+            found = point, after.split()[0].removeprefix("fuse.")
     return found[1] if found[1] in NETWORK_FILE_SYSTEMS else None
 
 
