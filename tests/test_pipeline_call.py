@@ -170,3 +170,12 @@ def test_an_argument_that_does_not_fit_is_refused_in_a_sentence(pipe, arguments,
     with pytest.raises(ValueError, match=said) as caught:
         pipe(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_negative_prompt_is_encoded_as_one(pipe, monkeypatch):
+    encoder, told = pipe.text_encoder.part, []
+    monkeypatch.setattr(
+        type(encoder), "encode_negative", lambda self, captions: told.append(captions) or self.encode(captions)
+    )
+    pipe(PROMPT, negative_prompt=OTHER, **OPTIONS)
+    assert told == [[OTHER]]

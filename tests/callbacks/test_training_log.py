@@ -91,3 +91,23 @@ def test_skipped_samples_and_the_cache_are_counted(tmp_path):
     assert [found.Scalars(f"train/skipped/{reason}")[-1].value for reason in data.skipped] == [1]
     assert last["cache_hits"] == data.cache.hits > 0
     assert last["cache_misses"] == data.cache.misses > 0
+
+
+def test_speed_leaves_validation_out(tmp_path, monkeypatch):
+    clock, run = Clock(), tmp_path / "run"
+
+    class Paced(Callback):
+        def on_train_batch_start(self, *_):
+            clock.now += 0.25
+
+        def on_validation_batch_start(self, *_):
+            clock.now += 50.0
+
+    shards = tiny.shards(tmp_path / "shards")
+    data = tiny.data(shards, validation_shards=str(shards), validation_samples=8)
+    trainer = tiny.trainer(run, TrainingLog(), Paced(), max_steps=3, val_check_interval=1, num_sanity_val_steps=0)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    trainer.fit(tiny.meanflow(), datamodule=data)
+    monkeypatch.undo()
+    assert clock.now > 50
+    assert [event.value for event in tiny.events(run).Scalars("train/step_seconds")] == pytest.approx([0.25] * 3)
