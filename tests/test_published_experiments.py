@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from emf_lightning.cli import main
 from tests import pipelines
@@ -76,13 +77,47 @@ def small_unet() -> dict[str, str]:
     return {f"model.init_args.net.init_args.architecture.{name}": value for name, value in SMALL_UNET.items()}
 
 
+def pictures(dataset: Path, out: Path) -> None:
+    from datasets import load_dataset
+
+    out.mkdir()
+    for i, sample in enumerate(load_dataset(str(dataset), split="train")):
+        sample["img" if "img" in sample else "image"].save(out / f"{i}.png")
+
+
+def small_fid(name: str, out: Path, reference: Path, **replaced: str) -> Path:
+    """The overlay fid_NAME_in_training.yaml with few images, and features that need no download."""
+    overlay = yaml.safe_load(Path(f"experiments/parts/fid_{name}_in_training.yaml").read_text())
+    (callback,) = overlay["trainer"]["callbacks+"]
+    counts = {"every_n_steps": 1, "images_per_task": 4, "final_images_per_task": 6, "figures": False}
+    callback["init_args"] |= counts | replaced
+    (metric, *_) = callback["init_args"]["extra_metrics"]
+    del metric["init_args"]["features"]
+    metric["init_args"] |= {"reference": str(reference), "resolution": 16}
+    callback["init_args"]["extra_metrics"] = [metric]
+    path = out / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(overlay))
+    return path
+
+
+def fids(run: Path) -> set[tuple[int, int]]:
+    """(steps, images) of the scores of the training, without those before its first step."""
+    rows = [json.loads(line) for line in (run / "prompts/scores.jsonl").read_text().splitlines()]
+    later = [row for row in rows if row["step"]]
+    assert all(row["metrics"]["fid_random"]["values"]["score"] >= 0 for row in later)
+    return {(row["steps"], row["images"]) for row in later}
+
+
 def test_cifar10_teacher_and_generator_train(place, tmp_path):
     shards = place / "shards/cifar10"
     teacher = fit("fgm/cifar10_teacher", tmp_path, shards, **small_unet())
     trained(teacher)
-    run = fit("fgm/cifar10", tmp_path, shards, **net(pretrained=str(teacher / "network")))
+    pictures(place / "cifar10", tmp_path / "png")
+    overlay = small_fid("cifar10", tmp_path, tmp_path / "png")
+    run = fit("fgm/cifar10", tmp_path, shards, overlay, **net(pretrained=str(teacher / "network")))
     names = {name.partition(".")[0] for name in trained(run)}
     assert names == {"net", "online_flow"}
+    assert fids(run) == {(1, 4), (1, 6)}
 
 
 def test_celebahq_teacher_and_student_train(place, tmp_path):
@@ -99,17 +134,12 @@ def test_celebahq_teacher_and_student_train(place, tmp_path):
     trained(teacher)
     discriminator = {f"model.init_args.discriminator.init_args.{name}": "8" for name in ("channels", "max_channels")}
     now = {f"model.init_args.objective.init_args.{term}.start": "0" for term in ("backward", "alignment")}
-    trained(
-        fit(
-            "scflow/celebahq",
-            tmp_path,
-            shards,
-            **small,
-            **discriminator,
-            **now,
-            **net(pretrained=str(teacher / "network")),
-        )
-    )
+    pictures(place / "celebahq", tmp_path / "png")
+    overlay = small_fid("celebahq", tmp_path, tmp_path / "png")
+    start = net(pretrained=str(teacher / "network"))
+    run = fit("scflow/celebahq", tmp_path, shards, overlay, **small, **discriminator, **now, **start)
+    trained(run)
+    assert fids(run) == {(steps, images) for steps in (1, 2, 4) for images in (4, 6)}
 
 
 def test_text_to_image_student_trains(place, tmp_path):
@@ -122,7 +152,12 @@ def test_text_to_image_student_trains(place, tmp_path):
         "model.init_args.objective.init_args.adversarial.start": "0",
         **ONE_DEVICE,
     }
-    trained(fit("scflow/coco", tmp_path, place / "shards/cifar10", **settings, **net(**{"pretrained.path": pipeline})))
+    pictures(place / "cifar10", tmp_path / "png")
+    overlay = small_fid("coco", tmp_path, tmp_path / "png", prompts=str(place / "prompts.txt"))
+    start = net(**{"pretrained.path": pipeline})
+    run = fit("scflow/coco", tmp_path, place / "shards/cifar10", overlay, **settings, **start)
+    trained(run)
+    assert fids(run) == {(steps, images) for steps in (1, 2, 4) for images in (4, 6)}
 
 
 def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
@@ -141,11 +176,7 @@ def test_sd3_generator_trains_on_captions_alone(place, tmp_path):
 
 
 def test_meanflow_trains_on_cifar10_and_its_fid_is_a_curve(place, tmp_path):
-    from datasets import load_dataset
-
-    (place / "png").mkdir()
-    for i, sample in enumerate(load_dataset(str(place / "cifar10"), split="train")):
-        sample["img"].save(place / "png" / f"{i}.png")
+    pictures(place / "cifar10", place / "png")
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(f"""
 trainer:

@@ -170,6 +170,8 @@ class AlternatingModule(FlowMapModule, ABC):
             self._update(auxiliary, batch, self.compute_auxiliary_loss)
             self.auxiliary_steps += 1
         self._update(optimizer, batch, self.compute_loss)
+        if (finite := self.last_finite) is not None:
+            self.log("train/nan_rows", (~finite).sum().float(), batch_size=len(finite), reduce_fx="sum")
         schedulers = self.lr_schedulers() or []
         with warnings.catch_warnings():
             # the schedule of an auxiliary network whose term does not count yet moves on, too
@@ -205,11 +207,10 @@ class AlternatingModule(FlowMapModule, ABC):
             self._check_finite(self.last_finite)
 
     def log_metrics(self, metrics: dict[str, Tensor], finite: Tensor) -> None:
-        """Logs the network's loss, its diagnostics and how many samples are not finite."""
+        """Logs the network's loss and its diagnostics, and keeps which samples are finite."""
         self.last_finite = finite
         for name, value in metrics.items():
             self.log(f"train/{name}", value, batch_size=len(finite))
-        self.log("train/nan_rows", (~finite).sum().float(), batch_size=len(finite), reduce_fx="sum")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
