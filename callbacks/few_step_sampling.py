@@ -162,10 +162,11 @@ class FewStepSampling(Callback):
             self._evaluate(trainer, pl_module, "fit")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step  # constant while gradients accumulate
-        crossed = step // self.every_n_steps > self._last_step // self.every_n_steps
+        step, before = trainer.global_step, self._last_step  # constant while gradients accumulate
+        crossed = step // self.every_n_steps > before // self.every_n_steps
         self._last_step = step
-        if crossed and step != self._planned:  # on_train_end evaluates the last step
+        # on_train_end evaluates the last step, after a checkpoint that monitors a score has been saved
+        if (step > before and _monitored(trainer)) if step == self._planned else crossed:
             self._evaluate(trainer, pl_module, "fit")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,16 +186,14 @@ class FewStepSampling(Callback):
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         assert isinstance(module, FlowMapModule)
-        step = max(trainer.global_step, self._loaded_step)  # outside fit, Lightning counts no steps
+        fitting = trainer.state.fn == TrainerFn.FITTING  # Lightning counts steps there alone
+        step = trainer.global_step if fitting else self._loaded_step or trainer.global_step
         for benchmark in self.benchmarks:
             began = time.perf_counter()
             results = self._sample(trainer, module, benchmark, stage)
             records = [self._record(result, module, stage, step) for result in results]
             self.history.add(records)
-            for record in records:  # ModelCheckpoint(monitor=...) reads them
-                tag = record.sampling.tag
-                values = {f"eval/{benchmark.name}/{key}/{tag}": value for key, value in record.values().items()}
-                trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+            _offer(trainer, records)
             if trainer.is_global_zero:
                 self._publish(trainer, benchmark, results, records, time.perf_counter() - began)
             self.seconds += time.perf_counter() - began
@@ -265,8 +264,8 @@ class FewStepSampling(Callback):
         here = [record for history in histories for record in history.records]
         known = [record for record in here if not fitting or record.step <= trainer.global_step]
         keys = {record.key for record in known}
-        elsewhere = [record for record in self.history.records if record.key not in keys]
-        self.history = ScoreHistory([*elsewhere, *known])
+        elsewhere = [*self._of_resumed_run(trainer), *self.history.records]
+        self.history = ScoreHistory([*(record for record in elsewhere if record.key not in keys), *known])
         # the scores of the step that a checkpoint was saved at are there, unless they are about to be repeated
         first = trainer.global_step + (0 < trainer.global_step < self._planned) if fitting else None
         log, self._boards = ScoreLog(trainer, first), {}
@@ -276,7 +275,21 @@ class FewStepSampling(Callback):
             self._boards[benchmark.name] = board
             if fitting and trainer.is_global_zero:
                 board.go_on(self.history.of(benchmark.name).records, ScoreHistory(known).of(benchmark.name).records)
+        if fitting:  # a checkpoint may be due before the next evaluation
+            _offer(
+                trainer,
+                [record for benchmark in self.benchmarks for record in self.history.of(benchmark.name).latest()],
+            )
         self.seconds += time.perf_counter() - began
+
+    def _of_resumed_run(self, trainer: Trainer) -> list[ScoreRecord]:
+        """Records beside the checkpoint that ``fit`` resumes: a run's last step is scored after it was saved."""
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path:
+            return []
+        run = Path(trainer.ckpt_path).parent.parent
+        histories = [ScoreHistory.read_if_there(run / benchmark.name / SCORES) for benchmark in self.benchmarks]
+        records = [record for history in histories for record in history.records]
+        return [record for record in records if record.step <= trainer.global_step]
 
     def _draw_parent(self, trainer: Trainer, module: LightningModule) -> None:
         """Samples the contact sheet's images with the parent's weights, and keeps them in files."""
@@ -355,3 +368,15 @@ def _requests(benchmark: ImageMetric, asked: Sequence[tuple[int, int]]) -> list[
     """Prompt and number of each image."""
     prompts = benchmark.prompts()
     return [(prompts[place], index) for place, index in asked]
+
+
+def _offer(trainer: Trainer, records: Sequence[ScoreRecord]) -> None:
+    """Gives scores to ``ModelCheckpoint(monitor=...)``."""
+    for record in records:
+        values = {f"eval/{record.suite}/{key}/{record.sampling.tag}": value for key, value in record.values().items()}
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+
+
+def _monitored(trainer: Trainer) -> bool:
+    """Whether a ``ModelCheckpoint`` keeps the checkpoints of the best scores."""
+    return any(str(getattr(callback, "monitor", None)).startswith("eval/") for callback in trainer.checkpoint_callbacks)

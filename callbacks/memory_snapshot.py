@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from emf_lightning.callbacks.loggers.run_directory import run_directory
+
 
 class MemorySnapshot(Callback):
     """Writes ``memory-rank<n>.pickle`` into the run directory: CUDA's allocations, each with its stack.
@@ -31,11 +33,11 @@ class MemorySnapshot(Callback):
         self._end = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = trainer.log_dir or trainer.default_root_dir  # a collective of all ranks
+        run = run_directory(trainer)  # a collective of all ranks
         if pl_module.device.type != "cuda":
             rank_zero_warn(f"MemorySnapshot records CUDA's memory, and this run is on {pl_module.device.type}")
             return
-        self._path = Path(run) / f"memory-rank{trainer.global_rank}.pickle"
+        self._path = run / f"memory-rank{trainer.global_rank}.pickle"
         self._end = trainer.global_step + self.steps
         torch.cuda.memory._record_memory_history(max_entries=self.max_entries)
 

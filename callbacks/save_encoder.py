@@ -10,7 +10,7 @@ from emf_lightning.callbacks.sampling.sampling_context import averaged_weights
 from emf_lightning.digests import write_digests
 from emf_lightning.files import replacing_folder
 from emf_lightning.modules.encoder_tuning import EncoderTuning
-from emf_lightning.text.pretrained import PretrainedTextEncoder
+from emf_lightning.text.pretrained import PretrainedTextEncoder, save_tower
 
 
 class SaveEncoder(Callback):
@@ -37,6 +37,5 @@ class SaveEncoder(Callback):
                 encoder = pl_module.encoder
                 assert isinstance(encoder, PretrainedTextEncoder)
                 with replacing_folder(run / self.folder) as partial:
-                    encoder.tower.save_pretrained(partial)
-                    encoder.tokenizer.save_pretrained(partial)
+                    save_tower(encoder, partial)
                     write_digests(partial)

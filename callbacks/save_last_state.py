@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from emf_lightning.callbacks.signal_stop import SignalStop
+
 
 class SaveLastState(Callback):
     """Writes last.ckpt at the end of ``fit`` where its steps are no multiple of the saving interval.
@@ -38,6 +40,9 @@ class SaveLastState(Callback):
                     callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
                 finally:
                     callback.save_last = kept
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SignalStop):  # comes last, and the final scores and exports may take long
+                callback.last_step_saved(trainer)
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

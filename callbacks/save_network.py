@@ -40,6 +40,11 @@ class SaveNetwork(Callback):
             raise ValueError(
                 f"SaveNetwork: time_scale is {self.time_scale:g}, but {kind} has no time embedding to fit; leave it out"
             )
+        if pl_module.objective.needs_interval:
+            raise ValueError(
+                f"SaveNetwork: time_scale is {self.time_scale:g}, but a refitted time embedding forgets the intervals "
+                f"that {type(pl_module.objective).__name__} trains; leave it out"
+            )
         if pl_module.net.parent_weights:
             raise ValueError(
                 f"SaveNetwork: time_scale is {self.time_scale:g}, but under adapters the time embedding is the "
@@ -53,7 +58,7 @@ class SaveNetwork(Callback):
             net = pl_module.full_network()
         if net is None:  # rank 0 has it
             return
-        if self.time_scale is not None:
+        if self.time_scale is not None and self.time_scale != net.time_scale:
             net.refit_time(self.time_scale)
         with replacing_folder(run / self.folder) as partial:
             net.save_pretrained(partial)

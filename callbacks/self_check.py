@@ -56,6 +56,7 @@ class SelfCheck(Callback):
         self.largest_copy = largest_copy
         self._started = self._finished = False
         self._figures: list[str] = []
+        self._compared: list[Optimizer] = []
 
     @property
     def message(self) -> str:
@@ -64,6 +65,7 @@ class SelfCheck(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = self._finished = False
+        self._compared.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._started or not isinstance(pl_module, FlowMapModule):
@@ -80,13 +82,17 @@ class SelfCheck(Callback):
                 raise ValueError(f"SelfCheck: {found}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._finished or not self._started:
+        if self._finished or not self._started or optimizer in self._compared:
             return
-        self._finished = True
+        self._compared.append(optimizer)
+        # of several optimisers the network's is the last one in a step
+        self._finished = optimizer is trainer.optimizers[0]
         if trainer.world_size > 1:
-            parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
-            self._figures.append(_compare_gradients(trainer, parameters))
-        if self._figures and trainer.is_global_zero:
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in own]
+            figure = _compare_gradients(trainer, parameters)
+            self._figures += [figure] if self._finished else []
+        if self._finished and self._figures and trainer.is_global_zero:
             show_line(trainer, self.message)
 
     def _check(self, module: FlowMapModule, batch: CaptionImageBatch, precision: str) -> list[str]:

@@ -43,6 +43,7 @@ class SignalStop(Callback):
         self._received = 0
         self._stepping = False  # whether a step boundary will come
         self._trained = False
+        self._took_steps = False
         self._step = 0
         self._handlers: dict[signal.Signals, Any] = {}
         self._trainer: Trainer | None = None
@@ -84,13 +85,17 @@ class SignalStop(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:
             return  # gradients are being accumulated, and no checkpoint holds them
-        self._step = trainer.global_step
+        self._step, self._took_steps = trainer.global_step, True
         self._stop_if_received(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:  # a signal in the last validation: no other step will come
-            self._stop_if_received(trainer)
-            self._stepping = False
+            self.last_step_saved(trainer)
+
+    def last_step_saved(self, trainer: Trainer) -> None:
+        """Ends the run if a signal has come; from now on a signal ends it at once."""
+        self._stop_if_received(trainer)
+        self._stepping = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._trained and trainer.global_step > 0 and trainer.limit_train_batches and trainer.fit_loop.done:
@@ -119,9 +124,16 @@ class SignalStop(Callback):
                 return path
         return run_directory(trainer) / "checkpoints" / "last.ckpt"
 
+    def _saved(self, trainer: Trainer) -> Path | None:
+        """The state of the last step, where steps have been taken and it is saved."""
+        path = self._path(trainer) if self._took_steps else None
+        return path if path is not None and path.exists() else None
+
     def _end(self, trainer: Trainer, number: int, saved: Path | None = None) -> None:
         if trainer.is_global_zero:
-            options = ["--ckpt_path", str(saved)] if saved else []
+            saved = saved or self._saved(trainer)
+            resumed = "--run" not in self._command and trainer.ckpt_path
+            options = ["--ckpt_path", str(saved or resumed)] if saved or resumed else []
             version = getattr(trainer.logger, "version", None) if saved and len(trainer.loggers) == 1 else None
             if isinstance(version, int):
                 options += ["--trainer.logger.init_args.version", str(version)]

@@ -65,6 +65,8 @@ class WeightEMA(EMAWeightAveraging):
             super().setup(trainer, _Weights(pl_module), stage)
             if self._average_model is not None and self._device is None:
                 self._average_model.to(trainer.strategy.root_device)
+        else:
+            self._average_model = None  # of an earlier `fit`: a checkpoint would load its live weights
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **options: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args, **options)

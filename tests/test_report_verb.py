@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from emf_lightning.cli import main
 from emf_lightning.evaluation.geneval.task_scores import TaskScores
+from emf_lightning.evaluation.metric_scores import MetricScores
 from emf_lightning.evaluation.reports.report import Report
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
@@ -128,3 +130,26 @@ def test_one_run_named_twice_is_refused(tmp_path, capsys, monkeypatch):
         main(["report", "run", str(tmp_path / "run"), "--out", "out"])
     assert "runs: run is given more than once" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_test_of_an_earlier_step_or_a_part_of_it_says_so(tmp_path):
+    run = trained(tmp_path / "runs/emf/version_0", 0.5)
+    (history,) = run.glob("*/scores.jsonl")
+    records = ScoreHistory.read(history, "runs").records
+    kid = MetricScores("KID", "KID", {"score": 3.0}, False)
+    ScoreHistory([replace(record, metrics={"kid": kid}) for record in records]).write(history)
+    Report((row("shapes", steps=1, step=10),), {"so far": "1 of 10 ways"}).write(run)
+    main(["report", str(run), "--out", str(tmp_path / "out")])
+
+    report = Report.read(tmp_path / "out/report.json")
+    said = "1 of 10 ways so far; step 10, before the training's last scores at step 20"
+    assert report.about["`emf test` of emf/version_0"] == said
+    assert [(r.metric, r.step) for r in report.rows] == [("shapes", 10), ("kid", 20)]
+
+
+def test_a_run_with_one_evaluation_has_no_curve(tmp_path):
+    run = trained(tmp_path / "runs/emf/version_0", 0.5)
+    (history,) = run.glob("*/scores.jsonl")
+    ScoreHistory(ScoreHistory.read(history, "runs").records[:1]).write(history)
+    main(["report", str(run), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("training-*.png"))

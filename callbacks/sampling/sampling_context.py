@@ -23,13 +23,19 @@ def averaged_weights(trainer: Trainer, module: LightningModule) -> Iterator[bool
     callbacks = trainer.callbacks if trainer.state.fn == TrainerFn.FITTING else []  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            callback._swap_models(module)
+            _swap(trainer, module, callback)
             try:
                 yield True
             finally:
-                callback._swap_models(module)
+                _swap(trainer, module, callback)
             return
     yield False
+
+
+def _swap(trainer: Trainer, module: LightningModule, averaging: WeightAveraging) -> None:
+    averaging._swap_models(module)
+    if getattr(module, "tunes_encoder", False):
+        trainer.datamodule.forget_null()  # type: ignore[attr-defined]  # it is of the encoder's weights
 
 
 @contextmanager

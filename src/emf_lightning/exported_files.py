@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,21 +81,40 @@ def write_part(folder: Path, spec: dict[str, Any]) -> None:
     file.write_text(json.dumps(config | {_SPEC: spec}, indent=2) + "\n")
 
 
-def kept(value: Any, folder: Path) -> Any:
-    """An argument as a saved part names it; a file or folder is copied into ``folder``, or as it."""
-    source = Path(value).expanduser() if isinstance(value, str) and value else None
-    if source is not None and source.is_dir():
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        return f"{HERE}/{folder.name}"
-    if source is not None and source.is_file():
-        folder.mkdir(exist_ok=True)
-        shutil.copy(source, folder)
-        return f"{HERE}/{folder.name}/{source.name}"
+def kept(value: Any, folder: Path, name: str) -> Any:
+    """An argument of a part as its spec in ``folder`` names it: files and folders in it are copied to ``folder/name``.
+
+    Of a whole pipeline's folder only what text encoders read is copied: ``text_encoder*`` and ``tokenizer*``.
+    """
+    if isinstance(value, dict):
+        return {key: kept(inner, folder, f"{name}/{key}") for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [kept(inner, folder, f"{name}/{place}") for place, inner in enumerate(value)]
+    source = os.path.expanduser(value) if isinstance(value, str) and value else ""
+    if os.path.isdir(source):  # unlike pathlib's, it takes texts longer than any path
+        shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=_other_parts)
+        return f"{HERE}/{name}"
+    if os.path.isfile(source):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / name)
+        return f"{HERE}/{name}/{Path(source).name}"
     return value
+
+
+def _other_parts(folder: str, names: list[str]) -> list[str]:
+    """The folders of a whole pipeline's other parts: networks, autoencoders."""
+    read = ("text_encoder", "tokenizer")
+    if not any(name.startswith(read[0]) and os.path.isdir(os.path.join(folder, name)) for name in names):
+        return []
+    return [name for name in names if os.path.isdir(os.path.join(folder, name)) and not name.startswith(read)]
 
 
 def found(value: Any, folder: Path, here: Path | None = None) -> Any:
     """The inverse of ``kept``; ``HERE`` alone is ``here``, by default the folder."""
+    if isinstance(value, dict):
+        return {key: found(inner, folder, here) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [found(inner, folder, here) for inner in value]
     if value == HERE:
         return str(folder if here is None else here)
     return str(folder / value) if isinstance(value, str) and value.startswith(f"{HERE}/") else value

@@ -130,7 +130,12 @@ def full_disk(error: BaseException | None) -> int | None:
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a JSON object a line, atomically, with null for NaN and infinity; creates the folder of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
+    write_atomic(path, "".join(map(json_line, rows)))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """``row`` as a line of a JSON Lines file, with null for NaN and infinity."""
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def downloaded(name: str, **options: Any) -> Path:
     Raises:
         ValueError: for a name that is neither, or a repository that cannot be downloaded.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

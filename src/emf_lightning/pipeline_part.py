@@ -78,7 +78,7 @@ class PipelinePart(ModelMixin):
             return arguments
         if isinstance(self.part, FlowMapNetwork):
             FlowMapNetwork.save_pretrained(self.part, folder)
-        return {name: kept(value, folder / f"{name}.files") for name, value in arguments.items()}
+        return {name: kept(value, folder, f"{name}.files") for name, value in arguments.items()}
 
     @classmethod
     def from_pretrained(

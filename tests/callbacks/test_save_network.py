@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -27,3 +28,9 @@ def test_the_folder_holds_the_averaged_network_and_starts_the_next_experiment(tm
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, averaged[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(live, loaded.parameters(), strict=True))
+
+
+def test_a_time_scale_that_would_forget_the_intervals_is_refused_before_the_training(tmp_path):
+    trainer = tiny.trainer(tmp_path / "run", SaveNetwork(time_scale=5.0), max_steps=2)
+    with pytest.raises(ValueError, match="forgets the intervals that MeanFlow trains; leave it out"):
+        trainer.fit(tiny.meanflow(), datamodule=tiny.data(tiny.shards(tmp_path / "shards")))

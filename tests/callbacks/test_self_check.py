@@ -13,7 +13,9 @@ from emf_lightning.callbacks.derivative_check import FaultError, check_derivativ
 from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
 from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
+from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.flow_map import FlowMapModule
+from emf_lightning.modules.optimization import Optimization
 from emf_lightning.networks.sana import SanaFlowMap
 from emf_lightning.networks.two_time.rules import AnchoredInterval, SummedInterval
 from emf_lightning.text.base import TextFeatures
@@ -409,3 +411,25 @@ def test_gradients_equal_on_two_ranks_are_said_to_be(shards, tmp_path, capfd, ac
 def test_gradients_that_differ_between_ranks_are_refused(shards, tmp_path):
     with pytest.raises(Exception, match=r"SelfCheck.*rank 1 has other gradients than rank 0 in 2 of .*proj_out"):
         fit(shards, tmp_path / "run", OneRankAlone(tiny.network()), SelfCheck(), devices=2, strategy="ddp_fork")
+
+
+def test_of_two_networks_each_ones_gradients_are_compared_when_it_has_them(shards, tmp_path, monkeypatch):
+    compared = []
+
+    def compare(trainer, parameters):
+        assert all(parameter.grad is not None for _, parameter in parameters)
+        compared.append({name.partition(".")[0] for name, _ in parameters})
+        return "compared"
+
+    class TwoRanks(SelfCheck):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(trainer), "world_size", 2)
+                super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    monkeypatch.setattr("emf_lightning.callbacks.self_check._compare_gradients", compare)
+    module = FGM(tiny.network(), optimization=Optimization(torch.optim.AdamW))
+    check = TwoRanks()
+    tiny.trainer(tmp_path / "run", check, max_steps=2).fit(module, datamodule=tiny.data(shards))
+    assert compared == [{"online_flow"}, {"net"}]
+    assert check.message.count("compared") == 1

@@ -84,3 +84,27 @@ def test_a_run_that_goes_on_without_averages_starts_from_the_last_steps_weights(
     fit("averaged", 2, WeightEMA(decay=0.5), saving)
     resumed = fit("on", 4, ckpt_path=str(tmp_path / "saved/last.ckpt"))
     assert all(map(torch.equal, resumed, fit("whole", 4)))
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_trainer_that_has_trained_evaluates_a_checkpoints_averages(tmp_path, verb):
+    held = []
+
+    class Watch(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            held.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+        on_test_epoch_end = on_validation_epoch_end
+
+    shards = tiny.shards(tmp_path / "shards")
+    data = tiny.data(shards, validation_shards=str(shards), validation_samples=8)
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+    trainer = tiny.trainer(tmp_path / "run", WeightEMA(decay=0.9), Watch(), saver, enable_checkpointing=True)
+    module = tiny.meanflow()
+    trainer.fit(module, datamodule=data)
+    held.clear()
+    getattr(trainer, verb)(module, datamodule=data, ckpt_path=str(tmp_path / "step=4.ckpt"), verbose=False)
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    averages, live = saved["state_dict"], saved["current_model_state"]
+    assert any(not torch.equal(value, live[name]) for name, value in averages.items())
+    assert all(torch.equal(value, averages[name]) for name, value in held[0].items())

@@ -99,3 +99,24 @@ def test_the_line_that_goes_on_is_printed(here, capsys, number):
     line = capsys.readouterr().out.partition("to go on: emf ")[2].strip()
     assert saved["global_step"] == 5 and "--ckpt_path runs/run/version_0/checkpoints/last.ckpt" in line
     assert line.endswith("--trainer.logger.init_args.version 0")
+
+
+TERM = f"--trainer.callbacks.number={int(signal.SIGTERM)}"
+
+
+@pytest.mark.parametrize(
+    "length",
+    [[], ["--trainer.max_time", "{seconds: 1}", "--trainer.max_steps", "100000"], ["--trainer.max_epochs", "1"]],
+)
+def test_a_signal_in_the_final_sampling_ends_the_run_and_its_state_is_named(here, capsys, length):
+    with pytest.raises(SystemExit) as end:
+        fit("run", "--trainer.callbacks.hook=on_train_end", "--trainer.callbacks.step=1", TERM, *length)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "--ckpt_path runs/run/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
+def test_a_resumed_run_that_takes_no_step_goes_on_from_where_it_would_have(here, capsys):
+    saved = fit("run", "--trainer.max_steps", "6")
+    with pytest.raises(SystemExit):
+        fit("other", "--ckpt_path", str(saved), "--trainer.callbacks.hook=on_train_start", TERM)
+    assert capsys.readouterr().out.strip().endswith(f"{TERM} --ckpt_path {saved}")

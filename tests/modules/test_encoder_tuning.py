@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from emf_lightning.callbacks import SaveEncoder
+from emf_lightning.callbacks import FewStepSampling, SaveEncoder, WeightEMA
 from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.latents.pixels import Pixels
@@ -73,3 +73,21 @@ def test_sharded_strategies_are_refused(tmp_path, gemma):
     tuning.trainer = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), logger=False)
     with pytest.raises(ValueError, match=r"EncoderTuning: ModelParallelStrategy shards one network.*set ddp"):
         tuning.configure_model()
+
+
+def test_guided_samples_during_training_have_the_null_caption_of_the_weights_in_place(tmp_path, gemma):
+    apart = []
+
+    class Watched(EncoderTuning):
+        def sample_latents(self, text, null, noise, steps, guidance_scale=None):
+            now = self.encoder([""]).to(null.context.device)
+            apart.append((now.context - null.context).abs().max().item())
+            return super().sample_latents(text, null, noise, steps, guidance_scale)
+
+    rate = Optimization(lambda groups: torch.optim.AdamW(groups, lr=1e-2))
+    tuning = Watched(tiny.network(), optimization=rate, guidance_scale=2.0)
+    sampling = FewStepSampling(prompts=["a red cube"], steps=[1], every_n_steps=1, figures=False)
+    trainer = tiny.trainer(tmp_path / "run", WeightEMA(decay=0.9), sampling, max_steps=3)
+    trainer.fit(tuning, datamodule=data(tmp_path, gemma))
+    assert len(apart) == 4
+    assert max(apart) < 1e-6

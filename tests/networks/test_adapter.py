@@ -254,6 +254,17 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"cannot load pretrained='.*parent'"):
             self.load(folder)
 
+    def test_the_parent_is_found_from_another_folder(self, tmp_path, monkeypatch):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        parent("SANA", Path("parent"))
+        net = adapted("SANA", Path("parent"))
+        train(net)
+        net.save_pretrained(Path("adapters"))
+        monkeypatch.chdir(tmp_path)
+        loaded = self.load(tmp_path / "here/adapters")
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in net.state_dict().items())
+
     def test_other_settings_are_refused(self, folder):
         with pytest.raises(ValueError, match=r"holds Adapter\(rank=4, .*this experiment has Adapter\(rank=8"):
             self.load(folder, adapter=Adapter(8))

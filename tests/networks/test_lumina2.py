@@ -29,3 +29,15 @@ def test_impossible_sizes_are_refused():
         net = Lumina2FlowMap(SIZE, latent_channels=4, latent_size=8, context_width=16)
         z, t, context, mask = torch.empty(1, 4, 8, 8), torch.empty(1), torch.empty(1, 5, 16), torch.ones(1, 5).bool()
         assert net(z, t, t, context, mask).shape == z.shape  # with whole captions
+
+
+def test_captions_longer_than_its_positions_are_refused():
+    net = Lumina2FlowMap(SIZE, latent_channels=4, latent_size=8, context_width=16).eval()
+    z, t = torch.randn(1, 4, 8, 8), torch.ones(1)
+    for length in (15, 16):
+        context, mask = torch.randn(1, length, 16), torch.ones(1, length, dtype=torch.bool)
+        if length == 15:
+            assert net(z, t, t, context, mask).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=r"captions of 16 tokens, .* set data.text.init_args.length to 15"):
+                net(z, t, t, context, mask)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emf_lightning.text.base import NULL_CAPTION
-from emf_lightning.text.pretrained import PretrainedTextEncoder
+from emf_lightning.text.pretrained import PretrainedTextEncoder, save_tower
 
 WORDS = ["a", "photo", "of", "red", "blue", "green", "cube", "ball", "ring", "and", "under", "on", "two", "three"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -295,3 +295,39 @@ def test_a_model_that_is_not_there_says_what_to_do(name):
 def test_senseless_settings_are_refused(folders, bad, message):
     with pytest.raises(ValueError, match=message):
         PretrainedTextEncoder(**{"model": str(folders / "bert"), "length": 6} | bad)
+
+
+@pytest.mark.parametrize("kind", ["umt5", "bart", "siglip", "t5", "clip"])
+def test_a_tower_alone_is_read_back(tmp_path, kind):
+    import transformers as t
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 32, "d_model": 16}
+    text = {"vocab_size": 32, "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 1, **SMALL}
+    vision = {"image_size": 32, "patch_size": 16, **SMALL}
+    layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 24}
+    model = {
+        "umt5": lambda: t.UMT5Model(t.UMT5Config(**small, d_kv=8, d_ff=24, num_layers=2, num_heads=2)),
+        "bart": lambda: t.BartModel(t.BartConfig(**small, **layers, **widths)),
+        "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=vision)),
+    }.get(kind, lambda: make_model(kind))()
+    model.eval().save_pretrained(tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
+    encoder = PretrainedTextEncoder(str(tmp_path / "whole"), length=12)
+    encoder.tower.get_parameter(next(name for name, _ in encoder.tower.named_parameters())).data.add_(1.0)
+    save_tower(encoder, tmp_path / "tower")
+    again = PretrainedTextEncoder(str(tmp_path / "tower"), length=12)
+    captions = ["a red cube", "two ring on a ball"]
+    assert torch.equal(again(captions).context, encoder(captions).context)
+    assert again.fingerprint == encoder.fingerprint
+    with torch.device("meta"):
+        planned = PretrainedTextEncoder(str(tmp_path / "tower"), length=12)
+    assert {*planned.tower.state_dict()} == {*encoder.tower.state_dict()}
+
+
+def test_a_folder_in_the_home_folder(qwen, monkeypatch):
+    monkeypatch.setenv("HOME", str(qwen.parent))
+    captions = ["a red cube"]
+    same = [PretrainedTextEncoder(name, length=12)(captions).context for name in (str(qwen), "~/qwen3")]
+    assert torch.equal(*same)

@@ -104,7 +104,7 @@ def model_card(
         tags=["emf_lightning", *(["few-step", "meanflow"] if few else ["flow-matching"])],
         license=license,
         base_model=base,
-        datasets=[one for one in data if _on_hub(one)] or None,
+        datasets=[one for one in data if _is_hub_data_set(one)] or None,
         model_name=title,
         eval_results=_results(run, step) or None,
         sdk="gradio",
@@ -114,7 +114,7 @@ def model_card(
         "experiment": title,
         "objective": trained.rpartition(".")[2],
         "started from": base or (public_name(started) if started else "nothing"),
-        "training data": ", ".join(map(public_name, data)) or "none",
+        "training data": ", ".join(one if _is_hub_data_set(one) else Path(one).name for one in data) or "none",
         "parameters": f"{sum(p.numel() for p in pipeline.transformer.part.parameters()):,} (network)",
         "text encoder": _description(settings.data.text),
         "latents": _description(settings.data.autoencoder) + f", {pipeline.config.latent_size} positions a side",
@@ -155,6 +155,13 @@ def public_name(name: str) -> str:
 
 def _on_hub(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists() and not name.endswith(".ckpt")
+
+
+def _is_hub_data_set(name: str) -> bool:
+    """Whether a data set is of the hub, whose cache then has its card; the folder of another may be gone by now."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return _on_hub(name) and (Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}").is_dir()
 
 
 def _parent(config: dict[str, Any], net: Namespace) -> str | None:

@@ -39,17 +39,21 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
     curves: dict[tuple[str, str], Curves] = {}
     units: dict[str, str] = {}
     unscored: list[str] = []
+    states: dict[str, str] = {}
     for run, name in zip(runs, names, strict=True):
         if not run.is_dir():
             raise ValueError(f"runs: no directory {run}")
         histories = {path.parent.name: ScoreHistory.read(path, "runs") for path in sorted(run.glob("*/scores.jsonl"))}
         if empty := next((suite for suite, history in histories.items() if not history.records), None):
             raise ValueError(f"runs: {run / empty}/scores.jsonl holds no scores; delete it, or leave the run out")
+        of_training = [row for suite, history in histories.items() for row in _rows(name, suite, history)]
         if (run / REPORT).is_file():
             found = Report.read(run / REPORT)
             rows += [replace(row, run=name) for row in found.rows]
+            rows += [row for row in of_training if _pair(row) not in map(_pair, found.rows)]
             all_levels += [found.levels]
-        elif of_training := [row for suite, history in histories.items() for row in _rows(name, suite, history)]:
+            states |= _state(name, found, max((row.step for row in of_training), default=0))
+        elif of_training:
             rows += of_training
         elif histories:
             unscored.append(name)
@@ -66,16 +70,32 @@ def report(runs: list[Path], out: Path = Path("report")) -> None:
         )
     about = {"runs": ", ".join(str(run) for run in runs)}
     about |= {"runs without any metric": ", ".join(unscored)} if unscored else {}
+    about |= states
     everything = Report(tuple(rows), about, _common_levels(all_levels))
     everything.write(out)
     save_figure(steps_figure(everything), out / "steps.png")
     for (suite, metric), of_run in curves.items():
         nonempty = {run: lines for run, lines in of_run.items() if lines}
+        if not nonempty:
+            continue
         title = TITLES.get(metric, suite if metric == suite else f"{suite}: {metric}")
         file = f"training-{suite}.png" if metric == suite else f"training-{suite}-{metric}.png"
         save_figure(training_figure(nonempty, title, units[metric]), out / file)
     print(everything.markdown())
     print(f"report.md, report.json and figures: {out}")
+
+
+def _pair(row: ReportRow) -> tuple[str, str]:
+    """The benchmark whose images a row scores, and its metric."""
+    return row.benchmark or row.metric, row.metric
+
+
+def _state(name: str, found: Report, trained: int) -> dict[str, str]:
+    """What a reader must know of a run's `emf test`: that it is not complete, or of a step before the last one."""
+    step = max(row.step for row in found.rows)
+    parts = [f"{found.about['so far']} so far"] if "so far" in found.about else []
+    parts += [f"step {step:,}, before the training's last scores at step {trained:,}"] if trained > step else []
+    return {f"`emf test` of {name}": "; ".join(parts)} if parts else {}
 
 
 def _directory(run: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,8 @@ def save_adapter(
     from safetensors.torch import save_file
 
     model.save_config(str(folder))
+    if Path(parent.path).is_dir():
+        parent = replace(parent, path=str(Path(parent.path).resolve()))  # the folder is read from anywhere
     about = {"adapter": asdict(adapter), "parent": asdict(parent), "fingerprint": fingerprint}
     config = read_json(folder / _CONFIG, "save it again")
     config.pop("_name_or_path", None)  # the parent's, which `about` names

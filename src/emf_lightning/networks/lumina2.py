@@ -103,6 +103,12 @@ class Lumina2FlowMap(BackboneFlowMap):
 
     def call(self, z: Tensor, t: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """The model's output with the other sign."""
+        most = self.model.config.axes_lens[0] - 1  # an image's positions begin behind its caption's
+        if context.shape[1] > most:
+            raise ValueError(
+                f"Lumina2FlowMap: captions of {context.shape[1]} tokens, but axes_lens has positions for {most}; set "
+                f"data.text.init_args.length to {most} or less"
+            )
         time = self.time_scale - self.timestep(t)
         # the captions' lengths are read off the mask's numbers; on the meta device captions are whole
         hook = self.model.rope_embedder.register_forward_pre_hook(_whole_captions) if mask.is_meta else None

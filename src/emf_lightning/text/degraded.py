@@ -61,7 +61,13 @@ class DegradedEncoder(TextEncoder):
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Features ``[B, L, D]``, zero where masked, with the encoder's mask."""
-        text = self.encoder.encode(captions)
+        return self._degraded(self.encoder.encode(captions), captions)
+
+    def encode_negative(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of negative prompts, as the encoder has them."""
+        return self._degraded(self.encoder.encode_negative(captions), captions)
+
+    def _degraded(self, text: TextFeatures, captions: Sequence[str]) -> TextFeatures:
         scale = text.context.square().mean(-1, keepdim=True).sqrt()
         noise = torch.stack([self._normal(f"caption {caption}", self.length) for caption in captions]).to(text.context)
         shared = self._normal("shared", 1).to(text.context)

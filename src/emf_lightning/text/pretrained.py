@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from emf_lightning.files import read_json, to_json
 from emf_lightning.pretrained.files import config_of
 from emf_lightning.pretrained.loading import PretrainedWeights, load_pretrained, on_meta_device, unreadable
 from emf_lightning.text.base import TextEncoder, TextFeatures, Truncation
@@ -19,6 +22,8 @@ FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Before a chat template: takes the place of the function that returns today's date."""
 _FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Models that count positions from behind the padding token's."""
+_ALONE = "emf_tower"
+"""Key in the configuration of a tower that was saved without the rest of its model: the tower's class."""
 
 
 class PretrainedTextEncoder(TextEncoder):
@@ -96,7 +101,7 @@ class PretrainedTextEncoder(TextEncoder):
     @cached_property
     def fingerprint(self) -> str:
         # entries about the origin, which do not affect the features
-        origin = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
+        origin = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", _ALONE}
         config = {key: value for key, value in self.tower.config.to_dict().items() if key not in origin}
         return fingerprint(
             encoder=type(self).__name__,
@@ -209,18 +214,38 @@ def _load(model: str, revision: str | None, dtype: str, subfolder: str | None) -
             config = AutoConfig.for_model(**config_of(model, subfolder))
         except OSError as error:
             raise unreadable(caller, source, error, argument) from error
+        alone = _saved_alone(config)
         with torch.device("meta"):
-            return None, _text_tower(AutoModel.from_config(config)).to(getattr(torch, dtype))
+            tower = alone(config) if alone else _text_tower(AutoModel.from_config(config))
+        return None, tower.to(getattr(torch, dtype))
     try:
         beside = folder.replace("text_encoder", "tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="right", subfolder=beside, **origin)
-        kind = AutoConfig.from_pretrained(model, subfolder=folder, **origin).model_type
+        tokenizer = AutoTokenizer.from_pretrained(source.path, truncation_side="right", subfolder=beside, **origin)
+        config = AutoConfig.from_pretrained(source.path, subfolder=folder, **origin)
     except (OSError, ValueError) as error:
         raise unreadable(caller, source, error, argument) from error
-    alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(kind, "").endswith("EncoderModel")
-    loader = AutoModelForTextEncoding if alone else AutoModel
     how: dict[str, Any] = {"dtype": dtype, "argument": argument, "unused": ("pooler.",)}  # hidden states alone are read
-    return tokenizer, load_pretrained(caller, loader, source, frozen=True, part=_text_tower, **how, **origin)
+    how |= {"frozen": True, **origin}
+    if alone := _saved_alone(config):
+        return tokenizer, load_pretrained(caller, alone, source, **how)
+    kind = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    loader = AutoModelForTextEncoding if kind.endswith("EncoderModel") else AutoModel
+    return tokenizer, load_pretrained(caller, loader, source, part=_text_tower, **how)
+
+
+def save_tower(encoder: PretrainedTextEncoder, folder: Path) -> None:
+    """Writes the tower and its tokenizer into a folder that ``PretrainedTextEncoder`` reads as its ``model``."""
+    encoder.tower.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(to_json(read_json(file, "save it again") | {_ALONE: type(encoder.tower).__name__}))
+
+
+def _saved_alone(config: Any) -> Any:
+    """The class of a tower that ``save_tower`` wrote, which the Auto classes may not know; None for another model."""
+    if (name := getattr(config, _ALONE, None)) is None:
+        return None
+    return getattr(import_module(type(config).__module__.replace("configuration", "modeling")), name)
 
 
 def _text_tower(model: Any) -> Any:

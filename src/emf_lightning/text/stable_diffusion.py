@@ -193,10 +193,11 @@ def _tokenizer(encoder: TextEncoder, pretrained: str, subfolder: str) -> Any:
 
     if on_meta_device():
         return None  # nothing is encoded there
+    source = PretrainedWeights(pretrained, subfolder)
     try:
-        return AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder)
+        return AutoTokenizer.from_pretrained(source.path, subfolder=subfolder)
     except (OSError, ValueError) as error:
-        raise unreadable(type(encoder).__name__, PretrainedWeights(pretrained, subfolder), error) from error
+        raise unreadable(type(encoder).__name__, source, error) from error
 
 
 def _fingerprint(encoder: TextEncoder, towers: Any, tokenizers: Sequence[Any], dtype: str, **settings: Any) -> str:

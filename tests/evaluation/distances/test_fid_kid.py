@@ -91,7 +91,7 @@ def test_kid_is_that_of_torchmetrics_where_the_subset_is_everything(reference):
 
     found = metric.compute()
     assert found["score"].item() == pytest.approx(1000 * theirs.compute()[0].item(), rel=1e-3)
-    assert found["spread"].item() == pytest.approx(0, abs=1e-6)
+    assert found["spread"].isnan(), "one possible subset does not show a spread"
 
 
 def test_kid_depends_neither_on_the_order_of_images_nor_on_batches(reference):
@@ -103,6 +103,14 @@ def test_kid_depends_neither_on_the_order_of_images_nor_on_batches(reference):
             metric.update(images[first : first + batch], [""] * len(images[first : first + batch]))
         found.append(metric.compute()["score"].item())
     assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("subset_size", "known"), [(15, True), (20, False), (40, False)])
+def test_the_spread_of_kid_is_known_where_subsets_are_smaller_than_both_sets(reference, subset_size, known):
+    metric = KernelDistance(FEATURES, reference, subsets=5, subset_size=subset_size)
+    metric.update(images_of(3, 20, noise=60.0), [""] * 20)
+    spread = metric.compute()["spread"]
+    assert spread > 0 if known else spread.isnan()
 
 
 def test_a_part_of_the_images_smaller_than_a_subset_has_a_kid_of_all_of_it(reference):

@@ -103,6 +103,7 @@ def test_the_published_scripts_way_of_counting(table, tmp_path):
     assert [row["dpg_scripted_official"] for row in metric.rows] == [None, 0.5]
     with pytest.raises(ValueError, match="is none of its 1 prompts"):
         metric.update([BLANK], ["a cat"])
+    assert [metric.prompts()[place] for place, _ in metric.requests(2)] == ["a dog", "a dog"], "drawn in training"
 
     # categories: the last of four images, and answers whatever the parents'
     swapped = tmp_path / "swapped.csv"

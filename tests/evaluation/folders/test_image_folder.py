@@ -211,3 +211,20 @@ def test_prompts_of_files_are_valid_text_whatever_their_bytes(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\ufeff" + listed + "\r\n", encoding="utf-8", newline="")
     images = generated_images(tmp_path, AnyPrompt(SUITE))
     assert [image.prompt for image in images] == ["a red circle", "half \ufffd of a pair", "one\u2028line\x85here"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_white_space_around_a_benchmarks_prompt_does_not_matter(tmp_path, beside):
+    class Spaced(SuiteScore):
+        def __init__(self):
+            super().__init__(SUITE)
+
+        def prompts(self):
+            return [f" {text}  \n" for text in super().prompts()]
+
+    write_listed(tmp_path)
+    if beside:  # exactly as the benchmark has it
+        (tmp_path / "prompts.jsonl").unlink()
+        for number, text in enumerate(Spaced().prompts()):
+            (tmp_path / f"{number:05d}-1step-0.txt").write_text(text)
+    assert [image.prompt for image in generated_images(tmp_path, Spaced())] == Spaced().prompts()

@@ -92,3 +92,10 @@ def test_tasks_without_images_are_left_out():
     scores = TaskScores.of(row for row in evaluated(0.5) if row[0].tag == "colors")
     assert list(scores.correct) == ["colors"]
     assert scores.overall == scores.correct["colors"]
+
+
+def test_one_prompt_a_task_has_no_standard_error():
+    first = {prompt.tag: prompt for prompt in reversed(PROMPTS)}
+    scores = TaskScores.of((prompt, RIGHT if tag == "colors" else WRONG) for tag, prompt in first.items())
+    assert scores.overall == pytest.approx(1 / 6)
+    assert math.isnan(scores.standard_error)

@@ -284,3 +284,15 @@ def test_a_prompt_of_another_benchmark_and_a_missing_judge_are_refused(table):
         GenEval2(table, Reader()).update([np.zeros((8, 8, 3), np.uint8)], ["a dog"])
     with pytest.raises(ValueError, match=r"QwenJudge: cannot load model='Qwen/Qwen3-VL-8B-Instruct'.*hf download"):
         QwenJudge()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_judge_without_finite_probabilities_is_refused(table, place):
+    class Overflowing(Reader):
+        def probabilities(self, image, question):
+            asked = [text for text, _ in ASKED[0]]
+            return super().probabilities(image, question) * (np.nan if question == asked[place] else 1)
+
+    metric = GenEval2(table, Overflowing())
+    with pytest.raises(ValueError, match="not finite; give it dtype bfloat16"):
+        metric.update([np.zeros((8, 8, 3), np.uint8)], metric.prompts()[:1])

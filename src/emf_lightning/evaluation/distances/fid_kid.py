@@ -147,7 +147,8 @@ class KernelDistance(FeatureSetMetric):
         generated, real = features[keys.argsort()], self._images.feature_matrix(self.device)
         size = min(self.subset_size, len(generated), len(real))
         distances = kernel_distances(real, generated, self.subsets, size)
-        return {"score": distances.mean(), "spread": distances.std(unbiased=False)}
+        whole = size in (len(generated), len(real))  # subsets of a whole set do not show how much it would vary
+        return {"score": distances.mean(), "spread": distances.std(unbiased=False) * (torch.nan if whole else 1)}
 
 
 def kernel_distances(real: Tensor, generated: Tensor, subsets: int, subset_size: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -100,6 +100,9 @@ class DpgBench(PromptMeans):
     def prompts(self) -> Sequence[str]:
         """All prompts of the table, including the one that ``official`` drops: folders have an image of it."""
         return self._all
+
+    def tasks(self) -> Mapping[str, Sequence[int]]:
+        return {"": [place for place, text in enumerate(self._all) if text in self._items]}
 
     def prompt_of(self, path: PurePath) -> str | None:
         return self._of_name.get(path.stem)

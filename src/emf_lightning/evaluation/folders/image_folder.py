@@ -12,7 +12,7 @@ from typing import Any
 from emf_lightning.data.reading.decoding import UnusableSampleError, json_caption, usable_caption
 from emf_lightning.evaluation.folders.image_files import image_files
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.text.plain import lines, parse_json
+from emf_lightning.text.plain import lines, parse_json, plain
 
 PROMPTS = "prompts.jsonl"
 """The list that `emf predict` writes beside its images: lines with ``file`` and ``prompt``."""
@@ -62,6 +62,7 @@ def generated_images(
         _check_complete(listed, names, files)
     _check_same_sampling(listed, names)
     stated, own = _prompts(folder, paths, metric, listed), set(metric.prompts())
+    benchmarks = {plain(text): text for text in metric.prompts()}  # `emf predict` strips its prompts
     without = [path for path in paths if path not in stated]
     if without and listed and not metric.needs_prompts:
         raise ValueError(
@@ -72,6 +73,7 @@ def generated_images(
     for path, prompt in stated.items():
         try:
             prompts[path] = prompt if isinstance(prompt, str) and prompt in own else _usable(prompt)
+            prompts[path] = benchmarks.get(prompts[path], prompts[path])
         except UnusableSampleError as reason:
             faults[path] = str(reason) if metric.needs_prompts else ""
     if without and metric.needs_prompts:

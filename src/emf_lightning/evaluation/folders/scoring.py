@@ -16,7 +16,7 @@ from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_files import usable_pixels
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage
 from emf_lightning.evaluation.image_metric import ImageMetric
-from emf_lightning.files import replacing, write_atomic
+from emf_lightning.files import json_line, replacing, to_json, write_atomic
 from emf_lightning.text.plain import plain
 
 SCORES = "scores.json"
@@ -79,7 +79,7 @@ def score_images(
             scored = iter(metric.rows if usable else [])
             for image, pixels in zip(batch, read, strict=True):
                 row = {LEFT_OUT: pixels} if isinstance(pixels, str) else next(scored)
-                lines.write(json.dumps({"filename": str(image.path), **row}) + "\n")
+                lines.write(json_line({"filename": str(image.path), **row}))
             lines.flush()
             progress.done += len(batch)
             if time.perf_counter() - saved > save_seconds:
@@ -108,7 +108,7 @@ def score_images(
         rows = [file.read_text(encoding="utf-8").splitlines() for file in results]
         in_order = (rows[n % ranks][n // ranks] + "\n" for n in range(len(images)))
         write_atomic(directory / RESULTS, "".join(row for row in in_order if LEFT_OUT not in json.loads(row)))
-        write_atomic(directory / SCORES, json.dumps(scores, indent=1) + "\n")
+        write_atomic(directory / SCORES, to_json(scores))
         # last, for a run killed before this line finds its progress; a state without its rows could not be resumed
         for file in (*states, *results):
             file.unlink(missing_ok=True)

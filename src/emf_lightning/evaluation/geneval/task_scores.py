@@ -34,7 +34,7 @@ class TaskScores:
         correct: task -> share of images that are correct by GenEval's rule.
         strict: task -> share that also show no further object.
         images: task -> number of images.
-        standard_error: of ``overall``, by bootstrap over prompts.
+        standard_error: of ``overall``, by bootstrap over prompts; NaN where a task has one prompt.
         seen: task -> share correct among compositions that the training images show; tasks with held-out ones only.
         held_out: task -> share correct among held-out compositions; the same tasks.
     """
@@ -108,11 +108,12 @@ class TaskScores:
         resampled = [bootstrap_means(correct[rows], images[rows], rng) for rows in tasks.values()]
         split = [name for name, rows in tasks.items() if (rows & unseen).any() and (rows & ~unseen).any()]
         everything = np.ones(len(prompts), bool)
+        varies = tasks and min(rows.sum() for rows in tasks.values()) > 1  # one prompt does not show how prompts vary
         return cls(
             correct=shares(correct, everything, tasks),
             strict=shares(strict, everything, tasks),
             images={name: int(images[rows].sum()) for name, rows in tasks.items()},
-            standard_error=float(np.mean(resampled, axis=0).std(ddof=1)) if tasks else float("nan"),
+            standard_error=float(np.mean(resampled, axis=0).std(ddof=1)) if varies else float("nan"),
             seen=shares(correct, ~unseen, split),
             held_out=shares(correct, unseen, split),
         )

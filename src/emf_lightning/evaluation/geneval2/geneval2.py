@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +155,13 @@ class GenEval2(PromptMeans):
         return {"benchmark": self._digest} | counting | self.judge.settings()
 
     def _score(self, image: NDArray[np.uint8], question: Question) -> float:
-        return float(self.judge.probabilities(image, question.text)[self._tokens_of(question)].sum(dtype=np.float64))
+        score = float(self.judge.probabilities(image, question.text)[self._tokens_of(question)].sum(dtype=np.float64))
+        if not math.isfinite(score):
+            raise ValueError(
+                f"{self.title}: the judge's probabilities of {question.text!r} are not finite; give it dtype bfloat16 "
+                "or float32"
+            )
+        return score
 
     def _tokens_of(self, question: Question) -> list[int]:
         """First tokens of the answer's spellings, which add up."""

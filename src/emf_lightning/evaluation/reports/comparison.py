@@ -152,7 +152,8 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _numbers(suite: str, row: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float]]:
     """Name, unit, score and error of each metric in a line of ``scores.jsonl``."""
     if row.get("scores"):
-        yield suite, SHARE, row["overall"], row["scores"]["standard_error"]
+        error = row["scores"]["standard_error"]
+        yield suite, SHARE, row["overall"], math.nan if error is None else error
     for name, found in row.get("metrics", {}).items():
         values = found["values"]
         score, error = (math.nan if value is None else value for value in (values.get("score"), values.get("se")))
