@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
 from emf_lightning.cli import main
@@ -196,6 +197,9 @@ LINEAR = "{class_path: torch.optim.lr_scheduler.LinearLR}"
         (CALLBACK % ("SaveNetwork", "time_scale: -5"), "SaveNetwork: time_scale must be positive"),
         (CALLBACK % ("SaveEncoder", ""), "SaveEncoder: only EncoderTuning trains an encoder"),
         (CALLBACK % ("RunSummary", "suite: ShapesSuite"), "RunSummary: needs TrainingLog in trainer.callbacks"),
+        (CALLBACK % ("BatchSizeFinder", ""), "BatchSizeFinder changes an attribute of the module or the data"),
+        (CALLBACK % ("LearningRateFinder", ""), "compare learning rates with `emf compare`"),
+        ("{data: {images: false}}", "data.images: false gives no images, and FlowMapModule learns from them"),
     ],
 )
 def test_what_would_fail_at_the_end_is_said_before_the_first_step(capsys, tmp_path, config, said, monkeypatch) -> None:
@@ -228,6 +232,37 @@ def test_an_interpolation_that_is_lost_is_named_by_its_key(capsys, files, keys) 
     assert "would be lost: values with ${...} do not survive a change of class" in line
     assert "Namespace" not in line
     assert any(key in line for key in keys), line
+
+
+class Holding(Callback):
+    def __init__(self, held: Any = object()) -> None:  # noqa: B008
+        super().__init__()
+
+
+class OnDevice(Callback):
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        assert isinstance(device, torch.device)
+
+
+def test_a_device_is_a_default_that_a_run_records(world) -> None:
+    name = ["--trainer.logger.init_args.name", "with_device"]
+    main(["fit", "base.yaml", *name, "--config", CALLBACK % ("tests.cli.test_habits.OnDevice", "")])
+    assert "device: cpu" in Path("runs/with_device/version_0/config.yaml").read_text()
+    main(["fit", "--config", "runs/with_device/version_0/config.yaml"])
+
+
+def test_a_default_that_a_run_could_not_record_is_named_when_it_is_read_back(world, capsys) -> None:
+    name = ["--trainer.logger.init_args.name", "holding"]
+    main(["fit", "base.yaml", *name, "--config", CALLBACK % ("tests.cli.test_habits.Holding", "")])
+    line = complaint(capsys, "fit", "--config", "runs/holding/version_0/config.yaml")
+    assert "trainer.callbacks.init_args.held: its default is an object that a configuration cannot hold" in line
+
+
+def test_a_trial_run_leaves_nothing_to_go_on_from(world, capsys) -> None:
+    name = ["--trainer.logger.init_args.name", "trial"]
+    main(["fit", "base.yaml", *name, "--trainer.fast_dev_run", "true", "--config", CALLBACK % ("SaveNetwork", "")])
+    assert not Path("runs/trial").exists()
+    assert "no last checkpoint" in complaint(capsys, "fit", "base.yaml", *name, "--ckpt_path", "last")
 
 
 # -- classes of one's own ---------------------------------------------------------------------------------------------
@@ -276,12 +311,22 @@ def test_a_class_of_the_current_folder_is_trained_and_other_verbs_ask_for_trust(
     assert not (own / "ran").exists() and not (own / "stranger").exists()
     assert forked.run(forked.emf, *predict, "--trust_remote_code", folder=own).returncode == 0
     assert len(list((own / "runs/tiny/version_0/samples").glob("*.png"))) == 1
+    # the run's own config.yaml names the class, and no file among the arguments
+    export = ["export", "--run", "runs/tiny", "--out", "exported"]
+    assert "is no class of emf_lightning" in forked.run(installed, *export, folder=own).stderr
+    done = forked.run(without_folder, *export, "--trust_remote_code", folder=own)
+    assert done.returncode == 0, done.stderr[-600:]
+    assert (own / "exported/model_index.json").is_file()
 
 
-def installed(*arguments: str) -> None:
+def without_folder(*arguments: str) -> None:
     """As ``emf`` above, in a process that has imported the libraries already."""
     sys.path[:] = [path for path in sys.path if path]
     forked.emf(*arguments)
+
+
+def installed(*arguments: str) -> None:
+    without_folder(*arguments)
     assert find_spec("my_network") is None, "the folder is on the import path"
 
 

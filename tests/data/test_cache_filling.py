@@ -125,10 +125,16 @@ def test_captions_alone_need_no_image_to_be_decoded(shards, tmp_path):
 
 def test_captions_without_images_have_a_size_as_well(tmp_path):
     shards = [write_tar(tmp_path / "x.tar", {"0.txt": b"a red cube", "1.txt": b"a blue ball"})]
-    data = make(WordEncoder(width=8, length=4), shards, tmp_path, latent_cache=None, images=False)
+    encoder = WordEncoder(width=8, length=4)
+    data = make(encoder, shards, tmp_path, images=False, batch_size=2)  # whose latent cache has no use
     (option, *_) = CacheFiller(data, CPU).options(2)["features"]
     assert option.size > 0
     assert fill(data) == (2, 0)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.captions) == ["a blue ball", "a red cube"]
+    with pytest.raises(ValueError, match=r"nothing to fill; set data.cache \(images: false has no latents\)"):
+        CacheFiller(make(WordEncoder(width=8, length=4), shards, tmp_path, cache=None, images=False), CPU)
 
 
 def test_other_limits_of_images_do_not_find_the_latents_of_images_beyond_them(tmp_path):

@@ -201,8 +201,8 @@ def test_batch_holds_scaled_images_their_features_and_the_null_captions(tmp_path
     data = make(write_numbered(tmp_path, [8]))
     data.setup("fit")
     encoder = WordEncoder(width=8, length=4)
-    raws, batches = list(data.train_dataloader()), encoded(data)
-    for raw, batch in zip(raws, batches, strict=True):
+    for raw in data.train_dataloader():
+        batch = data.on_after_batch_transfer(raw, 0)
         assert isinstance(raw, RawBatch)
         assert len(batch) == 4
         assert batch.captions == raw.captions
@@ -284,7 +284,8 @@ def test_model_facing_sizes_come_from_the_frozen_parts(tmp_path: Path) -> None:
 def test_decode_is_the_inverse_of_what_training_does_to_images(tmp_path: Path) -> None:
     data = make(write_numbered(tmp_path, [8]))
     data.setup("fit")
-    for raw, batch in zip(data.train_dataloader(), encoded(data), strict=True):
+    for raw in data.train_dataloader():
+        batch = data.on_after_batch_transfer(raw, 0)
         assert torch.equal(data.decode(batch.latents), raw.images.permute(0, 2, 3, 1))
 
 
@@ -389,3 +390,35 @@ def test_parts_that_something_else_has_moved_come_back_to_the_device(tmp_path: P
     data.autoencoder.to("meta")
     with pytest.raises(NotImplementedError, match="meta"):  # its weights are gone, but it was to be moved
         data.encoder.encode(raw)
+
+
+def test_a_loop_without_a_trainer_reads_pass_after_pass_and_resumes(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path / "shards", [16])
+
+    def begun() -> CaptionImageData:
+        data = make(shards, shuffle_block=16)
+        data.setup("fit")
+        return data
+
+    def passes(data: CaptionImageData, count: int) -> list[list[str]]:
+        return [[caption for raw in data.train_dataloader() for caption in raw.captions] for _ in range(count)]
+
+    data = begun()
+    orders = passes(data, 2)
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    again = begun()
+    again.load_state_dict(data.state_dict())
+    assert passes(again, 1) == passes(data, 1)
+
+
+def test_processes_without_a_trainer_share_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_numbered(tmp_path / "shards", [16])
+    seen: list[str] = []
+    for rank in range(2):
+        for name, value in {"is_initialized": True, "get_rank": rank, "get_world_size": 2}.items():
+            monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+        data = make(shards)
+        data.setup("fit")
+        seen += [caption for raw in data.train_dataloader().stream for caption in raw.captions]
+    assert sorted(seen) == sorted(f"sample {number}" for number in range(16))

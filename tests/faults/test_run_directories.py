@@ -237,3 +237,31 @@ def test_a_schedule_that_has_ended_at_0_does_not_hold_the_next_one_there():
     assert constant.step()["lr"] == 1e-3
     assert "scheduler CosineAnnealingLR" in another.resumed_from(ended)
     assert another.step()["lr"] == pytest.approx(5e-4 * (1 + math.cos(math.pi * 7 / 20)))
+
+
+class Halved(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of one's own: after ``after`` steps the rate is a half."""
+
+    def __init__(self, optimizer, after, last_epoch=-1):
+        self.after = after
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self):
+        return [rate / (1 + (self.last_epoch >= self.after)) for rate in self.base_lrs]
+
+
+def test_every_argument_of_an_optimiser_or_a_schedule_is_the_configurations():
+    def trained(alpha, after):
+        made = Trained(lambda optimizer, steps: Halved(optimizer, steps), 1e-3, after)
+        made.optimizers = [torch.optim.RMSprop([torch.nn.Parameter(torch.zeros(1))], 1e-3, alpha=alpha)]
+        made.lr_scheduler_configs = [SimpleNamespace(scheduler=Halved(made.optimizers[0], after))]
+        return made
+
+    earlier, now = trained(0.9, 100), trained(0.5, 2)
+    for _ in range(3):
+        earlier.optimizers[0].step()
+        earlier.lr_scheduler_configs[0].scheduler.step()
+    assert {"alpha 0.9 -> 0.5", "after 100 -> 2"} == set(now.resumed_from(earlier))
+    assert now.optimizers[0].param_groups[0]["alpha"] == 0.5
+    assert now.optimizers[0].param_groups[0]["lr"] == 5e-4
+    assert not trained(0.9, 100).resumed_from(earlier)

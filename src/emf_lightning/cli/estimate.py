@@ -13,7 +13,7 @@ from emf_lightning.cli.passes import Passes, StepPasses, step_passes
 from emf_lightning.cli.rows import gb, row
 from emf_lightning.cli.sizes import discriminator_size, encoder_size, encoding_flops, network_cost
 from emf_lightning.cli.worth import SCALES, Prices, worth
-from emf_lightning.data.cache.entry_format import EntryFormat
+from emf_lightning.data.cache.entry_format import EntryFormat, gigabytes
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.modules.alternating import AlternatingModule
 from emf_lightning.modules.generation import AUTOCAST
@@ -44,8 +44,7 @@ class Plan:
         self.net: FlowMapNetwork = self._sized("model.init_args.net", net, FlowMapNetwork, **sizes)
         shape = channels, self.side, self.side
         self.cost = network_cost(self.net, shape, self.text.length, self.text.width)
-        given = len(trainer.devices) if isinstance(trainer.devices, list) else str(trainer.devices)
-        self.devices = (int(given) if str(given).isdigit() else 1) * trainer.num_nodes
+        self.devices = self._devices_of_node(trainer.devices) * trainer.num_nodes
         self.checkpointing = bool(net.get("init_args.gradient_checkpointing"))
         self.pretrained = net.get("init_args.pretrained.path", net.get("init_args.pretrained"))
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
@@ -148,6 +147,18 @@ class Plan:
             row("", "", "counted, not measured: allow a tenth and more for the allocator"),
         ]
 
+    def _devices_of_node(self, devices: Any) -> int:
+        """Devices of a node that ``trainer.devices`` stands for: a number, a list, or their text."""
+        if isinstance(devices, list):
+            return len(devices)
+        given = [part for part in str(devices).split(",") if part.strip()]
+        if "," in str(devices):
+            return len(given)
+        if given and given[0].strip().isdigit():
+            return int(given[0])
+        self.notes.append(f"trainer.devices {devices}: planned with 1 device a node")
+        return 1
+
     def disk(self) -> list[str]:
         """Caches and checkpoints."""
         shapes = {"cache": (self.text.length, self.text.width), "latent_cache": self._latent_shape}
@@ -156,10 +167,11 @@ class Plan:
             if (cache := self._cache(name)) is None:
                 lines.append(row(f"data.{name}", "none", "computed each time"))
                 continue
-            each = EntryFormat(length, width, cache.dtype).largest
-            needed = each * self.samples / 1e9
-            room = "within max_gb" if needed < cache.max_gb else f"--data.{name}.max_gb {needed * 1.02:.0f} holds them"
-            lines.append(row(f"data.{name}", gb(needed * 1e9), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
+            each = EntryFormat(length, width, cache.dtype).on_disk()
+            needed = each * self.samples
+            limit = gigabytes(needed)
+            room = "within max_gb" if limit <= cache.max_gb else f"--data.{name}.max_gb {limit:g} holds them"
+            lines.append(row(f"data.{name}", gb(needed), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
         saved = 4 * self.saved * (1 + self.averages) + 8 * self.trainable
         return [*lines, row("a checkpoint", gb(saved), "with the optimiser; two are kept")]
 

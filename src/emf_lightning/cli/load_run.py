@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from emf_lightning.cli.parsing.builder import BuildingCLI
 from emf_lightning.cli.parsing.experiment_files import expand
+from emf_lightning.cli.parsing.own_classes import find_own_classes
 from emf_lightning.cli.runs import CONFIG, checkpoint_of, find_run
 from emf_lightning.modules.checkpoint_files import whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
@@ -24,7 +25,10 @@ def build_run(run: str | Path, checkpoint: str | Path | None = None, trust_remot
     found = find_run(run)
     config, weights = found.directory / CONFIG, Path(checkpoint) if checkpoint else checkpoint_of(found)
     options = ["--seed_everything", "false", "--model.init_args.init_from", str(whole_checkpoint(weights))]
-    with trusting(trusted() or trust_remote_code), isolate_rng():  # the network's initial weights are random
+    trust = trusted() or trust_remote_code
+    if trust:
+        find_own_classes([str(config)])
+    with trusting(trust), isolate_rng():  # the network's initial weights are random
         built = BuildingCLI.run(expand(["fit", "--config", str(config), *options]))
     if built.model.tunes_encoder:
         raise ValueError("run: its encoder lies in its folder encoder/; give a run that was adapted with it")

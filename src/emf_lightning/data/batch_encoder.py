@@ -73,7 +73,8 @@ class BatchEncoder:
             chosen = [captions[index] for index in indices]
             if self.text.image_size is None:
                 return self._placed(self.text)(chosen)
-            return self._placed(self.text).encode_pairs(chosen, _pixels(batch.encoder_images, indices))
+            pairs = self._placed(self.text).encode_pairs(chosen, _pixels(batch.encoder_images, indices))
+            return pairs.to(dtype=torch.float32)
 
         return batch.features.complete(encode, self.cache, self.device)
 

@@ -65,7 +65,10 @@ class CacheFiller:
         self, data: CaptionImageData, device: torch.device, rank: int = 0, ranks: int = 1, machines: int = 1
     ) -> None:
         if data.cache is None and data.latent_cache is None:
-            raise ValueError("data: nothing to fill; set data.cache, data.latent_cache or both")
+            both = (
+                "data.cache, data.latent_cache or both" if data.images else "data.cache (images: false has no latents)"
+            )
+            raise ValueError(f"data: nothing to fill; set {both}")
         if data.flip and (data.latent_cache is not None or data.text.image_size is not None):
             raise ValueError(
                 "data.flip: mirrors images at random, so that each would need two entries; set data.flip to false, or "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -133,7 +134,7 @@ class CaptionImageData(LightningDataModule):
                 f"CaptionImageData: validation_share must lie in [0, 1), got {validation_share}, and be 0 beside "
                 "validation_shards"
             )
-        self._encoder = BatchEncoder(text, autoencoder, cache, latent_cache, resolution, images)
+        self._encoder = BatchEncoder(text, autoencoder, cache, latent_cache if images else None, resolution, images)
         self.text = text
         self.autoencoder = autoencoder
         self.shards = shards
@@ -143,7 +144,7 @@ class CaptionImageData(LightningDataModule):
         self.image_column = image_column
         self.captions = captions
         self.cache = cache
-        self.latent_cache = latent_cache
+        self.latent_cache = latent_cache if images else None  # without images there are no latents to keep
         self.resolution = resolution
         self.transform = SquareTransform(resolution, resize_filter)
         self.batch_size = batch_size
@@ -232,10 +233,13 @@ class CaptionImageData(LightningDataModule):
         )
 
     def _loader(self, sources: Sequence[str | Source], num_workers: int, **options: Any) -> ShardLoader:
+        rank, ranks = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        )
         stream = self.stream(
             sources,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            ranks=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else rank,
+            ranks=self.trainer.world_size if self.trainer else ranks,
             lanes=max(num_workers, 1),
             seed=self.seed,
             images=self.images,
@@ -243,7 +247,10 @@ class CaptionImageData(LightningDataModule):
             latent_cache=self.latent_cache,
             **options,
         )
-        return ShardLoader(stream, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+        # a loop without a Trainer takes batches as they come
+        own_loop = self.trainer is None and not (stream.held_out or stream.limit)
+        pinned = torch.cuda.is_available()
+        return ShardLoader(stream, num_workers=num_workers, pin_memory=pinned, acknowledges=own_loop)
 
     def validation_batches(self, images: bool = True) -> Iterator[RawBatch]:
         """The first ``validation_samples`` validation samples in order, on every rank all of them, past the caches.

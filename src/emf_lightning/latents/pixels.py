@@ -33,8 +33,8 @@ class Pixels(Autoencoder):
             raise ValueError(f"Pixels: scale must be positive, got {scale}")
         if patch_size < 1:
             raise ValueError(f"Pixels: patch_size must be at least 1, got {patch_size}")
-        self.scale = scale
-        self.shift = shift
+        self.scale = float(scale)
+        self.shift = float(shift)
         if patch_size > 1:  # without patches nothing is set, so that the keys of existing latent caches stay valid
             self.channels, self.downsampling = 3 * patch_size**2, patch_size
 

@@ -132,6 +132,7 @@ class AlternatingModule(FlowMapModule, ABC):
 
     def configure_callbacks(self) -> list[Callback]:
         """Validates Trainer settings, whose own errors name no remedy; adds no callbacks."""
+        super().configure_callbacks()
         trainer, name = self.trainer, type(self).__name__
         if trainer.gradient_clip_val:
             raise ValueError(

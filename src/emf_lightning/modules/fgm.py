@@ -40,6 +40,7 @@ class FGM(AlternatingModule):
     """
 
     AUXILIARY = "online_flow"
+    needs_images = False
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -45,6 +45,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
     Attributes:
         trained_networks: how many networks train.
         tunes_encoder: whether the text encoder trains, too.
+        needs_images: whether it learns from images, and not from captions alone.
         last_terms: terms of the last training step, without a graph, for callbacks.
         pipeline: the pipeline of a loaded run, which ``sample`` uses.
 
@@ -75,6 +76,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
 
     trained_networks = 1
     tunes_encoder = False
+    needs_images = True
 
     def __init__(
         self,
@@ -289,13 +291,29 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
     def configure_optimizers(self) -> Any:
         return lightning_optimizers(*self.optimization.build(self.net.parameters()))
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuses callbacks that cannot work with this module; adds none."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+                raise ValueError(
+                    f"{type(callback).__name__} changes an attribute of the module or the data, and these read theirs "
+                    "once; set data.batch_size by `emf plan`, and compare learning rates with `emf compare`"
+                )
+        return []
+
     def on_fit_start(self) -> None:
         if str(self.trainer.precision).endswith("16-true"):
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}: 16-bit weights lose the small updates of fine-tuning; "
                 "set bf16-mixed, with ModelParallelStrategy where memory is short"
             )
-        captions = getattr(getattr(self.trainer, "datamodule", None), "sampling_captions", None)
+        data = getattr(self.trainer, "datamodule", None)
+        if self.needs_images and not getattr(data, "images", True):
+            raise ValueError(
+                f"data.images: false gives no images, and {type(self).__name__} learns from them; leave it out, or "
+                "take FGM, which learns from captions alone"
+            )
+        captions = getattr(data, "sampling_captions", None)
         if captions is not None and not getattr(self.objective, "takes_sampling_context", False):
             raise ValueError(
                 f"data.sampling_captions: {type(self.objective).__name__} draws no samples of captions of their own; "

@@ -30,6 +30,10 @@ class TextFeatures:
     context: Tensor
     mask: Tensor
 
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:  # tokenizers' are whole numbers, by which indexing means something else
+            object.__setattr__(self, "mask", self.mask.bool())
+
     def __len__(self) -> int:
         return len(self.context)
 
@@ -164,7 +168,7 @@ class TextEncoder(nn.Module, ABC):
                 f"{type(self).__name__}: encode gave features {found} with a mask {tuple(features.mask.shape)} for "
                 f"{len(captions)} captions; by its length and width they are {wanted} and {wanted[:2]}"
             )
-        return features
+        return features.to(dtype=torch.float32)
 
     def freeze(self) -> None:
         """Ends construction: permanent eval mode, no gradient for any parameter."""

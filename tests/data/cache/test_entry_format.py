@@ -1,3 +1,4 @@
+import hashlib
 import struct
 import zlib
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from emf_lightning.data.cache import entry_format
-from emf_lightning.data.cache.entry_format import EntryFormat
+from emf_lightning.data.cache.entry_format import EntryFormat, gigabytes
+from emf_lightning.data.cache.lmdb_store import LmdbStore
 
 DTYPES = ("float32", "bfloat16", "float16", "float8")
 MASKS = {
@@ -183,3 +185,22 @@ def test_the_checksum_is_zlib_s_wherever_the_bytes_lie():
         for length in (0, 1, 7, 63, 64, 65, 4096, 65_543):
             part = data[first : first + length]
             assert entry_format.crc32(part) == zlib.crc32(part)
+
+
+@pytest.mark.parametrize("batch", [32, 512])
+@pytest.mark.parametrize(("length", "width", "dtype"), [(4, 24, "float32"), (1, 10, "bfloat16"), (8, 64, "float32")])
+def test_a_cache_of_the_advised_size_holds_all_entries(tmp_path, length, width, dtype, batch):
+    count = 6000
+    entry_format = EntryFormat(length, width, dtype)
+    store = LmdbStore(str(tmp_path / "cache"), map_size=int(gigabytes(count * entry_format.on_disk()) * 1e9))
+    store.open()
+    entry = bytes(entry_format.largest)
+    for first in range(0, count, batch):
+        with store.transaction(write=True) as transaction:  # raises where the map is full
+            for number in range(first, min(first + batch, count)):
+                assert transaction.put(hashlib.sha256(f"{number}".encode()).digest(), entry)
+
+
+@pytest.mark.parametrize("needed", [16.03e9, 1.0e9, 123_456_789, 1e7, 9.999e9, 24.8e9])
+def test_the_advised_size_is_never_too_small(needed):
+    assert needed <= gigabytes(int(needed)) * 1e9 <= needed + 1.2e7

@@ -239,7 +239,7 @@ def test_the_estimate_says_what_is_needed_and_what_there_is(tmp_path):
     assert cache.estimate(170_000).startswith("170,000 samples x 12.4 kB = 2.1 GB; free: ")
     assert cache.estimate(170_000).endswith("limit 16 GB")
     small = opened(tmp_path, WordEncoder(width=192), max_gb=0.1)
-    assert small.estimate(170_000).endswith("limit 100 MB, which holds about 8,085: raise max_gb to 2.1")
+    assert small.estimate(170_000).endswith("limit 100 MB, which holds about 8,085: raise max_gb to 2.11")
 
 
 @pytest.mark.parametrize("width", [16, 64])

@@ -70,4 +70,37 @@ def test_a_fingerprint_is_of_settings_configurations_and_weights():
     prints += [autoencoder_fingerprint(Pixels(scale)) for scale in (1.0, 0.5)]
     assert len(set(prints)) == 4
     assert autoencoder_fingerprint(wrapped(0.3)) == prints[0]
+    assert autoencoder_fingerprint(Pixels(1)) == prints[2]
     assert autoencoder_fingerprint(Pixels(0.5).train()) == prints[3]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [((0, 0), (0.5, 0)), ([1], [2]), ({"mean": (0, 1)}, {"mean": (0, 2)}), (None, (0, 0)), (None, 1)]
+)
+def test_settings_of_an_own_autoencoder_are_told_apart(one, other):
+    def with_setting(value) -> Linear:
+        autoencoder = Linear()
+        autoencoder.mean = value
+        return autoencoder
+
+    prints = [autoencoder_fingerprint(with_setting(value)) for value in (one, other, one)]
+    assert prints[0] != prints[1]
+    assert prints[0] == prints[2]
+
+
+class Inner(nn.Module):
+    setting = 0
+
+
+def test_settings_of_parts_of_an_own_autoencoder_and_tensors_are_told_apart():
+    def with_settings(**settings) -> Linear:
+        autoencoder = Linear()
+        autoencoder.inner, autoencoder.tensor, autoencoder._private = Inner(), torch.zeros(2), 1
+        for name, value in settings.items():
+            setattr(autoencoder.inner if name == "setting" else autoencoder, name, value)
+        return autoencoder
+
+    different = [{}, {"setting": 1}, {"tensor": torch.ones(2)}, {"_private": 2}]
+    prints = [autoencoder_fingerprint(with_settings(**settings)) for settings in different]
+    assert len(set(prints)) == 4
+    assert autoencoder_fingerprint(with_settings().train()) == prints[0]

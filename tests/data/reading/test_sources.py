@@ -386,6 +386,45 @@ def test_splits_of_a_folder_in_the_hubs_layout_are_kept_apart(tmp_path: Path) ->
         open_sources(HubDataset(name, "dev"), "shards")
 
 
+@pytest.mark.parametrize(
+    ("names", "argument", "said"),
+    [
+        (["data-0", "data-1", "val"], "shards", r"of the 3 parquet files in .* 2 belong to no split .*data-0"),
+        (["train-0", "extra"], "shards", "1 belong to no split"),
+        (["shapes-0", "cats-1", "animals-test-2"], "validation_shards", "2 belong to no split"),
+        (["train-0"], "validation_shards", "has no split validation or test, but train; name one"),
+        (["test-0"], "shards", "has no split train, but test; name one"),
+    ],
+)
+def test_files_that_the_hubs_library_would_leave_out_are_named(
+    tmp_path: Path, names: list[str], argument: str, said: str
+) -> None:
+    for number, name in enumerate(names):
+        parquet(tmp_path / "set", range(number, number + 1), name)
+    with pytest.raises(ValueError, match=said):
+        open_sources(str(tmp_path / "set"), argument)
+
+
+@pytest.mark.parametrize("argument", ["shards", "validation_shards"])
+def test_files_whose_names_say_no_split_are_all_read(tmp_path: Path, argument: str) -> None:
+    for number in range(3):
+        parquet(tmp_path / "set", range(number, number + 1), f"part-{number}")
+    assert captions(open_sources(str(tmp_path / "set"), argument)) == ONES[:3]
+
+
+def test_a_readme_may_leave_files_out(tmp_path: Path) -> None:
+    for name in ("train-0", "extra"):
+        parquet(tmp_path / "set", range(1), name)
+    (tmp_path / "set/README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: train-0.parquet\n---\n")
+    assert captions(open_sources(str(tmp_path / "set"), "shards")) == ONES[:1]
+
+
+def test_a_caption_of_a_table_may_be_of_any_length(tmp_path: Path) -> None:
+    long = "red " * 50_000
+    imagefolder(tmp_path / "set", lambda folder, rows: table(folder, [rows[0] | {"text": long.strip()}, *rows[1:]]))
+    assert long.strip() in captions(open_sources(str(tmp_path / "set"), "shards"))
+
+
 def test_pictures_shards_and_folders_go_together_in_a_list(tmp_path: Path) -> None:
     texts_beside(tmp_path / "pictures")
     (shard,) = write_numbered(tmp_path / "tars", [3])

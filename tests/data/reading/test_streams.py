@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,14 @@ def test_limit_is_the_first_samples_dealt_to_the_ranks(tmp_path: Path) -> None:
     seen = [captions(one_lane(shards, rank, 2, 0, 1, limit=7)) for rank in range(2)]
     assert [len(each) for each in seen] == [4, 3]
     assert set(seen[0] + seen[1]) == {f"sample {number}" for number in range(7)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_take_equal_parts_of_many_small_validation_shards(tmp_path: Path, ranks: int) -> None:
+    shards = write_numbered(tmp_path, [1] * 12)
+    seen = [captions(one_lane(shards, rank, ranks, 0, 1, limit=100)) for rank in range(ranks)]
+    assert sorted(itertools.chain(*seen)) == sorted(f"sample {number}" for number in range(12))
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
 
 
 def test_images_are_the_captions_images(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import logging
 import re
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -25,6 +28,7 @@ from emf_lightning.cli.parsing.own_state import OwnStateOnly
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
 from emf_lightning.cli.parsing.setting_checks import (
+    check_defaults,
     check_devices,
     check_schedule,
     check_sharding,
@@ -93,6 +97,7 @@ class EMFCLI(LightningCLI):
         import_classes(*CLASS_PACKAGES)
         # keeps `${a.b}` absolute within a file, although the parser nests its values below the verb
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        register_type(torch.device, fail_already_registered=False)  # the default of many callbacks' arguments
         check_every_text()
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
         for message in IGNORED_WARNINGS:
@@ -167,7 +172,9 @@ class EMFCLI(LightningCLI):
         """Runs the verb in the run's own directory; a signal ends ``fit`` without loss."""
         fitting, config = subcommand == "fit", self.config[subcommand]
         if config.trainer.fast_dev_run:
-            super()._run_subcommand(subcommand)
+            with TemporaryDirectory() as folder:  # Lightning saves checkpoints all the same, and callbacks their files
+                self.trainer._default_root_dir = folder  # type: ignore[attr-defined]
+                super()._run_subcommand(subcommand)
             return
         self.trainer._checkpoint_connector = OwnStateOnly(self.trainer)
         run = open_run(self.trainer, config, fitting, self.chosen.checkpoint, self.chosen.directory)
@@ -206,6 +213,7 @@ class EMFCLI(LightningCLI):
         if self.subcommand == "predict":
             set_prediction(config)
         add_linked_arguments(config)
+        check_defaults(config)
         complete_loggers(config.trainer)
         check_devices(config.trainer.devices, config.trainer.accelerator)
         sharded = check_sharding(config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes)

@@ -7,6 +7,7 @@ the place of those that the configuration has now: a new learning rate would hav
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,10 @@ from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
 GROUP_SETTINGS = ("weight_decay", "momentum", "betas", "eps")
-"""Settings of an optimiser's parameter group beside its rate. Optimisers keep state of their own in groups, too."""
+"""Settings of an optimiser's parameter group beside its rate and its class's arguments.
+
+Optimisers keep state of their own in groups, too, which is no argument.
+"""
 
 CYCLED = ("momentum", "betas")
 """Those of them that a scheduler with ``cycle_momentum`` changes."""
@@ -27,7 +31,10 @@ SCHEDULE_SETTINGS = (
     *("T_max", "T_0", "T_mult", "eta_min", "gamma", "step_size", "milestones", "_milestones", "total_steps"),
     *("_schedule_phases", "total_iters", "start_factor", "end_factor", "factor", "power"),
 )
-"""Settings of torch's schedulers; the rest of their state is their progress."""
+"""Settings of torch's schedulers beside their class's arguments; the rest of their state is their progress."""
+
+_NO_SETTINGS = ("optimizer", "last_epoch", "_schedulers")
+"""Arguments of schedulers that are attributes, too, and are no settings."""
 
 
 class ConfiguredSettings:
@@ -57,8 +64,8 @@ class ConfiguredSettings:
             loaded: Any = None if config is None else config.scheduler
             kept = CYCLED if getattr(ours, "cycle_momentum", False) else ()
             for group, wanted in zip(optimizer.param_groups, groups, strict=True):
-                for name in GROUP_SETTINGS:
-                    if name in wanted and name in group and name not in kept:
+                for name in {**dict.fromkeys(GROUP_SETTINGS), **_arguments(optimizer)}:
+                    if name in wanted and name in group and name not in (*kept, *GROUP_RATES):
                         changes += _change(name, group[name], wanted[name])
                         group[name] = wanted[name]
             base = "lr" if ours is None else "initial_lr"
@@ -78,6 +85,11 @@ class ConfiguredSettings:
         return list(dict.fromkeys(changes))
 
 
+def _arguments(part: Any) -> dict[str, None]:
+    """Names of the arguments that the class of an optimiser or a scheduler takes."""
+    return dict.fromkeys(inspect.signature(type(part)).parameters)
+
+
 def _change(name: str, loaded: Any, ours: Any) -> list[str]:
     loaded, ours = (list(value) if isinstance(value, tuple) else value for value in (loaded, ours))
     return [] if loaded == ours else [f"{name} {_short(loaded)} -> {_short(ours)}"]
@@ -87,10 +99,11 @@ def _differences(loaded: Any, ours: Any) -> list[str]:
     """Settings of a scheduler, and of those within it, that were loaded and are not ours."""
     if not isinstance(loaded, type(ours)) or vars(loaded).keys() != vars(ours).keys():
         return [f"scheduler {type(ours).__name__}"]
+    arguments = [form for name in _arguments(ours) for form in (name, f"_{name}")]
     found = [
         line
-        for name in SCHEDULE_SETTINGS
-        if name in vars(ours)
+        for name in dict.fromkeys([*SCHEDULE_SETTINGS, *arguments])
+        if name in vars(ours) and name not in _NO_SETTINGS
         for line in _change(name.lstrip("_"), getattr(loaded, name), getattr(ours, name))
     ]
     inner = [getattr(each, "_schedulers", []) for each in (loaded, ours)]

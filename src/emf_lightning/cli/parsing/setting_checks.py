@@ -55,6 +55,10 @@ def check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
     return True
 
 
+_UNWRITTEN = "Unable to serialize instance"
+"""How jsonargparse writes an argument's default that it cannot write."""
+
+
 def check_val_interval(trainer: Namespace) -> None:
     """Raises if training ends before its first validation, checkpoint and scores."""
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
@@ -118,3 +122,22 @@ def _parts(node: Any, place: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield place, node["class_path"].rpartition(".")[2], node.get("init_args") or {}
         for key, value in node.items():
             yield from _parts(value, place if key == "init_args" else f"{place}.{key}")
+
+
+def check_defaults(config: Namespace) -> None:
+    """Raises where an argument's default is an object that YAML cannot hold, of which the parser keeps a remark."""
+
+    def check(value: Any, place: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(inner, f"{place}.{key}" if place else str(key))
+        elif isinstance(value, list):
+            for inner in value:
+                check(inner, place)
+        elif isinstance(value, str) and value.startswith(_UNWRITTEN):
+            raise ValueError(
+                f"{place}: its default is an object that a configuration cannot hold "
+                f"({value.removeprefix(_UNWRITTEN).strip()}); give it a value in the experiment"
+            )
+
+    check(config.as_dict(), "")

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype
+from emf_lightning.data.cache.entry_format import EntryFormat, StoredDtype, gigabytes
 from emf_lightning.data.cache.lmdb_store import LmdbStore
 from emf_lightning.text.base import TextFeatures
 
@@ -80,11 +80,7 @@ class EntryCache(ABC, Generic[T]):
 
     def size(self, samples: int, entry_format: EntryFormat | None = None) -> int:
         """Upper bound of the bytes on disk of ``samples`` entries without a masked token, in this or another format."""
-        largest = (entry_format or self.entry_format).largest
-        page, entry = self._store.page_size(), largest + 50  # with its key and LMDB's header
-        # LMDB gives an entry beyond half a page whole pages; smaller ones share pages, which are filled to 70 %.
-        each = -(-(entry - 34) // page) * page + 80 if entry > page // 2 else page * 10 // (7 * (page // entry))
-        return samples * each
+        return samples * (entry_format or self.entry_format).on_disk(self._store.page_size())
 
     def estimate(self, samples: int) -> str:
         """Space for ``samples`` entries, free space and limit, as a sentence; ValueError if the disk is too small."""
@@ -99,7 +95,7 @@ class EntryCache(ABC, Generic[T]):
                 "larger disk, dtype: bfloat16 or float8, or a lower max_gb"
             )
         if needed > limit:
-            sentence += f", which holds about {int(limit / each):,}: raise max_gb to {needed / 1e9:.3g}"
+            sentence += f", which holds about {int(limit / each):,}: raise max_gb to {gigabytes(needed):g}"
         return sentence
 
     def read(self, keys: Sequence[str]) -> tuple[Tensor, T | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ StoredDtype = Literal["float32", "bfloat16", "float16", "float8"]
 """Dtypes of stored numbers; float8 is e4m3 with a power of two for each token: 3 % error, a quarter of the size."""
 
 
+def gigabytes(needed: int) -> float:
+    """``max_gb`` of a cache that holds ``needed`` bytes: two decimals, rounded up."""
+    return math.ceil(needed / 1e7 + 0.1) / 100
+
+
 @dataclass(frozen=True)
 class EntryFormat:
     """Converts tokens ``[L, D]``, ``length`` x ``width``, and their mask ``[L]`` to bytes and back.
@@ -51,6 +57,16 @@ class EntryFormat:
     def largest(self) -> int:
         """Bytes of an entry without a masked token."""
         return _HEADER.size + -(-self.length // 8) + self.length * self.token_bytes
+
+    def on_disk(self, page: int = 4096) -> int:
+        """Upper bound of the bytes that LMDB takes for an entry without a masked token, with pages of ``page`` bytes.
+
+        An entry beyond half a page has whole pages; smaller ones share pages, of which more than a half is filled.
+        """
+        entry = self.largest + 50  # with its key and LMDB's header
+        if entry > page // 2:
+            return -(-(entry - 34) // page) * page + 80
+        return page * 20 // (11 * (page // entry))
 
     @property
     def _unpacked_dtype(self) -> torch.dtype:

@@ -60,13 +60,17 @@ class ShardLoader:
         stream: the stream of this rank.
         num_workers: reading processes; the stream must have as many lanes (1 for 0).
         pin_memory: puts batches into page-locked memory.
+        acknowledges: takes a batch as trained on once the next one is asked for, for loops without a Trainer.
 
     Attributes:
         skipped: reason -> samples left out by this rank so far.
     """
 
-    def __init__(self, stream: ShardStream, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self, stream: ShardStream, *, num_workers: int = 0, pin_memory: bool = False, acknowledges: bool = False
+    ) -> None:
         assert stream.lanes == max(num_workers, 1)
+        self.acknowledges = acknowledges
         self.stream = stream
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -91,6 +95,8 @@ class ShardLoader:
         for batch in self._while_all_ranks_have(self._batches()):
             count = batch.ticket
             yield batch
+            if self.acknowledges:
+                self.acknowledge(batch)
         if count == 0 and fresh:
             raise ValueError(self._empty_pass())
         while self._pending and self._pending[-1][0] > count:  # a batch that some other rank had no counterpart for

@@ -129,6 +129,7 @@ def _rows(file: str) -> Iterator[dict[str, Any]]:
     try:
         with open(file, encoding="utf-8-sig", newline="" if file.endswith(".csv") else "\n") as lines:
             if file.endswith(".csv"):
+                csv.field_size_limit(2**31 - 1)  # a caption has no limit in other files either
                 yield from csv.DictReader(lines)
                 return
             for line in lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ class HubDataset:
         splits = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
         wanted = (self.split,) if self.split else ("validation", "test") if "validation" in argument else ("train",)
         split = next((name for name in wanted if name in splits), None)
-        if split is None and not self.split and len(splits) == 1:
-            (split,) = splits
+        if split is None and not self.split and splits.keys() == {"train"} and self._names_no_split(splits["train"]):
+            split = "train"  # all files of a local folder
         if split is None:
             raise ValueError(
                 f"{argument}: {self.name!r} has no split {' or '.join(wanted)}, but {', '.join(splits) or 'none'}; "
@@ -90,6 +91,30 @@ class HubDataset:
                 f"{{name: {self.name}, revision: refs/convert/parquet}}, or write shards with `emf images --dataset`"
             )
         return splits[split]
+
+    def _names_no_split(self, files: Sequence[str]) -> bool:
+        """Whether a local folder's files are named for no split, so that the hub's library makes them one."""
+        folder = Path(self.name).expanduser()
+        return folder.is_dir() and not any("train" in os.path.relpath(file, folder) for file in files)
+
+    def check_complete(self, files: Sequence[str], argument: str) -> None:
+        """Raises a ``ValueError`` where the hub's library leaves out some of ``files``, those of a local folder.
+
+        Of a folder in which a name says a split it takes such files alone. A README may say otherwise.
+        """
+        from datasets import load_dataset_builder
+
+        folder = Path(self.name).expanduser()
+        if any("configs:" in file.read_text(errors="replace") for file in folder.glob("README.md")):
+            return
+        taken = load_dataset_builder(str(folder)).config.data_files or {}
+        named = {os.path.realpath(file) for found in taken.values() for file in found}
+        if left_out := [file for file in files if os.path.realpath(file) not in named]:
+            raise ValueError(
+                f"{argument}: of the {len(files)} parquet files in {self.name!r} {len(left_out)} belong to no split by "
+                f"their names ({left_out[0]}, ...), and others do; name them train-..., or give the files themselves: "
+                f"{folder}/*.parquet"
+            )
 
 
 Shards = str | HubDataset | Sequence[str | HubDataset]
@@ -141,6 +166,8 @@ def open_sources(
                 raise ValueError(f"{argument}: {folder!r} holds no pictures, tar shards or parquet files")
             # the names of parquet files tell splits apart
             parquet = bool(others) and all(name.endswith(PARQUET) for name in others)
+            if parquet:
+                HubDataset(folder).check_complete(others, argument)
             files += HubDataset(folder).files(argument) if parquet else others
         if len(pictures) and not pictures.captioned and not captioned:
             raise ValueError(

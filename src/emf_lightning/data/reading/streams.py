@@ -138,7 +138,9 @@ class ShardStream(IterableDataset[RawBatch]):
         shards = [(self.shards[i], 0, 1, 1) for i in order[index:whole:lanes]]
         rest = order[whole:]
         if not self.splits_rest:
-            return shards + [(self.shards[i], index, lanes, 1) for i in rest]
+            # validation begins with another lane in each shard: the first lane takes what is left over
+            shift = self.limit is not None
+            return shards + [(self.shards[i], (index - n * shift) % lanes, lanes, 1) for n, i in enumerate(rest)]
         # the samples of the rest are len(rest) * lanes parts, of which the lane takes len(rest) in a row
         first, end = index * len(rest), (index + 1) * len(rest)
         for i in range(first // lanes, -(-end // lanes)):
