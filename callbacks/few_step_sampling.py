@@ -171,6 +171,7 @@ class FewStepSampling(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer, pl_module, "final")
+        self._loaded_step = trainer.global_step  # of the weights that the module has now
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:

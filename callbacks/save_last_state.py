@@ -41,7 +41,7 @@ class SaveLastState(Callback):
                 finally:
                     callback.save_last = kept
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SignalStop):  # comes last, and the final scores and exports may take long
+            if isinstance(callback, SignalStop):
                 callback.last_step_saved(trainer)
 
 

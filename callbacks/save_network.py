@@ -40,15 +40,15 @@ class SaveNetwork(Callback):
             raise ValueError(
                 f"SaveNetwork: time_scale is {self.time_scale:g}, but {kind} has no time embedding to fit; leave it out"
             )
-        if pl_module.objective.needs_interval:
-            raise ValueError(
-                f"SaveNetwork: time_scale is {self.time_scale:g}, but a refitted time embedding forgets the intervals "
-                f"that {type(pl_module.objective).__name__} trains; leave it out"
-            )
         if pl_module.net.parent_weights:
             raise ValueError(
                 f"SaveNetwork: time_scale is {self.time_scale:g}, but under adapters the time embedding is the "
                 "parent's; leave it out"
+            )
+        if pl_module.objective.needs_interval:
+            raise ValueError(
+                f"SaveNetwork: time_scale is {self.time_scale:g}, but a refitted time embedding forgets the intervals "
+                f"that {type(pl_module.objective).__name__} trains; leave it out"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -54,7 +54,7 @@ class SelfCheck(Callback):
             raise ValueError(f"SelfCheck: tolerance must be positive, got {tolerance}")
         self.tolerance = tolerance
         self.largest_copy = largest_copy
-        self._started = self._finished = False
+        self._started = False
         self._figures: list[str] = []
         self._compared: list[Optimizer] = []
 
@@ -64,7 +64,7 @@ class SelfCheck(Callback):
         return "self-check: " + ", ".join(self._figures)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = self._finished = False
+        self._started = False
         self._compared.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -82,17 +82,16 @@ class SelfCheck(Callback):
                 raise ValueError(f"SelfCheck: {found}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._finished or not self._started or optimizer in self._compared:
+        if not self._started or optimizer in self._compared:
             return
         self._compared.append(optimizer)
-        # of several optimisers the network's is the last one in a step
-        self._finished = optimizer is trainer.optimizers[0]
+        of_network = optimizer is trainer.optimizers[0]  # of several in a step it is the last one
         if trainer.world_size > 1:
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             parameters = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in own]
             figure = _compare_gradients(trainer, parameters)
-            self._figures += [figure] if self._finished else []
-        if self._finished and self._figures and trainer.is_global_zero:
+            self._figures += [figure] if of_network else []
+        if of_network and self._figures and trainer.is_global_zero:
             show_line(trainer, self.message)
 
     def _check(self, module: FlowMapModule, batch: CaptionImageBatch, precision: str) -> list[str]:

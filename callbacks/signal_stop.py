@@ -88,12 +88,11 @@ class SignalStop(Callback):
         self._step, self._took_steps = trainer.global_step, True
         self._stop_if_received(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if 0 < trainer.max_steps <= trainer.global_step:  # a signal in the last validation: no other step will come
-            self.last_step_saved(trainer)
-
     def last_step_saved(self, trainer: Trainer) -> None:
-        """Ends the run if a signal has come; from now on a signal ends it at once."""
+        """Ends the run if a signal has come, in the last validation for example; from now on one ends it at once.
+
+        ``SaveLastState`` calls it, before the final scores and exports, which may take long.
+        """
         self._stop_if_received(trainer)
         self._stepping = False
 
@@ -116,18 +115,17 @@ class SignalStop(Callback):
 
     def _path(self, trainer: Trainer) -> Path:
         """Path of the newest state, which ``ModelCheckpoint`` would write."""
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
-                name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
-                path = Path(callback.last_model_path or os.path.join(callback.dirpath, name))
-                callback.last_model_path = str(path)  # otherwise a resumed run writes last-v1.ckpt beside it
-                return path
+        for callback in _with_last(trainer):
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            path = Path(callback.last_model_path or os.path.join(str(callback.dirpath), name))
+            callback.last_model_path = str(path)  # otherwise a resumed run writes last-v1.ckpt beside it
+            return path
         return run_directory(trainer) / "checkpoints" / "last.ckpt"
 
     def _saved(self, trainer: Trainer) -> Path | None:
-        """The state of the last step, where steps have been taken and it is saved."""
-        path = self._path(trainer) if self._took_steps else None
-        return path if path is not None and path.exists() else None
+        """The state of the last step, where steps have been taken and ``SaveLastState`` has saved it."""
+        paths = [Path(callback.last_model_path) for callback in _with_last(trainer) if callback.last_model_path]
+        return next((path for path in paths if self._took_steps and path.exists()), None)
 
     def _end(self, trainer: Trainer, number: int, saved: Path | None = None) -> None:
         if trainer.is_global_zero:
@@ -146,6 +144,12 @@ class SignalStop(Callback):
             _requeue(trainer, number)
         # a launcher on rank 0 would take another rank's status for a failure and kill the rest
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
+
+
+def _with_last(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The callbacks that write last.ckpt."""
+    found = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in found if callback.save_last and callback.dirpath]
 
 
 def _requeue(trainer: Trainer, number: int) -> None:

@@ -77,7 +77,7 @@ def test_it_says_what_it_takes_writes_it_and_training_reads_it(world, capsys, mo
     said = capsys.readouterr().out
     assert "features of 7 samples, by dtype:" in said
     assert "relative error 0.17%  <- chosen" in said
-    assert "features: 7 samples x 731 B = 5.12 kB; free: " in said
+    assert "features: 7 samples x 930 B = 6.51 kB; free: " in said
     assert "samples written" not in said
     main(["cache", "--config", "e.yaml"])
     assert "7 samples written" in capsys.readouterr().out

@@ -197,7 +197,7 @@ def tiny(experiment: str, models: Path) -> list[str]:
     if experiment in ("experiments/shapes/unet.yaml", "experiments/shapes/flux.yaml"):
         flow_from(experiment.replace(".yaml", "_flow_matching.yaml"), models / "flow")
         return ["--model.init_args.net.init_args.pretrained", str(models / "flow")]
-    if experiment == "experiments/shapes/anyflow_on_policy.yaml":
+    if experiment in ("experiments/shapes/anyflow_on_policy.yaml", "experiments/shapes/refined_matched.yaml"):
         return ["--model.init_args.init_from", "null"]
     if not experiment.startswith("experiments/emf/"):
         return []

@@ -77,10 +77,16 @@ def test_meanflow_adapts_another_backbone_from_its_flow(backbone: str, place: Pa
     assert any(".interval." in name for name in weights)
 
 
-def test_anyflows_second_stage_starts_where_the_first_ended(place: Path, root: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("stage", "next_stage"), [("anyflow", "anyflow_on_policy"), ("refined_all_captions", "refined_matched")]
+)
+def test_a_second_stage_starts_where_the_first_ended(
+    stage: str, next_stage: str, place: Path, root: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(root)
-    first = fit("anyflow", place)
+    captions = ["--data.sampling_captions", "null"]  # of the batch
+    first = fit(stage, place, *captions)
     start = trained(first)
-    second = trained(fit("anyflow_on_policy", place, "--model.init_args.init_from", str(first)))
+    second = trained(fit(next_stage, place, *captions, "--model.init_args.init_from", str(first)))
     assert {name.partition(".")[0] for name in second} == {"net", "auxiliaries"}
     assert not torch.equal(second["net.transformer.proj_out.weight"], start["net.transformer.proj_out.weight"])

@@ -42,10 +42,8 @@ def test_blip3o_next_is_planned_from_its_experiment_alone():
     assert rows["network"].startswith("1,640,356,512  1,630,025,600 train")
     assert rows["autoencoder"].startswith("312,250,275")
     assert rows["patch_embed"].endswith("  0 train")
-    assert rows["data.cache"].startswith(
-        "572 GB  3.37 MB each in bfloat16; within max_gb"
-    )  # 730 x 2304 x 2 bytes, in whole pages
-    assert rows["data.latent_cache"].startswith("11.9 GB  0.0697 MB each")
+    assert rows["data.cache"].startswith("572 GB  3.36 MB each in bfloat16; within max_gb")  # 730 x 2304 x 2 bytes
+    assert rows["data.latent_cache"].startswith("11.9 GB  0.0656 MB each")
     assert rows["steps"] == "200,000  of 128 rows: 150.6 passes"
     # 26.1 GB: 4 bytes of each weight, 12 of each that trains
     assert rows["weights, gradients, AdamW"].startswith("26.1 GB")
@@ -143,8 +141,8 @@ def test_what_is_stored_of_a_pair_follows_pooling_and_dtype():
         return planned("--config", "experiments/emf/blip3o_next.yaml", *options)["data.cache"]
 
     pooled = ["--data.text.init_args.token_pool", "3"]
-    assert entry(*pooled).startswith("64.8 GB  0.381 MB each in bfloat16")  # 1 + 27 x 27 / 9 tokens of 2304
-    assert entry(*pooled, "--data.cache.dtype", "float8").startswith("32.7 GB  0.193 MB each in float8")
+    assert entry(*pooled).startswith("64.8 GB  0.378 MB each in bfloat16")  # 1 + 27 x 27 / 9 tokens of 2304
+    assert entry(*pooled, "--data.cache.dtype", "float8").startswith("32.7 GB  0.189 MB each in float8")
 
 
 def test_what_pays_depends_on_how_often_a_pair_is_read():

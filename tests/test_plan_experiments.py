@@ -23,6 +23,7 @@ ASSUMING = {
     "emf/openuni": "planned with that of experiments/emf/openuni_flow_matching.yaml",
     "shapes/anyflow_on_policy": "",
     "shapes/refined": "",
+    "shapes/refined_matched": "",
 }
 
 

@@ -81,18 +81,18 @@ def write_part(folder: Path, spec: dict[str, Any]) -> None:
     file.write_text(json.dumps(config | {_SPEC: spec}, indent=2) + "\n")
 
 
-def kept(value: Any, folder: Path, name: str) -> Any:
+def kept(value: Any, folder: Path, name: str, encoder: bool = False) -> Any:
     """An argument of a part as its spec in ``folder`` names it: files and folders in it are copied to ``folder/name``.
 
-    Of a whole pipeline's folder only what text encoders read is copied: ``text_encoder*`` and ``tokenizer*``.
+    Of a whole pipeline's folder an ``encoder`` keeps what text encoders read: ``text_encoder*`` and ``tokenizer*``.
     """
     if isinstance(value, dict):
-        return {key: kept(inner, folder, f"{name}/{key}") for key, inner in value.items()}
+        return {key: kept(inner, folder, f"{name}/{key}", encoder) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [kept(inner, folder, f"{name}/{place}") for place, inner in enumerate(value)]
+        return [kept(inner, folder, f"{name}/{place}", encoder) for place, inner in enumerate(value)]
     source = os.path.expanduser(value) if isinstance(value, str) and value else ""
     if os.path.isdir(source):  # unlike pathlib's, it takes texts longer than any path
-        shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=_other_parts)
+        shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=_other_parts if encoder else None)
         return f"{HERE}/{name}"
     if os.path.isfile(source):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from torch import nn
 from emf_lightning.exported_files import HERE, PARTS, found, kept, read_part, write_part
 from emf_lightning.networks.base import WEIGHTS, FlowMapNetwork
 from emf_lightning.part_classes import Spec, builder, takes
+from emf_lightning.text.base import TextEncoder
 from emf_lightning.weight_variants import plain_names, variant_names
 
 _TRAINING_ONLY = ("architecture", "finetuning", "adapter", "subfolder", "gradient_checkpointing", "compile")
@@ -78,7 +79,8 @@ class PipelinePart(ModelMixin):
             return arguments
         if isinstance(self.part, FlowMapNetwork):
             FlowMapNetwork.save_pretrained(self.part, folder)
-        return {name: kept(value, folder, f"{name}.files") for name, value in arguments.items()}
+        encoder = isinstance(self.part, TextEncoder)
+        return {name: kept(value, folder, f"{name}.files", encoder) for name, value in arguments.items()}
 
     @classmethod
     def from_pretrained(

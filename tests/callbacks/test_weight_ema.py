@@ -103,6 +103,7 @@ def test_a_trainer_that_has_trained_evaluates_a_checkpoints_averages(tmp_path, v
     module = tiny.meanflow()
     trainer.fit(module, datamodule=data)
     held.clear()
+    assert trainer.global_step == 4
     getattr(trainer, verb)(module, datamodule=data, ckpt_path=str(tmp_path / "step=4.ckpt"), verbose=False)
     saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
     averages, live = saved["state_dict"], saved["current_model_state"]

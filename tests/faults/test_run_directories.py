@@ -265,3 +265,7 @@ def test_every_argument_of_an_optimiser_or_a_schedule_is_the_configurations():
     assert now.optimizers[0].param_groups[0]["alpha"] == 0.5
     assert now.optimizers[0].param_groups[0]["lr"] == 5e-4
     assert not trained(0.9, 100).resumed_from(earlier)
+    centered = trained(0.9, 100)
+    centered.optimizers[0].param_groups[0]["centered"] = True  # whose state the checkpoint does not have
+    assert not centered.resumed_from(earlier)
+    assert not centered.optimizers[0].param_groups[0]["centered"]

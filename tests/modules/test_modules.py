@@ -197,9 +197,11 @@ def test_unbounded_training_is_refused(tmp_path, net):
         )
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_weights_of_sixteen_bits_are_refused_for_training(tmp_path, net, loader, precision):
-    with pytest.raises(ValueError, match="set bf16-mixed"):
+@pytest.mark.parametrize(
+    ("precision", "said"), [("bf16-true", "set bf16-mixed"), ("16-true", "set bf16-mixed"), ("64-true", "set 32-true")]
+)
+def test_precisions_that_cannot_train_are_refused(tmp_path, net, loader, precision, said):
+    with pytest.raises(ValueError, match=said):
         trainer(tmp_path, precision=precision).fit(FlowMapModule(net, optimization=ADAMW), loader)
 
 

@@ -167,11 +167,11 @@ class Plan:
             if (cache := self._cache(name)) is None:
                 lines.append(row(f"data.{name}", "none", "computed each time"))
                 continue
-            each = EntryFormat(length, width, cache.dtype).on_disk()
-            needed = each * self.samples
+            entry = EntryFormat(length, width, cache.dtype)
+            needed = entry.on_disk() * self.samples
             limit = gigabytes(needed)
             room = "within max_gb" if limit <= cache.max_gb else f"--data.{name}.max_gb {limit:g} holds them"
-            lines.append(row(f"data.{name}", gb(needed), f"{each / 1e6:.3g} MB each in {cache.dtype}; {room}"))
+            lines.append(row(f"data.{name}", gb(needed), f"{entry.largest / 1e6:.3g} MB each in {cache.dtype}; {room}"))
         saved = 4 * self.saved * (1 + self.averages) + 8 * self.trainable
         return [*lines, row("a checkpoint", gb(saved), "with the optimiser; two are kept")]
 

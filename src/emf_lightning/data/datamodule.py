@@ -233,9 +233,9 @@ class CaptionImageData(LightningDataModule):
         )
 
     def _loader(self, sources: Sequence[str | Source], num_workers: int, **options: Any) -> ShardLoader:
-        rank, ranks = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-        )
+        training = not {"held_out", "limit"} & options.keys()
+        shared = training and dist.is_available() and dist.is_initialized()
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         stream = self.stream(
             sources,
             rank=self.trainer.global_rank if self.trainer else rank,
@@ -247,8 +247,7 @@ class CaptionImageData(LightningDataModule):
             latent_cache=self.latent_cache,
             **options,
         )
-        # a loop without a Trainer takes batches as they come
-        own_loop = self.trainer is None and not (stream.held_out or stream.limit)
+        own_loop = training and self.trainer is None
         pinned = torch.cuda.is_available()
         return ShardLoader(stream, num_workers=num_workers, pin_memory=pinned, acknowledges=own_loop)
 

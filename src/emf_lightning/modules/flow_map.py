@@ -302,6 +302,10 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         return []
 
     def on_fit_start(self) -> None:
+        if str(self.trainer.precision).startswith("64"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: latents and features are fp32; set 32-true"
+            )
         if str(self.trainer.precision).endswith("16-true"):
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}: 16-bit weights lose the small updates of fine-tuning; "

@@ -408,7 +408,7 @@ def test_files_that_the_hubs_library_would_leave_out_are_named(
 @pytest.mark.parametrize("argument", ["shards", "validation_shards"])
 def test_files_whose_names_say_no_split_are_all_read(tmp_path: Path, argument: str) -> None:
     for number in range(3):
-        parquet(tmp_path / "set", range(number, number + 1), f"part-{number}")
+        parquet(tmp_path / "set", range(number, number + 1), f"constraints-{number}")
     assert captions(open_sources(str(tmp_path / "set"), argument)) == ONES[:3]
 
 

@@ -30,8 +30,12 @@ GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_mom
 SCHEDULE_SETTINGS = (
     *("T_max", "T_0", "T_mult", "eta_min", "gamma", "step_size", "milestones", "_milestones", "total_steps"),
     *("_schedule_phases", "total_iters", "start_factor", "end_factor", "factor", "power"),
+    *("max_lrs", "total_size", "step_ratio", "_anneal_func_type"),
 )
 """Settings of torch's schedulers beside their class's arguments; the rest of their state is their progress."""
+
+STRUCTURE = ("amsgrad", "centered", "fused", "foreach", "capturable", "differentiable")
+"""Arguments of optimisers on which the form of their state depends: a resumed one keeps them."""
 
 _NO_SETTINGS = ("optimizer", "last_epoch", "_schedulers")
 """Arguments of schedulers that are attributes, too, and are no settings."""
@@ -65,14 +69,16 @@ class ConfiguredSettings:
             kept = CYCLED if getattr(ours, "cycle_momentum", False) else ()
             for group, wanted in zip(optimizer.param_groups, groups, strict=True):
                 for name in {**dict.fromkeys(GROUP_SETTINGS), **_arguments(optimizer)}:
-                    if name in wanted and name in group and name not in (*kept, *GROUP_RATES):
+                    if name in wanted and name in group and name not in (*kept, *GROUP_RATES, *STRUCTURE):
                         changes += _change(name, group[name], wanted[name])
                         group[name] = wanted[name]
             base = "lr" if ours is None else "initial_lr"
             rates = [
                 line
                 for group, wanted in zip(optimizer.param_groups, groups, strict=True)
-                for line in _change("lr", group.get(base), wanted[base])
+                for name in (base, *GROUP_RATES[2:])
+                if name in group and name in wanted
+                for line in _change("lr" if name == base else name, group[name], wanted[name])
             ]
             if ours is not None:
                 rates += _differences(loaded, ours)

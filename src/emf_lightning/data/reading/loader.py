@@ -60,7 +60,8 @@ class ShardLoader:
         stream: the stream of this rank.
         num_workers: reading processes; the stream must have as many lanes (1 for 0).
         pin_memory: puts batches into page-locked memory.
-        acknowledges: takes a batch as trained on once the next one is asked for, for loops without a Trainer.
+        acknowledges: takes a batch as trained on once the next one is asked for, for loops without a Trainer; one that
+            saves its state within a pass calls ``acknowledge`` before.
 
     Attributes:
         skipped: reason -> samples left out by this rank so far.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from emf_lightning.data.reading.parquet_shards import ParquetShard
 from emf_lightning.data.reading.picture_folders import PictureFolders
@@ -47,6 +47,10 @@ class Source(Protocol):
         """
 
 
+_OF_TRAINING = re.compile(r"(^|[-._ 0-9/])train(ing)?([-._ 0-9/]|$)")
+"""A file's path below its folder that names it for training, by the rule of the hub's library."""
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """A data set of the Hugging Face hub, stored as parquet files or tar shards; they are streamed.
@@ -65,16 +69,7 @@ class HubDataset:
 
     def files(self, argument: str) -> list[str]:
         """Files or URLs of the split; raises a ``ValueError`` that starts with ``argument`` if there are none."""
-        from datasets import load_dataset_builder
-
-        try:
-            builder = load_dataset_builder(self.name, self.subset, revision=self.revision)
-        except Exception as error:  # many kinds: hub, files, names of subsets
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{argument}: {self.name!r} matches no file (relative ones start at {Path.cwd()}), and no data set of "
-                f"the hub ({shorten(reason, 200)})"
-            ) from error
+        builder = self._builder(argument)
         splits = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
         wanted = (self.split,) if self.split else ("validation", "test") if "validation" in argument else ("train",)
         split = next((name for name in wanted if name in splits), None)
@@ -92,22 +87,32 @@ class HubDataset:
             )
         return splits[split]
 
+    def _builder(self, argument: str) -> Any:
+        from datasets import load_dataset_builder
+
+        try:
+            return load_dataset_builder(self.name, self.subset, revision=self.revision)
+        except Exception as error:  # many kinds: hub, files, names of subsets
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{argument}: {self.name!r} matches no file (relative ones start at {Path.cwd()}), and no data set of "
+                f"the hub ({shorten(reason, 200)})"
+            ) from error
+
     def _names_no_split(self, files: Sequence[str]) -> bool:
         """Whether a local folder's files are named for no split, so that the hub's library makes them one."""
         folder = Path(self.name).expanduser()
-        return folder.is_dir() and not any("train" in os.path.relpath(file, folder) for file in files)
+        return folder.is_dir() and not any(_OF_TRAINING.search(os.path.relpath(file, folder)) for file in files)
 
     def check_complete(self, files: Sequence[str], argument: str) -> None:
         """Raises a ``ValueError`` where the hub's library leaves out some of ``files``, those of a local folder.
 
         Of a folder in which a name says a split it takes such files alone. A README may say otherwise.
         """
-        from datasets import load_dataset_builder
-
         folder = Path(self.name).expanduser()
         if any("configs:" in file.read_text(errors="replace") for file in folder.glob("README.md")):
             return
-        taken = load_dataset_builder(str(folder)).config.data_files or {}
+        taken = self._builder(argument).config.data_files or {}
         named = {os.path.realpath(file) for found in taken.values() for file in found}
         if left_out := [file for file in files if os.path.realpath(file) not in named]:
             raise ValueError(
