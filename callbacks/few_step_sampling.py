@@ -265,7 +265,7 @@ class FewStepSampling(Callback):
         here = [record for history in histories for record in history.records]
         known = [record for record in here if not fitting or record.step <= trainer.global_step]
         keys = {record.key for record in known}
-        elsewhere = [*self._of_resumed_run(trainer), *self.history.records]
+        elsewhere = sorted([*self._of_resumed_run(trainer), *self.history.records], key=lambda record: record.step)
         self.history = ScoreHistory([*(record for record in elsewhere if record.key not in keys), *known])
         # the scores of the step that a checkpoint was saved at are there, unless they are about to be repeated
         first = trainer.global_step + (0 < trainer.global_step < self._planned) if fitting else None

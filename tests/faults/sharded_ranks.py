@@ -113,7 +113,7 @@ def killed(point: int, rank: int, out: Path) -> None:
 
     def look(event: str, arguments: tuple[object, ...]) -> None:
         name = str(arguments[0]) if event in ("os.rename", "shutil.rmtree") else ""
-        if str(out / "run") not in name:
+        if str(out / "run") not in name or name.endswith(".metadata.tmp"):  # that torch renames, inside the folder
             return
         renames.append(event)
         there = point == 0 and event == "shutil.rmtree" and name.endswith(".old.ckpt")

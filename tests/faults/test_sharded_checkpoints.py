@@ -55,12 +55,12 @@ def check_kill(out: Path, point: int) -> None:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ranks(tmp_path_factory.mktemp("few"), "few", 8)
+    return ranks(tmp_path_factory.mktemp("few"), "few", 9)
 
 
 def test_damage_and_a_kill_between_the_two_renames_lose_nothing(few):
     check_damage(few)
-    check_kill(few, 8)
+    check_kill(few, 9)
 
 
 def test_all_ranks_refuse_to_save_what_is_not_finite_on_one(few):

@@ -108,6 +108,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "emf report runs/shapes/demo/version_0 --out runs/report",
         "emf report runs/shapes/demo/version_0 runs/shapes/emf/version_0",
     ),
+    "new": ("emf new mine", "emf new mine --experiment emf/blip3o_next"),
     "schema": ("emf schema --out emf.schema.json", "emf schema encoders --out encoders.schema.json"),
     "completion": ("emf completion bash", "emf completion zsh"),
 }
