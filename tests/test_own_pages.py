@@ -128,7 +128,7 @@ def test_an_export_that_would_load_other_weights_is_refused(folder: Path, capsys
     with pytest.raises(SystemExit):
         main(["export", "--run", "runs/my_network/version_0", "--out", "exported", "--trust_remote_code"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "exported was written, but loads with other weights (layers.0.weight, ...)" in said
+    assert "the written pipeline loads with other weights (layers.0.weight, ...)" in said
     assert "Forgetful.save_pretrained must write what its argument `pretrained` reads" in said
 
 

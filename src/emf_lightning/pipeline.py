@@ -166,7 +166,7 @@ class EMFPipeline(DiffusionPipeline):
             loaded = type(self).from_pretrained(folder, trust_remote_code=trusted()).transformer.part.state_dict()
         except Exception as error:  # of classes of the user's own
             reason = shorten(str(error) or type(error).__name__, 300)
-            raise ValueError(f"{folder} was written, but cannot be loaded ({reason}); see FlowMapNetwork") from error
+            raise ValueError(f"the written pipeline cannot be loaded ({reason}); see FlowMapNetwork") from error
         own = self.transformer.part.state_dict()
         differing = [
             n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].cpu().float())
@@ -174,8 +174,8 @@ class EMFPipeline(DiffusionPipeline):
         if differing:
             name = type(self.transformer.part).__name__
             raise ValueError(
-                f"{folder} was written, but loads with other weights ({differing[0]}, ...): {name}.save_pretrained "
-                "must write what its argument `pretrained` reads; see FlowMapNetwork"
+                f"the written pipeline loads with other weights ({differing[0]}, ...): {name}.save_pretrained must "
+                "write what its argument `pretrained` reads; see FlowMapNetwork"
             )
 
     @property
