@@ -14,7 +14,9 @@ nbformat = pytest.importorskip("nbformat")
 
 THREADS = "2"
 """The test session's single thread would double the minutes."""
-SCORES = "import json; print(json.dumps([{n: s.overall for n, s in run[2].items()} for run in (before, after)]))"
+SCORES = (
+    "import json; print(json.dumps([{n: s['shapes'].score for n, s in run[2].items()} for run in (before, after)]))"
+)
 
 
 def outputs(notebook) -> Iterator[dict]:

@@ -17,6 +17,9 @@ from emf_lightning.cli import main
 from tests.cli.world import BASE
 from tests.forked import Forked, emf
 
+HERE = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+"""Lets processes of their own find the callbacks of this file."""
+
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 STEPS = 400
 EXPERIMENT = (
@@ -61,7 +64,7 @@ def started(*options: str, launcher: tuple[str, ...] = ("-m", "emf_lightning"), 
     command = [sys.executable, *launcher, "fit", "--config", "run.yaml", *options]
     with Path("out.txt").open("a") as output:
         return subprocess.Popen(
-            command, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
+            command, env=os.environ | HERE | environment, stdout=output, stderr=output, start_new_session=True
         )
 
 

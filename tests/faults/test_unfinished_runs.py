@@ -22,6 +22,13 @@ from emf_lightning.evaluation.score_history import ScoreHistory
 from tests.cli.world import BASE
 from tests.test_compare import EXPERIMENT
 
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Lets the trainings of a comparison, processes of their own, find the callbacks of this file."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+
+
 DIES, LINGERS = (f"tests.faults.test_unfinished_runs.{name}" for name in ("Dies", "Lingers"))
 SUITE = "{class_path: ShapesSuite, init_args: {per_task: 2, scenes_per_task: 2}}"
 AT_THE_END = f"""init_args: {{save_last: true}}
