@@ -163,10 +163,11 @@ class FewStepSampling(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step, before = trainer.global_step, self._last_step  # constant while gradients accumulate
-        crossed = step // self.every_n_steps > before // self.every_n_steps
+        due = step // self.every_n_steps > before // self.every_n_steps
         self._last_step = step
-        # on_train_end evaluates the last step, after a checkpoint that monitors a score has been saved
-        if (step > before and _monitored(trainer)) if step == self._planned else crossed:
+        if step == self._planned:  # on_train_end evaluates it, after a checkpoint that monitors a score has been saved
+            due = step > before and _monitored(trainer)
+        if due:
             self._evaluate(trainer, pl_module, "fit")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,13 +275,10 @@ class FewStepSampling(Callback):
             reference, title = self.reference.of(benchmark.name).latest(), "/".join(run.parts[-3:])
             board = ScoreBoard(run / benchmark.name, benchmark, reference, self.reference_name, log, title)
             self._boards[benchmark.name] = board
+            if fitting:  # a checkpoint may be due before the next evaluation
+                _offer(trainer, self.history.of(benchmark.name).latest())
             if fitting and trainer.is_global_zero:
                 board.go_on(self.history.of(benchmark.name).records, ScoreHistory(known).of(benchmark.name).records)
-        if fitting:  # a checkpoint may be due before the next evaluation
-            _offer(
-                trainer,
-                [record for benchmark in self.benchmarks for record in self.history.of(benchmark.name).latest()],
-            )
         self.seconds += time.perf_counter() - began
 
     def _of_resumed_run(self, trainer: Trainer) -> list[ScoreRecord]:

@@ -91,7 +91,7 @@ def _pair(row: ReportRow) -> tuple[str, str]:
 
 
 def _state(name: str, found: Report, trained: int) -> dict[str, str]:
-    """What a reader must know of a run's `emf test`: that it is not complete, or of a step before the last one."""
+    """A remark on a run's `emf test` that is not complete, or of a step before the training's last scores."""
     step = max(row.step for row in found.rows)
     parts = [f"{found.about['so far']} so far"] if "so far" in found.about else []
     parts += [f"step {step:,}, before the training's last scores at step {trained:,}"] if trained > step else []

@@ -234,12 +234,15 @@ class CaptionImageData(LightningDataModule):
 
     def _loader(self, sources: Sequence[str | Source], num_workers: int, **options: Any) -> ShardLoader:
         training = not {"held_out", "limit"} & options.keys()
-        shared = training and dist.is_available() and dist.is_initialized()
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        rank, ranks = 0, 1
+        if self.trainer:
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        elif training and dist.is_available() and dist.is_initialized():
+            rank, ranks = dist.get_rank(), dist.get_world_size()
         stream = self.stream(
             sources,
-            rank=self.trainer.global_rank if self.trainer else rank,
-            ranks=self.trainer.world_size if self.trainer else ranks,
+            rank=rank,
+            ranks=ranks,
             lanes=max(num_workers, 1),
             seed=self.seed,
             images=self.images,

@@ -24,7 +24,10 @@ Optimisers keep state of their own in groups, too, which is no argument.
 CYCLED = ("momentum", "betas")
 """Those of them that a scheduler with ``cycle_momentum`` changes."""
 
-GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+RATE_BOUNDS = ("max_lr", "min_lr", "max_momentum", "base_momentum")
+"""Bounds in a group between which schedulers move."""
+
+GROUP_RATES = ("lr", "initial_lr", *RATE_BOUNDS)
 """Numbers in a group from which schedulers start."""
 
 SCHEDULE_SETTINGS = (
@@ -76,7 +79,7 @@ class ConfiguredSettings:
             rates = [
                 line
                 for group, wanted in zip(optimizer.param_groups, groups, strict=True)
-                for name in (base, *GROUP_RATES[2:])
+                for name in (base, *RATE_BOUNDS)
                 if name in group and name in wanted
                 for line in _change("lr" if name == base else name, group[name], wanted[name])
             ]

@@ -56,7 +56,7 @@ def check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
 
 
 _UNWRITTEN = "Unable to serialize instance"
-"""How jsonargparse writes an argument's default that it cannot write."""
+"""The beginning of jsonargparse's text in place of a default that it cannot write."""
 
 
 def check_val_interval(trainer: Namespace) -> None:

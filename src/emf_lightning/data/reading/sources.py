@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from emf_lightning.data.reading.parquet_shards import ParquetShard
 from emf_lightning.data.reading.picture_folders import PictureFolders
@@ -67,10 +67,24 @@ class HubDataset:
     subset: str | None = None
     revision: str | None = None
 
-    def files(self, argument: str) -> list[str]:
-        """Files or URLs of the split; raises a ``ValueError`` that starts with ``argument`` if there are none."""
-        builder = self._builder(argument)
+    def files(self, argument: str, among: Sequence[str] | None = None) -> list[str]:
+        """Files or URLs of the split; raises a ``ValueError`` that starts with ``argument`` if there are none.
+
+        ``among`` are all parquet files of a local folder: none of them may be left out of all splits.
+        """
+        from datasets import load_dataset_builder
+
+        try:
+            builder = load_dataset_builder(self.name, self.subset, revision=self.revision)
+        except Exception as error:  # many kinds: hub, files, names of subsets
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{argument}: {self.name!r} matches no file (relative ones start at {Path.cwd()}), and no data set of "
+                f"the hub ({shorten(reason, 200)})"
+            ) from error
         splits = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+        if among is not None:
+            self._check_complete(splits, among, argument)
         wanted = (self.split,) if self.split else ("validation", "test") if "validation" in argument else ("train",)
         split = next((name for name in wanted if name in splits), None)
         if split is None and not self.split and splits.keys() == {"train"} and self._names_no_split(splits["train"]):
@@ -87,24 +101,12 @@ class HubDataset:
             )
         return splits[split]
 
-    def _builder(self, argument: str) -> Any:
-        from datasets import load_dataset_builder
-
-        try:
-            return load_dataset_builder(self.name, self.subset, revision=self.revision)
-        except Exception as error:  # many kinds: hub, files, names of subsets
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{argument}: {self.name!r} matches no file (relative ones start at {Path.cwd()}), and no data set of "
-                f"the hub ({shorten(reason, 200)})"
-            ) from error
-
     def _names_no_split(self, files: Sequence[str]) -> bool:
         """Whether a local folder's files are named for no split, so that the hub's library makes them one."""
         folder = Path(self.name).expanduser()
         return folder.is_dir() and not any(_OF_TRAINING.search(os.path.relpath(file, folder)) for file in files)
 
-    def check_complete(self, files: Sequence[str], argument: str) -> None:
+    def _check_complete(self, splits: Mapping[str, Sequence[str]], files: Sequence[str], argument: str) -> None:
         """Raises a ``ValueError`` where the hub's library leaves out some of ``files``, those of a local folder.
 
         Of a folder in which a name says a split it takes such files alone. A README may say otherwise.
@@ -112,8 +114,7 @@ class HubDataset:
         folder = Path(self.name).expanduser()
         if any("configs:" in file.read_text(errors="replace") for file in folder.glob("README.md")):
             return
-        taken = self._builder(argument).config.data_files or {}
-        named = {os.path.realpath(file) for found in taken.values() for file in found}
+        named = {os.path.realpath(file) for found in splits.values() for file in found}
         if left_out := [file for file in files if os.path.realpath(file) not in named]:
             raise ValueError(
                 f"{argument}: of the {len(files)} parquet files in {self.name!r} {len(left_out)} belong to no split by "
@@ -171,9 +172,7 @@ def open_sources(
                 raise ValueError(f"{argument}: {folder!r} holds no pictures, tar shards or parquet files")
             # the names of parquet files tell splits apart
             parquet = bool(others) and all(name.endswith(PARQUET) for name in others)
-            if parquet:
-                HubDataset(folder).check_complete(others, argument)
-            files += HubDataset(folder).files(argument) if parquet else others
+            files += HubDataset(folder).files(argument, others) if parquet else others
         if len(pictures) and not pictures.captioned and not captioned:
             raise ValueError(
                 f"{argument}: {folders[0]!r} holds {pictures.pictures:,} pictures and no captions; put a.txt "
