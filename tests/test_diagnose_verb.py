@@ -13,7 +13,7 @@ from PIL import Image
 from emf_lightning import load_run
 from emf_lightning.cli import main
 from emf_lightning.cli.diagnose import images_of
-from emf_lightning.cli.play import run_model
+from emf_lightning.cli.played_run import run_model
 from emf_lightning.data.geneval_prompts import TASKS
 from emf_lightning.evaluation.shapes.diagnosis.failures import CORRECT, KINDS
 from emf_lightning.evaluation.shapes.suite import ShapesSuite

@@ -20,7 +20,7 @@ from PIL import Image
 
 from emf_lightning import EMFPipeline, load_run
 from emf_lightning.cli import main
-from emf_lightning.cli.play import example_prompts, run_model
+from emf_lightning.cli.played_run import example_prompts, run_model
 from emf_lightning.digests import write_digests
 from emf_lightning.play import PROMPTS, Drawn, PlayedModel, draw, exported_model
 from tests.cli.world import BASE

@@ -1,11 +1,14 @@
 """What a verb imports before it does anything."""
 
+import gc
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
+from emf_lightning.cli.parsing import without_collection
 from emf_lightning.evaluation.metric_scores import MetricScores
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.evaluation.score_history import ScoreHistory, ScoreRecord
@@ -32,6 +35,8 @@ NEEDED = {
     "plan": set(),
     "export": set(),
     "cache": set(),
+    "compare": set(),
+    "play": set(),
     "scores": {"matplotlib"},
     "encoders": {"torch"},  # an encoder is a torch module, and the help lists those that there are
 }
@@ -61,7 +66,7 @@ def told(tmp_path_factory) -> Told:
     return found
 
 
-@pytest.mark.parametrize("verb", ["report", "plan", "export", "cache", "encoders"])
+@pytest.mark.parametrize("verb", ["report", "plan", "export", "cache", "compare", "play", "encoders"])
 def test_the_help_of_a_verb_loads_no_library_that_it_does_not_need(told, verb):
     status, text, modules = told[verb]
     assert status == 0
@@ -86,3 +91,24 @@ def test_the_help_of_encoders_knows_every_corpus(told):
     text = "".join(told["encoders"][1].split())
     for name in ("pair_corpus.CocoPairs", "own_pairs.OwnPairs"):
         assert f"emf_lightning.evaluation.encoders.{name}" in text
+
+
+def test_imports_are_not_searched_for_garbage_and_what_they_leave_is_not_either(monkeypatch):
+    kept: list[str] = []
+    monkeypatch.setattr(gc, "freeze", lambda: kept.append("frozen"))
+    with without_collection():
+        with without_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert not kept  # nothing was imported: what is there may be garbage
+    with without_collection():
+        monkeypatch.setitem(sys.modules, "imported", ModuleType("imported"))
+    assert kept == ["frozen"]
+
+
+def test_a_program_that_has_loaded_triton_ends_in_silence(tmp_path):
+    program = "import sys; from emf_lightning.cli import main; main(['score', '--help'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "usage: emf score" in done.stdout
+    assert done.stderr == ""

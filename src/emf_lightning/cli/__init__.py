@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
+from emf_lightning.cli.parsing import without_collection
 from emf_lightning.cli.verbs import EXPERIMENT_VERBS, FUNCTION_VERBS, TRAINER_VERBS
 
 _HELP = """\
@@ -102,18 +103,24 @@ def _call(verb: str, arguments: list[str]) -> None:
         from emf_lightning.cli.trainings import end_with_parent
 
         end_with_parent()  # before the slow imports
-        from emf_lightning.cli.parsing.emf_cli import EMFCLI
-        from emf_lightning.cli.parsing.nested_help import with_classes
+        with without_collection():
+            from emf_lightning.cli.parsing.emf_cli import EMFCLI
+            from emf_lightning.cli.parsing.nested_help import with_classes
 
         EMFCLI.run(with_classes(arguments))
     elif verb in EXPERIMENT_VERBS:
-        getattr(import_module(f"emf_lightning.cli.{verb}"), verb)(arguments[1:])
+        _function(verb)(arguments[1:])
     elif verb in FUNCTION_VERBS:
         from emf_lightning.cli.parsing.function_verb import call
 
-        call(getattr(import_module(f"emf_lightning.cli.{verb}"), verb), arguments)
+        call(_function(verb), arguments)
     else:
         verbs = (*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS)
         near = get_close_matches(verb, verbs, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no such verb; {hint}the verbs are {', '.join(verbs)}")
+
+
+def _function(verb: str) -> Callable[..., None]:
+    with without_collection():
+        return getattr(import_module(f"emf_lightning.cli.{verb}"), verb)

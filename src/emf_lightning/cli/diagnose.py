@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from emf_lightning.cli.play import run_model
+from emf_lightning.cli.played_run import run_model
 from emf_lightning.cli.runs import checkpoint_of, find_run
 from emf_lightning.cli.trainings import check_seeds
 from emf_lightning.data.shapes.world import WORLDS

@@ -44,7 +44,7 @@ def export(
     from emf_lightning.cli.load_run import build_run  # here: the help needs none of them
     from emf_lightning.cli.model_card import model_card
     from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
-    from emf_lightning.cli.play import example_prompts
+    from emf_lightning.cli.played_run import example_prompts
     from emf_lightning.cli.runs import checkpoint_of, find_run
     from emf_lightning.exported_files import INDEX
     from emf_lightning.hub import check_pushing, pushed

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pkgutil import walk_packages
 
 
 def import_classes(*packages: str) -> None:
     """Imports all modules of ``packages``: the parser resolves short names of imported classes only."""
-    for package in packages:
-        path = import_module(f"emf_lightning.{package}").__path__
-        for module in walk_packages(path, f"emf_lightning.{package}."):
-            import_module(module.name)
+    with without_collection():
+        for package in packages:
+            path = import_module(f"emf_lightning.{package}").__path__
+            for module in walk_packages(path, f"emf_lightning.{package}."):
+                import_module(module.name)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A context for imports: no collection walks what they create, neither now nor later; all of it stays."""
+    enabled, modules = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            if len(sys.modules) > modules:  # a second call in one process would keep what the first has left
+                gc.freeze()
+                atexit.register(gc.unfreeze)  # else triton reports at the end what Python has not freed
+            gc.enable()

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -26,7 +27,7 @@ from emf_lightning.cli.parsing.experiment_loggers import complete_loggers
 from emf_lightning.cli.parsing.nested_help import Help
 from emf_lightning.cli.parsing.own_state import OwnStateOnly
 from emf_lightning.cli.parsing.parser_errors import class_of
-from emf_lightning.cli.parsing.run_log import RunLog, prepare_logging
+from emf_lightning.cli.parsing.run_log import AS_PARSED, RunLog, prepare_logging
 from emf_lightning.cli.parsing.setting_checks import (
     check_defaults,
     check_devices,
@@ -160,7 +161,10 @@ class EMFCLI(LightningCLI):
 
     def _dump_config(self) -> None:
         """Gives a network without arguments of its own a place for its linked ones, which Lightning records there."""
-        super()._dump_config()
+        if hasattr(self, "config_dump"):
+            return
+        text = self.parser.dump(self.config, skip_link_targets=False, **AS_PARSED)
+        self.config_dump = yaml.safe_load(text)[self.config.subcommand]
         net = self.config_dump.get("model", {}).get("init_args", {}).get("net")
         if isinstance(net, dict) and "class_path" in net:
             net.setdefault("init_args", {})

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from emf_lightning.callbacks.loggers.run_directory import UNNAMED
 from emf_lightning.cli.parsing.experiment_files import read_yaml
 
 
@@ -17,6 +16,8 @@ def experiment_name(trainer: Namespace) -> str | None:
 
     None where neither is set.
     """
+    from emf_lightning.callbacks.loggers.run_directory import UNNAMED  # here: it loads Lightning
+
     for logger in _loggers(trainer):
         if (name := logger.get("init_args.name")) and name != UNNAMED:
             return str(name)

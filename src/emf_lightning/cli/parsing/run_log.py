@@ -23,6 +23,9 @@ from emf_lightning.cli.runs import CONFIG
 
 log = logging.getLogger("lightning.pytorch")
 
+AS_PARSED = {"skip_unset": False, "skip_validation": True}
+"""How a parsed configuration is written: whole, and not checked again, which takes as long as parsing it."""
+
 
 class RunLog(SaveConfigCallback):
     """Writes ``config.yaml`` and hands the configuration to all loggers; a resumed run's files go on.
@@ -43,8 +46,8 @@ class RunLog(SaveConfigCallback):
         self.already_saved = True
         directory.mkdir(parents=True, exist_ok=True)
         if stage == "fit" or not (directory / CONFIG).is_file():
-            self.parser.save(self.config, directory / CONFIG, skip_none=False, overwrite=True)
-        settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            self.parser.save(self.config, directory / CONFIG, overwrite=True, **AS_PARSED)
+        settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, **AS_PARSED))
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 _write_rows(logger, self._earlier)
