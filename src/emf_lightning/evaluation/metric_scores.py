@@ -12,7 +12,7 @@ from emf_lightning.evaluation.geneval.task_scores import SHARE, TaskScores
 if TYPE_CHECKING:
     from emf_lightning.evaluation.image_metric import ImageMetric
 
-SUMMARY = ("score", "strict", "se", "spread", "seen", "held_out", "images", "width", "height")
+SUMMARY = ("score", "strict", "se", "spread", "seen", "held_out", "held_out_se", "images", "width", "height")
 """Names of ``compute`` that are no part of a benchmark, as its tasks, styles or categories are."""
 
 

@@ -70,7 +70,7 @@ def test_the_metric_starts_anew_after_a_reset():
 def test_computed_values_are_tensors_by_tag():
     metric = counted(evaluated(0.7))
     values = metric.compute()
-    assert set(values) == {*TASKS, "score", "strict", "se", "seen", "held_out"}
+    assert set(values) == {*TASKS, "score", "strict", "se", "seen", "held_out", "held_out_se"}
     assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values.values())
     values["overall"] = values.pop("score")
     assert {name: value.item() for name, value in values.items()} == pytest.approx(

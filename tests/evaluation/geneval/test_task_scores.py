@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -67,6 +68,32 @@ def test_seen_and_held_out_compositions_are_told_apart():
     assert set(scores.held_out.values()) == {0.0}
     assert set(scores.seen.values()) == {1.0}
     assert scores.values()["held_out"] == 0.0
+
+
+def test_the_error_of_held_out_compositions_is_that_of_their_few_images():
+    def error(per_prompt: int) -> float:
+        draws = [TaskScores.of(evaluated(0.7, per_prompt, seed)) for seed in range(100)]
+        spread = np.std([found.values()["held_out"] for found in draws])
+        mean = float(np.mean([found.held_out_error for found in draws]))
+        assert mean == pytest.approx(spread, rel=0.2)
+        return mean
+
+    assert error(20) < error(5) / 1.7
+
+
+def test_a_share_of_all_or_none_of_few_images_is_not_certain():
+    certain = TaskScores.of((prompt, WRONG if prompt.held_out else RIGHT) for prompt in PROMPTS)
+    counts = [sum(prompt.held_out for prompt in PROMPTS if prompt.tag == tag) + 4 for tag in certain.held_out]
+    expected = math.sqrt(sum(2 / n * (1 - 2 / n) / n for n in counts)) / len(counts)
+    assert certain.held_out_error == pytest.approx(expected)
+    assert math.isnan(TaskScores.of((p, RIGHT) for p in PROMPTS if not p.held_out).held_out_error)
+
+
+def test_a_row_of_an_earlier_version_has_no_error_of_held_out_compositions():
+    row = asdict(TaskScores.of((prompt, RIGHT) for prompt in PROMPTS))
+    assert TaskScores.from_row(row).held_out_error > 0
+    del row["held_out_error"]
+    assert math.isnan(TaskScores.from_row(row).held_out_error)
 
 
 def test_the_standard_error_is_that_of_prompts_not_of_images():

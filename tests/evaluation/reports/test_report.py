@@ -75,11 +75,11 @@ def test_models_of_which_only_the_mean_is_published_stand_there_without_tasks():
 def test_ceiling_chance_and_what_training_does_not_show_stand_beside_the_scores():
     shares = dict.fromkeys(TASKS, 0.25)
     levels = {"shapes": {"ceiling": {**shares, "score": 0.998}, "chance": {**shares, "score": 0.031, "held_out": 0.02}}}
-    scores = {**row().scores, "seen": 0.71, "held_out": 0.33}
+    scores = {**row().scores, "seen": 0.71, "held_out": 0.33, "held_out_se": 0.04}
     report = Report((row("shapes", scores=scores),), levels=levels)
     table = section(report, "shapes world")
 
-    assert cells(table, "mine", 4)["held out"] == "0.330"
+    assert cells(table, "mine", 4)["held out"] == "0.330 ± 0.040"
     chance = cells(table, "chance: of another prompt of its task", "")
     assert (chance["overall"], chance["held out"], chance["seen"]) == ("**0.031**", "0.020", "")
     heights = [line.get_ydata()[0] for line in steps_figure(report).axes[0].lines if len(set(line.get_ydata())) == 1]

@@ -13,6 +13,7 @@ def test_the_table_has_a_row_a_score_and_a_column_a_task():
     assert "attribution" in head
     assert last.startswith("| 4 steps | 1.000 |")
     assert "**1.000** ± 0.000" in last
+    assert last.endswith(f"| 1.000 ± {scores(1.0)['shapes'].values['held_out_se']:.3f} |")
 
 
 def test_each_metric_has_a_column_with_its_direction_and_none_says_overall():

@@ -37,6 +37,9 @@ class TaskScores:
         standard_error: of ``overall``, by bootstrap over prompts; NaN where a task has one prompt.
         seen: task -> share correct among compositions that the training images show; tasks with held-out ones only.
         held_out: task -> share correct among held-out compositions; the same tasks.
+        held_out_error: standard error of the mean of ``held_out`` over images, of which there may be few: those of a
+            binomial share with two more right and two more wrong ones (Agresti and Coull), for none is certain that is
+            right ten times of ten. NaN without held-out compositions.
     """
 
     correct: dict[str, float]
@@ -45,6 +48,7 @@ class TaskScores:
     standard_error: float
     seen: dict[str, float]
     held_out: dict[str, float]
+    held_out_error: float = float("nan")
 
     @property
     def overall(self) -> float:
@@ -57,10 +61,10 @@ class TaskScores:
         return _mean(self.strict)
 
     def values(self) -> dict[str, float]:
-        """All numbers by their names in tags: the tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out``."""
+        """All numbers by their names in tags: tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out`` and its error."""
         numbers = {**self.correct, "overall": self.overall, "strict": self.overall_strict, "se": self.standard_error}
         if self.held_out:
-            numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out)}
+            numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out), "held_out_se": self.held_out_error}
         return numbers
 
     def numbers(self) -> dict[str, float]:
@@ -71,12 +75,16 @@ class TaskScores:
     def from_row(cls, row: Mapping[str, Any]) -> TaskScores:
         """Inverts ``dataclasses.asdict``; null is NaN."""
         images = {task: int(count) for task, count in row["images"].items()}
-        error = row["standard_error"]
         shares = {
             name: {task: float(share) for task, share in row[name].items()}
             for name in ("correct", "strict", "seen", "held_out")
         }
-        return cls(images=images, standard_error=float("nan") if error is None else float(error), **shares)
+        errors = {name: row.get(name) for name in ("standard_error", "held_out_error")}  # earlier rows have the first
+        return cls(
+            images=images,
+            **shares,
+            **{name: float("nan") if error is None else float(error) for name, error in errors.items()},
+        )
 
     @classmethod
     def of(cls, evaluated: Iterable[tuple[Prompt, Verdict]]) -> TaskScores:
@@ -116,7 +124,14 @@ class TaskScores:
             standard_error=float(np.mean(resampled, axis=0).std(ddof=1)) if varies else float("nan"),
             seen=shares(correct, ~unseen, split),
             held_out=shares(correct, unseen, split),
+            held_out_error=_error([(correct[tasks[n] & unseen].sum(), images[tasks[n] & unseen].sum()) for n in split]),
         )
+
+
+def _error(counts: Sequence[tuple[float, float]]) -> float:
+    """Standard error of the mean of shares, each given as its right images and all of its images."""
+    shares = [((right + 2) / (images + 4), images + 4) for right, images in counts]
+    return sum(p * (1 - p) / n for p, n in shares) ** 0.5 / len(shares) if shares else float("nan")
 
 
 def _mean(shares: Mapping[str, float]) -> float:

@@ -175,7 +175,9 @@ def tasks_table(rows: Sequence[ReportRow], levels: Mapping[str, Mapping[str, flo
 
 def _shares(scores: Mapping[str, float], tasks: Sequence[str], split: Sequence[str], overall: str) -> dict[str, str]:
     cells = {HEADINGS[task]: _number(scores.get(task)) for task in tasks}
-    cells |= {SPLIT[name]: _number(scores.get(name)) for name in split}
+    cells |= {
+        SPLIT[name]: " ± ".join(filter(None, map(_number, map(scores.get, (name, f"{name}_se"))))) for name in split
+    }
     return cells | {overall: f"**{scores['score']:.3f}**", "± se": _number(scores.get("se"))}
 
 

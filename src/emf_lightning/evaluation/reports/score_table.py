@@ -26,8 +26,13 @@ def score_table(rows: Mapping[str, Scores]) -> str:
             *further.values(),
         ]
         for name, found in of_rows.items():
-            cells[name] += [*map(found.text, parts), _main(found), *map(found.text, further)]
+            cells[name] += [*map(found.text, parts), _main(found), *(_further(found, part) for part in further)]
     return markdown_table(head, list(cells.values()))
+
+
+def _further(found: MetricScores, name: str) -> str:
+    error = found.text(f"{name}_se")
+    return f"{found.text(name)} ± {error}" if error else found.text(name)
 
 
 def _main(found: MetricScores) -> str:
