@@ -61,7 +61,7 @@ class TaskScores:
         return _mean(self.strict)
 
     def values(self) -> dict[str, float]:
-        """All numbers by their names in tags: tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out`` and its error."""
+        """All numbers by their names in tags: tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out[_se]``."""
         numbers = {**self.correct, "overall": self.overall, "strict": self.overall_strict, "se": self.standard_error}
         if self.held_out:
             numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out), "held_out_se": self.held_out_error}
@@ -79,11 +79,12 @@ class TaskScores:
             name: {task: float(share) for task, share in row[name].items()}
             for name in ("correct", "strict", "seen", "held_out")
         }
-        errors = {name: row.get(name) for name in ("standard_error", "held_out_error")}  # earlier rows have the first
+        error, unseen = row["standard_error"], row.get("held_out_error")  # which rows of earlier versions lack
         return cls(
             images=images,
+            standard_error=float("nan") if error is None else float(error),
+            held_out_error=float("nan") if unseen is None else float(unseen),
             **shares,
-            **{name: float("nan") if error is None else float(error) for name, error in errors.items()},
         )
 
     @classmethod
@@ -131,7 +132,7 @@ class TaskScores:
 def _error(counts: Sequence[tuple[float, float]]) -> float:
     """Standard error of the mean of shares, each given as its right images and all of its images."""
     shares = [((right + 2) / (images + 4), images + 4) for right, images in counts]
-    return sum(p * (1 - p) / n for p, n in shares) ** 0.5 / len(shares) if shares else float("nan")
+    return float(np.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)) if shares else float("nan")
 
 
 def _mean(shares: Mapping[str, float]) -> float:
