@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from emf_lightning.cli import main
+
 LOCKED = re.compile(r"[a-z0-9][a-z0-9-]*==[\w.+!]+( ; [\w\s.*'<>=!()]+)?( --hash=sha256:[0-9a-f]{64})+")
 
 
@@ -86,6 +88,20 @@ def test_make_help_lists_every_verb(root: Path) -> None:
     verbs = phony[1].partition("$")[0].split()
     assert len(verbs) > 10
     assert [verb for verb in verbs if f"make {verb} " not in out] == []
+
+
+def test_the_shards_of_one_target_do_not_stand_in_the_way_of_another(root: Path, tmp_path: Path, monkeypatch) -> None:
+    makefile = (root / "Makefile").read_text()
+    written = [line.split() for line in re.findall(r"\(BIN\)/emf (shards .*)", makefile)]
+    assert len(written) == 3  # training, validation, the parent's
+
+    monkeypatch.chdir(tmp_path)
+    for arguments in written:
+        count = arguments.index("--count") + 1
+        main([*arguments[:count], str(int(arguments[count]) // 1000), *arguments[count + 1 :]])
+
+    read = re.findall(r"--data.shards (data/\S+)", makefile)
+    assert read and all((tmp_path / folder / "manifest.json").is_file() for folder in read)
 
 
 @pytest.mark.parametrize("command", [None, "apptainer exec --nv emf.sif emf"])

@@ -105,10 +105,3 @@ def test_imports_are_not_searched_for_garbage_and_what_they_leave_is_not_either(
     with without_collection():
         monkeypatch.setitem(sys.modules, "imported", ModuleType("imported"))
     assert kept == ["frozen"]
-
-
-def test_a_program_that_has_loaded_triton_ends_in_silence(tmp_path):
-    program = "import sys; from emf_lightning.cli import main; main(['score', '--help'])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "usage: emf score" in done.stdout
-    assert done.stderr == ""

@@ -301,6 +301,7 @@ def own(world: Path, tmp_path: Path) -> Path:
 def test_a_class_of_the_current_folder_is_trained_and_other_verbs_ask_for_trust(own) -> None:
     done = emf(own, "fit", "run.yaml", "--trainer.max_steps", "1")
     assert done.returncode == 0, done.stderr[-600:]
+    assert "leaked" not in done.stderr  # triton's words on what Python has not freed at the end
     assert (own / "ran").is_file()
     (own / "ran").unlink()
     predict = ["predict", "--run", "runs/tiny", "--prompt", "a circle", "--steps", "1"]
