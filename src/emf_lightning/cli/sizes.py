@@ -121,7 +121,6 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
     with torch.device("meta"):
         z, t = torch.empty(1, *shape), torch.empty(1)
         context, mask = torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)
-    flops = _flops(lambda: net(z, t, t, context, mask))
     weights = {p.untyped_storage()._cdata for p in net.parameters()}
     kept: dict[int, Tensor] = {}
     inputs: list[int] = []
@@ -135,13 +134,13 @@ def network_cost(net: FlowMapNetwork, shape: tuple[int, ...], length: int, width
         inputs.append(next(a for a in (*arguments, *named.values()) if isinstance(a, Tensor)).nbytes)
 
     hooks = [block.register_forward_pre_hook(entered, with_kwargs=True) for block in net.blocks]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda tensor: tensor):
         net(z, t, t, context, mask)
     activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     for hook in hooks:
         hook.remove()
     of_blocks = sum(inputs) + activations // len(inputs) if inputs else activations
-    return NetworkCost(flops, activations, of_blocks)
+    return NetworkCost(int(counter.get_total_flops()), activations, of_blocks)
 
 
 def encoding_flops(autoencoder: Autoencoder, resolution: int) -> int:
