@@ -59,7 +59,7 @@ $(SHARDS): | $(READY)
 	$(BIN)/emf shards --world small --count 1000 --seed 1 --out data/shapes/small/validation
 	@touch $@
 
-parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts, into experiments/shapes/parent (40 minutes on 2 idle cores)
+parent: $(READY) $(SHARDS) ## train the flow-matching model that MeanFlow adapts, into experiments/shapes/parent (40 minutes on 2 cores)
 	$(BIN)/emf shards --world small --count 200000 --seed 0 --out data/shapes/small/train_200000
 	$(BIN)/emf fit --config experiments/shapes/flow_matching.yaml --data.shards data/shapes/small/train_200000 $(ARGS)
 	network=$$(ls -td runs/shapes/flow_matching/version_*/network | head -n 1); \

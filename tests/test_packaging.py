@@ -110,12 +110,12 @@ def test_the_slurm_script_starts_the_command_on_all_ranks(root: Path, tmp_path: 
     (tmp_path / "srun").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
     environment |= {} if command is None else {"EMF": command}
-    script = ["bash", str(root / "experiments/devices/slurm.sh"), "shapes/emf", "--trainer.max_steps", "3"]
+    script = ["bash", str(root / "experiments/devices/slurm.sh"), "shapes/emf", "--config", "devices/nodes"]
 
     out = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
     options = (
-        "fit --config shapes/emf --config devices/ddp --trainer.num_nodes 2 --trainer.devices 8 --trainer.max_steps 3"
+        "fit --config shapes/emf --config devices/ddp --config devices/nodes --trainer.num_nodes 2 --trainer.devices 8"
     )
     assert out == [*(command or "emf").split(), *options.split()]
 

@@ -17,8 +17,8 @@ experiment=${1:?usage: sbatch slurm.sh EXPERIMENT [options]}
 shift
 
 # shellcheck disable=SC2086  # EMF is a command with its arguments
-srun ${EMF:-emf} fit --config "$experiment" --config devices/ddp \
-    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" "$@"
+srun ${EMF:-emf} fit --config "$experiment" --config devices/ddp "$@" \
+    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"  # last: what SLURM gives holds
 
 # Sharded instead: devices/fsdp2 above, and
 #   --trainer.strategy.init_args.data_parallel_size "$SLURM_NTASKS"

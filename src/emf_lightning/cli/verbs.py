@@ -81,7 +81,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compare": (
         "emf compare experiments/shapes/emf.yaml experiments/shapes/fgm.yaml --minutes 30 --out runs/compare",
-        "emf compare experiments/shapes/*.yaml --overlays [experiments/parts/short_comparison.yaml] --out runs/all",
+        "emf compare shapes/emf shapes/alpha_flow --overlays [parts/short_comparison] --seeds [0,1,2] --out runs/two",
     ),
     "images": (
         "emf images --dataset uoft-cs/cifar10 --out data/cifar10/train",

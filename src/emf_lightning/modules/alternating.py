@@ -33,11 +33,14 @@ class Alternation:
     Attributes:
         auxiliary_updates: of the online flow or discriminator before each of the network, at least 1.
         gradient_clip_val: largest norm of either network's gradient; None does not clip.
+        auxiliary_gradient_clip_val: that of the auxiliary network, whose loss may have another scale (a sum over a
+            sample's numbers, where the network's is their mean); None is ``gradient_clip_val``.
         micro_batches: parts of a batch whose gradients are accumulated, one part's activations in memory at a time.
     """
 
     auxiliary_updates: int = 1
     gradient_clip_val: float | None = 1.0
+    auxiliary_gradient_clip_val: float | None = None
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
@@ -200,8 +203,11 @@ class AlternatingModule(FlowMapModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # after the callbacks, which log the norm before clipping
-        if self.alternation.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, self.alternation.gradient_clip_val, "norm")
+        largest = self.alternation.gradient_clip_val
+        if optimizer is self.trainer.optimizers[1] and self.alternation.auxiliary_gradient_clip_val is not None:
+            largest = self.alternation.auxiliary_gradient_clip_val
+        if largest is not None:
+            self.clip_gradients(optimizer, largest, "norm")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.last_finite is not None:
