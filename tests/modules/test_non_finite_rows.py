@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from emf_lightning.flow.objectives.base import LossTerm, scaled_to
-from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
+from emf_lightning.flow.objectives.distribution_matching import DMD, AlphaMatching, DistributionMatching, ExactMatching
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
 from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
-from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow
+from emf_lightning.flow.objectives.self_corrected import SelfCorrectedFlow, VelocityConsistency
 from emf_lightning.flow.objectives.twin_flow import TwinFlow
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.flow.weighting import UniformWeighting
@@ -176,3 +176,44 @@ def test_joint_training_starts_where_both_flows_agree(tmp_path, net, loader):
     model = JointDistillation(net, objective, optimization=Optimization(still))
     fit(model, loader, tmp_path)
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("loss", [AlphaMatching(), ExactMatching(), DMD()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("broken", ["teacher", "online_flow"])
+def test_a_generator_learns_from_the_samples_whose_other_velocities_are_finite(loss, broken):
+    flows = {name: overflowing(name == broken, k) for name, k in {"teacher": 0.5, "online_flow": 0.3}.items()}
+    terms, gradient = student(lambda net: FlowGeneratorMatching(loss=loss)(net, torch.zeros(4, 3), **flows))
+    assert terms.finite.tolist() == [False, True, True, True]
+    assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("broken", ["teacher", "target", "discriminator"])
+def test_a_student_learns_from_the_samples_whose_targets_and_logits_are_finite(broken):
+    objective = SelfCorrectedFlow(consistency=VelocityConsistency(truncation=0.0), adversarial=LossTerm(1.0))
+    flows = {name: overflowing(name == broken) for name in ("teacher", "target")}
+    logits = overflowing(broken == "discriminator")
+    terms, gradient = student(
+        lambda net: objective(net, torch.randn(4, 3), **flows, discriminator=lambda z, t: logits(z, t, t).sum(1))
+    )
+    assert terms.finite.tolist() == [False, True, True, True]
+    assert gradient.isfinite().all() and gradient.any()
+
+
+def student(loss_of):
+    """The terms of a linear student, and its gradient."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 3)
+    terms = loss_of(lambda z, r, t: layer(z))
+    terms.loss.backward()
+    return terms, layer.weight.grad
+
+
+def overflowing(broken: bool, scale: float = 0.5):
+    """A velocity of ``scale`` times z, infinite for the first sample if ``broken``."""
+
+    def velocity(z, r, t):
+        factor = torch.full((len(z), 1), scale)
+        factor[0] = float("inf") if broken else scale
+        return z * factor
+
+    return velocity

@@ -220,6 +220,18 @@ def zero_non_finite(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(expand_like(finite, x), x, 0), finite
 
 
+def with_finite_gradient(x: Tensor) -> Tensor:
+    """``x`` ``[B, ...]``, into whose samples no gradient flows back that is not finite.
+
+    A loss that is left out because another network's output is not finite has a gradient of 0 times infinity, NaN.
+    """
+    if not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda gradient: zero_non_finite(gradient)[0])  # type: ignore[no-untyped-call]
+    return x
+
+
 def scaled_to(gradient: Tensor, norm: Tensor) -> Tensor:
     """``gradient`` scaled to ``norm``, a scalar; 0 stays 0."""
     length = gradient.detach().float().square().sum().sqrt()

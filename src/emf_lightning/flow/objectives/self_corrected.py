@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import LossTerm, zero_non_finite
+from emf_lightning.flow.objectives.base import LossTerm, with_finite_gradient, zero_non_finite
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.flow.times import Schedule, TimeSampler, UniformTimes
@@ -222,7 +222,11 @@ class SelfCorrectedFlow:
             null_context: conditioning without a caption; a guided teacher needs it.
         """
         backward, alignment, adversarial = (term(step) for term in (self.backward, self.alignment, self.adversarial))
-        student = AverageVelocity(net, context)
+        velocity = AverageVelocity(net, context)
+
+        def student(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            return with_finite_gradient(velocity(z, r, t))
+
         x, finite = zero_non_finite(x)
         t = self.times(len(x), progress, x.device).t
         e = torch.randn_like(x)
