@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import warnings
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,11 +108,22 @@ def test_shares_that_make_up_the_whole_are_taken_and_kept_apart(share, batch):
     assert (times.t[times.n_interval :] < 1).all()
 
 
-def test_a_batch_too_small_for_an_interval_is_noticed():
-    with pytest.warns(UserWarning, match=r"batches of 2 train the velocity alone, .* take batches of at least 3"):
-        LogitNormalTimes()(2, 0.0, CPU)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert LogitNormalTimes()(3, 0.0, CPU).n_interval == 1
-        LogitNormalTimes(flow_matching_ratio=Schedule(1.0, 0.5))(2, 0.0, CPU)  # no intervals yet
-        LogitNormalTimes(flow_matching_ratio=Schedule(1.0))(2, 0.0, CPU)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_batches_too_small_for_both_kinds_of_samples_have_them_in_turn(batch, ratio):
+    sampler = LogitNormalTimes(flow_matching_ratio=Schedule(ratio))
+    counts = [sampler(batch, step / 4000, CPU).n_interval for step in range(4000)]
+    wanted = (1 - ratio) * batch
+    if round(wanted) in (0, batch):
+        assert np.mean(counts) == pytest.approx(wanted, abs=0.04)
+        assert set(counts) == {math.floor(wanted), math.floor(wanted) + 1}
+    else:
+        assert set(counts) == {round(wanted)}
+
+
+def test_a_schedule_is_followed_by_batches_of_one():
+    sampler = LogitNormalTimes(flow_matching_ratio=Schedule(0.75, 0.25))
+    counts = np.array([sampler(1, step / 8000, CPU).n_interval for step in range(8000)]).reshape(4, 2000).mean(1)
+    assert counts == pytest.approx([0.3125, 0.4375, 0.5625, 0.6875], abs=0.04)
+    assert all(LogitNormalTimes(flow_matching_ratio=Schedule(1.0))(1, k / 9, CPU).n_interval == 0 for k in range(10))
+    assert all(LogitNormalTimes(flow_matching_ratio=Schedule(0.0))(1, k / 9, CPU).n_interval == 1 for k in range(10))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -78,7 +78,9 @@ class TimeSampler(ABC):
     def __call__(self, batch: int, progress: float, device: torch.device) -> Times:
         """Times of ``batch`` samples, the r < t samples first, and of these the r = 0 samples.
 
-        The number of r < t samples is ``round((1 - flow_matching_ratio) * batch)``, so shapes are equal on all ranks.
+        The number of r < t samples is ``round((1 - flow_matching_ratio) * batch)``. Where no sample of one
+        kind would be left, as in a small batch, some batches have one and others none, so that the mean is kept. Both
+        numbers follow from ``progress`` alone: shapes are equal on all ranks.
 
         Args:
             batch: B.
@@ -86,17 +88,13 @@ class TimeSampler(ABC):
             device: of the result.
         """
         a, b = self.sample(batch, progress, device)
-        n = round((1 - self.flow_matching_ratio(progress)) * batch)
-        share = 1 - min(self.flow_matching_ratio(0.0), self.flow_matching_ratio(1.0))
-        if share > 0 and round(share * batch) == 0:
-            warnings.warn(
-                f"{type(self).__name__}: batches of {batch} train the velocity alone, as no sample has r < t "
-                f"at flow_matching_ratio {1 - share:g}; take batches of at least {math.floor(0.5 / share) + 1}, or "
-                "another ratio",
-                stacklevel=2,
-            )
+        wanted = (1 - self.flow_matching_ratio(progress)) * batch
+        n = round(wanted)
+        zeros = min(round(self.consistency_ratio * batch), n)
+        if 0 < wanted < batch and n in (0, batch):
+            n = max(zeros, math.floor(wanted + Random(progress).random()))
         t, r = torch.maximum(a, b), torch.minimum(a, b)
-        r[: min(round(self.consistency_ratio * batch), n)] = 0
+        r[:zeros] = 0
         t = torch.cat([t[:n], a[n:]])
         return Times(r=torch.cat([r[:n], a[n:]]), t=t, n_interval=n)
 
