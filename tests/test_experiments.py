@@ -138,8 +138,24 @@ def test_the_parser_sees_everything_but_base_on_the_lines_where_it_was(text: str
     assert rest.split("\n").index("b: 2") == text.split("\n").index("b: 2")
 
 
-def test_a_file_of_nothing_but_base_is_an_empty_mapping() -> None:
-    assert yaml.safe_load(without_base("base: x.yaml\n")) == {}
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{base: x.yaml, a: 1, b: 2}",
+        "{a: 1, base: [x.yaml, y.yaml], b: 2}\n",
+        "{a: 1, b: 2, base: x.yaml}",
+        '{"base": "x.yaml", "a": 1, "b": 2}',
+        "base: &name 1\na: *name\nb: 2\n",
+        "---\nbase: x.yaml\na: 1\nb: 2\n...\n",
+    ],
+)
+def test_the_parser_sees_everything_but_base_in_any_style(text: str) -> None:
+    assert yaml.safe_load(without_base(text)) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("text", ["base: x.yaml\n", "---\nbase: x.yaml\n...\n", "{base: x.yaml}"])
+def test_a_file_of_nothing_but_base_is_an_empty_mapping(text: str) -> None:
+    assert yaml.safe_load(without_base(text)) == {}
 
 
 def test_a_nested_base_is_an_ordinary_key() -> None:

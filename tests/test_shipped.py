@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,10 @@ def test_a_new_experiment_overwrites_nothing_and_is_a_shipped_one(capsys: pytest
     assert "is there already" in complaint(capsys, "new", "mine", "--experiment", "shapes/emf")
     assert yaml.safe_load(Path("mine/shapes/demo.yaml").read_text()) == {"changed": 1}
     assert "did you mean shapes/emf?" in complaint(capsys, "new", "other", "--experiment", "emf")
+    main(["new", "."])
+    capsys.readouterr()
+    main(["new", "with space"])  # the package's, whatever lies here
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "with space/shapes/demo.yaml"
     Path("own.yaml").write_text("a: 1\n")
     assert "experiment: there is no own" in complaint(capsys, "new", "other", "--experiment", "own")
 

@@ -138,6 +138,22 @@ def test_two_experiments_of_one_name_are_not_taken_for_one(capsys, tmp_path):
     assert "two have the name base" in line
 
 
+@pytest.mark.parametrize(("option", "value"), [("seeds", "1"), ("overlays", "base.yaml")])
+def test_one_value_of_a_list_is_told_how_a_list_is_written(capsys, tmp_path, option, value):
+    line = complaint(capsys, "compare", "base.yaml", "--steps", "2", "--out", str(tmp_path), f"--{option}", value)
+    assert option in line and line.endswith("a list is written [A, B], with one value [A]")
+
+
+@pytest.mark.parametrize(("verb", "flag"), [("cache", "dry_run"), ("plan", "trust_remote_code")])
+def test_a_flag_with_a_value_is_told_that_it_takes_none(capsys, verb, flag):
+    line = complaint(capsys, verb, "base.yaml", f"--{flag}=true")
+    assert f"--{flag} takes no value" in line
+
+
+def test_a_plan_of_a_run_that_is_not_there_is_refused(capsys):
+    assert "nowhere is not there" in complaint(capsys, "plan", "base.yaml", "--run", "nowhere")
+
+
 @pytest.mark.parametrize("empty", ["experiments", "seeds"])
 def test_a_comparison_of_nothing_is_refused(capsys, tmp_path, empty):
     (tmp_path / "comparison.md").write_text("of an earlier call")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
 from emf_lightning.cli import main
+from emf_lightning.cli.parsing.function_verb import call
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.prediction import PredictVelocity
 from tests import forked
@@ -334,3 +335,19 @@ def test_a_folder_whose_modules_nobody_names_runs_nothing(own) -> None:
     done = forked.run(installed, "fit", "run.yaml", "--trainer.max_steps", "1", folder=own)
     assert done.returncode == 0, done.stderr[-600:]
     assert not (own / "ran").exists() and not (own / "stranger").exists()
+
+
+def test_words_of_any_alphabet_are_paths() -> None:
+    def report(runs: list[Path], out: Path = Path()) -> list[Path]:
+        """Report.
+
+        Args:
+            runs: folders.
+            out: a folder.
+        """
+        return runs
+
+    assert call(report, ["report", "runs/\N{SLIGHTLY SMILING FACE}", "runs/\xf6"]) == [
+        Path("runs/\N{SLIGHTLY SMILING FACE}"),
+        Path("runs/\xf6"),
+    ]

@@ -57,6 +57,21 @@ def test_a_name_is_its_newest_version_and_the_scale_is_an_option(tmp_path):
     assert not (tmp_path / "runs/a/version_11").exists()
 
 
+def test_a_home_that_the_shell_left_in_an_option_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(RUN, tmp_path / "run")
+    main(["predict", "--run=~/run", "--prompt", "a circle", "--steps=1", "--out=~/pictures"])
+    assert names(tmp_path / "pictures") == ["00000-1step.png"]
+
+
+def test_a_run_is_planned_as_its_configuration_is(capsys):
+    plans = []
+    for arguments in ([RUN], ["--run", RUN], ["--config", f"{RUN}/config.yaml"]):
+        main(["plan", *arguments])
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] == plans[2]
+
+
 def test_sampling_needs_no_callback_in_the_experiment(tmp_path):
     shutil.copytree(RUN, tmp_path / "run")
     main(["predict", "--run", str(tmp_path / "run"), "--prompt", "a circle", "--trainer.callbacks", "null"])

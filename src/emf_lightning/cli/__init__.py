@@ -86,11 +86,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     flag = f"--{FLAG}"
     trust, arguments = verb == "fit" or flag in arguments, [argument for argument in arguments if argument != flag]
     if verb in TRAINER_VERBS or verb in EXPERIMENT_VERBS:
-        arguments = with_options(arguments)
-    if verb in TRAINER_VERBS:
         from emf_lightning.cli.runs import with_run
 
-        arguments = with_run(arguments)
+        arguments = with_run(with_options(arguments))
     arguments = expand(arguments)
     if trust:
         find_own_classes(arguments)

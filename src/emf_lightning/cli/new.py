@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 from emf_lightning.cli.parsing.experiment_files import config_files
-from emf_lightning.cli.shipped import SHIPPED, experiment_file, unknown
+from emf_lightning.cli.shipped import SHIPPED, experiment_file, shipped_path, unknown
 
 
 def new(out: Path, experiment: str = "shapes/demo") -> None:
@@ -19,7 +20,7 @@ def new(out: Path, experiment: str = "shapes/demo") -> None:
         out: folder to write.
         experiment: name of a shipped experiment, as in `emf experiments`.
     """
-    source = experiment_file(experiment)
+    source = experiment_file(shipped_path(experiment))
     if source is None or not source.resolve().is_relative_to(SHIPPED):
         raise ValueError(f"experiment: there is no {experiment}{unknown(experiment)}")
     copies = {file: out / file.resolve().relative_to(SHIPPED) for file in config_files(source)}
@@ -32,4 +33,4 @@ def new(out: Path, experiment: str = "shapes/demo") -> None:
     shipped = f"experiments/{copies[source].relative_to(out)}"
     usage = re.search(rf"emf \w+ [^`\n]*{re.escape(shipped)}", source.read_text())
     command = usage[0] if usage else f"emf fit --config {shipped}"
-    print(command.replace(shipped, str(copies[source])))
+    print(command.replace(shipped, shlex.quote(str(copies[source]))))

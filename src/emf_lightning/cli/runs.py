@@ -33,7 +33,7 @@ def find_run(run: str | Path) -> Run:
     """
     from emf_lightning.cli.run_directory import versions
 
-    path = Path(run)
+    path = Path(run).expanduser()  # which a shell leaves in `--run=~/runs/mine`
     for directory in (path, *versions(path)):
         if (directory / CONFIG).is_file():
             return Run(directory if directory.name not in ("", "..") else directory.resolve(), _last(directory))

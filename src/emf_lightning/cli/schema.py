@@ -14,7 +14,7 @@ from jsonargparse._typehints import get_all_subclass_paths, get_callable_return_
 
 from emf_lightning.cli.parsing.experiment_files import KEY, REMOVALS
 from emf_lightning.cli.parsing.function_verb import function_parser
-from emf_lightning.cli.verbs import FUNCTION_VERBS, TRAINER_VERBS
+from emf_lightning.cli.verbs import EXPERIMENT_VERBS, FUNCTION_VERBS, TRAINER_VERBS
 from emf_lightning.files import write_atomic
 
 REFERENCE = {"type": "string", "pattern": r"\$\{.+\}"}
@@ -66,10 +66,10 @@ def file_schema(verb: str) -> dict[str, Any]:
 
 def parser_of(verb: str) -> ArgumentParser:
     """The parser of a verb."""
-    if verb in TRAINER_VERBS:
+    if verb in TRAINER_VERBS or verb in EXPERIMENT_VERBS:  # which read the files of a training
         from emf_lightning.cli.parsing.builder import ParserCLI
 
-        return ParserCLI.parser_of(verb)
+        return ParserCLI.parser_of(verb if verb in TRAINER_VERBS else "fit")
     if verb in FUNCTION_VERBS:
         return function_parser(verb, getattr(import_module(f"emf_lightning.cli.{verb}"), verb))
     raise ValueError(f"verb: {verb!r} reads no files; take fit, {', '.join(FUNCTION_VERBS)}")

@@ -18,11 +18,17 @@ def experiment_file(name: str | Path, folder: Path = Path()) -> Path | None:
 
     A path from ``folder`` wins over a name below the current directory's ``experiments/``, and that over the package's.
     """
-    wanted = Path(name)
+    wanted = Path(name).expanduser()
     places = [folder / wanted]
     if (inside := _inside(wanted)) is not None:
         places += [Path(FOLDER, inside), SHIPPED / inside]
     return next((file for place in places for file in (place, Path(f"{place}.yaml")) if file.is_file()), None)
+
+
+def shipped_path(name: str | Path) -> Path:
+    """The place of an experiment in the package, whatever lies below the current directory; else ``name``."""
+    inside = _inside(Path(name))
+    return SHIPPED / inside if inside is not None else Path(name)
 
 
 def named_experiments(argument: str, names: list[Path]) -> list[Path]:

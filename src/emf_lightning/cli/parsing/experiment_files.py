@@ -158,13 +158,17 @@ def check_every_text() -> None:
 
 
 def without_base(text: str) -> str:
-    """The document without its ``base:``, a key unknown to the parser; line numbers stay."""
+    """The document without its ``base:``, a key unknown to the parser; line numbers of a block style stay."""
     document = yaml.compose(text, Loader=yaml.SafeLoader)
     for key, value in document.value if isinstance(document, yaml.MappingNode) else ():
         if key.value == KEY:
+            document.value.remove((key, value))
+            if not document.value:
+                return "{}"
             start, end = key.start_mark.index, value.end_mark.index
-            rest = text[:start] + "\n" * text.count("\n", start, end) + text[end:]
-            return rest if yaml.compose(rest, Loader=yaml.SafeLoader) is not None else "{}"
+            if document.flow_style or "&" in text[start:end]:  # a cut would leave a comma, or the names of what is gone
+                return str(yaml.serialize(document))
+            return text[:start] + "\n" * text.count("\n", start, end) + text[end:]
     return text
 
 

@@ -30,7 +30,7 @@ def call(function: Callable[..., Any], arguments: list[str]) -> Any:
         name, parameter = next(iter(inspect.signature(function).parameters.items()))
         several = str(parameter.annotation).startswith("list")
         taken = words if several else words[:1]
-        options = [f"--{name}={json.dumps(taken) if several else taken[0]}", *options[len(taken) :]]
+        options = [f"--{name}={json.dumps(taken, ensure_ascii=False) if several else taken[0]}", *options[len(taken) :]]
     parser = function_parser(verb, function)
     check_every_text()
     with known_classes_only(imported=True), naming_options(parser):

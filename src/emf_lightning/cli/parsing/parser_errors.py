@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from emf_lightning.cli.parsing.option_names import nearest_option
 from emf_lightning.import_policy import refusal
-from emf_lightning.part_classes import trusted
+from emf_lightning.part_classes import FLAG, trusted
 from emf_lightning.renames import ARGUMENTS, CLASSES
 
 _KEY = re.compile(r'Parser key "(.+?)"')
@@ -26,6 +26,7 @@ _GROUP = re.compile(r"(?:Group '(.+?)'|Subcommand '.+?') does not accept option 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _TYPE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
+_LIST = re.compile(r"Expected a list$|must be list, got [^\[]")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _ANY_CLASS = "- a class path (str)"
 _VERB = re.compile(r"\b(?:fit|validate|test|predict)\.")
@@ -90,7 +91,9 @@ def _unrecognized(word: str, options: Sequence[str]) -> str:
     """Message for a word of the command line that is no option of the verb, nor the value of one."""
     if not word.startswith("--"):
         return f"{word} is no option, nor the value of one; name experiments right after the verb, or with --config"
-    name = word.partition("=")[0].removeprefix("--")
+    name, given, _ = word.removeprefix("--").partition("=")
+    if given and name in (FLAG, "dry_run"):
+        return f"--{name} takes no value: give it alone, or leave it out"
     group, _, option = name.rpartition(".")
     owner = _find_class(_TYPE_NAMES.get(group))
     if owner is not None and (new := ARGUMENTS.get((owner.__name__, option))):
@@ -193,4 +196,5 @@ def _simplified(text: str) -> str:
     """``text`` in one line, with short names of types and without the dump of the value at its end."""
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", " ".join(text.split()))
     text = re.sub(r"(?:typing|collections\.abc)\.", "", text)
-    return _TYPE.sub(r"must be \1, got \2", text.partition(" Given value type:")[0])
+    text = _TYPE.sub(r"must be \1, got \2", text.partition(" Given value type:")[0])
+    return f"{text}; a list is written [A, B], with one value [A]" if _LIST.search(text) else text

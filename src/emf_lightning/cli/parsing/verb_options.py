@@ -100,7 +100,7 @@ def set_prediction(config: Namespace) -> None:
     if not config.data.prompts:
         raise ValueError('prompts: none are given; add --prompt "a photo of a red circle", or --prompts FILE')
     options = {"steps": config.pop("steps", None), "guidance_scale": config.pop("guidance_scale", None)}
-    options["folder"] = Path(folder).absolute() if folder else None
+    options["folder"] = Path(folder).expanduser().absolute() if folder else None
     callbacks = config.trainer.callbacks or []
     writers = [callback for callback in callbacks if issubclass(class_of(callback.class_path), SampleWriter)]
     if not writers:
