@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from emf_lightning.data.cache.feature_cache import FeatureCache
 from emf_lightning.data.cache.latent_cache import LatentCache
 from emf_lightning.data.reading.decoding import SquareTransform, image_key
 from emf_lightning.data.reading.loader import ShardLoader
+from emf_lightning.data.reading.picture_folders import PictureFolders
 from emf_lightning.data.reading.raw_batch import Position, RawBatch
 from emf_lightning.data.reading.sources import Source
 from emf_lightning.data.reading.streams import ShardStream
-from emf_lightning.data.reading.tar_samples import read_samples
+from emf_lightning.data.reading.tar_samples import TarSample, read_samples
 from emf_lightning.latents.pixels import Pixels
 from emf_lightning.text.words import WordEncoder
 from tests.data.tars import SIDE, noise_image, write_numbered, write_tar
@@ -60,6 +62,43 @@ def test_shards_that_do_not_divide_evenly_are_read_by_few_lanes(shards: int, ran
     split = {shard for shard, _, of in parts if of > 1}
     assert len(whole) + len(split) == shards and not whole & split
     assert len(parts) == len(whole) + len(split) * ranks * lanes, "every sample of a split shard is in one lane"
+
+
+@pytest.mark.parametrize("shuffle_block", [0, 4])
+@pytest.mark.parametrize(("ranks", "lanes"), [(1, 1), (2, 2), (8, 1)])
+def test_folders_of_pictures_beside_shards_are_read_by_all_lanes(tmp_path: Path, ranks, lanes, shuffle_block) -> None:
+    shards = write_numbered(tmp_path / "shards", [10] * 16)
+    for number in range(160, 480):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{number}.png").write_bytes(noise_image(SIDE))
+        (tmp_path / f"pictures/{number}.txt").write_text(f"sample {number}")
+    sources = [PictureFolders([str(tmp_path / "pictures")]), *shards]
+
+    read = [
+        captions(one_lane(sources, rank, ranks, lane, lanes, shuffle_block=shuffle_block))
+        for rank in range(ranks)
+        for lane in range(lanes)
+    ]
+    assert sorted(itertools.chain(*read)) == sorted(f"sample {number}" for number in range(480))
+    folder = [[int(caption.split()[1]) >= 160 for caption in part] for part in read]
+    assert max(map(sum, folder)) - min(map(sum, folder)) <= 1
+    if shuffle_block and ranks * lanes > 1:  # a batch of all ranks mixes them with the shards
+        assert len({part.index(True) for part in folder}) > 1
+
+
+def test_a_worker_holds_one_block(tmp_path: Path) -> None:
+    stream = ShardStream(write_numbered(tmp_path, [12, 12, 12]), SquareTransform(SIDE), 4, shuffle_block=6)
+    read, made, held = stream._read, list[weakref.ref[TarSample]](), list[int]()
+
+    def counted(lane: int, position: Position) -> Iterator[tuple[Position, TarSample]]:
+        for after, sample in read(lane, position):
+            made.append(weakref.ref(sample))
+            held.append(sum(one() is not None for one in made))
+            yield after, sample
+
+    stream._read = counted
+    assert sum(1 for _ in stream._samples(0, Position())) == 36
+    assert max(held) <= 7  # and the one that was given last
 
 
 def test_lanes_are_within_one_shard_and_one_sample_of_each_other(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ class ShardLoader:
         # names only: a folder may have moved
         names = [shard.rpartition("/")[2] if isinstance(shard, str) else shard.identity for shard in stream.shards]
         held_out = {"validation_share": stream.share} if stream.share else {}
-        dealing = {DEALING: "rest in turn"} if stream.splits_rest else {}
+        ways = [way for way, used in (("rest in turn", stream.splits_rest), ("folders to all", stream.folders)) if used]
+        dealing = {DEALING: ", ".join(ways)} if ways else {}
         return {
             "shards": hashlib.sha256("\n".join(names).encode()).hexdigest(),
             "seed": stream.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +27,7 @@ from emf_lightning.data.reading.decoding import (
     image_key,
     stretch_to_square,
 )
+from emf_lightning.data.reading.picture_folders import PictureFolders
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.data.reading.raw_batch import ImageRows, Position, RawBatch
 from emf_lightning.data.reading.sources import Source
@@ -59,7 +60,8 @@ class ShardStream(IterableDataset[RawBatch]):
     """One rank's batches of one pass over the shards.
 
     A pass is dealt to ``ranks * lanes`` lanes; each worker reads one lane. As many shards as divide evenly are dealt
-    whole, in the order of the pass. Of the rest each lane takes its samples from one shard or two; where there are
+    whole, in the order of the pass. Folders of pictures beside shards are dealt to all lanes: they may hold more than
+    all of the shards. Of the rest each lane takes its samples from one shard or two; where there are
     fewer shards than lanes, from every shard, so that all lanes have as many. So every sample is in exactly one lane. A
     lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in memory and permuted by (seed, pass,
     lane, block), so that a resumed lane reads at most one block again.
@@ -122,11 +124,17 @@ class ShardStream(IterableDataset[RawBatch]):
         """Sets the start of the next iteration: pass, position of each lane, and lane of the first batch."""
         self._epoch, self._positions, self._first = epoch, tuple(positions), first
 
+    @cached_property
+    def folders(self) -> frozenset[int]:
+        """Numbers of the sources that are folders of pictures beside shards."""
+        found = frozenset(i for i, source in enumerate(self.shards) if isinstance(source, PictureFolders))
+        return found if self.limit is None and len(found) < len(self.shards) else frozenset()
+
     @property
     def splits_rest(self) -> bool:
         """Whether some shards are dealt whole and the rest to the lanes in turn, one or two for each."""
-        lanes = self.ranks * self.lanes
-        return self.limit is None and len(self.shards) > lanes and len(self.shards) % lanes > 1
+        lanes, shards = self.ranks * self.lanes, len(self.shards) - len(self.folders)
+        return self.limit is None and shards > lanes and shards % lanes > 1
 
     def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int, int]]:
         """The lane's shards of one pass in order, as (path, part, parts, width), see ``read_samples``."""
@@ -134,6 +142,14 @@ class ShardStream(IterableDataset[RawBatch]):
         if self.shuffle_block > 0:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)).tolist()
         lanes, index = self.ranks * self.lanes, self.rank * self.lanes + lane
+        shards = self._dealt([i for i in order if i not in self.folders], index, lanes)
+        for i in sorted(self.folders):  # each lane at another place, so that batches mix them with the shards
+            rng = np.random.default_rng([self.seed, epoch, index, i])
+            place = int(rng.integers(len(shards) + 1)) if self.shuffle_block > 0 else 0
+            shards.insert(place, (self.shards[i], index, lanes, 1))
+        return shards
+
+    def _dealt(self, order: Sequence[int], index: int, lanes: int) -> list[tuple[str | Source, int, int, int]]:
         whole = 0 if self.limit is not None else len(order) // lanes * lanes
         shards = [(self.shards[i], 0, 1, 1) for i in order[index:whole:lanes]]
         rest = order[whole:]
@@ -293,6 +309,7 @@ class ShardStream(IterableDataset[RawBatch]):
                 at = int(order[emitted])
                 yield start._replace(emitted=emitted + 1), block[at][1], bool(flips[at])
             start = block[-1][0]._replace(block=start.block + 1, emitted=0)
+            block.clear()  # before the next one is read
 
     def _read(self, lane: int, position: Position) -> Iterator[tuple[Position, TarSample]]:
         """The lane's undecoded samples in shard order, from the start of the block at ``position`` on."""
