@@ -117,7 +117,7 @@ def test_the_slurm_script_starts_the_command_on_all_ranks(root: Path, tmp_path: 
     options = (
         "fit --config shapes/emf --config devices/ddp --config devices/nodes --trainer.num_nodes 2 --trainer.devices 8"
     )
-    assert out == [*(command or "emf").split(), *options.split()]
+    assert out == ["--kill-on-bad-exit=1", *(command or "emf").split(), *options.split()]
 
 
 def test_the_container_is_built_of_files_that_are_there_and_of_the_lock(root: Path) -> None:

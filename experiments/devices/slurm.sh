@@ -16,8 +16,9 @@ set -euo pipefail
 experiment=${1:?usage: sbatch slurm.sh EXPERIMENT [options]}
 shift
 
+# a rank that ends alone would leave the others waiting for it until a time-out: srun ends them at once
 # shellcheck disable=SC2086  # EMF is a command with its arguments
-srun ${EMF:-emf} fit --config "$experiment" --config devices/ddp "$@" \
+srun --kill-on-bad-exit=1 ${EMF:-emf} fit --config "$experiment" --config devices/ddp "$@" \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"  # last: what SLURM gives holds
 
 # Sharded instead: devices/fsdp2 above, and

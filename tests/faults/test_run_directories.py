@@ -1,8 +1,9 @@
 """Each run has its own directory, and goes on from its own state alone."""
 
-from __future__ import annotations
+from __future__ import errno
 
 import copy
+import fcntl
 import json
 import math
 import os
@@ -97,6 +98,16 @@ def test_other_ranks_never_read_an_empty_record(tmp_path, monkeypatch):
             lock(tmp_path, about).close()
         assert seen == [before]
         assert read(tmp_path) == about
+
+
+def test_a_file_system_without_locks_is_worked_in_with_a_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match=f"{tmp_path}: the file system has no locks .Function not implemented."):
+        lock(tmp_path, {"pid": 7}).close()
+    assert read(tmp_path) == {"pid": 7}
 
 
 def test_a_job_keeps_its_name_where_it_is_started_again(monkeypatch):

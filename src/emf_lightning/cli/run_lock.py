@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +24,8 @@ def process() -> dict[str, Any]:
 def lock(directory: Path, about: dict[str, Any], patience: float = 0.0) -> IO[str]:
     """Locks ``directory`` until the file returned is closed, or the process ends, however it ends.
 
-    A POSIX lock: data workers do not inherit it. On NFS it needs the server's lock service.
+    A POSIX lock: data workers do not inherit it. On NFS it needs the server's lock service; a file system without locks
+    has a warning in its place.
 
     Args:
         directory: created if missing.
@@ -34,7 +37,7 @@ def lock(directory: Path, about: dict[str, Any], patience: float = 0.0) -> IO[st
     """
     directory.mkdir(parents=True, exist_ok=True)
     file, begin = os.fdopen(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+"), None
-    while not _locked(file):
+    while not _locked(file, directory):
         other = read(directory)
         name = f"process {other.get('pid', 'unknown')} on {other.get('host', 'another machine')}"
         if begin is None:
@@ -51,11 +54,19 @@ def lock(directory: Path, about: dict[str, Any], patience: float = 0.0) -> IO[st
     return file
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[str], directory: Path) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(
+            f"{directory}: the file system has no locks ({error.strerror}), so nothing keeps a second process from "
+            "working in this directory at the same time; on Lustre mount with flock",
+            stacklevel=3,
+        )
     return True
 
 

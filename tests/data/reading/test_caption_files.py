@@ -78,6 +78,31 @@ def test_a_file_holds_for_its_folder_and_below(tmp_path):
     assert CaptionFiles(str(tmp_path / "a/x.json")).find(f"{tmp_path}/a/x.tar/0") == "in a"
 
 
+def test_an_image_of_the_same_folder_in_a_file_of_another_place_hides_none(tmp_path):
+    for folder, image in {"a": "p/0.png", "c": "0.png"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps([{"prompt": f"in {folder}", "image": image}]))
+    files = CaptionFiles([tmp_path / "a/x.json", tmp_path / "c/x.json"])
+    assert files.find(f"{tmp_path}/c/p.tar/0") == "in c"
+    assert files.find(f"{tmp_path}/a/p.tar/0") == "in a"
+
+
+def test_shards_that_number_their_images_alike_do_not_slow_each_other(tmp_path):
+    records = [{"image": f"part-{shard}/{n}.jpg", "caption": f"{shard} {n}"} for shard in range(200) for n in range(3)]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    files, read = CaptionFiles(tmp_path / "x.json"), []
+    images = files._images
+
+    class Recorded:
+        def __getitem__(self, row):
+            read.append(row)
+            return images[row]
+
+    files._images = Recorded()
+    assert files.find(f"{tmp_path}/part-77.tar/2") == "77 2"
+    assert len(read) == 1
+
+
 def test_a_key_may_be_named_and_one_that_is_missing_is_said(tmp_path):
     record = {"image": "0.png", "caption": "short", "long_caption": "long"}
     (tmp_path / "x.json").write_text(json.dumps([record, {"image": "1.png", "caption": "short alone"}]))

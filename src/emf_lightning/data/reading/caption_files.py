@@ -43,9 +43,9 @@ class CaptionFiles:
     def __init__(self, files: str | Path | Sequence[str | Path], key: str | None = None) -> None:
         paths = [Path(file).expanduser() for file in ([files] if isinstance(files, (str, Path)) else files)]
         self._folders = [os.path.abspath(path.parent) for path in paths]
-        arrays = kept_arrays(paths, "captions" if key is None else f"captions {key}", partial(_arrays, paths, key))
-        self._stems, self._rows, self._files, self._parents, self._counts = (
-            arrays[name] for name in ("stems", "rows", "files", "parents", "counts")
+        arrays = kept_arrays(paths, f"captions of folders {key or ''}", partial(_arrays, paths, key))
+        self._stems, self._rows, self._places, self._files, self._parents, self._counts = (
+            arrays[name] for name in ("stems", "rows", "places", "files", "parents", "counts")
         )
         self._images = Texts(arrays["images"], arrays["images_ends"])
         self._captions = Texts(arrays["captions"], arrays["captions_ends"])
@@ -71,10 +71,14 @@ class CaptionFiles:
         """All captions of the sample at ``location``, which ``find`` takes in turns."""
         return self._find(location)[1]
 
-    def _named(self, name: str) -> dict[Image, list[int]]:
-        """The rows of each image with this name, in the order of the files."""
+    def _named(self, name: str, folders: Sequence[str] | None) -> dict[Image, list[int]]:
+        """The rows of each image with this name, in any or in one of ``folders``, in the order of the files."""
         found: dict[Image, list[int]] = {}
-        for row in self._rows[_equal(self._stems, name)].tolist():
+        equal = _equal(self._stems, name)
+        rows = self._rows[equal]
+        if folders is not None:
+            rows = rows[np.isin(self._places[equal], [digest(folder) for folder in folders])]
+        for row in rows.tolist():
             parts = tuple(self._images[row].split("/"))
             if _stem(parts[-1]) == name:
                 found.setdefault((self._folders[int(self._files[row])], parts), []).append(row)
@@ -89,12 +93,16 @@ class CaptionFiles:
         # a set may be unpacked beside its shard, or in a folder of the shard's name
         paths = [[*folders[:inside], *middle, *folders[inside + 1 :], name] for middle in ([shard], [])]
         ranked: dict[tuple[int, bool, int], list[Image]] = {}
-        named = self._named(name)
-        for folder, parts in named:
-            if place.startswith(f"{folder}/"):
-                common = max(_common(path[:-1], parts[:-1]) for path in paths)
-                ranked.setdefault((common, common == len(parts) - 1, len(folder)), []).append((folder, parts))
-        if not ranked:
+        # a thousand shards may each have an image of this name: those of other folders have no component in common
+        for near in ([path[-2] for path in paths], None):
+            named = self._named(name, near)
+            for folder, parts in named:
+                if place.startswith(f"{folder}/"):
+                    common = max(_common(path[:-1], parts[:-1]) for path in paths)
+                    ranked.setdefault((common, common == len(parts) - 1, len(folder)), []).append((folder, parts))
+            if ranked:
+                break
+        else:
             return None, ()
         best = max(ranked)
         (image, *others) = ranked[best]
@@ -126,7 +134,7 @@ def _arrays(files: Sequence[Path], key: str | None = None) -> Arrays:
     """A row for each caption: its text, its image's path, its file's number; and the rows in the order of the stems."""
     folders = [os.path.abspath(path.parent) for path in files]
     images, captions, parents = TextRows(), TextRows(), set[int]()
-    numbers, stems, keys, texts = array("i"), array("q"), array("q"), array("q")
+    numbers, stems, places, keys, texts = array("i"), *(array("q") for _ in range(4))
     for number, path in enumerate(files):
         for parts, caption in _captions(path, key):
             image = "/".join(parts)
@@ -134,6 +142,7 @@ def _arrays(files: Sequence[Path], key: str | None = None) -> Arrays:
             captions.add(caption)
             stems.append(digest(_stem(parts[-1])))
             numbers.append(number)
+            places.append(digest(parts[-2] if len(parts) > 1 else ""))
             parents.update(map(digest, parts[-2:-1]))
             keys.append(digest(f"{folders.index(folders[number])}\0{image}"))
             texts.append(digest(f"{keys[-1]}\0{caption}"))
@@ -141,6 +150,7 @@ def _arrays(files: Sequence[Path], key: str | None = None) -> Arrays:
     found: Arrays = {
         "stems": np.array(stems)[rows],
         "rows": rows,
+        "places": np.array(places)[rows],
         "files": np.array(numbers),
         "parents": np.array(sorted(parents), np.int64),
         "counts": np.array([len(np.unique(each)) for each in (keys, texts)]),
