@@ -1,8 +1,9 @@
 """Each run has its own directory, and goes on from its own state alone."""
 
-from __future__ import errno
+from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import json
 import math

@@ -160,7 +160,9 @@ def check_every_text() -> None:
 def without_base(text: str) -> str:
     """The document without its ``base:``, a key unknown to the parser; line numbers of a block style stay."""
     document = yaml.compose(text, Loader=yaml.SafeLoader)
-    for key, value in document.value if isinstance(document, yaml.MappingNode) else ():
+    if not isinstance(document, yaml.MappingNode):
+        return text
+    for key, value in document.value:
         if key.value == KEY:
             document.value.remove((key, value))
             if not document.value:
