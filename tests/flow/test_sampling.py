@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emf_lightning.flow.guidance import TargetGuidance, guided
-from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler, sample
+from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler, MultistepSampler, sample
 from tests.flow.gaussian import M, S, average_velocity
 
 
@@ -95,3 +95,14 @@ def test_samples_that_are_not_finite_are_counted():
 def test_a_guidance_scale_that_is_no_number_is_refused(scale: float):
     with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
         sample(lambda z, r, t, *_: z, noise(2), guidance_scale=scale)
+
+
+def test_a_sampler_with_fresh_noise_takes_any_number_of_steps() -> None:
+    steps = []
+
+    def flow(z, r, t):
+        steps.append(t)
+        return z
+
+    sample(flow, torch.randn(1, 2), steps=300, sampler=MultistepSampler())
+    assert len(steps) == 300

@@ -160,14 +160,18 @@ NEVER = Schedule(1.0)
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_of_a_batch_train_as_the_batch_does(tmp_path, net, loader, parts):
-    found = []
+    found, logged = [], []
     for count in (1, parts):
         objective = FlowGeneratorMatching(times=RowTimes(NEVER), generator_time=0.7)
         alternation = Alternation(micro_batches=count)
         model = FGM(copy.deepcopy(net), objective, optimization=Optimization(sgd), alternation=alternation)
         with patch("torch.randn_like", lambda x: x.roll(1, -1)):
-            trainer(tmp_path, max_steps=2).fit(model, loader)
+            (trained := trainer(tmp_path, max_steps=2)).fit(model, loader)
         found.append(weights(model))
+        logged.append(trained.callback_metrics)
+    for name in ("train/loss", "train/velocity_gap", "train/online_flow_mse"):
+        assert logged[1][name] == pytest.approx(float(logged[0][name]), rel=1e-4), name
+    assert logged[1]["train/sample_std"].isfinite()
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], atol=1e-6), name
 
@@ -314,3 +318,11 @@ def test_training_stops_where_rows_stay_bad(tmp_path, net, loader):
     model._non_finite.patience = 2
     with pytest.raises(ValueError, match="not finite, 2 batches in a row"):
         trainer(tmp_path).fit(model, loader)
+
+
+def test_parts_of_one_sample_show_no_deviation(tmp_path, net, loader):
+    objective = FlowGeneratorMatching(times=ALWAYS, generator_time=0.7)
+    model = FGM(net, objective, optimization=Optimization(adam), alternation=Alternation(micro_batches=8))
+    (trained := trainer(tmp_path, max_steps=1)).fit(model, loader)
+    assert trained.callback_metrics["train/online_flow_mse"].isfinite()
+    assert "train/sample_std" not in trained.callback_metrics

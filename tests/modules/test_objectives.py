@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -11,10 +12,13 @@ from lightning.pytorch import Trainer
 
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.flow.derivative.finite_difference import FiniteDifference
-from emf_lightning.flow.guidance import TargetGuidance
+from emf_lightning.flow.guidance import ConditionedGuidance, TargetGuidance
 from emf_lightning.flow.objectives.alpha_flow import AlphaFlow, AlphaSchedule
 from emf_lightning.flow.objectives.base import LossTerm
 from emf_lightning.flow.objectives.cmt import CMT
+from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
+from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
+from emf_lightning.flow.objectives.flow_matching import FlowMatching
 from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
 from emf_lightning.flow.objectives.joint import JointObjective
 from emf_lightning.flow.objectives.meanflow import MeanFlow
@@ -26,6 +30,7 @@ from emf_lightning.flow.target_velocity import SelfVelocity, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from emf_lightning.flow.weighting import TransitionWeighting
 from emf_lightning.latents.pixels import Pixels
+from emf_lightning.modules.fgm import FGM
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.joint_distillation import JointDistillation
 from emf_lightning.modules.optimization import Optimization
@@ -125,6 +130,25 @@ def test_joint_training_takes_every_regression(tmp_path, loader):
         assert logged.callback_metrics["train/matching_gradient"] > 0
 
 
+def test_joint_training_refuses_a_regression_whose_samples_are_no_jumps():
+    with pytest.raises(ValueError, match="which FlowMatching does not learn"):
+        JointObjective(regression=FlowMatching())
+
+
+def test_matched_samples_have_the_teachers_guidance_as_their_condition():
+    asked = []
+
+    def net(z, r, t, conditions=None):
+        asked.append(None if conditions is None else conditions.clone())
+        return torch.zeros(len(z), 2 * z.shape[1], *z.shape[2:], requires_grad=True) + z.repeat(1, 2, 1, 1)
+
+    matching = DistributionMatching(teacher_guidance_scale=3.0)
+    joint = JointObjective(regression=ImprovedMeanFlow(sampling_interval=(0.1, 0.9)), matching=matching)
+    joint._rollout(net, torch.zeros(2, 3, 4, 4), None, 0)
+    recorded = ConditionedGuidance((0.1, 0.9)).conditioned(net, None, 2, 3.0, None).conditions["conditions"]
+    assert torch.equal(asked[0], recorded)
+
+
 def test_joint_training_refuses_a_network_that_its_regression_cannot_train(net):
     with pytest.raises(ValueError, match="guidance_conditioning"):
         JointDistillation(net, JointObjective(regression=ImprovedMeanFlow()), optimization=Optimization(optimizer))
@@ -148,6 +172,9 @@ def test_a_given_teacher_stays_and_an_own_one_is_the_last_modules(net, kind):
 def test_kappa_needs_a_velocity_beside_the_networks_own(velocity):
     with pytest.raises(ValueError, match=r"guidance.kappa .* give scale=2 for the same guidance"):
         MeanFlow(velocity=velocity, guidance=TargetGuidance(scale=1.0, kappa=0.5))
+    refinement = Refinement(guidance=TargetGuidance(scale=1.0, kappa=0.5))
+    with pytest.raises(ValueError, match=r"refinement.guidance.kappa .* give scale=2 for the same guidance"):
+        RefinedMeanFlow(refinement=refinement)
 
 
 def test_cmt_goes_on_with_meanflow_on_the_same_teacher(tmp_path, net, loader):
@@ -221,3 +248,33 @@ def test_samples_of_other_captions_train_and_objectives_without_samples_refuse_t
     if kind is FlowMapModule:
         with pytest.raises(ValueError, match=r"data.sampling_captions: MeanFlow draws no samples"):
             trained(MeanFlow(), sampling_captions=["d", "e"])
+
+
+GUIDED = TargetGuidance(scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "dropout", "warned"),
+    [
+        (MeanFlow(guidance=GUIDED), 0.0, True),
+        (MeanFlow(guidance=GUIDED), 0.1, False),
+        (MeanFlow(guidance=TargetGuidance(scale=1.0)), 0.0, False),
+        (MeanFlow(), 0.0, False),
+        (MeanFlow(guidance=GUIDED, velocity=SelfVelocity()), 0.0, True),
+        (MeanFlow(guidance=GUIDED, velocity=TeacherVelocity()), 0.0, False),
+        (FlowMatching(), 0.0, False),
+        (FlowGeneratorMatching(), 0.0, False),
+        (JointObjective(regression=MeanFlow(guidance=GUIDED)), None, True),
+        (JointObjective(regression=MeanFlow(guidance=GUIDED, velocity=TeacherVelocity())), None, False),
+    ],
+)
+def test_guidance_by_a_null_caption_that_nothing_trains_is_said(net, objective, dropout, warned):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if dropout is None:
+            JointDistillation(net, objective)
+        elif isinstance(objective, FlowGeneratorMatching):
+            FGM(net, objective, optimization=Optimization(optimizer))
+        else:
+            FlowMapModule(net, objective, caption_dropout=dropout)
+    assert any("which no sample trains" in str(one.message) for one in said) == warned

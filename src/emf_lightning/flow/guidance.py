@@ -86,9 +86,15 @@ class ConditionedGuidance(SamplingGuidance):
     def __call__(
         self, net: Callable[..., Tensor], context: Context, null_context: Context, batch: int, scale: float
     ) -> Velocity:
+        device = next((p.device for p in net.parameters()), None) if isinstance(net, torch.nn.Module) else None
+        return self.conditioned(net, context, batch, scale, device)
+
+    def conditioned(
+        self, net: Callable[..., Tensor], context: Context, batch: int, scale: float, device: torch.device | None
+    ) -> AverageVelocity:
+        """The guided velocity, whose conditions are on ``device``."""
         if scale < 1:
             raise ValueError(f"guidance_scale is a condition of this network and at least 1, got {scale:g}")
-        device = next((p.device for p in net.parameters()), None) if isinstance(net, torch.nn.Module) else None
         omega = torch.full((batch,), scale, device=device)
         start, end = (torch.full_like(omega, time) for time in self.interval)
         return AverageVelocity(net, context, {"conditions": GuidanceCondition(omega, start, end).conditions})

@@ -215,7 +215,7 @@ def _fresh_noise(e: Tensor, k: int) -> Tensor:
     """Unit normal noise like ``e``, ``[B, ...]``; that of a sample is a function of ``e`` and ``k``."""
     samples = []
     for row in e.detach().float().cpu().contiguous():
-        digest = hashlib.sha256(row.numpy().tobytes() + bytes([k])).digest()
+        digest = hashlib.sha256(row.numpy().tobytes() + k.to_bytes(1 if k < 256 else 4, "big")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch's takes 32 bits
         samples.append(torch.randn(e.shape[1:], generator=generator))
     return torch.stack(samples).to(e)

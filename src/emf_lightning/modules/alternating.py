@@ -97,6 +97,8 @@ class AlternatingModule(FlowMapModule, ABC):
         self.alternation = alternation
         self.teacher = FrozenNetwork(self.net)
         self.auxiliary_steps = 0
+        self._of_parts: dict[str, list[tuple[Tensor, int]]] | None = None
+        """In an update: name -> (value, number of samples) of each part of the batch."""
         self.last_finite: Tensor | None = None
         """``[B]``, False for samples of the network's last loss that were not finite; a subclass sets it."""
 
@@ -188,6 +190,7 @@ class AlternatingModule(FlowMapModule, ABC):
     ) -> None:
         parts = batch.parts(self.alternation.micro_batches)
         finite: list[Tensor] = []
+        self._of_parts = {}
         self.last_finite = None
         for k, part in enumerate(parts):
             with fresh_casts(), optimizer.toggle_model(sync_grad=k == len(parts) - 1):
@@ -197,9 +200,24 @@ class AlternatingModule(FlowMapModule, ABC):
             if self.last_finite is not None:
                 finite.append(self.last_finite)
         self.last_finite = torch.cat(finite) if finite else None
+        of_parts, self._of_parts = self._of_parts, None
+        for name, logged in of_parts.items():
+            values = torch.stack([value for value, _ in logged])
+            sizes = torch.tensor([float(size) for _, size in logged], device=self.device)
+            kept = ~values.isnan()
+            mean = torch.where(kept, values * sizes, 0).sum() / (kept * sizes).sum()
+            super().log(name, values[0] if len(logged) == 1 else mean, batch_size=len(batch))
         with fresh_casts(), torch.autocast(self.device.type, enabled=False):
             optimizer.step()
             optimizer.zero_grad()
+
+    def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **options: Any) -> None:  # type: ignore[override]
+        """As Lightning's, of which the last value of a step would remain: the mean of a batch's parts."""
+        if self._of_parts is None or args or options or batch_size is None:
+            super().log(name, value, *args, **options, batch_size=batch_size)  # type: ignore[misc]
+            return
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        self._of_parts.setdefault(name, []).append((value, batch_size))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # after the callbacks, which log the norm before clipping

@@ -26,7 +26,7 @@ from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.accumulation import MeanOfAccumulated
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
-from emf_lightning.modules.requirements import check_network
+from emf_lightning.modules.requirements import check_network, reads_own_null
 from emf_lightning.modules.sharding import LIVE, ShardableModule
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.frozen import FrozenNetwork
@@ -112,6 +112,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
             velocity.teacher = FrozenNetwork(self.net)
+        if not caption_dropout and reads_own_null(self.objective):
+            rank_zero_warn(
+                f"{type(self).__name__}: guidance reads the network's own velocity without a caption, which no sample "
+                "trains (caption_dropout is 0 here): give TeacherVelocity, whose teacher knows it, or no guidance"
+            )
         if _given_hyperparameters.get() is not None:
             # from a configuration: plain values that rebuild the module. Of one built in Python, Lightning would copy
             # the network and its teacher, and keep the copies.

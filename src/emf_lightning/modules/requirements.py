@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emf_lightning.flow.derivative.forward_mode import Fused
+from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
 
@@ -38,3 +39,12 @@ def check_network(net: FlowMapNetwork, objective: Any) -> None:
             f"{name}: the Fused derivative does not go together with gradient checkpointing (torch counts the "
             "recomputed tensors differently): take ForwardMode, or set net.gradient_checkpointing to false"
         )
+
+
+def reads_own_null(objective: Any) -> bool:
+    """Whether the objective's guidance reads the network itself without a caption."""
+    regression = getattr(objective, "regression", objective)
+    guidance = getattr(regression, "guidance", None)
+    conditioned = getattr(regression, "needs_guidance_conditioning", False)
+    guides = conditioned or (guidance is not None and guidance.changes_velocity)
+    return bool(guides) and not isinstance(regression.velocity, TeacherVelocity)

@@ -111,12 +111,8 @@ class Objective(ABC):
         self.weighting = weighting or AdaptiveWeighting()
         self.velocity = velocity or ConditionalVelocity()
         self.guidance = guidance
-        if guidance is not None and guidance.kappa and not isinstance(self.velocity, ConditionalVelocity):
-            raise ValueError(
-                f"{type(self).__name__}: guidance.kappa weighs u(z, t, t | text) beside v = e - x, and "
-                f"{type(self.velocity).__name__} is that u already: leave kappa at 0, and give "
-                f"scale={guidance.effective_scale:g} for the same guidance"
-            )
+        if not isinstance(self.velocity, ConditionalVelocity):
+            refuse_kappa(guidance, f"{type(self).__name__}: guidance", type(self.velocity).__name__)
         self.clip_target = clip_target
 
     def __call__(
@@ -208,6 +204,15 @@ class Objective(ABC):
                 null = AverageVelocity(reference, expand_context(null_context, len(z)))
                 v = guidance(v, z, t, conditional=conditional, unconditional=null, dropped=dropped)
         return v
+
+
+def refuse_kappa(guidance: TargetGuidance | None, name: str, velocity: str) -> None:
+    """Raises ``ValueError`` where ``kappa`` of the guidance ``name`` weighs what the guided velocity is already."""
+    if guidance is not None and guidance.kappa:
+        raise ValueError(
+            f"{name}.kappa weighs u(z, t, t | text) beside v = e - x, and {velocity} is that u already: leave kappa at "
+            f"0, and give scale={guidance.effective_scale:g} for the same guidance"
+        )
 
 
 def zero_non_finite(x: Tensor) -> tuple[Tensor, Tensor]:

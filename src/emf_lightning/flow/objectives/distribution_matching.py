@@ -125,23 +125,21 @@ class MatchingTerms:
         gap: ``[B]``, mean over dimensions of (u - v)^2, detached; training moves it to 0.
         cosine: ``[B]``, of u and v over all dimensions, detached.
         finite: ``[B]``, False for samples whose loss is not finite; they are left out.
-        sample_std: standard deviation over the batch, mean over dimensions, detached; 0 is a collapse.
+        sample_std: standard deviation over the batch, mean over dimensions, detached; 0 is a collapse. None for B = 1.
     """
 
     loss: Tensor
     gap: Tensor
     cosine: Tensor
     finite: Tensor
-    sample_std: Tensor
+    sample_std: Tensor | None
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Scalars to log."""
-        return {
-            "velocity_gap": torch.where(self.finite, self.gap, 0).sum() / self.finite.sum(),
-            "cosine": self.cosine.nanmean(),
-            "sample_std": self.sample_std,
-        }
+        gap = torch.where(self.finite, self.gap, 0).sum() / self.finite.sum()
+        found = {"velocity_gap": gap, "cosine": self.cosine.nanmean()}
+        return found if self.sample_std is None else found | {"sample_std": self.sample_std}
 
 
 class DistributionMatching:
@@ -249,4 +247,5 @@ class DistributionMatching:
             gap = (u - v).square().flatten(1).mean(1)
             cosine = torch.cosine_similarity(u.flatten(1), v.flatten(1))
         total = torch.where(finite, losses, 0).sum() / finite.sum().clamp(min=1)
-        return MatchingTerms(total, gap, cosine, finite, x.detach().std(0).mean())
+        spread = x.detach().std(0).mean() if len(x) > 1 else None
+        return MatchingTerms(total, gap, cosine, finite, spread)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
-from emf_lightning.flow.guidance import SamplingGuidance
+from emf_lightning.flow.guidance import ConditionedGuidance, SamplingGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
 from emf_lightning.flow.objectives.base import (
     FlowMapTerms,
@@ -28,7 +28,7 @@ from emf_lightning.flow.objectives.base import (
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import interpolate
-from emf_lightning.flow.sampling import Sampler, flow_map_rollout
+from emf_lightning.flow.sampling import FlowMapSampler, Sampler, flow_map_rollout
 from emf_lightning.flow.target_velocity import TargetVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, TimeSampler
 from emf_lightning.flow.velocity import AverageVelocity, Context, call_with_context, no_grad_pass
@@ -70,7 +70,7 @@ class JointObjective:
         real_steps: Euler steps by which the teacher draws the discriminator's real images; None takes the data.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for a regression of no average velocity, and for values out of range.
 
     Example:
         >>> net = torch.nn.Linear(4, 4)
@@ -96,6 +96,11 @@ class JointObjective:
         real_steps: int | None = None,
     ) -> None:
         self.regression = regression or MeanFlow()
+        if not isinstance(self.regression.sampler, FlowMapSampler):
+            raise ValueError(
+                f"JointObjective: its samples are jumps of an average velocity, which {type(self.regression).__name__} "
+                "does not learn; give MeanFlow or another regression of it"
+            )
         self.matching = matching or DistributionMatching()
         self.discriminator_times = discriminator_times or LogitNormalTimes(
             mu=Schedule(-2.0), sigma=Schedule(1.0), flow_matching_ratio=Schedule(1.0)
@@ -254,8 +259,11 @@ class JointObjective:
             return discriminator_loss(self._logits(discriminator, context, x, progress), x, fake, self.r1)
 
     def _rollout(self, net: Callable[..., Tensor], x: Tensor, context: Context, step: int) -> Tensor:
-        steps = self.rollout_steps[step % len(self.rollout_steps)]
-        return flow_map_rollout(AverageVelocity(net, context), torch.randn_like(x), steps, self.gradient_jumps)
+        steps, u = self.rollout_steps[step % len(self.rollout_steps)], AverageVelocity(net, context)
+        if isinstance(self.sampling_guidance, ConditionedGuidance):  # the samples of the scale that the teacher has
+            scale = self.matching.teacher_guidance_scale
+            u = self.sampling_guidance.conditioned(net, context, len(x), scale, x.device)
+        return flow_map_rollout(u, torch.randn_like(x), steps, self.gradient_jumps)
 
     def _logits(
         self, discriminator: Callable[..., Tensor], context: Context, like: Tensor, progress: float

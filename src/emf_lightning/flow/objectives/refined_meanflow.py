@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, scaled_to, with_pull, zero_non_finite
+from emf_lightning.flow.objectives.base import FlowMapTerms, refuse_kappa, scaled_to, with_pull, zero_non_finite
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -130,6 +130,7 @@ class RefinedMeanFlow(MeanFlow):
             derivative=derivative,
             clip_target=clip_target,
         )
+        refuse_kappa(refinement.guidance, f"{type(self).__name__}: refinement.guidance", type(self.velocity).__name__)
         self.refinement = refinement
 
     def __call__(
@@ -171,7 +172,8 @@ class RefinedMeanFlow(MeanFlow):
             loss=with_pull(terms.loss, sample, pull, finite),
             finite=all_finite,
             metrics=terms.metrics
-            | {"refinement_error": error.abs().mean(), "sample_std": sample.detach().std(0).mean()},
+            | {"refinement_error": error.abs().mean()}
+            | ({"sample_std": sample.detach().std(0).mean()} if len(sample) > 1 else {}),
         )
 
     def sample(self, u: Velocity, noise: Tensor) -> Tensor:
