@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -179,7 +180,11 @@ def run_rank(rank: int, port: int, shards: list[str], results: mp.SimpleQueue) -
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     loader = make(shards, rank=rank, ranks=2)
-    before = list(passes(loader, 2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        before = list(passes(loader, 2))
+    told = [str(one.message) for one in said if "of the data" in str(one.message)]
+    assert [line.partition(" of the data")[0] for line in told] == ["a pass trains on about 62%"] * (rank == 0)
     same = True
     for stop in (2, 4, 5):  # in a pass, between two, in the next
         half = make(shards, rank=rank, ranks=2)

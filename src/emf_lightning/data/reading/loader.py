@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import math
 import multiprocessing
+import os
 import signal
 import warnings
 from collections import Counter, deque
@@ -22,6 +24,9 @@ from emf_lightning.text.plain import shorten
 
 BATCHES_AHEAD = 4
 """Batches that a worker prepares in advance."""
+
+LEAST_SHARE = 0.9
+"""Share of a pass below which its end says how much was left."""
 
 DEALING = "dealing of shards"
 """Key of the rule by which shards that do not divide evenly are dealt, where there are any."""
@@ -170,9 +175,35 @@ class ShardLoader:
         """The batches as long as every rank has one: a rank that trains alone would wait for the others forever."""
         for batch in batches:
             if not self._all_ranks(True):
-                return
+                break
             yield batch
-        self._all_ranks(False)
+        else:
+            self._all_ranks(False)
+        if self._distributed and self.stream.limit is None and self._epoch == 0:
+            self._warn_of_rest()
+
+    def _warn_of_rest(self) -> None:
+        """Says how much of a pass is left where it is more than a tenth; a collective of all ranks."""
+        own = torch.tensor([sum(map(self._size_of_lane, range(self.stream.lanes)))], dtype=torch.float64)
+        least = own.clone()
+        dist.all_reduce(own, group=self._cpu_group)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._cpu_group)
+        share = float(self.stream.ranks * least / own)
+        if share < LEAST_SHARE and self.stream.rank == 0:
+            warnings.warn(
+                f"a pass trains on about {share:.0%} of the data: it ends for all ranks with the one that has least, "
+                "and what is left is mostly of the largest shards; write shards of about the same size",
+                stacklevel=2,
+            )
+
+    def _size_of_lane(self, lane: int) -> float:
+        """Bytes of the shards that a lane reads in this pass; NaN where not all are local files."""
+        dealt = self.stream.lane_shards(self._epoch, lane)
+        try:
+            sizes = [os.path.getsize(source) for source, *_ in dealt]  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            return math.nan
+        return sum(size * width / of for size, (_, _, of, width) in zip(sizes, dealt, strict=True))
 
     def _all_ranks(self, has_batch: bool) -> bool:
         if not self._distributed:
