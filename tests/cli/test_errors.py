@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from emf_lightning.cli import main
 from emf_lightning.cli.parsing.errors import user_message
+from emf_lightning.cli.parsing.setting_checks import check_sharding
 from tests.cli.world import CHECKPOINT, PARENT, complaint
 
 NESTED_MISTAKE = """
@@ -283,6 +285,14 @@ def test_sharding_that_would_train_wrongly_is_refused(
 
     assert line.startswith("emf fit: trainer.strategy: data_parallel_size is ")
     assert wanted in line
+
+
+@pytest.mark.parametrize("devices", [3, "3", "0,1,2", [0, 1, 2]])
+def test_sharding_is_checked_however_devices_are_given(devices: int | str | list[int]) -> None:
+    sizes = Namespace(data_parallel_size=2, tensor_parallel_size=1)
+    strategy = Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=sizes)
+    with pytest.raises(ValueError, match="set them to 6 and 1"):
+        check_sharding(strategy, devices, num_nodes=2)
 
 
 def test_a_sharded_checkpoint_names_the_strategy_that_reads_it(capsys: pytest.CaptureFixture[str]) -> None:

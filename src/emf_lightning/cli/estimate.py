@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from emf_lightning.cli.assumptions import sized_or_assumed
-from emf_lightning.cli.devices import DEVICES
+from emf_lightning.cli.devices import DEVICES, devices_of_node
 from emf_lightning.cli.parsing.parser_errors import class_of
 from emf_lightning.cli.passes import Passes, StepPasses, step_passes
 from emf_lightning.cli.rows import gb, row
@@ -44,7 +44,9 @@ class Plan:
         self.net: FlowMapNetwork = self._sized("model.init_args.net", net, FlowMapNetwork, **sizes)
         shape = channels, self.side, self.side
         self.cost = network_cost(self.net, shape, self.text.length, self.text.width)
-        self.devices = self._devices_of_node(trainer.devices) * trainer.num_nodes
+        if (devices := devices_of_node(trainer.devices)) is None:
+            self.notes.append(f"trainer.devices {trainer.devices}: planned with 1 device a node")
+        self.devices = (devices or 1) * trainer.num_nodes
         self.checkpointing = bool(net.get("init_args.gradient_checkpointing"))
         self.pretrained = net.get("init_args.pretrained.path", net.get("init_args.pretrained"))
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
@@ -146,18 +148,6 @@ class Plan:
             else row(f"in all, FSDP2 over {self.devices}", gb(fsdp), fits[fsdp]),
             row("", "", "counted, not measured: allow a tenth and more for the allocator"),
         ]
-
-    def _devices_of_node(self, devices: Any) -> int:
-        """Devices of a node that ``trainer.devices`` stands for: a number, a list, or their text."""
-        if isinstance(devices, list):
-            return len(devices)
-        given = [part for part in str(devices).split(",") if part.strip()]
-        if "," in str(devices):
-            return len(given)
-        if given and given[0].strip().isdigit():
-            return int(given[0])
-        self.notes.append(f"trainer.devices {devices}: planned with 1 device a node")
-        return 1
 
     def disk(self) -> list[str]:
         """Caches and checkpoints."""

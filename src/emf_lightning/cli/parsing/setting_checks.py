@@ -12,6 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from emf_lightning.cli.devices import devices_of_node
 from emf_lightning.cli.parsing.parser_errors import class_of
 
 
@@ -44,7 +45,7 @@ def check_sharding(strategy: Any, devices: Any, num_nodes: int) -> bool:
     if not isinstance(strategy, Namespace) or not issubclass(class_of(strategy.class_path), ModelParallelStrategy):
         return False
     sizes = [strategy.init_args[f"{kind}_parallel_size"] for kind in ("data", "tensor")]
-    there = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
+    there = devices_of_node(devices)
     if "auto" in sizes or sizes[1] != 1 or (there is not None and sizes[0] != there * num_nodes):
         wanted = "devices x num_nodes" if there is None else there * num_nodes
         raise ValueError(
