@@ -147,6 +147,8 @@ def test_the_parser_sees_everything_but_base_on_the_lines_where_it_was(text: str
         '{"base": "x.yaml", "a": 1, "b": 2}',
         "base: &name 1\na: *name\nb: 2\n",
         "---\nbase: x.yaml\na: 1\nb: 2\n...\n",
+        "a: &name 1\nbase: *name\nb: 2\n",
+        "? base\n: x.yaml\n? a\n: 1\n? b\n: 2\n",
     ],
 )
 def test_the_parser_sees_everything_but_base_in_any_style(text: str) -> None:

@@ -121,6 +121,13 @@ def test_batches_too_small_for_both_kinds_of_samples_have_them_in_turn(batch, ra
         assert set(counts) == {round(wanted)}
 
 
+def test_samples_with_r_equal_0_come_in_turn_as_well():
+    sampler = LogitNormalTimes(flow_matching_ratio=Schedule(0.25), consistency_ratio=0.1)
+    zeros = [int((sampler(4, step / 4000, CPU).r == 0).sum()) for step in range(4000)]
+    assert set(zeros) == {0, 1}
+    assert np.mean(zeros) == pytest.approx(0.4, abs=0.04)
+
+
 def test_a_schedule_is_followed_by_batches_of_one():
     sampler = LogitNormalTimes(flow_matching_ratio=Schedule(0.75, 0.25))
     counts = np.array([sampler(1, step / 8000, CPU).n_interval for step in range(8000)]).reshape(4, 2000).mean(1)

@@ -268,13 +268,14 @@ GUIDED = TargetGuidance(scale=2.0)
         (JointObjective(regression=MeanFlow(guidance=GUIDED, velocity=TeacherVelocity())), None, False),
     ],
 )
-def test_guidance_by_a_null_caption_that_nothing_trains_is_said(net, objective, dropout, warned):
+def test_guidance_by_a_null_caption_that_nothing_trains_is_said(tmp_path, net, loader, objective, dropout, warned):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if dropout is None:
-            JointDistillation(net, objective)
+            module = JointDistillation(net, objective, optimization=Optimization(optimizer))
         elif isinstance(objective, FlowGeneratorMatching):
-            FGM(net, objective, optimization=Optimization(optimizer))
+            module = FGM(net, objective, optimization=Optimization(optimizer))
         else:
-            FlowMapModule(net, objective, caption_dropout=dropout)
+            module = FlowMapModule(net, objective, caption_dropout=dropout, optimization=Optimization(optimizer))
+        fit(module, loader, tmp_path)
     assert any("which no sample trains" in str(one.message) for one in said) == warned

@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
-from emf_lightning.cli.parsing import without_collection
+from emf_lightning.cli.parsing import import_classes, without_collection
 from emf_lightning.cli.verbs import EXPERIMENT_VERBS, FUNCTION_VERBS, TRAINER_VERBS
 
 _HELP = """\
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         hook, threading.excepthook = threading.excepthook, partial(_say_of_thread, verb)
         try:
-            _run(verb, arguments)
+            _run(verb, arguments, args is None)
         except Exception as error:
             from emf_lightning.cli.parsing.errors import user_message
 
@@ -78,7 +78,7 @@ def _say_of_thread(verb: str, arguments: threading.ExceptHookArgs) -> None:
         print(f"emf {verb}: {line}", file=sys.stderr)
 
 
-def _run(verb: str, arguments: list[str]) -> None:
+def _run(verb: str, arguments: list[str], alone: bool) -> None:
     from emf_lightning.cli.parsing.experiment_files import expand, with_options
     from emf_lightning.cli.parsing.own_classes import find_own_classes
     from emf_lightning.part_classes import FLAG, trusting
@@ -93,25 +93,27 @@ def _run(verb: str, arguments: list[str]) -> None:
     if trust:
         find_own_classes(arguments)
     with trusting(trust):
-        _call(verb, arguments)
+        _call(verb, arguments, alone)
 
 
-def _call(verb: str, arguments: list[str]) -> None:
+def _call(verb: str, arguments: list[str], alone: bool) -> None:
+    """Imports the verb and runs it; ``alone`` in this process, it may keep all imports from the garbage collector."""
     if verb in TRAINER_VERBS:
         from emf_lightning.cli.trainings import end_with_parent
 
         end_with_parent()  # before the slow imports
-        with without_collection():
-            from emf_lightning.cli.parsing.emf_cli import EMFCLI
+        with without_collection(keep=alone):
+            from emf_lightning.cli.parsing.emf_cli import CLASS_PACKAGES, EMFCLI
             from emf_lightning.cli.parsing.nested_help import with_classes
 
+            import_classes(*CLASS_PACKAGES)
         EMFCLI.run(with_classes(arguments))
     elif verb in EXPERIMENT_VERBS:
-        _function(verb)(arguments[1:])
+        _function(verb, alone)(arguments[1:])
     elif verb in FUNCTION_VERBS:
         from emf_lightning.cli.parsing.function_verb import call
 
-        call(_function(verb), arguments)
+        call(_function(verb, alone), arguments)
     else:
         verbs = (*TRAINER_VERBS, *EXPERIMENT_VERBS, *FUNCTION_VERBS)
         near = get_close_matches(verb, verbs, n=1)
@@ -119,6 +121,6 @@ def _call(verb: str, arguments: list[str]) -> None:
         raise ValueError(f"no such verb; {hint}the verbs are {', '.join(verbs)}")
 
 
-def _function(verb: str) -> Callable[..., None]:
-    with without_collection():
+def _function(verb: str, alone: bool) -> Callable[..., None]:
+    with without_collection(keep=alone):
         return getattr(import_module(f"emf_lightning.cli.{verb}"), verb)

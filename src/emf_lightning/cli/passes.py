@@ -174,7 +174,8 @@ def step_passes(model: Namespace, max_steps: int, batch_size: int, channels: int
     The module and its objective are the real ones, so the count is right for own classes as well.
     """
     of_network, of_critic, found = _Log(), _Log(), StepPasses()
-    side, width, batch_size = 4, 8, min(batch_size, 64)
+    # small batches have samples of each kind by chance: what counts is their mean
+    side, width, batch_size = 4, 8, min(batch_size, 64) if batch_size >= 8 else 64
     module = _module(model, _Network(of_network, channels, side, width), of_critic)
     module._planned_steps = max(max_steps, 1)
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]

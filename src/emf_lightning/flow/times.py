@@ -75,12 +75,24 @@ class TimeSampler(ABC):
     def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two fp32 vectors ``[batch]`` in (0, 1), from the distributions of t and of r, not sorted."""
 
+    def counts(self, batch: int, progress: float) -> tuple[int, int]:
+        """How many of ``batch`` samples have r < t, and how many of these r = 0.
+
+        Each is its share of the batch, rounded. Where that leaves no sample of a kind, as in a batch of one, the number
+        is the next lower or the next higher one, by chance, so that its mean over many values of ``progress`` is right.
+        It follows from ``progress`` alone: all ranks have equal shapes.
+        """
+        chance = Random(progress).random()
+
+        def whole(share: float) -> int:
+            n = round(share * batch)
+            return math.floor(share * batch + chance) if 0 < share < 1 and n in (0, batch) else n
+
+        n = whole(1 - self.flow_matching_ratio(progress))
+        return n, min(whole(self.consistency_ratio), n)
+
     def __call__(self, batch: int, progress: float, device: torch.device) -> Times:
         """Times of ``batch`` samples, the r < t samples first, and of these the r = 0 samples.
-
-        The number of r < t samples is ``round((1 - flow_matching_ratio) * batch)``. Where no sample of one
-        kind would be left, as in a small batch, some batches have one and others none, so that the mean is kept. Both
-        numbers follow from ``progress`` alone: shapes are equal on all ranks.
 
         Args:
             batch: B.
@@ -88,11 +100,7 @@ class TimeSampler(ABC):
             device: of the result.
         """
         a, b = self.sample(batch, progress, device)
-        wanted = (1 - self.flow_matching_ratio(progress)) * batch
-        n = round(wanted)
-        zeros = min(round(self.consistency_ratio * batch), n)
-        if 0 < wanted < batch and n in (0, batch):
-            n = max(zeros, math.floor(wanted + Random(progress).random()))
+        n, zeros = self.counts(batch, progress)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         r[:zeros] = 0
         t = torch.cat([t[:n], a[n:]])
@@ -192,6 +200,10 @@ class AnyStepTimes(TimeSampler):
         """How many of ``batch`` samples have t = 1 and r = 0."""
         ratio = max(self.flow_matching_ratio(0.0), self.flow_matching_ratio(1.0))
         return min(round(self.consistency_ratio * batch), round((1 - ratio) * batch))
+
+    def counts(self, batch: int, progress: float) -> tuple[int, int]:
+        """See ``TimeSampler``; always rounded, so that ``one_step`` holds for every batch."""
+        return round((1 - self.flow_matching_ratio(progress)) * batch), self.one_step(batch)
 
     def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """t uniform on (0, 1), and r uniform on (0, t)."""

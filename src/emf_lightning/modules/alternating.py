@@ -33,14 +33,11 @@ class Alternation:
     Attributes:
         auxiliary_updates: of the online flow or discriminator before each of the network, at least 1.
         gradient_clip_val: largest norm of either network's gradient; None does not clip.
-        auxiliary_gradient_clip_val: that of the auxiliary network, whose loss may have another scale (a sum over a
-            sample's numbers, where the network's is their mean); None is ``gradient_clip_val``.
         micro_batches: parts of a batch whose gradients are accumulated, one part's activations in memory at a time.
     """
 
     auxiliary_updates: int = 1
     gradient_clip_val: float | None = 1.0
-    auxiliary_gradient_clip_val: float | None = None
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
@@ -193,12 +190,14 @@ class AlternatingModule(FlowMapModule, ABC):
         self._of_parts = {}
         self.last_finite = None
         for k, part in enumerate(parts):
+            self._part_of_step = k / len(parts)
             with fresh_casts(), optimizer.toggle_model(sync_grad=k == len(parts) - 1):
                 loss = loss_of(part) * (len(part) / len(batch))
                 with torch.autocast(self.device.type, enabled=False):
                     self.manual_backward(loss)
             if self.last_finite is not None:
                 finite.append(self.last_finite)
+        self._part_of_step = 0.0
         self.last_finite = torch.cat(finite) if finite else None
         of_parts, self._of_parts = self._of_parts, None
         for name, logged in of_parts.items():
@@ -212,7 +211,7 @@ class AlternatingModule(FlowMapModule, ABC):
             optimizer.zero_grad()
 
     def log(self, name: str, value: Any, *args: Any, batch_size: int | None = None, **options: Any) -> None:  # type: ignore[override]
-        """As Lightning's, of which the last value of a step would remain: the mean of a batch's parts."""
+        """Logs the mean over the parts of a batch; Lightning would keep the last part's value."""
         if self._of_parts is None or args or options or batch_size is None:
             super().log(name, value, *args, **options, batch_size=batch_size)  # type: ignore[misc]
             return
@@ -221,11 +220,8 @@ class AlternatingModule(FlowMapModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # after the callbacks, which log the norm before clipping
-        largest = self.alternation.gradient_clip_val
-        if optimizer is self.trainer.optimizers[1] and self.alternation.auxiliary_gradient_clip_val is not None:
-            largest = self.alternation.auxiliary_gradient_clip_val
-        if largest is not None:
-            self.clip_gradients(optimizer, largest, "norm")
+        if self.alternation.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.alternation.gradient_clip_val, "norm")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.last_finite is not None:

@@ -103,6 +103,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         self.pipeline: Any = None
         self._non_finite = NonFiniteGuard(nan_patience)
         self._planned_steps = 0
+        self._part_of_step = 0.0  # of the samples whose gradients an optimiser step sums, how many are done
         self._sampler: Sampler | None = None
         self._sampled: FlowMapNetwork | None = None
         self._loaded: dict[str, Any] = {}  # the parametrization of the checkpoint that training resumes from
@@ -112,11 +113,6 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
             velocity.teacher = FrozenNetwork(self.net)
-        if not caption_dropout and reads_own_null(self.objective):
-            rank_zero_warn(
-                f"{type(self).__name__}: guidance reads the network's own velocity without a caption, which no sample "
-                "trains (caption_dropout is 0 here): give TeacherVelocity, whose teacher knows it, or no guidance"
-            )
         if _given_hyperparameters.get() is not None:
             # from a configuration: plain values that rebuild the module. Of one built in Python, Lightning would copy
             # the network and its teacher, and keep the copies.
@@ -240,8 +236,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
 
     @property
     def progress(self) -> float:
-        """Optimiser steps taken over optimiser steps planned, in [0, 1]."""
-        return min(self.trainer.global_step / self._planned_steps, 1.0)
+        """Optimiser steps taken over optimiser steps planned, in [0, 1]; a part of a step's samples is a part of it."""
+        return min((self.trainer.global_step + self._part_of_step) / self._planned_steps, 1.0)
 
     def log_terms(self, terms: FlowMapTerms) -> None:
         """Keeps the terms and logs their means, without waiting for the device."""
@@ -263,6 +259,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         # uninterrupted one, and no random number that a callback takes in between changes it.
         trainer = self.trainer
         micro_batch = batch_idx % trainer.accumulate_grad_batches
+        self._part_of_step = micro_batch / trainer.accumulate_grad_batches
         key = (int(os.environ.get("PL_GLOBAL_SEED", 0)), trainer.global_rank, trainer.global_step, micro_batch)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
@@ -307,6 +304,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         return []
 
     def on_fit_start(self) -> None:
+        if not self.caption_dropout and reads_own_null(self.objective):
+            rank_zero_warn(
+                f"{type(self).__name__}: guidance reads the network's own velocity without a caption, which no sample "
+                "trains (caption_dropout is 0 here): give TeacherVelocity, whose teacher knows it, or no guidance"
+            )
         if str(self.trainer.precision).startswith("64"):
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}: latents and features are fp32; set 32-true"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emf_lightning.flow.derivative.forward_mode import Fused
+from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
@@ -46,5 +47,5 @@ def reads_own_null(objective: Any) -> bool:
     regression = getattr(objective, "regression", objective)
     guidance = getattr(regression, "guidance", None)
     conditioned = getattr(regression, "needs_guidance_conditioning", False)
-    guides = conditioned or (guidance is not None and guidance.changes_velocity)
-    return bool(guides) and not isinstance(regression.velocity, TeacherVelocity)
+    guides = conditioned or (isinstance(guidance, TargetGuidance) and guidance.changes_velocity)
+    return bool(guides) and not isinstance(getattr(regression, "velocity", None), TeacherVelocity)

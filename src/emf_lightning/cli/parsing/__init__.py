@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,15 +20,19 @@ def import_classes(*packages: str) -> None:
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """A context for imports: no collection walks what they create, neither now nor later; all of it stays."""
-    enabled, modules = gc.isenabled(), len(sys.modules)
+def without_collection(keep: bool = False) -> Iterator[None]:
+    """A context for imports, in which nothing looks for garbage: all that they create stays.
+
+    Args:
+        keep: later collections leave out all that there is by then, for a process that is the command line's alone.
+    """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if len(sys.modules) > modules:  # a second call in one process would keep what the first has left
+            if keep:
                 gc.freeze()
                 atexit.register(gc.unfreeze)  # else triton reports at the end what Python has not freed
             gc.enable()

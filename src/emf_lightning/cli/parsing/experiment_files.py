@@ -168,7 +168,8 @@ def without_base(text: str) -> str:
             if not document.value:
                 return "{}"
             start, end = key.start_mark.index, value.end_mark.index
-            if document.flow_style or "&" in text[start:end]:  # a cut would leave a comma, or the names of what is gone
+            plain = start < end and key.start_mark.column == document.start_mark.column and "&" not in text[start:end]
+            if document.flow_style or not plain:  # a cut would leave a comma, a ?, or a name of what is gone
                 return str(yaml.serialize(document))
             return text[:start] + "\n" * text.count("\n", start, end) + text[end:]
     return text

@@ -60,8 +60,7 @@ class ShardStream(IterableDataset[RawBatch]):
     """One rank's batches of one pass over the shards.
 
     A pass is dealt to ``ranks * lanes`` lanes; each worker reads one lane. As many shards as divide evenly are dealt
-    whole, in the order of the pass. Folders of pictures beside shards are dealt to all lanes: they may hold more than
-    all of the shards. Of the rest each lane takes its samples from one shard or two; where there are
+    whole, in the order of the pass. Of the rest each lane takes its samples from one shard or two; where there are
     fewer shards than lanes, from every shard, so that all lanes have as many. So every sample is in exactly one lane. A
     lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in memory and permuted by (seed, pass,
     lane, block), so that a resumed lane reads at most one block again.

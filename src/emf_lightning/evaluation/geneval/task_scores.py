@@ -37,9 +37,9 @@ class TaskScores:
         standard_error: of ``overall``, by bootstrap over prompts; NaN where a task has one prompt.
         seen: task -> share correct among compositions that the training images show; tasks with held-out ones only.
         held_out: task -> share correct among held-out compositions; the same tasks.
-        held_out_error: standard error of the mean of ``held_out`` over images, of which there may be few: those of a
-            binomial share with two more right and two more wrong ones (Agresti and Coull), for none is certain that is
-            right ten times of ten. NaN without held-out compositions.
+        held_out_error: standard error of the mean of ``held_out`` over images, of which there may be few: that of
+            binomial shares with two more right and two more wrong images each (Agresti and Coull), so that ten right
+            of ten do not give an error of 0. NaN without held-out compositions.
     """
 
     correct: dict[str, float]

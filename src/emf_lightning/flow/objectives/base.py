@@ -225,15 +225,16 @@ def zero_non_finite(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(expand_like(finite, x), x, 0), finite
 
 
-def with_finite_gradient(x: Tensor) -> Tensor:
-    """``x`` ``[B, ...]``, into whose samples no gradient flows back that is not finite.
+def with_gradient_of(x: Tensor, counts: Callable[[], Tensor]) -> Tensor:
+    """``x`` ``[B, ...]``, into whose samples no gradient flows but of those that ``counts``, ``[B]``, says.
 
     A loss that is left out because another network's output is not finite has a gradient of 0 times infinity, NaN.
+    ``counts`` is called in the backward pass, when it is known.
     """
     if not x.requires_grad:
         return x
     x = x.view_as(x)
-    x.register_hook(lambda gradient: zero_non_finite(gradient)[0])  # type: ignore[no-untyped-call]
+    x.register_hook(lambda g: torch.where(expand_like(counts(), g), g, 0))  # type: ignore[no-untyped-call]
     return x
 
 

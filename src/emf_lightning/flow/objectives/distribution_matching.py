@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.flow.guidance import guided
-from emf_lightning.flow.objectives.base import FlowMapTerms, with_finite_gradient
+from emf_lightning.flow.objectives.base import FlowMapTerms, with_gradient_of
 from emf_lightning.flow.objectives.flow_matching import FlowMatching
 from emf_lightning.flow.path import interpolate
 from emf_lightning.flow.times import TimeSampler
@@ -237,7 +237,7 @@ class DistributionMatching:
             e: like ``x``, noise independent of the generator's.
             t: ``[B]``, fp32, in (0, 1).
         """
-        x = with_finite_gradient(x)
+        x = with_gradient_of(x, lambda: finite)
         z, c = interpolate(x, e, t), e - x
         with nullcontext() if self.loss.differentiates_flows else no_grad_pass():
             u, v = teacher(z, t, t).float(), online_flow(z, t, t).float()
