@@ -213,7 +213,7 @@ def test_a_model_of_other_prompts_scores_chance_which_the_report_says_beside_the
     text = (tmp_path / "run/report.md").read_text()
     assert f"| chance: of another prompt of its task |  |  | {chance.correct['single_object']:.3f} |" in text
     assert "| seen | held out |" in text
-    assert f"| {scores['seen']:.3f} | {scores['held_out']:.3f} |" in text
+    assert f"| {scores['seen']:.3f} | {scores['held_out']:.3f} ± {scores['held_out_se']:.3f} |" in text
 
 
 def test_a_graph_of_questions_is_a_benchmark_too(shards, tmp_path):

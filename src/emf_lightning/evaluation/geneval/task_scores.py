@@ -39,7 +39,7 @@ class TaskScores:
         held_out: task -> share correct among held-out compositions; the same tasks.
         held_out_error: standard error of the mean of ``held_out`` over images, of which there may be few: that of
             binomial shares with two more right and two more wrong images each (Agresti and Coull), so that ten right
-            of ten do not give an error of 0. NaN without held-out compositions.
+            of ten do not give an error of 0. None without held-out compositions, and in rows of earlier versions.
     """
 
     correct: dict[str, float]
@@ -48,7 +48,7 @@ class TaskScores:
     standard_error: float
     seen: dict[str, float]
     held_out: dict[str, float]
-    held_out_error: float = float("nan")
+    held_out_error: float | None = None
 
     @property
     def overall(self) -> float:
@@ -64,7 +64,9 @@ class TaskScores:
         """All numbers by their names in tags: tasks, ``overall``, ``strict``, ``se``, ``seen``, ``held_out[_se]``."""
         numbers = {**self.correct, "overall": self.overall, "strict": self.overall_strict, "se": self.standard_error}
         if self.held_out:
-            numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out), "held_out_se": self.held_out_error}
+            numbers |= {"seen": _mean(self.seen), "held_out": _mean(self.held_out)}
+        if self.held_out_error is not None:
+            numbers["held_out_se"] = self.held_out_error
         return numbers
 
     def numbers(self) -> dict[str, float]:
@@ -79,11 +81,11 @@ class TaskScores:
             name: {task: float(share) for task, share in row[name].items()}
             for name in ("correct", "strict", "seen", "held_out")
         }
-        error, unseen = row["standard_error"], row.get("held_out_error")  # which rows of earlier versions lack
+        error, unseen = row["standard_error"], row.get("held_out_error")
         return cls(
             images=images,
             standard_error=float("nan") if error is None else float(error),
-            held_out_error=float("nan") if unseen is None else float(unseen),
+            held_out_error=None if unseen is None else float(unseen),
             **shares,
         )
 
@@ -129,10 +131,10 @@ class TaskScores:
         )
 
 
-def _error(counts: Sequence[tuple[float, float]]) -> float:
+def _error(counts: Sequence[tuple[float, float]]) -> float | None:
     """Standard error of the mean of shares, each given as its right images and all of its images."""
     shares = [((right + 2) / (images + 4), images + 4) for right, images in counts]
-    return float(np.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)) if shares else float("nan")
+    return float(np.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(shares)) if shares else None
 
 
 def _mean(shares: Mapping[str, float]) -> float:
