@@ -306,7 +306,7 @@ def test_a_sharded_checkpoint_names_the_strategy_that_reads_it(capsys: pytest.Ca
 def test_an_error_that_ends_a_librarys_thread_is_one_line(monkeypatch, capfd):
     """TensorBoard's writer meets a full disk in a thread of its own, whose traceback stood before the sentence."""
 
-    def write(verb, arguments):
+    def write(verb, arguments, alone):
         def fail() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
 

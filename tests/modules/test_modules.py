@@ -57,15 +57,17 @@ def test_training_moves_the_weights_and_logs_raw_errors(tmp_path, net, loader, o
 
 
 def test_progress_counts_optimiser_steps_not_batches(tmp_path, net, loader):
-    seen = []
+    seen, of_batches = [], []
 
     class Watched(FlowMapModule):
         def compute_loss(self, batch):
             seen.append(self.progress)
+            of_batches.append(self.progress_of_batch)
             return super().compute_loss(batch)
 
     trainer(tmp_path, max_steps=3, accumulate_grad_batches=2).fit(Watched(net, optimization=ADAMW), loader)
     assert seen == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert of_batches == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6])
 
 
 def test_target_guidance_changes_the_objective(tmp_path, net, loader):

@@ -73,7 +73,7 @@ class FGM(AlternatingModule):
             teacher=self.teacher,
             online_flow=self.online_flow,
             null_context=batch.null.conditioning,
-            progress=self.progress,
+            progress=self.progress_of_batch,
             step=self.trainer.global_step,
         )
         self.log_metrics({"loss": terms.loss.detach(), **terms.metrics}, terms.finite)
@@ -87,7 +87,7 @@ class FGM(AlternatingModule):
             batch.latents,
             batch.text.conditioning,
             online_flow=self.online_flow,
-            progress=self.progress,
+            progress=self.progress_of_batch,
             step=self.trainer.global_step,
         )
         self.log("train/online_flow_mse", terms.squared_error.mean(), batch_size=len(batch))

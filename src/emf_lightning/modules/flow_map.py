@@ -205,7 +205,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             self.net,
             batch.latents,
             text.conditioning,
-            progress=self.progress,
+            progress=self.progress_of_batch,
             null_context=batch.null.conditioning,
             dropped=dropped,
             **sampling,
@@ -236,7 +236,12 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
 
     @property
     def progress(self) -> float:
-        """Optimiser steps taken over optimiser steps planned, in [0, 1]; a part of a step's samples is a part of it."""
+        """Optimiser steps taken over optimiser steps planned, in [0, 1]."""
+        return min(self.trainer.global_step / self._planned_steps, 1.0)
+
+    @property
+    def progress_of_batch(self) -> float:
+        """``progress`` as objectives read it: a batch whose gradient is a part of a step's is a part of that step."""
         return min((self.trainer.global_step + self._part_of_step) / self._planned_steps, 1.0)
 
     def log_terms(self, terms: FlowMapTerms) -> None:

@@ -106,7 +106,7 @@ class JointDistillation(AlternatingModule):
             online_flow=self._part("online_flow"),
             discriminator=self._part("discriminator"),
             null_context=batch.null.conditioning,
-            progress=self.progress,
+            progress=self.progress_of_batch,
             step=self.trainer.global_step,
             sampling_context=None if batch.sampling is None else batch.sampling.conditioning,
         )
@@ -121,7 +121,7 @@ class JointDistillation(AlternatingModule):
     def compute_auxiliary_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The online flow's error on the network's samples, and the discriminator's loss."""
         text = batch.sampling or batch.text
-        now: dict[str, Any] = {"progress": self.progress, "step": self.trainer.global_step}
+        now: dict[str, Any] = {"progress": self.progress_of_batch, "step": self.trainer.global_step}
         losses = []
         online_flow, discriminator = self._part("online_flow"), self._part("discriminator")
         if online_flow is not None:

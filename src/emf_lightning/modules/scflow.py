@@ -87,7 +87,7 @@ class SCFlow(AlternatingModule):
             target=self.target,
             discriminator=self.discriminator,
             null_context=batch.null.conditioning,
-            progress=self.progress,
+            progress=self.progress_of_batch,
             step=self.trainer.global_step,
         )
         self.log_metrics({"loss": terms.loss.detach(), **terms.metrics}, terms.finite)
@@ -97,7 +97,11 @@ class SCFlow(AlternatingModule):
     def compute_auxiliary_loss(self, batch: CaptionImageBatch) -> Tensor:
         """The discriminator's loss on the batch's latents and on one-step samples for its captions."""
         terms = self.objective.discriminator_loss(
-            self.net, batch.latents, batch.text.conditioning, discriminator=self.discriminator, progress=self.progress
+            self.net,
+            batch.latents,
+            batch.text.conditioning,
+            discriminator=self.discriminator,
+            progress=self.progress_of_batch,
         )
         self.log("train/discriminator_loss", terms.loss.detach(), batch_size=len(batch))
         self.log("train/discriminator_accuracy", terms.accuracy, batch_size=len(batch))
