@@ -242,7 +242,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
     @property
     def progress_of_batch(self) -> float:
         """``progress`` as objectives read it: a batch whose gradient is a part of a step's is a part of that step."""
-        return min((self.trainer.global_step + self._part_of_step) / self._planned_steps, 1.0)
+        return min(self.progress + self._part_of_step / max(self._planned_steps, 1), 1.0)
 
     def log_terms(self, terms: FlowMapTerms) -> None:
         """Keeps the terms and logs their means, without waiting for the device."""
