@@ -42,6 +42,5 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
 
 
 def _options(verb: str) -> list[str]:
-    parser = parser_of("fit" if verb in EXPERIMENT_VERBS else verb)
-    names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    names = [name for action in parser_of(verb)._actions for name in action.option_strings if name.startswith("--")]
     return sorted({*names, *OWN_OPTIONS.get(verb, ())})

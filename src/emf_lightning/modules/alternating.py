@@ -95,7 +95,7 @@ class AlternatingModule(FlowMapModule, ABC):
         self.teacher = FrozenNetwork(self.net)
         self.auxiliary_steps = 0
         self._of_parts: dict[str, list[tuple[Tensor, int]]] | None = None
-        """In an update: name -> (value, number of samples) of each part of the batch."""
+        """In an update of several parts of a batch: name -> (value, number of samples) of each part."""
         self.last_finite: Tensor | None = None
         """``[B]``, False for samples of the network's last loss that were not finite; a subclass sets it."""
 
@@ -187,7 +187,7 @@ class AlternatingModule(FlowMapModule, ABC):
     ) -> None:
         parts = batch.parts(self.alternation.micro_batches)
         finite: list[Tensor] = []
-        self._of_parts = {}
+        self._of_parts = {} if len(parts) > 1 else None
         self.last_finite = None
         for k, part in enumerate(parts):
             self._part_of_step = k / len(parts)
@@ -200,12 +200,12 @@ class AlternatingModule(FlowMapModule, ABC):
         self._part_of_step = 0.0
         self.last_finite = torch.cat(finite) if finite else None
         of_parts, self._of_parts = self._of_parts, None
-        for name, logged in of_parts.items():
+        for name, logged in (of_parts or {}).items():
             values = torch.stack([value for value, _ in logged])
             sizes = torch.tensor([float(size) for _, size in logged], device=self.device)
             kept = ~values.isnan()
             mean = torch.where(kept, values * sizes, 0).sum() / (kept * sizes).sum()
-            super().log(name, values[0] if len(logged) == 1 else mean, batch_size=len(batch))
+            super().log(name, mean, batch_size=len(batch))
         with fresh_casts(), torch.autocast(self.device.type, enabled=False):
             optimizer.step()
             optimizer.zero_grad()
