@@ -19,6 +19,7 @@ from emf_lightning.data.batch import CaptionImageBatch
 from emf_lightning.flow.velocity import fresh_casts
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.optimization import Optimization
+from emf_lightning.modules.requirements import check_teacher
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.frozen import FrozenNetwork
 
@@ -92,6 +93,7 @@ class AlternatingModule(FlowMapModule, ABC):
         self.automatic_optimization = False
         self.auxiliary_optimization = auxiliary_optimization or optimization
         self.alternation = alternation
+        check_teacher(self.net, init_from)
         self.teacher = FrozenNetwork(self.net)
         self.auxiliary_steps = 0
         self._of_parts: dict[str, list[tuple[Tensor, int]]] | None = None

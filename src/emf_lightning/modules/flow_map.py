@@ -26,7 +26,7 @@ from emf_lightning.modules import checkpoint as checkpoints
 from emf_lightning.modules.accumulation import MeanOfAccumulated
 from emf_lightning.modules.non_finite import NonFiniteGuard
 from emf_lightning.modules.optimization import Optimization, lightning_optimizers
-from emf_lightning.modules.requirements import check_network, reads_own_null
+from emf_lightning.modules.requirements import check_network, check_teacher, reads_own_null
 from emf_lightning.modules.sharding import LIVE, ShardableModule
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.frozen import FrozenNetwork
@@ -112,6 +112,7 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
             checkpoints.load_network(self.net, init_from)
         velocity = getattr(self.objective, "velocity", None)
         if isinstance(velocity, TeacherVelocity) and not velocity.given:
+            check_teacher(self.net, init_from)
             velocity.teacher = FrozenNetwork(self.net)
         if _given_hyperparameters.get() is not None:
             # from a configuration: plain values that rebuild the module. Of one built in Python, Lightning would copy

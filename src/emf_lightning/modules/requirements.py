@@ -42,6 +42,17 @@ def check_network(net: FlowMapNetwork, objective: Any) -> None:
         )
 
 
+def check_teacher(net: FlowMapNetwork, init_from: str | None) -> None:
+    """Raises a ``ValueError`` if a frozen copy of the network as training starts would be no teacher."""
+    if net.is_parent or init_from is not None:
+        return
+    raise ValueError(
+        "The teacher is a copy of the network as training starts, and this network does not start as its parent: "
+        "net.interval SummedInterval, finetuning.reset_time and finetuning.reset_text_projection change its velocity. "
+        "Leave them out, take another velocity or objective, or start from trained weights (init_from)"
+    )
+
+
 def reads_own_null(objective: Any) -> bool:
     """Whether the objective's guidance reads the network itself without a caption."""
     regression = getattr(objective, "regression", objective)

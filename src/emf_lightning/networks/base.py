@@ -25,6 +25,8 @@ class FlowMapNetwork(nn.Module, ABC):
 
     Attributes:
         prediction: rule from the backbone's output to u.
+        is_parent: whether, before training, u(z, t, t) is the velocity of the pretrained weights; False where settings
+            change it.
         takes_interval: whether u depends on r; objectives with r < t need it.
         takes_guidance: whether the network takes guidance ``conditions`` and predicts v beside u.
         takes_negative_times: whether u(z, -t, -t) is the velocity of a second flow, which starts as the first.
@@ -38,6 +40,7 @@ class FlowMapNetwork(nn.Module, ABC):
     """
 
     prediction: Prediction
+    is_parent: bool = True
     takes_interval: bool = True
     takes_guidance: bool = False
     takes_negative_times: bool = False

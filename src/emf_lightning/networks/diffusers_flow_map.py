@@ -16,6 +16,7 @@ from emf_lightning.networks.architecture_checks import require
 from emf_lightning.networks.base import FlowMapNetwork, describe
 from emf_lightning.networks.finetuning import Finetuning
 from emf_lightning.networks.prediction import Prediction, PredictVelocity
+from emf_lightning.networks.two_time.rules import IntervalInput
 from emf_lightning.networks.two_time.two_time_embedding import INTERVAL, TimePlaces
 from emf_lightning.pretrained.loading import PretrainedWeights, on_meta_device
 
@@ -31,6 +32,7 @@ class DiffusersFlowMap(FlowMapNetwork):
         places: where the model keeps its time embedding.
         published_time_scale: of weights whose configuration does not say it.
         lora_prefix: the model's name in its pipeline, with which the keys of adapters begin.
+        interval: the rule that joins r and t; None for a network with one time.
         adapter: the settings of adapters, if it has some.
         parent: the weights under them.
         parent_fingerprint: a digest of these.
@@ -40,6 +42,7 @@ class DiffusersFlowMap(FlowMapNetwork):
     places: ClassVar[TimePlaces]
     published_time_scale: ClassVar[float] = 1000.0
     lora_prefix: ClassVar[str] = "transformer"
+    interval: IntervalInput | None
     adapter: Adapter | None = None
     parent: PretrainedWeights | None = None
     parent_fingerprint = ""
@@ -203,6 +206,8 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     def _check_agreement(self, weights: PretrainedWeights, recorded: dict[str, Any]) -> None:
         """Compares this network's settings with those that ``weights`` were trained with, and records them."""
+        new_rule = self.interval if recorded.get("interval") is None else None
+        self.is_parent = new_rule is None or new_rule.preserves_parent
         config = self.diffusers_model.config
         for name, ours, theirs in (
             ("latent channels", self.latent_channels, self.model_channels),

@@ -216,6 +216,8 @@ class SanaFlowMap(DiffusersFlowMap):
             self.transformer.copy_to(NEGATIVE)
             recorded["time_scale"] = None
         self._check_agreement(weights, recorded)
+        if finetuning.reset_time is not None or finetuning.reset_text_projection:
+            self.is_parent = False
 
     def _refit(self, old_scale: float) -> float:
         error = super()._refit(old_scale)

@@ -25,9 +25,11 @@ class IntervalInput(ABC):
         embeds_length: whether the rule uses m', the embedding of t - r.
         blocks_at_t: for rules with two embeddings for the blocks side by side, ``[B, 2 D]``, the number of leading
             blocks that take the first; the others take the second. None for rules with one.
+        preserves_parent: whether a network with one time, given this rule, keeps its output at r = t.
     """
 
     embeds_length: bool = True
+    preserves_parent: bool = True
     blocks_at_t: int | None = None
 
     @abstractmethod
@@ -52,6 +54,8 @@ class AnchoredInterval(IntervalInput):
 
 class SummedInterval(IntervalInput):
     """m(t) + m'(t - r), the plain sum of EMF's release: for its checkpoints; it does not preserve the parent."""
+
+    preserves_parent = False
 
     def __call__(self, embed_time: Embed, embed_length: Embed, r: Tensor, t: Tensor) -> Modulation:
         return combined(torch.add, embed_time(t), embed_length(t - r))
