@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def train(model: AutoencoderKL, steps: int, size: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     start = time.perf_counter()
-    for step, images in zip(range(1, steps + 1), batches(size, seed)):
+    for step, images in enumerate(islice(batches(size, seed), steps), start=1):
         posterior = model.encode(images).latent_dist
         error = mse_loss(model.decode(posterior.sample()).sample, images)
         loss = error + KL_WEIGHT * posterior.kl().mean()
@@ -89,7 +90,7 @@ def reconstruction_score(model: AutoencoderKL, size: int) -> tuple[TaskScores, f
         kept = model.decode(model.encode(scenes).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append(mse_loss(kept, scenes).item())
         pixels = ((kept + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        verdicts += [(prompt, suite.evaluate(image, prompt)) for image, prompt in zip(pixels, prompts)]
+        verdicts += [(prompt, suite.evaluate(image, prompt)) for image, prompt in zip(pixels, prompts, strict=True)]
     return TaskScores.of(verdicts), sum(errors) / len(errors)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import small_latent
 from benchmarks.backbones import BACKBONES, Measurement
 from benchmarks.data_path import photograph, shard, table
 from benchmarks.derivative import RECORDED, SEPARATE, Bench, Size, least
@@ -17,6 +18,7 @@ from benchmarks.scale import exponent, measured, shares, uneven_shards
 from benchmarks.training_step import AllRows
 from emf_lightning.flow.derivative.forward_mode import ForwardMode, Fused
 from emf_lightning.flow.velocity import AverageVelocity
+from emf_lightning.latents.kl import KLAutoencoder
 from emf_lightning.networks.sana import SanaArchitecture
 
 TINY = SanaArchitecture(
@@ -134,3 +136,16 @@ def test_the_releases_derivatives_are_the_projects(released):
     gradients = [torch.autograd.grad(each[0].sum(), weight)[0] for each in (found, expected)]
     assert torch.allclose(*gradients, atol=1e-6)
     assert not found[1].requires_grad
+
+
+def test_the_small_autoencoder_gives_latents_of_mean_0_and_variance_1(tmp_path: Path) -> None:
+    model = small_latent.small_autoencoder()
+    small_latent.train(model, steps=2, size=4, seed=0)
+    small_latent.normalize(model.eval(), 64, seed=0)
+    model.save_pretrained(tmp_path)
+
+    images = next(small_latent.batches(64, seed=1))
+    latents = KLAutoencoder(str(tmp_path)).encode(images)
+    assert latents.shape == (64, 8, 9, 9)
+    assert abs(latents.mean()) < 1e-4
+    assert latents.std() == pytest.approx(1, abs=1e-3)
