@@ -106,3 +106,27 @@ def test_a_sampler_with_fresh_noise_takes_any_number_of_steps() -> None:
 
     sample(flow, torch.randn(1, 2), steps=300, sampler=MultistepSampler())
     assert len(steps) == 300
+
+
+def test_every_step_of_a_sampler_with_fresh_noise_has_noise_of_its_own():
+    seen = []
+
+    def to_zero(z, r, t):
+        seen.append(z / t.view(-1, 1, 1, 1))
+        return seen[-1]
+
+    MultistepSampler()(to_zero, torch.randn(2, 1, 4, 4), 4)
+    assert len(seen) == 4
+    assert all(not torch.allclose(one, other, atol=0.1) for k, one in enumerate(seen) for other in seen[:k])
+
+
+def test_a_sampler_that_starts_below_one_shares_its_start_into_equal_steps():
+    times = []
+    MultistepSampler(start=0.8)(lambda z, r, t: times.append(float(t[0])) or z, torch.zeros(1, 1, 2, 2), 4)
+    assert times == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_guidance_ends_with_its_interval_both_ends_included():
+    u = guided(lambda z, r, t: 2 * z, lambda z, r, t: z, 3.0, (0.3, 0.7))
+    t = torch.tensor([0.2, 0.3, 0.5, 0.7, 0.8])
+    assert u(torch.ones(5, 1), torch.zeros(5), t).flatten().tolist() == [2.0, 4.0, 4.0, 4.0, 2.0]

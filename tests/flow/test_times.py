@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
+from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.times import AnyStepTimes, LogitNormalTimes, Schedule, UniformTimes
 
 CPU = torch.device("cpu")
@@ -134,3 +136,18 @@ def test_a_schedule_is_followed_by_batches_of_one():
     assert counts == pytest.approx([0.3125, 0.4375, 0.5625, 0.6875], abs=0.04)
     assert all(LogitNormalTimes(flow_matching_ratio=Schedule(1.0))(1, k / 9, CPU).n_interval == 0 for k in range(10))
     assert all(LogitNormalTimes(flow_matching_ratio=Schedule(0.0))(1, k / 9, CPU).n_interval == 1 for k in range(10))
+
+
+def test_r_has_its_own_spread():
+    torch.manual_seed(0)
+    times = LogitNormalTimes(Schedule(0.0), Schedule(0.1), Schedule(0.0), Schedule(-4.0), Schedule(0.5))(4000, 0.0, CPU)
+    assert abs(torch.logit(times.r).std() - 0.5) < 0.05
+    assert abs(torch.logit(times.t).std() - 0.1) < 0.01
+
+
+@pytest.mark.parametrize("objective", [MeanFlow(), ImprovedMeanFlow()])
+def test_by_default_r_equals_t_samples_take_the_larger_of_two_numbers_as_the_paper_does(objective):
+    torch.manual_seed(0)
+    times = objective.times(40_000, 0.0, CPU)
+    logits = torch.logit(times.t[times.n_interval :].double())
+    assert abs(logits.mean() - (-0.4 + torch.pi**-0.5)) < 0.03  # the mean of the larger of two unit normals

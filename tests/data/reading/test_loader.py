@@ -232,3 +232,18 @@ def test_fewer_validation_samples_than_processes_are_named(tmp_path: Path) -> No
     loader = ShardLoader(ShardStream(shards, SquareTransform(SIDE), 4, rank=3, ranks=4, limit=2))
     with pytest.raises(ValueError, match="raise validation_samples: 2 leave some of 4 processes without one"):
         list(loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("shards", {}), ("shuffle_block", {"shuffle_block": 4}), ("workers", {"num_workers": 2})]
+)
+def test_positions_of_another_reading_do_not_apply(tmp_path, name, other):
+    shards = write_numbered(tmp_path, [16, 16, 16])
+    loader = make(shards)
+    loader.acknowledge(next(iter(loader)))
+    read = shards[::-1] if name == "shards" else shards
+    resumed, reference = make(read, **other), make(read, **other)
+    with pytest.warns(UserWarning, match=f"other {name} than the checkpoint's"):
+        resumed.load_state_dict(loader.state_dict())
+    list(passes(reference, 1))
+    assert list(passes(resumed, 1)) == list(passes(reference, 1))

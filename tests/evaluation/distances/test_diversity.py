@@ -159,3 +159,12 @@ def test_features_are_part_of_the_name():
         "vendi_random",
         "vendi_per_prompt_one_hot",
     ]
+
+
+def test_the_standard_error_of_diversity_is_that_of_prompts():
+    metric = PromptDiversity(OneHot())
+    prompts = [p for p in "abcd" for _ in range(2)]
+    metric.update(marked(0, 0, 1, 1, 2, 3, 4, 5), prompts)  # two prompts of 0 and two of 100
+    found = metric.compute()
+    assert float(found["score"]) == pytest.approx(50)
+    assert float(found["se"]) == pytest.approx(np.std([0, 0, 100, 100], ddof=1) / 2)

@@ -174,3 +174,10 @@ def test_the_order_of_detections_does_not_matter():
     for _ in range(10):
         rng.shuffle(detections)
         assert [evaluate(detections, prompt) for prompt in prompts] == expected
+
+
+def test_strict_counts_doubtful_objects_of_other_classes_in_counting_as_well():
+    verdict = evaluate(
+        [seen("circle", 6, 6), seen("circle", 30, 6), seen("cross", 18, 30, score=0.5)], counting("circle", 2)
+    )
+    assert (verdict.correct, verdict.strict) == (True, False)

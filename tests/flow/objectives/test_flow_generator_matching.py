@@ -140,3 +140,17 @@ def test_weights_are_powers():
     t = torch.tensor([0.25, 0.5])
     assert TimeWeight()(t).tolist() == [1, 1]
     assert TimeWeight(2.0, 1.0)(t).tolist() == pytest.approx([0.75 / 16, 0.125])
+
+
+def test_a_generator_is_trained_at_the_times_that_it_samples_at():
+    times, scale = [], torch.ones((), requires_grad=True)
+
+    def net(z, r, t):
+        times.append(float(t[0]))
+        return scale * z
+
+    objective = FlowGeneratorMatching(steps=2, generator_time=0.8)
+    objective.online_flow_loss(net, torch.zeros(2, 1, 2, 2), online_flow=lambda z, r, t: scale * z, step=1)
+    sampled = len(times)
+    objective.sampler(net, torch.randn(2, 1, 2, 2), 2)
+    assert times[:sampled] == times[sampled:] == pytest.approx([0.8, 0.4])

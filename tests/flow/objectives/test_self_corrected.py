@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from emf_lightning.flow.objectives.base import LossTerm
 from emf_lightning.flow.objectives.self_corrected import (
+    SelfCorrectedFlow,
     VelocityConsistency,
     one_step,
     predict_x0,
     pseudo_huber,
     step_alignment,
 )
+from emf_lightning.flow.times import LogitNormalTimes, Schedule
 from tests.flow.gaussian import M, S, average_velocity, velocity
 
 A, B = 0.4, 0.7
@@ -158,3 +161,74 @@ def test_pseudo_huber_is_a_distance_far_away_and_a_square_near():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=f"VelocityConsistency: {next(iter(settings))}"):
         VelocityConsistency(**settings)
+
+
+def to_point(z, r, t, c):
+    """The flow to data of one point, the caption."""
+    return (z - c.view(-1, 1, 1, 1)) / t.view(-1, 1, 1, 1)
+
+
+def test_the_teacher_is_guided_by_its_scale():
+    """Guidance 2 of the caption at 1 against the one at 0 is the flow to the point 2."""
+    seen, x, scale, off = [], torch.ones(64, 1, 2, 2), 2.0, LossTerm(0.0)
+
+    def target(z, r, t, c):
+        seen.append((z, t))
+        return to_point(z, r, t, c)
+
+    objective = SelfCorrectedFlow(
+        consistency=VelocityConsistency(max_step=0.5, truncation=0.0),
+        backward=off,
+        alignment=off,
+        adversarial=off,
+        teacher_guidance_scale=scale,
+    )
+    caption, null = torch.ones(64), torch.zeros(1)
+    torch.manual_seed(0)
+    objective(to_point, x, caption, teacher=to_point, target=target, discriminator=None, null_context=null)
+
+    torch.manual_seed(0)
+    t, _, e = torch.rand(64), torch.rand(64), torch.randn_like(x)
+    z = x + t.view(-1, 1, 1, 1) * (e - x)
+    after, s = seen[0]
+    expected = z - ((t - s) / t).view(-1, 1, 1, 1) * (z - scale)
+    assert torch.allclose(after, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mu", "time", "spread"), [(-9.0, 0.0, 0.0), (9.0, 1.0, 1.0)])
+def test_the_discriminator_sees_latents_at_its_noise(mu, time, spread):
+    seen, data = [], torch.full((256, 1, 2, 2), 5.0)
+    times = LogitNormalTimes(Schedule(mu), Schedule(0.1), flow_matching_ratio=Schedule(1.0))
+
+    def discriminator(z, t):
+        seen.append((z, t))
+        return z.flatten(1).sum(1)
+
+    objective = SelfCorrectedFlow(r1=0.0, discriminator_times=times)
+    objective.discriminator_loss(lambda z, r, t: z - 5.0, data, discriminator=discriminator)
+    assert seen
+    for z, t in seen:
+        assert abs(float(z.std()) - spread) < 0.1
+        assert (t - time).abs().max() < 0.01
+
+
+def test_truncation_is_where_the_step_ends_and_lengths_are_uniform():
+    ends, t = [], torch.full((4000,), 0.6)
+
+    def target(z, r, t):
+        ends.append(t)
+        return 0 * z
+
+    def still(z, r, t):
+        return 0 * z
+
+    x, e = torch.full((4000, 1, 1, 1), 100.0), torch.zeros(4000, 1, 1, 1)
+    torch.manual_seed(0)
+    terms = VelocityConsistency(max_step=0.4, truncation=0.5)(still, target, still, x, e, t, backward=True)
+
+    after, before = ends
+    for length in (t - after, before - t):
+        assert abs(length.mean() - 0.2) < 0.01
+        assert abs(length.std() - 0.4 / 12**0.5) < 0.01
+    assert torch.equal(terms.forward > 1, after < 0.5), "X is z = 40 itself, and the data are 100"
+    assert 0.7 < (after < 0.5).float().mean() < 0.8
