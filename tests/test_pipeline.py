@@ -21,8 +21,9 @@ from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.flow_generator_matching import FlowGeneratorMatching
 from emf_lightning.flow.objectives.improved_meanflow import ImprovedMeanFlow
 from emf_lightning.flow.sampling import EulerSampler
-from emf_lightning.modules.generation import AUTOCAST, spec_of
+from emf_lightning.modules.generation import AUTOCAST
 from emf_lightning.networks.sana import SanaFlowMap
+from emf_lightning.part_classes import spec_of
 from emf_lightning.pipeline import EMFPipeline, PipelinePart
 from tests.callbacks.tiny import SIZE
 

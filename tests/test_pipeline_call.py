@@ -10,7 +10,7 @@ from diffusers.callbacks import PipelineCallback
 
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.sampling import EulerSampler, FlowMapSampler, MultistepSampler
-from emf_lightning.modules.generation import spec_of
+from emf_lightning.part_classes import spec_of
 from emf_lightning.pipeline import EMFPipeline
 
 EARLIER = Path(__file__).parent / "earlier_versions" / "export"

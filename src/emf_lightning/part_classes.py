@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from typing import Any, get_args, get_type_hints
 
@@ -47,6 +48,25 @@ def takes(kind: type, name: str) -> bool:
             if name in parameters or all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
                 return name in parameters
     return False
+
+
+def spec_of(settings: Any) -> Spec:
+    """The class of an object and the arguments that build it again: a dataclass's fields, or none.
+
+    Raises:
+        ValueError: for a constructor of its own, whose arguments cannot be read off the object.
+    """
+    kind = type(settings)
+    for base in kind.__mro__[:-1]:
+        if "__dataclass_params__" in vars(base):
+            break
+        if "__init__" in vars(base):
+            raise ValueError(
+                f"{kind.__name__} has a constructor of its own, so that a run or an export could not build it again: "
+                "make it a dataclass (@dataclass(frozen=True)) whose fields are its settings"
+            )
+    arguments = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def builder(spec: Any, kinds: tuple[type, ...], place: str) -> Callable[[], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from emf_lightning.files import replacing_folder
-from emf_lightning.part_classes import trusted
+from emf_lightning.part_classes import takes, trusted
 
 
 def export(
@@ -64,8 +63,8 @@ def export(
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     _settle_adapters(module.net, merge, push)
     net = _spec(settings.model.init_args.net)
-    known = inspect.signature(type(module.net)).parameters
-    net["init_args"] |= {name: getattr(data, name) for name in LINKED_ARGUMENTS if name in known}
+    linked = [name for name in LINKED_ARGUMENTS if takes(type(module.net), name)]
+    net["init_args"] |= {name: getattr(data, name) for name in linked}
     specs = {"net": net, "autoencoder": _spec(settings.data.autoencoder), "text": _spec(settings.data.text)}
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
     with replacing_folder(out) as partial:

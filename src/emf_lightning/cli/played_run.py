@@ -21,8 +21,9 @@ from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.modules.checkpoint import load_network
 from emf_lightning.modules.checkpoint_files import whole_checkpoint
-from emf_lightning.modules.generation import pipeline_of, spec_of
+from emf_lightning.modules.generation import pipeline_of
 from emf_lightning.modules.joint_distillation import JointDistillation
+from emf_lightning.part_classes import spec_of
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.pipeline_part import PipelinePart
 from emf_lightning.play import PlayedModel

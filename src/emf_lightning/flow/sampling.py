@@ -22,7 +22,7 @@ StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Sampler(ABC):
-    """Base of the samplers."""
+    """Base of the samplers: dataclasses, since a run and an export build them again from their fields."""
 
     @abstractmethod
     def __call__(self, u: Velocity, noise: Tensor, steps: int, step_end: StepEnd | None = None) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from emf_lightning.part_classes import Spec, trusting
+from emf_lightning.part_classes import Spec, spec_of, trusting
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.pipeline_part import PipelinePart
 
@@ -61,9 +60,3 @@ def attached_pipeline(module: Any) -> EMFPipeline:
     attached = pipeline_of(module, data, str(module.trainer.precision))
     attached.set_progress_bar_config(disable=True)
     return attached.to(module.trainer.strategy.root_device)  # after a training the module itself lies on the CPU
-
-
-def spec_of(settings: Any) -> Spec:
-    """The class of a dataclass and its fields."""
-    kind = type(settings)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": asdict(settings)}

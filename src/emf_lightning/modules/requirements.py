@@ -9,6 +9,7 @@ from emf_lightning.flow.guidance import TargetGuidance
 from emf_lightning.flow.target_velocity import TeacherVelocity
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.feature_discriminator import FeatureDiscriminator
+from emf_lightning.part_classes import spec_of
 
 
 def check_penalty(net: FlowMapNetwork, discriminator: Any, r1: float) -> None:
@@ -21,8 +22,12 @@ def check_penalty(net: FlowMapNetwork, discriminator: Any, r1: float) -> None:
 
 
 def check_network(net: FlowMapNetwork, objective: Any) -> None:
-    """Raises a ``ValueError`` for a network that lacks what the objective needs."""
+    """Raises a ``ValueError`` for a network that lacks what the objective needs, and for an objective whose images no
+    pipeline could generate again.
+    """
     name, kind = type(objective).__name__, type(net).__name__
+    for settings in (objective.sampler, objective.sampling_guidance):
+        spec_of(settings)  # a pipeline builds them again
     if objective.needs_interval and not net.takes_interval:
         raise ValueError(
             f"{name} trains u(z, r, t), and u of this {kind} ignores r: give it a second time input (for diffusers' "

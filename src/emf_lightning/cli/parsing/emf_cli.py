@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import warnings
@@ -47,7 +46,7 @@ from emf_lightning.modules.checkpoint import read_checkpoint
 from emf_lightning.modules.checkpoint_files import WholeCheckpointIO, whole_checkpoint
 from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.modules.sharded_checkpoint import ShardedCheckpoints, check_index
-from emf_lightning.part_classes import trusted
+from emf_lightning.part_classes import takes, trusted
 
 CLASS_PACKAGES = ("callbacks", "evaluation", "flow", "latents", "modules", "networks", "text")
 """Packages whose classes YAML can name without their module."""
@@ -240,9 +239,9 @@ def add_linked_arguments(config: Namespace) -> None:
     """
     net = config.get("model.init_args.net")
     if isinstance(net, Namespace):
-        known = inspect.signature(class_of(net.class_path)).parameters
+        kind = class_of(net.class_path)
         for name in LINKED_ARGUMENTS:
-            if name in known:
+            if takes(kind, name):
                 net[f"init_args.{name}"] = None
 
 
