@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from emf_lightning.modules.flow_map import FlowMapModule
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator
 from emf_lightning.networks.prediction import PredictVelocity
+from emf_lightning.part_classes import takes
 from emf_lightning.text.base import TextFeatures
 
 _PLACES = 6
@@ -223,8 +223,7 @@ def _updates(module: FlowMapModule) -> Any:
 def _module(model: Namespace, net: _Network, of_critic: _Log) -> FlowMapModule:
     kind: Any = class_of(model.class_path)
     parser = ArgumentParser(exit_on_error=False)
-    known = inspect.signature(kind).parameters
-    parser.add_class_arguments(kind, "part", skip=_LEFT_OUT & set(known))
+    parser.add_class_arguments(kind, "part", skip={name for name in _LEFT_OUT if takes(kind, name)})
     given = {key: value for key, value in model.init_args.as_dict().items() if key not in _LEFT_OUT}
     with known_classes_only():
         settings = parser.parse_object({"part": with_shipped_files(given)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from emf_lightning.import_policy import known_classes_only
 from emf_lightning.latents.base import Autoencoder
 from emf_lightning.networks.base import FlowMapNetwork
 from emf_lightning.networks.discriminator import Discriminator, DiscriminatorCallable
+from emf_lightning.part_classes import takes
 from emf_lightning.pretrained.sizes_alone import sizes_alone
 from emf_lightning.text.base import TextEncoder
 
@@ -66,8 +66,7 @@ def sized(part: Namespace, kind: type, **linked: Any) -> Any:
     weights.
     """
     one = class_of(part.class_path)
-    known = inspect.signature(one).parameters
-    arguments = {name: value for name, value in linked.items() if name in known}
+    arguments = {name: value for name, value in linked.items() if takes(one, name)}
     with sizes_alone(own=not one.__module__.startswith("emf_lightning.")):
         try:
             with torch.device("meta"):

@@ -34,7 +34,7 @@ def guided(
 
 
 class SamplingGuidance(ABC):
-    """Base of the ways in which a guidance scale acts at sampling."""
+    """Base of the ways in which a guidance scale acts at sampling: dataclasses, as samplers are."""
 
     @abstractmethod
     def __call__(

@@ -206,8 +206,8 @@ class DiffusersFlowMap(FlowMapNetwork):
 
     def _check_agreement(self, weights: PretrainedWeights, recorded: dict[str, Any]) -> None:
         """Compares this network's settings with those that ``weights`` were trained with, and records them."""
-        new_rule = self.interval if recorded.get("interval") is None else None
-        self.is_parent = new_rule is None or new_rule.preserves_parent
+        if self.interval is not None and recorded["interval"] is None:
+            self.is_parent = self.interval.preserves_parent
         config = self.diffusers_model.config
         for name, ours, theirs in (
             ("latent channels", self.latent_channels, self.model_channels),
