@@ -84,6 +84,9 @@ def test_a_class_of_ones_own_trains_from_its_page(name: str, folder: Path) -> No
     assert (run / "validation_captions/contact_sheet.png").is_file()
     if name == "metric":
         assert "colourfulness" in (run / "validation_captions/scores.jsonl").read_text()
+        (rows, *_) = sorted((run / "validation_captions/results").glob("*.jsonl"))
+        for line in rows.read_text().splitlines():
+            assert {"filename", "prompt", "colourfulness"} <= set(json.loads(line))
     if name == "network":
         assert drawn_afresh("exported").shape == (24, 24, 3)
 
@@ -107,6 +110,91 @@ def test_an_objective_of_ones_own_starts_from_a_parent(folder: Path) -> None:
     assert (Path("runs/my_objective/version_0/checkpoints/last.ckpt")).is_file()
     main(["export", "--run", "runs/my_objective/version_0", "--out", "exported", "--trust_remote_code"])
     assert drawn_afresh("exported").std() > 0
+
+
+TYPED = """
+import dataclasses
+import enum
+import pathlib
+
+import torch
+
+from emf_lightning.text.words import WordEncoder
+from my_network import MyFlowMap
+
+
+class Mixing(enum.Enum):
+    ADD = 1
+    SCALE = 2
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 8
+
+
+class Typed(MyFlowMap):
+    def __init__(self, size: Size, mixing: Mixing, file: pathlib.Path, layers: tuple[Size, ...] = (), **shapes: int):
+        assert isinstance(mixing, Mixing) and file.read_text() == "kept" and all(one.width for one in layers)
+        super().__init__(size.width, **shapes)
+
+
+class Drawn(WordEncoder):
+    def __init__(self) -> None:
+        super().__init__(width=128)
+        self.register_buffer("directions", torch.randn(3))
+
+
+"""
+
+FAILING = """
+from my_network import MyFlowMap
+
+
+class Failing(MyFlowMap):
+    def __init__(self, **shapes: int) -> None:
+        super().__init__(**shapes)
+        self.layers = {}["heads"]
+"""
+
+
+def test_arguments_of_ones_own_kinds_are_exported_and_weights_drawn_at_random_are_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_page("network")
+    Path("my_typed.py").write_text(TYPED)
+    Path("settings.txt").write_text("kept")
+    arguments = {"size": {"width": 3}, "mixing": "SCALE", "file": "settings.txt", "layers": [{"width": 2}]}
+    net = json.dumps({"class_path": "my_typed.Typed", "init_args": arguments})
+    options = ["--config", "my_network.yaml", "--data.shards", "my/pictures", "--model.init_args.net", net]
+    fit(*options)
+    main(["export", "--run", "runs/my_network/version_0", "--out", "exported", "--trust_remote_code"])
+    assert "EMFPipeline.from_pretrained('exported', trust_remote_code=True)" in capsys.readouterr().out
+    card = Path("exported/README.md").read_text()
+    assert 'EMFPipeline.from_pretrained("exported", trust_remote_code=True)' in card
+    assert "classes in `my_typed`, which this repository does not hold" in card
+    Path("settings.txt").unlink()  # a copy is in the folder
+    assert drawn_afresh("exported").shape == (24, 24, 3)
+    Path("settings.txt").write_text("kept")
+    fit(*options, "--data.text", "my_typed.Drawn")
+    with pytest.raises(SystemExit):
+        main(["export", "--run", "runs/my_network/version_1", "--out", "drawn", "--trust_remote_code"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "loads with other weights (directions, ...): Drawn is built again from the arguments" in said
+    assert not Path("drawn").exists()
+
+
+def test_an_error_in_a_constructor_of_ones_own_is_shown_where_it_is(folder: Path) -> None:
+    write_page("network")
+    Path("my_failing.py").write_text(FAILING)
+    with pytest.raises(KeyError) as raised:
+        fit(
+            "--config", "my_network.yaml", "--data.shards", "my/pictures", "--model.init_args.net", "my_failing.Failing"
+        )
+    shown = [str(call.path) for call in raised.traceback]
+    assert shown[-1] == str(folder / "my_failing.py")
+    assert not any("jsonargparse" in path for path in shown)
+    assert raised.value.__suppress_context__
 
 
 FORGETFUL = """

@@ -17,7 +17,7 @@ from emf_lightning.callbacks.sampling.all_gather import all_gather_list
 from emf_lightning.callbacks.sampling.image_generation import generate_images
 from emf_lightning.evaluation.distances.reference_images import resize
 from emf_lightning.evaluation.fixed_noise import noise_indices
-from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.image_metric import ImageMetric, image_rows
 from emf_lightning.evaluation.sampling_config import SamplingConfig
 from emf_lightning.modules.flow_map import FlowMapModule
 
@@ -30,7 +30,7 @@ class ScoredImage:
     """The ``index``-th image of ``prompt``.
 
     Attributes:
-        row: the first metric's row for ``results.jsonl``.
+        row: of ``results.jsonl``, see ``image_rows``.
         image: 8-bit RGB ``[H, W, 3]``, at most ``SHOWN_PIXELS`` wide; None unless it is kept.
     """
 
@@ -102,7 +102,8 @@ def sample_and_score(
             with torch.autocast(device.type, enabled=False):  # the trainer's precision is the sampling's alone
                 for metric in result.metrics:
                     metric.update(list(generated.images), captions)
-            for (request, _), row, image in zip(batch, result.metrics[0].rows, generated.images, strict=True):
+            rows = image_rows(result.metrics, len(batch))
+            for (request, _), row, image in zip(batch, rows, generated.images, strict=True):
                 shown = resize(image, min(SHOWN_PIXELS, min(image.shape[:2]))) if request in kept else None
                 result.images.append(ScoredImage(*request, row, shown))
             result.seconds += generated.seconds + time.perf_counter() - began

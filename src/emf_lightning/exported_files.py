@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def read_part(folder: Path, kinds: tuple[type, ...] = PARTS) -> dict[str, Any]:
         raise ValueError(f"{file}: names no class_path with init_args; {_REMEDY}")
     builder(spec, kinds, str(file))
     return dict(spec)
+
+
+def own_modules(folder: Path) -> list[str]:
+    """The modules outside this package whose classes an exported folder names: it loads where Python finds them."""
+
+    def named(value: Any) -> Iterator[str]:
+        if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+            yield value["class_path"].rpartition(".")[0]
+        if isinstance(value, (dict, list)):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from named(inner)
+
+    files = [read_json(folder / INDEX, _REMEDY), *(read_part(folder / name) for name in KINDS)]
+    return sorted({name for file in files for name in named(file) if name.partition(".")[0] != __package__})
 
 
 def write_part(folder: Path, spec: dict[str, Any]) -> None:

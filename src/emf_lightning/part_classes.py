@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
+from enum import Enum
 from importlib import import_module
+from os import PathLike
 from typing import Any, get_args, get_type_hints
 
 Spec = dict[str, Any]
@@ -66,7 +69,22 @@ def spec_of(settings: Any) -> Spec:
                 "make it a dataclass (@dataclass(frozen=True)) whose fields are its settings"
             )
     arguments = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": plain(arguments)}
+
+
+def plain(value: Any) -> Any:
+    """Arguments as JSON holds them: a path is a text, a tuple or a set a list, an enumeration's value its name."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    if inspect.isclass(value) or inspect.isfunction(value) or inspect.isbuiltin(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value) if isinstance(value, PathLike) else value
 
 
 def builder(spec: Any, kinds: tuple[type, ...], place: str) -> Callable[[], Any]:
@@ -101,9 +119,12 @@ def builder(spec: Any, kinds: tuple[type, ...], place: str) -> Callable[[], Any]
     if not isinstance(given, dict):
         raise ValueError(f"{place}: init_args must be names and values, got {_short(given)}")
     arguments = {n: builder(value, _parameter_kinds(kind, n), f"{place}: {n}") for n, value in given.items()}
+    typed = trusted()
 
     def build() -> Any:
         values = {name: argument() for name, argument in arguments.items()}
+        if typed:  # this package's own classes take plain values
+            values = {name: _parsed(value, _hint(kind, name)) for name, value in values.items()}
         try:
             return kind(**values)
         except TypeError as error:
@@ -146,15 +167,31 @@ def _parameter_kinds(kind: type, name: str) -> tuple[type, ...]:
     """The classes of this package with which the parameter ``name`` of a class, or of its bases, is annotated."""
     if trusted():
         return ()
+    return tuple(one for one in _classes(_hint(kind, name)) if one.__module__.partition(".")[0] == __package__)
+
+
+def _hint(kind: type, name: str) -> Any:
+    """The annotation of the parameter ``name`` of a class, or of its bases; None where there is none."""
     for base in kind.__mro__:
         init = vars(base).get("__init__")
         if init is not None and name in inspect.signature(init).parameters:
             try:
-                hint = get_type_hints(init, vars(sys.modules[base.__module__])).get(name)
+                return get_type_hints(init, vars(sys.modules[base.__module__])).get(name)
             except NameError:  # a name for type checkers alone
-                return ()
-            return tuple(one for one in _classes(hint) if one.__module__.partition(".")[0] == __package__)
-    return ()
+                return None
+    return None
+
+
+def _parsed(value: Any, hint: Any) -> Any:
+    """``value`` of JSON as the command line reads it for ``hint``, e.g. a dataclass or a path, or as it is."""
+    from jsonargparse import ArgumentParser  # here: few folders are of classes that need it
+
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=hint)
+        return parser.instantiate(parser.parse_object({"value": value})).value
+    except Exception:  # not of this kind, e.g. a part that is built already: the constructor says what is wrong
+        return value
 
 
 def _classes(hint: Any) -> Iterator[type]:

@@ -70,7 +70,7 @@ class PipelinePart(ModelMixin):
     def _write(self, folder: Path) -> dict[str, Any]:
         """Writes the weights and files of the part; returns its arguments as its spec names them."""
         arguments = dict(self.spec.get("init_args", {}))
-        if callable(getattr(self.part, "save_pretrained", None)) and takes(type(self.part), "pretrained"):
+        if saves(self.part):
             self.part.save_pretrained(folder)
             arguments = {name: value for name, value in arguments.items() if name not in _TRAINING_ONLY}
             arguments["pretrained"] = HERE
@@ -117,3 +117,8 @@ class PipelinePart(ModelMixin):
         made = cls(part.eval(), place)
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         return made if device is None else made.to(device)
+
+
+def saves(part: nn.Module) -> bool:
+    """Whether a part writes its own weights in its library's format, and reads them again."""
+    return callable(getattr(part, "save_pretrained", None)) and takes(type(part), "pretrained")

@@ -11,7 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from emf_lightning.data.batch import CaptionImageBatch
+from emf_lightning.data.batch_encoder import BatchEncoder
 from emf_lightning.data.cache.feature_cache import FeatureCache
+from emf_lightning.data.cache.lookup import Lookup
 from emf_lightning.data.datamodule import CaptionImageData
 from emf_lightning.data.reading.raw_batch import RawBatch
 from emf_lightning.latents.base import Autoencoder
@@ -422,3 +424,23 @@ def test_processes_without_a_trainer_share_the_samples(tmp_path: Path, monkeypat
         data.setup("fit")
         seen += [caption for raw in data.train_dataloader().stream for caption in raw.captions]
     assert sorted(seen) == sorted(f"sample {number}" for number in range(16))
+
+
+class Mistaken(Halving):
+    """Says that its latents have another shape than they have."""
+
+    def __init__(self, channels: int, downsampling: int) -> None:
+        super().__init__()
+        self.channels, self.downsampling = channels, downsampling
+
+
+@pytest.mark.parametrize(("channels", "downsampling"), [(3, 2), (12, 4), (48, 4)])
+def test_wrong_attributes_of_an_autoencoder_are_named(channels, downsampling):
+    encoder = BatchEncoder(WordEncoder(), Mistaken(channels, downsampling), None, None, resolution=8)
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    batch = RawBatch(("a", "b"), Lookup(["a", "b"]), Lookup(["a", "b"]), images, images[:0])
+    with pytest.raises(ValueError, match=r"Mistaken.encode gives \[12, 4, 4\], but its channels = "):
+        encoder.latents(batch)
+    if (channels, downsampling) != (3, 2):  # these images are of the size that it promises
+        with pytest.raises(ValueError, match=r"Mistaken.decode gives .*correct these attributes"):
+            encoder.decode(torch.zeros(1, 12, 4, 4))

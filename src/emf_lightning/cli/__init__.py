@@ -53,10 +53,14 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             _run(verb, arguments, args is None)
         except Exception as error:
-            from emf_lightning.cli.parsing.errors import user_message
+            from emf_lightning.cli.parsing.errors import constructor_error, user_message
 
             line = user_message(error, verb)
-            if line is None or os.environ.get("EMF_DEBUG"):
+            if os.environ.get("EMF_DEBUG"):
+                raise
+            if line is None and (raised := constructor_error(error)):
+                raise raised from raised.__cause__
+            if line is None:
                 raise
             print(f"emf {verb}: {line}", file=sys.stderr)
             raise SystemExit(2) from None

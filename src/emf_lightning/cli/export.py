@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from emf_lightning.files import replacing_folder
-from emf_lightning.part_classes import takes, trusted
+from emf_lightning.part_classes import FLAG, plain, takes
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
     from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
     from emf_lightning.cli.played_run import example_prompts
     from emf_lightning.cli.runs import checkpoint_of, find_run
-    from emf_lightning.exported_files import INDEX
+    from emf_lightning.exported_files import INDEX, own_modules
     from emf_lightning.hub import check_pushing, pushed
     from emf_lightning.modules.checkpoint import read_checkpoint
     from emf_lightning.modules.checkpoint_files import whole_checkpoint
@@ -75,16 +75,17 @@ def export(
         prompts = example_prompts(run, settings)
         if prompts:
             (partial / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        trust = ", trust_remote_code=True" if trusted() else ""
+        own = own_modules(partial)
+        trust = f", {FLAG}=True" if own else ""
         (partial / "app.py").write_text(APP.format(options=f"{trust}{beside}"), encoding="utf-8")
         figures, name = sorted(partial.glob("*.png")), push or out.resolve().name
         step = int(read_checkpoint(weights, "checkpoint").get("global_step", settings.trainer.max_steps))
         source = None if parent is None or (Path(parent) / INDEX).is_file() else parent
-        card = model_card(run, name, figures, settings, pipeline, prompts, license, source, step=step)
+        card = model_card(run, name, figures, settings, pipeline, prompts, license, source, step=step, modules=own)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    print(f"{out}: EMFPipeline.from_pretrained({str(out)!r})")
+    print(f"{out}: EMFPipeline.from_pretrained({str(out)!r}{trust})")
     if push is not None:
-        print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r})")
+        print(f"{pushed(out, push)}: EMFPipeline.from_pretrained({push!r}{trust})")
 
 
 def _figures(run: Path) -> list[Path]:
@@ -122,5 +123,4 @@ def _parent(parent: str, out: Path) -> str:
 
 
 def _spec(part: Namespace) -> dict[str, Any]:
-    spec = part.as_dict()
-    return {"class_path": spec["class_path"], "init_args": dict(spec.get("init_args") or {})}
+    return {"class_path": part.class_path, "init_args": plain(part.get("init_args") or {})}

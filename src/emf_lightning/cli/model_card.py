@@ -16,6 +16,7 @@ from emf_lightning.cli.parsing.experiment_loggers import experiment_name
 from emf_lightning.cli.runs import CONFIG, run_of
 from emf_lightning.evaluation.markdown import markdown_table
 from emf_lightning.evaluation.score_history import ScoreHistory
+from emf_lightning.part_classes import FLAG
 from emf_lightning.pipeline import EMFPipeline
 from emf_lightning.remote_code import INSTALL
 
@@ -30,10 +31,10 @@ A text-to-image model{few}, trained with emf_lightning.
 ```python
 from emf_lightning import EMFPipeline
 
-pipe = EMFPipeline.from_pretrained("{name}").to("cuda")  # or pipe.enable_model_cpu_offload()
+pipe = EMFPipeline.from_pretrained("{name}"{trust}).to("cuda")  # or pipe.enable_model_cpu_offload()
 pipe({prompt}, num_inference_steps={steps}, seed=0).images[0]
 ```
-
+{own}
 Stock diffusers loads the same class through the code in this repository, `pipeline.py`. It imports the package
 emf_lightning, which has to be installed (`{install}`):
 
@@ -53,6 +54,9 @@ in any batch. `python app.py` shows the model as a web page (`pip install 'emf_l
 ## Scores
 {scores}
 {figures}"""
+_OWN = """
+The model is of classes in {modules}, which this repository does not hold: put their files where Python finds them.
+"""
 _STOCK = """
 `transformer/` is in diffusers' format. The stock class {kind} loads it without its second time, and computes something
 else: take the pipeline.
@@ -76,6 +80,7 @@ def model_card(
     parent: str | None = None,
     *,
     step: int,
+    modules: Sequence[str] = (),
 ) -> str:
     """The model card: usage, training, last scores and ``figures``, which lie beside it; no local path is in it.
 
@@ -89,6 +94,7 @@ def model_card(
         license: identifier of the hub, e.g. ``apache-2.0``.
         parent: name on the hub of the model that the run started from, where its configuration names none.
         step: optimiser steps of the exported checkpoint.
+        modules: those outside this package with classes of the model.
     """
     net = settings.model.init_args.net
     config = read_yaml(run / CONFIG)  # an export starts from the exported checkpoint, and with no seed
@@ -136,6 +142,8 @@ def model_card(
         trained="few" if few else "some 30",
         title=title,
         name=name,
+        trust=f", {FLAG}=True" if modules else "",
+        own=_OWN.format(modules=", ".join(f"`{module}`" for module in modules)) if modules else "",
         install=INSTALL,
         prompt=repr(prompts[0] if prompts else ""),
         stock=remark,

@@ -61,7 +61,8 @@ class BatchEncoder:
             return torch.zeros(shape, device=self.device)
 
         def encode(indices: list[int]) -> Tensor:
-            return self._placed(self.autoencoder).encode(_pixels(batch.images, indices)).float()
+            latents = self._placed(self.autoencoder).encode(_pixels(batch.images, indices)).float()
+            return self._checked("encode", latents, self.autoencoder.channels, self.latent_size)
 
         return batch.latents.complete(encode, self.latent_cache, self.device)
 
@@ -107,7 +108,19 @@ class BatchEncoder:
     def decode(self, latents: Tensor) -> Tensor:
         """8-bit images ``[B, H, W, 3]`` of ``latents``."""
         images = self._placed(self.autoencoder).decode(latents.float())
+        self._checked("decode", images, 3, latents.shape[-1] * self.autoencoder.downsampling)
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _checked(self, method: str, given: Tensor, channels: int, side: int) -> Tensor:
+        """What the autoencoder gave, or a ValueError where its attributes promise another shape."""
+        if given.shape[1:] != (channels, side, side):
+            autoencoder = self.autoencoder
+            raise ValueError(
+                f"{type(autoencoder).__name__}.{method} gives {list(given.shape[1:])}, but its channels = "
+                f"{autoencoder.channels} and downsampling = {autoencoder.downsampling} say {[channels, side, side]}; "
+                "correct these attributes"
+            )
+        return given
 
     def _placed(self, part: Frozen) -> Frozen:
         """The part on the device; others, such as a pipeline, may have moved it."""

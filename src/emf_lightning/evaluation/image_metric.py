@@ -196,3 +196,21 @@ class PromptMeans(ImageMetric):
         for group in dict.fromkeys(self._groups[counted].tolist() if len(self._groups) else []):
             numbers[group] = values[counted & (self._groups == group)].mean()
         return numbers
+
+
+def image_rows(metrics: Sequence[ImageMetric], images: int) -> list[dict[str, Any]]:
+    """The row of each image: what all metrics say of it; of a key that several have, the first one's value.
+
+    Raises:
+        ValueError: for a metric that has rows, but not one for each image.
+    """
+    joined: list[dict[str, Any]] = [{} for _ in range(images)]
+    for metric in metrics:
+        if metric.rows and len(metric.rows) != images:
+            raise ValueError(
+                f"{metric.name}: update left {len(metric.rows)} rows for {images} images; set self.rows to one "
+                "dictionary for each image, or to []"
+            )
+        for row, own in zip(joined, metric.rows, strict=False):
+            row |= {**own, **row}
+    return joined

@@ -9,6 +9,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from emf_lightning.cli.parsing.parser_errors import parser_error
 from emf_lightning.cli.shards import missing_shards
@@ -92,6 +93,32 @@ def raised_in_package(error: BaseException) -> bool:
     """Whether a line of this package raised ``error``."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_PACKAGE_FOLDERS)
+
+
+def constructor_error(error: BaseException) -> BaseException | None:
+    """What a class's constructor raised, with the traceback from there on; None where the parser called none.
+
+    The parser reports it as one of several reasons why a value does not fit, which are of no use here.
+    """
+    raised: BaseException | None = error
+    while raised is not None and (calls := _calls(raised)):
+        last = max((place for place, call in enumerate(calls) if _of_parser(call)), default=-1)
+        if last < len(calls) - 1:
+            return raised.with_traceback(calls[last + 1]) if last >= 0 else None
+        raised = raised.__cause__ or raised.__context__
+    return None
+
+
+def _calls(error: BaseException) -> list[TracebackType]:
+    calls, call = [], error.__traceback__
+    while call is not None:
+        calls.append(call)
+        call = call.tb_next
+    return calls
+
+
+def _of_parser(call: TracebackType) -> bool:
+    return str(call.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == "jsonargparse"
 
 
 def _one_line(text: str) -> str:

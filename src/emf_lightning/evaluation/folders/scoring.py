@@ -15,7 +15,7 @@ import torch.distributed as dist
 from emf_lightning.data.reading.pixels import ImageLimits
 from emf_lightning.evaluation.folders.image_files import usable_pixels
 from emf_lightning.evaluation.folders.image_folder import GeneratedImage
-from emf_lightning.evaluation.image_metric import ImageMetric
+from emf_lightning.evaluation.image_metric import ImageMetric, image_rows
 from emf_lightning.files import json_line, replacing, to_json, write_atomic
 from emf_lightning.text.plain import plain
 
@@ -76,7 +76,7 @@ def score_images(
             usable = [(image, pixels) for image, pixels in zip(batch, read, strict=True) if not isinstance(pixels, str)]
             if usable:
                 metric.update([pixels for _, pixels in usable], [image.prompt for image, _ in usable])
-            scored = iter(metric.rows if usable else [])
+            scored = iter(image_rows([metric], len(usable)) if usable else [])
             for image, pixels in zip(batch, read, strict=True):
                 row = {LEFT_OUT: pixels} if isinstance(pixels, str) else next(scored)
                 lines.write(json_line({"filename": str(image.path), **row}))
