@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import PipelineQuantizationConfig, SanaTransformer2DModel
 from PIL import Image
 
 from emf_lightning import load_run
@@ -421,3 +421,9 @@ def test_a_device_is_taken_from_device_map_and_a_split_is_refused(world):
     assert {weight.device.type for weight in part.parameters()} == {"meta"}
     with pytest.raises(ValueError, match=r"device_map: 'balanced' would split the parts; give one device"):
         EMFPipeline.from_pretrained(folder, device_map="balanced")
+
+
+def test_quantization_is_refused_instead_of_left_out(world):
+    config = PipelineQuantizationConfig("bitsandbytes_8bit", {"load_in_8bit": True}, ["transformer"])
+    with pytest.raises(ValueError, match="quantization_config: transformer cannot be quantized while it is loaded"):
+        EMFPipeline.from_pretrained(world / "meanflow", quantization_config=config)

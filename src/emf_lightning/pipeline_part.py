@@ -89,6 +89,7 @@ class PipelinePart(ModelMixin):
         torch_dtype: torch.dtype | None = None,
         variant: str | None = None,
         device_map: Any = None,
+        quantization_config: Any = None,
         **_: Any,
     ) -> PipelinePart:
         """The part saved in a folder.
@@ -98,10 +99,17 @@ class PipelinePart(ModelMixin):
             torch_dtype: of parts without a precision of their own.
             variant: whose weights are read, e.g. ``fp16``.
             device_map: the device of the part, or ``{"": device}``.
+            quantization_config: None.
 
         Raises:
-            ValueError: for a folder that names a class from outside this package, see ``builder``.
+            ValueError: for a folder that names a class from outside this package, see ``builder``, and for a
+                ``quantization_config``.
         """
+        if quantization_config is not None:
+            raise ValueError(
+                f"quantization_config: {Path(folder).name} cannot be quantized while it is loaded; leave it out, and "
+                "quantize its modules afterwards, e.g. torchao.quantize_(pipe.transformer.part, ...)"
+            )
         folder = Path(folder)
         saved = read_part(folder)
         with plain_names(folder, variant) as weights:

@@ -23,7 +23,7 @@ from emf_lightning.modules.optimization import Optimization, WarmupCosine
 from emf_lightning.networks.unet import UNetArchitecture, UNetFlowMap
 from tests.callbacks import tiny
 from tests.modules.conftest import Batches
-from tests.modules.test_modules import trainer
+from tests.modules.test_modules import spoil, trainer
 
 ALWAYS = LogitNormalTimes(flow_matching_ratio=Schedule(1.0))
 
@@ -325,3 +325,15 @@ def test_parts_of_one_sample_show_no_deviation(tmp_path, net, loader):
     (trained := trainer(tmp_path, max_steps=1)).fit(model, loader)
     assert trained.callback_metrics["train/online_flow_mse"].isfinite()
     assert "train/sample_std" not in trained.callback_metrics
+
+
+@pytest.mark.parametrize("name", ["net", "online_flow"])
+def test_a_step_of_either_network_whose_gradient_is_not_finite_is_left_out(tmp_path, net, loader, name):
+    model = FGM(net, FlowGeneratorMatching(times=ALWAYS), optimization=Optimization(sgd))
+    model._non_finite.patience = 2
+    spoil(getattr(model, name).transformer.proj_out.weight, {1, 3})
+    trainer(tmp_path, max_steps=6).fit(model, loader)
+    assert all(weight.isfinite().all() for weight in (*model.net.parameters(), *model.online_flow.parameters()))
+    spoil(getattr(model, name).transformer.proj_out.weight, {0, 1})
+    with pytest.raises(ValueError, match="2 batches in a row"):
+        trainer(tmp_path, max_steps=6).fit(model, loader)

@@ -265,6 +265,32 @@ def test_bad_batches_are_counted_also_where_nobody_looks(tmp_path, net, loader, 
         trainer(tmp_path, log_every_n_steps=3).fit(model, loader)
 
 
+def spoil(weight, steps):
+    """Makes the gradient of a weight not finite at some of its steps, counted from 0."""
+    seen = iter(range(10**6))
+    weight.register_hook(lambda gradient: gradient * float("inf" if next(seen) in steps else 1))
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_no_weights(tmp_path, net, loader):
+    other = copy.deepcopy(net)
+    for network, spoiled, steps in ((net, {2}, 3), (other, (), 2)):
+        spoil(network.transformer.proj_out.weight, spoiled)
+        sgd = Optimization(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        fit = trainer(tmp_path, max_steps=steps, gradient_clip_val=1.0)
+        fit.fit(FlowMapModule(network, MeanFlow(), optimization=sgd), loader)
+        assert fit.global_step == steps
+    for (name, weight), twin in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, twin), name
+
+
+@pytest.mark.parametrize(("spoiled", "patience", "stops_at"), [((1, 2), 2, 3), ((1, 3, 4, 5), 3, 6)])
+def test_training_stops_where_the_gradient_stays_not_finite(tmp_path, net, loader, spoiled, patience, stops_at):
+    spoil(net.transformer.proj_out.weight, spoiled)
+    with pytest.raises(ValueError, match=f"at step {stops_at} .* or their gradient, are not finite, {patience} batch"):
+        trainer(tmp_path, max_steps=9).fit(FlowMapModule(net, optimization=ADAMW, nan_patience=patience), loader)
+    assert all(weight.isfinite().all() for weight in net.parameters())
+
+
 def test_schedule_warms_up_and_ends_at_its_final_share():
     parameter = torch.nn.Parameter(torch.zeros(1))
     sgd = torch.optim.SGD([parameter], lr=2.0)

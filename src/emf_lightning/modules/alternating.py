@@ -221,6 +221,7 @@ class AlternatingModule(FlowMapModule, ABC):
         self._of_parts.setdefault(name, []).append((value, batch_size))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         # after the callbacks, which log the norm before clipping
         if self.alternation.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.alternation.gradient_clip_val, "norm")

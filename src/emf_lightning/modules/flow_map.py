@@ -57,7 +57,8 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         guidance_scale: of classifier-free guidance at sampling; 1 is none, anything else doubles the evaluations,
             unless the network takes guidance as a condition.
         init_from: a Lightning checkpoint (``.ckpt``) whose network weights to start from, its EMA's where it has one.
-        nan_patience: consecutive batches with more than half of their samples not finite after which training stops.
+        nan_patience: consecutive batches with more than half of their samples, or the gradient, not finite after which
+            training stops. A step whose gradient is not finite changes no weights but by the optimiser's momentum.
             Single samples that are not finite are left out of the loss.
         gather_once: where the weights are sharded, gather them once a step instead of once a pass, for the memory of
             the whole network.
@@ -268,6 +269,11 @@ class FlowMapModule(MeanOfAccumulated, ShardableModule):
         self._part_of_step = micro_batch / trainer.accumulate_grad_batches
         key = (int(os.environ.get("PL_GLOBAL_SEED", 0)), trainer.global_rank, trainer.global_step, micro_batch)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # float16's scaler leaves such steps out
+            self._non_finite.zero_gradient(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.last_terms is not None:
