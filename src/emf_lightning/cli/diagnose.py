@@ -265,7 +265,7 @@ def _variants(played: PlayedModel, run: Path, checkpoint: Path | None) -> list[_
     """The model, and its live weights where the checkpoint holds averages beside them."""
     models = [_Model(played.name, played.pipeline, _copied(played.pipeline))]
     if not (run / INDEX).is_file():
-        live = live_weights(whole_checkpoint(checkpoint or checkpoint_of(find_run(run))))
+        live = live_weights(whole_checkpoint(checkpoint_of(find_run(run), checkpoint)))
         if live is not None:
             models.append(_Model(f"{played.name}, live", played.pipeline, {**models[0].weights, **live}))
     return models

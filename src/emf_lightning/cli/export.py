@@ -32,7 +32,7 @@ def export(
     Args:
         run: its directory, runs/<name> for its newest version, or one of its checkpoints.
         out: folder to write.
-        checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
+        checkpoint: which of its checkpoints, by name or path; by default the last, its averaged weights if it has some.
         parent: exported folder of the model that the run started from, or its name on the hub, for app.py to show
             beside this one.
         push: repository of the hub, owner/name, to which the folder is uploaded; it is made if it is not there.
@@ -58,7 +58,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; give a folder that is not, or empty it")
     found = find_run(run)
-    weights = whole_checkpoint(Path(checkpoint) if checkpoint else checkpoint_of(found))
+    weights = whole_checkpoint(checkpoint_of(found, checkpoint))
     run, built = found.directory, build_run(found.directory, weights)
     settings, data, module = built.settings, built.datamodule, built.model.eval()
     _settle_adapters(module.net, merge, push)

@@ -23,7 +23,7 @@ def build_run(run: str | Path, checkpoint: str | Path | None = None, trust_remot
         ValueError: for a folder that is no run, a missing checkpoint, or a run that trained its text encoder.
     """
     found = find_run(run)
-    config, weights = found.directory / CONFIG, Path(checkpoint) if checkpoint else checkpoint_of(found)
+    config, weights = found.directory / CONFIG, checkpoint_of(found, checkpoint)
     options = ["--seed_everything", "false", "--model.init_args.init_from", str(whole_checkpoint(weights))]
     trust = trusted() or trust_remote_code
     if trust:
@@ -44,7 +44,7 @@ def load_run(
 
     Args:
         run: its directory, ``runs/<name>`` for its newest version, or one of its checkpoints.
-        checkpoint: which of its checkpoints; by default checkpoints/last.ckpt, with averaged weights if it has some.
+        checkpoint: which of its checkpoints, by name or path; by default the last, its averaged weights if it has some.
         device: of all parts, e.g. ``cuda``.
         trust_remote_code: whether the run's config.yaml may name classes of your own: building those runs code.
 

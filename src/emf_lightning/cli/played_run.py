@@ -36,7 +36,7 @@ _EXAMPLES = 6
 def run_model(run: Path, checkpoint: Path | None = None) -> PlayedModel:
     """The model of a run, and its parent where the run started from one that can be loaded."""
     found = find_run(run)
-    weights = whole_checkpoint(checkpoint or checkpoint_of(found))
+    weights = whole_checkpoint(checkpoint_of(found, checkpoint))
     try:  # the experiment as it began: its network is the parent
         built = BuildingCLI.run(expand(["fit", "--config", str(found.directory / CONFIG), "--seed_everything=false"]))
         if built.model.tunes_encoder:

@@ -62,14 +62,21 @@ def _last(run: Path) -> Path | None:
     return next(iter(lasts), None) or next(filter(is_whole, found), found[0] if found else None)
 
 
-def checkpoint_of(found: Run) -> Path:
-    """The checkpoint of a run.
+def checkpoint_of(found: Run, name: str | Path | None = None) -> Path:
+    """The checkpoint of a run, or that of a name or path: in its checkpoints, in its directory, or here.
 
     Raises:
-        ValueError: for a run that has none; it names an earlier version that has one.
+        ValueError: for a run that has none, where it names an earlier version that has one, or none of this name.
     """
     from emf_lightning.cli.run_directory import versions
 
+    if name is not None:
+        folders = found.directory / "checkpoints", found.directory, Path()
+        for path in (folder / name for folder in folders):
+            if path.exists():
+                return path
+        there = ", ".join(sorted(path.name for path in folders[0].glob("*"))) or "none"
+        raise ValueError(f"checkpoint: {name} is not there; {folders[0]} has {there}")
     if found.checkpoint is not None:
         return found.checkpoint
     others = [folder for folder in versions(found.directory.parent) if _last(folder) is not None]

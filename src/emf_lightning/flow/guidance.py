@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.times import Times
-from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, expand_context
+from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, expand_context, map_context
 
 
 def guided(
@@ -86,7 +86,11 @@ class ConditionedGuidance(SamplingGuidance):
     def __call__(
         self, net: Callable[..., Tensor], context: Context, null_context: Context, batch: int, scale: float
     ) -> Velocity:
-        device = next((p.device for p in net.parameters()), None) if isinstance(net, torch.nn.Module) else None
+        held: list[Tensor] = []
+        if isinstance(net, torch.nn.Module):
+            held += net.parameters()
+        map_context(context, held.append)
+        device = held[0].device if held else None
         return self.conditioned(net, context, batch, scale, device)
 
     def conditioned(

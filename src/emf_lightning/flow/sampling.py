@@ -173,10 +173,10 @@ def multistep_sample(
         e = noise if k == 0 else fresh_noise(k)
         z = (1 - expand_like(t, e)) * x + expand_like(t, e) * e
         with nullcontext() if k == jumps - 1 else no_grad_pass():
-            x = z - expand_like(t, z) * u(z, torch.zeros_like(t), t).to(z.dtype)
+            x = z - expand_like(t, z) * u(z.to(noise.dtype), torch.zeros_like(t), t).to(z.dtype)
         if step_end is not None:
             x = step_end(k, t[0], x)
-    return x
+    return x.to(noise.dtype)
 
 
 def flow_map_rollout(
@@ -195,20 +195,21 @@ def flow_map_rollout(
         ValueError: for no steps.
     """
     _check_steps(steps)
-    grid = torch.linspace(1, 0, steps + 1, device=noise.device).unsqueeze(1).expand(-1, noise.shape[0])
+    grid = torch.linspace(1, 0, steps + 1, device=noise.device, dtype=torch.float32)
+    grid = grid.unsqueeze(1).expand(-1, noise.shape[0])
     without_graph = max(steps - gradient_jumps, 0)
 
     def move(z: Tensor, jumps: range) -> Tensor:
         for k in jumps:
             t, r = grid[k], grid[k + 1]
-            z = z - expand_like(t - r, z) * u(z, r, t).to(z.dtype)
+            z = z - expand_like(t - r, z) * u(z.to(noise.dtype), r, t).to(z.dtype)
             if step_end is not None:
                 z = step_end(k, t[0], z)
         return z
 
     with no_grad_pass():
         z = move(noise, range(without_graph))
-    return move(z, range(without_graph, steps))
+    return move(z, range(without_graph, steps)).to(noise.dtype)
 
 
 def _fresh_noise(e: Tensor, k: int) -> Tensor:

@@ -65,6 +65,8 @@ class TimeSampler(ABC):
                 )
         self.flow_matching_ratio = flow_matching_ratio
         self.consistency_ratio = consistency_ratio
+        self._progress: float | None = None
+        self._repeats = 0
 
     @property
     def has_intervals(self) -> bool:
@@ -75,14 +77,14 @@ class TimeSampler(ABC):
     def sample(self, batch: int, progress: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two fp32 vectors ``[batch]`` in (0, 1), from the distributions of t and of r, not sorted."""
 
-    def counts(self, batch: int, progress: float) -> tuple[int, int]:
+    def counts(self, batch: int, progress: float, repeats: int = 0) -> tuple[int, int]:
         """How many of ``batch`` samples have r < t, and how many of these r = 0.
 
         Each is its share of the batch, rounded. Where that leaves no sample of a kind, as in a batch of one, the number
-        is the next lower or the next higher one, by chance, so that its mean over many values of ``progress`` is right.
-        It follows from ``progress`` alone: all ranks have equal shapes.
+        is the next lower or the next higher one, by chance, so that its mean over many batches is right. It follows
+        from ``progress`` and from the number of batches before at the same progress: all ranks have equal shapes.
         """
-        chance = Random(progress).random()
+        chance = Random(f"{progress} {repeats}" if repeats else progress).random()
 
         def whole(share: float) -> int:
             n = round(share * batch)
@@ -98,9 +100,19 @@ class TimeSampler(ABC):
             batch: B.
             progress: of training, in [0, 1].
             device: of the result.
+
+        Raises:
+            ValueError: for another ``progress``.
         """
+        progress = float(progress)
+        if not 0 <= progress <= 1 + 1e-6:  # steps over steps may be a little more than 1
+            raise ValueError(
+                f"progress must lie in [0, 1], as optimiser steps taken over those planned, got {progress}"
+            )
+        self._repeats = self._repeats + 1 if progress == self._progress else 0
+        self._progress = progress
         a, b = self.sample(batch, progress, device)
-        n, zeros = self.counts(batch, progress)
+        n, zeros = self.counts(batch, progress, self._repeats)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         r[:zeros] = 0
         t = torch.cat([t[:n], a[n:]])
@@ -201,7 +213,7 @@ class AnyStepTimes(TimeSampler):
         ratio = max(self.flow_matching_ratio(0.0), self.flow_matching_ratio(1.0))
         return min(round(self.consistency_ratio * batch), round((1 - ratio) * batch))
 
-    def counts(self, batch: int, progress: float) -> tuple[int, int]:
+    def counts(self, batch: int, progress: float, repeats: int = 0) -> tuple[int, int]:
         """See ``TimeSampler``; always rounded, so that ``one_step`` holds for every batch."""
         return round((1 - self.flow_matching_ratio(progress)) * batch), self.one_step(batch)
 

@@ -49,9 +49,22 @@ class AverageVelocity:
         """Everything that the network predicts for the B samples.
 
         Raises:
-            ValueError: where the conditioning is of another number of samples.
+            ValueError: where the conditioning is of another number of samples, or the output is not like ``z``.
+            TypeError: where the output is no tensor.
         """
-        return call_with_context(self.net, (z, r, t), self.context, self.conditions)
+        output = call_with_context(self.net, (z, r, t), self.context, self.conditions)
+        if not isinstance(output, Tensor):
+            held = ": return its .sample" if hasattr(output, "sample") else ""
+            raise TypeError(f"net(z, r, t, ...) must return a tensor, got {type(output).__name__}{held}")
+        batch, channels, *sides = z.shape
+        if (
+            output.ndim != z.ndim
+            or output.shape[0] != batch
+            or output.shape[1] < channels
+            or [*output.shape[2:]] != sides
+        ):
+            raise ValueError(f"net(z, r, t, ...) must return a tensor like z, {[*z.shape]}, got {[*output.shape]}")
+        return output
 
     def slice(self: Bound, part: slice) -> Bound:
         """The same velocity for a part of the batch."""
@@ -67,7 +80,7 @@ def call_with_context(
     Raises:
         ValueError: where the conditioning is of another number of samples than ``inputs``.
     """
-    _map(context, lambda tensor: _check_batch(tensor, inputs[0].shape[0]))
+    map_context(context, lambda tensor: check_batch(tensor, inputs[0].shape[0]))
     if context is None:
         return net(*inputs, **conditions)
     if isinstance(context, Mapping):
@@ -77,7 +90,9 @@ def call_with_context(
 
 def expand_context(context: Context, batch: int) -> Context:
     """Conditioning of one sample repeated for ``batch`` samples, without a copy; of ``batch`` samples as it is."""
-    return _map(context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor)
+    return map_context(
+        context, lambda tensor: tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+    )
 
 
 def select_context(context: Context, samples: slice | Tensor, batch: int | None = None) -> Context:
@@ -87,8 +102,8 @@ def select_context(context: Context, samples: slice | Tensor, batch: int | None 
         ValueError: where it is of another number of samples than ``batch``, if that is given.
     """
     if batch is not None:
-        _map(context, lambda tensor: _check_batch(tensor, batch))
-    return _map(context, lambda tensor: tensor[samples])
+        map_context(context, lambda tensor: check_batch(tensor, batch))
+    return map_context(context, lambda tensor: tensor[samples])
 
 
 def slice_velocity(u: Velocity, part: slice, batch: int) -> Velocity:
@@ -106,6 +121,28 @@ def slice_velocity(u: Velocity, part: slice, batch: int) -> Velocity:
         "AverageVelocity(net, context) instead of a closure over the conditioning, or AverageVelocity(u) where there "
         "is none"
     )
+
+
+class CoarseOutput:
+    """Finds networks that compute in 16 bits: an output of that dtype, or one that was cast up from it.
+
+    The values are looked at until they can tell, which waits for the device once.
+    """
+
+    _ENOUGH = 64
+    """Different values that are not all round by chance."""
+
+    def __init__(self) -> None:
+        self._looked = False
+
+    def __call__(self, u: Tensor) -> torch.dtype | None:
+        """The dtype, or None where ``u`` is finer."""
+        if torch.finfo(u.dtype).eps > torch.finfo(torch.float32).eps:
+            return u.dtype
+        if self._looked or torch.compiler.is_compiling() or torch.unique(u).numel() < self._ENOUGH:
+            return None
+        self._looked = True
+        return next((half for half in (torch.bfloat16, torch.float16) if (u == u.to(half).to(u.dtype)).all()), None)
 
 
 @contextmanager
@@ -130,22 +167,24 @@ def stop_gradient(u: Velocity, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return u(z, r, t).to(z.dtype)
 
 
-def _map(context: Context, function: Callable[[Tensor], Any]) -> Context:
+def map_context(context: Context, function: Callable[[Tensor], Any]) -> Context:
+    """``function`` of each tensor of a conditioning, in the same shape."""
     if context is None:
         return None
     if isinstance(context, Tensor):
         return function(context)
     if isinstance(context, Mapping):
-        return {name: _map(value, function) for name, value in context.items()}
+        return {name: map_context(value, function) for name, value in context.items()}
     if isinstance(context, tuple | list):
-        return tuple(_map(value, function) for value in context)
+        return tuple(map_context(value, function) for value in context)
     raise TypeError(
         f"context must be a tensor, a tuple or dictionary of tensors, or None, got {type(context).__name__}: the "
         "objective slices it sample by sample"
     )
 
 
-def _check_batch(tensor: Tensor, batch: int) -> None:
+def check_batch(tensor: Tensor, batch: int) -> None:
+    """Raises ``ValueError`` for a tensor of a conditioning that is of another number of samples."""
     if tensor.ndim == 0 or tensor.shape[0] != batch:
         raise ValueError(
             f"context has a tensor of shape {list(tensor.shape)} for a batch of {batch} samples: the first dimension "

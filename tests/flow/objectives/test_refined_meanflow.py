@@ -215,7 +215,7 @@ def test_a_row_that_is_not_finite_counts_among_the_share_or_not_at_all():
         context[row] = torch.nan
         objective = refined(of=lambda z, r, t, c: 0 * z, share=0.5)
         net = lambda z, r, t, c: torch.where((t == 1)[:, None], z - c, 0.1 * SCALE + 0 * z)  # noqa: E731
-        finite.append(objective(net, samples, context).finite.tolist())
+        finite.append(objective(net, samples, samples, sampling_context=context).finite.tolist())
     assert finite[0][1] is False and all(finite[1])
 
 

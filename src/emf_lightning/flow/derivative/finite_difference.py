@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative, Precision, random_state, set_random_state
-from emf_lightning.flow.velocity import Velocity
+from emf_lightning.flow.velocity import CoarseOutput, Velocity
 
 
 class FiniteDifference(Derivative):
@@ -41,6 +41,7 @@ class FiniteDifference(Derivative):
             raise ValueError(_TOO_COARSE.format("bf16"))
         self.step = step
         self.central = central
+        self._coarse = CoarseOutput()
 
     @torch.no_grad()
     def jvp(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
@@ -55,12 +56,13 @@ class FiniteDifference(Derivative):
             if before is not None:  # dropout of the same units in both
                 set_random_state(before, z.device)
             behind = u(z - back * v, r, t - back)
-        if torch.finfo(ahead.dtype).eps > torch.finfo(torch.float32).eps:
-            raise ValueError(_TOO_COARSE.format(ahead.dtype))
+        if (dtype := self._coarse(ahead)) is not None:
+            raise ValueError(_TOO_COARSE.format(dtype))
         return (ahead - behind) / (h + back)
 
 
 _TOO_COARSE = (
     "FiniteDifference in {}: rounding leaves an error of 11 % of du/dt at the best step and over 100 % at small ones "
-    "(fp32: 0.1 %); set the derivative's precision to fp32 and keep fp32 weights, or use ForwardMode"
+    "(fp32: 0.1 %); set the derivative's precision to fp32, keep fp32 weights and use no autocast "
+    "inside the network, or use ForwardMode"
 )

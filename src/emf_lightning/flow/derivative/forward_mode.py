@@ -39,12 +39,13 @@ class ForwardMode(Derivative):
 
     def jvp(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """du/dt, from one dual pass."""
+        if not self.fast or torch.compiler.is_compiling():  # compilers do not look into a stack of contexts
+            with torch.no_grad(), self._autocast(z), sdpa_kernel(SDPBackend.MATH):
+                return _jvp(u, z, r, t, v)[1]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self._autocast(z))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if not self.fast or torch.compiler.is_compiling():
-                return _jvp(u, z, r, t, v)[1]
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # as in _jvp
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(FastForwardMode())

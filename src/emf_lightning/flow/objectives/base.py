@@ -15,7 +15,15 @@ from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import FlowMapSampler, Sampler
 from emf_lightning.flow.target_velocity import ConditionalVelocity, TargetVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Times, TimeSampler
-from emf_lightning.flow.velocity import AverageVelocity, Context, Velocity, expand_context, no_grad_pass
+from emf_lightning.flow.velocity import (
+    AverageVelocity,
+    Context,
+    Velocity,
+    check_batch,
+    expand_context,
+    map_context,
+    no_grad_pass,
+)
 from emf_lightning.flow.weighting import AdaptiveWeighting, Weighting
 
 
@@ -141,7 +149,7 @@ class Objective(ABC):
         """
         times = self.times(len(x), progress, x.device)
         e = torch.randn_like(x)
-        x, finite = zero_non_finite(x)
+        x, context, finite = zero_non_finite_inputs(x, context)
         z = interpolate(x, e, times.t)
         v = self.target_velocity(net, e - x, z, times.t, context, null_context, dropped)
         v = torch.where(expand_like(finite, v), v, torch.nan)  # marks the samples that do not count
@@ -221,8 +229,27 @@ def zero_non_finite(x: Tensor) -> tuple[Tensor, Tensor]:
     A sample that is not finite must not enter a network, even where its loss is left out: the zero gradient of its
     output becomes NaN on the way back through its activations, and with it the gradient of every weight.
     """
-    finite = x.detach().isfinite().flatten(1).all(1)
+    finite = x.detach().isfinite().reshape(len(x), -1).all(1)
     return torch.where(expand_like(finite, x), x, 0), finite
+
+
+def zero_non_finite_inputs(x: Tensor, context: Context) -> tuple[Tensor, Context, Tensor]:
+    """Data and conditioning of B samples with zeros for those that are not finite in either, and which are, ``[B]``.
+
+    Raises:
+        ValueError: for conditioning of another number of samples.
+    """
+    x, finite = zero_non_finite(x)
+    whole = [finite]
+
+    def zeroed(tensor: Tensor) -> Tensor:
+        check_batch(tensor, len(x))
+        tensor, finite = zero_non_finite(tensor)
+        whole.append(finite)
+        return tensor
+
+    context = map_context(context, zeroed)
+    return x, context, torch.stack(whole).all(0)
 
 
 def with_gradient_of(x: Tensor, counts: Callable[[], Tensor]) -> Tensor:

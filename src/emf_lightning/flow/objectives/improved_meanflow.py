@@ -11,7 +11,7 @@ from torch import Tensor
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.derivative.forward_mode import ForwardMode
 from emf_lightning.flow.guidance import ConditionedGuidance, GuidanceCondition, GuidanceSampler
-from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse, zero_non_finite
+from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted_mse, zero_non_finite_inputs
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import ConditionalVelocity, TargetVelocity, TeacherVelocity
 from emf_lightning.flow.times import LogitNormalTimes, Schedule, Times, TimeSampler
@@ -122,7 +122,7 @@ class ImprovedMeanFlow(Objective):
         times = self.times(len(x), progress, x.device)
         guidance = self.guidance_sampler(times)
         e = torch.randn_like(x)
-        x, finite = zero_non_finite(x)
+        x, context, finite = zero_non_finite_inputs(x, context)
         z = interpolate(x, e, times.t)
         null = expand_context(null_context, len(x))
         v_g, v_c = self._velocities(net, e - x, z, times.t, guidance.at(times.t), context, null, dropped)

@@ -24,6 +24,7 @@ from emf_lightning.flow.objectives.base import (
     scaled_to,
     with_pull,
     zero_non_finite,
+    zero_non_finite_inputs,
 )
 from emf_lightning.flow.objectives.distribution_matching import DistributionMatching
 from emf_lightning.flow.objectives.meanflow import MeanFlow
@@ -187,6 +188,8 @@ class JointObjective:
         """
         own = {"sampling_context": sampling_context} if self.regression.takes_sampling_context else {}
         terms = self.regression(net, x, context, progress=progress, null_context=null_context, **own)
+        if not terms.loss.requires_grad:  # as in validation
+            return JointTerms(terms.loss, terms, terms.finite, {})
         assert terms.u is not None
         reference = _norm(torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0])
         metrics = {"regression_gradient": reference}
@@ -194,6 +197,7 @@ class JointObjective:
         if not matching and not adversarial:
             return JointTerms(terms.loss, terms, terms.finite, metrics)
         context = context if sampling_context is None else sampling_context
+        x, context, usable = zero_non_finite_inputs(x, context)
         samples = self._rollout(net, x, context, step)
         leaf = samples.detach().requires_grad_()  # each term's graph ends here
         pull = torch.zeros_like(leaf)
@@ -210,12 +214,13 @@ class JointObjective:
             metrics |= matched.metrics | {"matching_gradient": _norm(gradient)}
             pull += scaled_to(gradient, matching * reference)
         if adversarial:
-            assert discriminator is not None
+            if discriminator is None:
+                raise ValueError("JointObjective: adversarial_weight counts, so it needs a discriminator")
             logits = self._logits(discriminator, context, leaf, progress)(leaf).float()
             gradient, _ = zero_non_finite(torch.autograd.grad(generator_loss(logits).mean(), leaf)[0])
             metrics |= {"adversarial_gradient": _norm(gradient), "fake_logits": logits.detach().mean()}
             pull += scaled_to(gradient, adversarial * reference)
-        finite = samples.detach().isfinite().flatten(1).all(1)
+        finite = usable & samples.detach().isfinite().flatten(1).all(1)
         loss = with_pull(terms.loss, samples, pull, finite)
         counts = finite.clone()
         counts[: len(terms.finite)] &= terms.finite  # TwinFlow's terms are of the batch's first samples alone

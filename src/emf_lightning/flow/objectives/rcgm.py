@@ -15,7 +15,7 @@ from emf_lightning.flow.objectives.base import FlowMapTerms, Objective, weighted
 from emf_lightning.flow.path import expand_like
 from emf_lightning.flow.target_velocity import TargetVelocity
 from emf_lightning.flow.times import AnyStepTimes, Times, TimeSampler
-from emf_lightning.flow.velocity import Velocity, no_grad_pass, slice_velocity
+from emf_lightning.flow.velocity import CoarseOutput, Velocity, no_grad_pass, slice_velocity
 from emf_lightning.flow.weighting import AnyStepWeighting, Weighting
 
 
@@ -73,6 +73,7 @@ class RCGM(Objective):
         if residual_bound <= 0:
             raise ValueError(f"{name}: residual_bound must be positive, got {residual_bound}")
         self.order, self.step, self.residual_bound = order, step, residual_bound
+        self._coarse = CoarseOutput()
 
     def terms(
         self, u: Velocity, z: Tensor, v: Tensor, times: Times, weighting: Weighting, progress: float
@@ -88,10 +89,10 @@ class RCGM(Objective):
 
     def _target(self, u: Velocity, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
         own = u(z, r, t)
-        if torch.finfo(own.dtype).eps > torch.finfo(torch.float32).eps:
+        if (dtype := self._coarse(own)) is not None:
             raise ValueError(
-                f"{type(self).__name__} in {own.dtype}: rounding is multiplied by up to 1 / step = {1 / self.step:g} "
-                "in the target; keep fp32 weights"
+                f"{type(self).__name__} in {dtype}: rounding is multiplied by up to 1 / step = {1 / self.step:g} "
+                "in the target; keep fp32 weights, and use no autocast inside the network"
             )
         s = torch.maximum(t - self.step, r)
         z = z - expand_like(t - s, z) * v

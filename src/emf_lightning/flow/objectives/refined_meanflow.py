@@ -11,7 +11,14 @@ from torch import Tensor
 
 from emf_lightning.flow.derivative.base import Derivative
 from emf_lightning.flow.guidance import TargetGuidance
-from emf_lightning.flow.objectives.base import FlowMapTerms, refuse_kappa, scaled_to, with_pull, zero_non_finite
+from emf_lightning.flow.objectives.base import (
+    FlowMapTerms,
+    refuse_kappa,
+    scaled_to,
+    with_pull,
+    zero_non_finite,
+    zero_non_finite_inputs,
+)
 from emf_lightning.flow.objectives.meanflow import MeanFlow
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.target_velocity import TeacherVelocity
@@ -149,20 +156,20 @@ class RefinedMeanFlow(MeanFlow):
         ``sampling_context`` is the conditioning of the samples, by default ``context``.
         """
         terms = super().__call__(net, x, context, progress=progress, null_context=null_context, dropped=dropped)
-        if progress < self.refinement.start:
+        if progress < self.refinement.start or not terms.loss.requires_grad:  # as in validation
             return terms
         assert terms.u is not None
         reference = torch.autograd.grad(terms.loss, terms.u, retain_graph=True)[0].float().norm()
         if sampling_context is not None:
             context, dropped = sampling_context, None
         rows = slice(math.ceil(self.refinement.share * len(x)))
-        e = torch.randn_like(x[rows])
-        context = select_context(context, rows, len(x))
+        e, context, usable = zero_non_finite_inputs(torch.randn_like(x[rows]), select_context(context, rows, len(x)))
         null_context = select_context(expand_context(null_context, len(x)), rows, len(x))
         dropped = None if dropped is None else dropped[rows]
         sample = self.sample(AverageVelocity(net, context), e)
         error = sample.detach() - self.refined(net, sample.detach(), e, context, null_context, dropped)
         error, finite = zero_non_finite(error.float())
+        finite &= usable
         pull = error / (error.square() + self.refinement.softness**2).sqrt()
         pull = scaled_to(pull, self.refinement.weight * reference)
         all_finite = terms.finite.clone()
@@ -178,10 +185,10 @@ class RefinedMeanFlow(MeanFlow):
 
     def sample(self, u: Velocity, noise: Tensor) -> Tensor:
         """Samples of the network, like ``noise`` ``[B, C, H, W]``, with the graph of the last jump, from ``starts``."""
-        one = torch.ones(len(noise), device=noise.device)
+        one = torch.ones(len(noise), device=noise.device, dtype=torch.float32)
         z, s = noise, one
         if self.refinement.starts != (1.0,):
-            starts = torch.tensor(self.refinement.starts, device=noise.device)
+            starts = torch.tensor(self.refinement.starts, device=noise.device, dtype=torch.float32)
             s = starts[torch.randint(len(starts), (len(noise),), device=noise.device)]
             with no_grad_pass():
                 z = z - expand_like(one - s, z).to(z.dtype) * u(z, s, one).to(z.dtype)
@@ -199,7 +206,7 @@ class RefinedMeanFlow(MeanFlow):
         """The teacher's images of samples that are moved back along their own noise, all ``[B, C, H, W]``."""
         settings = self.refinement
         least, greatest = settings.times
-        t = least + (greatest - least) * torch.rand(len(sample), device=sample.device)
+        t = least + (greatest - least) * torch.rand(len(sample), device=sample.device, dtype=torch.float32)
         z = interpolate(sample, noise, t)
         with no_grad_pass():
             for k in range(settings.solver_steps, 0, -1):

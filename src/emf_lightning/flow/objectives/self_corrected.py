@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emf_lightning.flow.guidance import ClassifierFreeGuidance
 from emf_lightning.flow.objectives.adversarial import DiscriminatorTerms, discriminator_loss, generator_loss
-from emf_lightning.flow.objectives.base import LossTerm, with_gradient_of, zero_non_finite
+from emf_lightning.flow.objectives.base import LossTerm, with_gradient_of, zero_non_finite_inputs
 from emf_lightning.flow.path import expand_like, interpolate
 from emf_lightning.flow.sampling import EulerSampler
 from emf_lightning.flow.times import Schedule, TimeSampler, UniformTimes
@@ -222,12 +222,12 @@ class SelfCorrectedFlow:
             null_context: conditioning without a caption; a guided teacher needs it.
         """
         backward, alignment, adversarial = (term(step) for term in (self.backward, self.alignment, self.adversarial))
+        x, context, finite = zero_non_finite_inputs(x, context)
         velocity = AverageVelocity(net, context)
 
         def student(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
             return with_gradient_of(velocity(z, r, t), lambda: finite)
 
-        x, finite = zero_non_finite(x)
         t = self.times(len(x), progress, x.device).t
         e = torch.randn_like(x)
         u = ClassifierFreeGuidance()(teacher, context, null_context, len(x), self.teacher_guidance_scale)
