@@ -21,3 +21,10 @@ def test_unusable_files_are_named(tmp_path: Path, content: bytes | None, complai
         (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"prompts: .*p\.txt.*{complaint}|{complaint} .*p\.txt"):
         PromptList(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.JSON", "p.csv", "p.tsv", "p.parquet"])
+def test_a_table_is_no_list_of_prompts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "a cat"}\n')
+    with pytest.raises(ValueError, match=r"prompts: .* is a table, not a list; write its prompts into a .txt, one a"):
+        PromptList(tmp_path / name)

@@ -22,7 +22,7 @@ class PromptList(Dataset[tuple[int, str]]):
         argument: its name in errors.
 
     Raises:
-        ValueError: for a file that is missing, is not text, or holds no prompt.
+        ValueError: for a file that is missing, is a table or no text, or holds no prompt.
     """
 
     def __init__(self, prompts: str | Path | Sequence[str], argument: str = "prompts") -> None:
@@ -44,8 +44,13 @@ class PromptList(Dataset[tuple[int, str]]):
         return index, self.prompts[index]
 
 
+_TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
+
+
 def _read(path: Path, argument: str) -> Arrays:
     """The prompts in a text file, whose lines end at line feeds alone."""
+    if path.suffix.lower() in _TABLES:
+        raise ValueError(f"{argument}: {str(path)!r} is a table, not a list; write its prompts into a .txt, one a line")
     rows, is_text = TextRows(), True
     try:
         with path.open("rb") as file:

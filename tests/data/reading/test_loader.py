@@ -31,9 +31,9 @@ def passes(loader: ShardLoader, count: int) -> Iterator[tuple[str, ...]]:
             yield batch.captions
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_batches_are_those_of_an_uninterrupted_run(tmp_path: Path, num_workers: int) -> None:
-    shards = write_numbered(tmp_path, [19, 11, 14])
+@pytest.mark.parametrize(("sizes", "num_workers"), [([19, 11, 14], 0), ([19, 11, 14], 2), ([44], 0)])
+def test_resumed_batches_are_those_of_an_uninterrupted_run(tmp_path: Path, sizes: list[int], num_workers: int) -> None:
+    shards = write_numbered(tmp_path, sizes)
     whole = list(passes(make(shards, num_workers), 2))
     for stop in (1, 4, 5, 9, len(whole) // 2, len(whole) // 2 + 3):
         loader = make(shards, num_workers)
@@ -68,6 +68,31 @@ def test_second_pass_has_another_order_and_the_same_samples(tmp_path: Path) -> N
     first, second = list(passes(loader, 1)), list(passes(loader, 1))
     assert first != second
     assert sorted(sum(first, ())) == sorted(sum(second, ()))
+
+
+@pytest.mark.parametrize("size", [19, 23, 30])
+def test_every_sample_of_a_single_source_is_in_some_pass(tmp_path: Path, size: int) -> None:
+    loader = make(write_numbered(tmp_path, [size]), shuffle_block=16)
+    seen = [caption for batch in passes(loader, 30) for caption in batch]
+    assert len(set(seen)) == size
+
+
+def test_a_pass_that_an_earlier_version_began_goes_on_and_the_next_ones_are_cut(tmp_path: Path) -> None:
+    shards = write_numbered(tmp_path, [40])
+    earlier = make(shards, shuffle_block=16)
+    earlier.stream.whole_pass = 0  # as it was
+    batches = iter(earlier)
+    earlier.acknowledge(next(batches))
+    state = earlier.state_dict()
+    rest = [batch.captions for batch in batches]
+    del state["whole_pass"]
+    resumed = make(shards, shuffle_block=16)
+    resumed.load_state_dict(state)
+    assert list(passes(resumed, 1)) == rest
+    new = make(shards, shuffle_block=16)
+    first = list(passes(new, 1))
+    assert first[1:] != rest, "the first block is cut"
+    assert list(passes(resumed, 1)) == list(passes(new, 1))
 
 
 def test_state_survives_a_weights_only_load(tmp_path: Path) -> None:

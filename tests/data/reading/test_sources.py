@@ -246,7 +246,7 @@ def test_metadata_overrides_texts_and_several_captions_take_turns(tmp_path: Path
     (tmp_path / "a.txt").write_text("beside a")
     (tmp_path / "b.txt").write_text("beside b")
     rows = [
-        {"file_name": "b.jpg", "caption": "row b"},
+        {"image": "https://example.org/b", "file_name": "b.jpg", "caption": "row b"},
         {"file_name": "./c.jpg", "caption": ["first c", " ", "second c"]},
     ]
     jsonl(tmp_path, [*rows, {"file_name": "b.jpg", "caption": "other b"}, {"file_name": "gone.jpg", "caption": "x"}])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from emf_lightning.data.shapes.scenes import scene_for
-from emf_lightning.evaluation.folders.image_files import read_image
+from emf_lightning.evaluation.folders.image_files import image_files, read_image
 from emf_lightning.evaluation.folders.image_folder import generated_images
 from emf_lightning.evaluation.geneval.suite_score import SuiteScore
 from emf_lightning.evaluation.shapes.suite import ShapesSuite
@@ -228,3 +228,20 @@ def test_white_space_around_a_benchmarks_prompt_does_not_matter(tmp_path, beside
         for number, text in enumerate(Spaced().prompts()):
             (tmp_path / f"{number:05d}-1step-0.txt").write_text(text)
     assert [image.prompt for image in generated_images(tmp_path, Spaced())] == Spaced().prompts()
+
+
+def test_linked_folders_are_looked_into_and_no_circle_is_followed(tmp_path):
+    for name in ("mine/a", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        scene_image(PROMPTS[0]).save(tmp_path / name / f"{name[-1]}.png")
+    (tmp_path / "mine/b").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "mine")
+    found = image_files(tmp_path / "mine", "folder")
+    assert [str(path.relative_to(tmp_path / "mine")) for path in found] == ["a/a.png", "b/r.png"]
+
+
+def test_images_beside_a_folder_named_samples_count(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("a.png", "b.png", "samples/c.png"):
+        scene_image(PROMPTS[0]).save(tmp_path / name)
+    assert [path.name for path in image_files(tmp_path, "folder")] == ["a.png", "b.png", "c.png"]

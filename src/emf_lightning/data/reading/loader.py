@@ -245,7 +245,7 @@ class ShardLoader:
         if self._distributed:
             everyone = [None] * self.stream.ranks
             dist.all_gather_object(everyone, own, group=self._cpu_group)
-        return {"identity": self._identity(), "ranks": everyone}
+        return {"identity": self._identity(), "ranks": everyone, "whole_pass": self.stream.whole_pass}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes at ``state``; with other shards, shuffle, ranks or workers, at the start of the next pass."""
@@ -263,6 +263,7 @@ class ShardLoader:
             )
             self._begin(own["epoch"] + 1)
             return
+        self.stream.whole_pass = state.get("whole_pass", own["epoch"])  # earlier versions had no other passes
         self._epoch, self._finished, self._first = own["epoch"], own["finished"], own["first"]
         self._positions = [Position(*position) for position in own["positions"]]
 

@@ -37,7 +37,7 @@ class MetadataCaptions:
 
     def __init__(self, files: Sequence[str], caption_column: str | None = None) -> None:
         self.files = tuple(files)
-        names = IMAGES, CAPTIONS if caption_column is None else (caption_column,)
+        names = ("file_name", *IMAGES), CAPTIONS if caption_column is None else (caption_column,)
         # names of pictures are hashed with the paths of the files as they are given
         arrays = kept_arrays(self.files, f"metadata {names} {self.files}", partial(_arrays, self.files, *names))
         self._keys, self._starts, self._ends = arrays["keys"], arrays["starts"], arrays["ends"]

@@ -63,7 +63,7 @@ class ShardStream(IterableDataset[RawBatch]):
     whole, in the order of the pass. Of the rest each lane takes its samples from one shard or two; where there are
     fewer shards than lanes, from every shard, so that all lanes have as many. So every sample is in exactly one lane. A
     lane is shuffled in blocks of ``shuffle_block`` samples; each block is held in memory and permuted by (seed, pass,
-    lane, block), so that a resumed lane reads at most one block again.
+    lane, block), so that a resumed lane reads at most one block again. See also ``cuts_first_block``.
 
     Shards are read with the standard library, because neither common reader can do all of this. In ``datasets`` 5.2,
     a truncated shard ends the run; JSON that Arrow cannot type, like GenEval's ``["left of", 0]``, cannot be opened; a
@@ -90,6 +90,7 @@ class ShardStream(IterableDataset[RawBatch]):
         caption_column: key of the captions in the samples' JSON; by default one of ``CAPTION_KEYS``.
         share: share of samples that is held out, chosen by the digests of their names.
         held_out: reads only the held-out samples, rather than only the others.
+        whole_pass: pass whose first block is whole in any case, since an earlier version began it.
     """
 
     shards: Sequence[str | Source]
@@ -115,6 +116,7 @@ class ShardStream(IterableDataset[RawBatch]):
     caption_column: str | None = None
     share: float = 0.0
     held_out: bool = False
+    whole_pass: int = -1
 
     def __post_init__(self) -> None:
         self.start(0, [Position()] * self.lanes, 0)
@@ -134,6 +136,16 @@ class ShardStream(IterableDataset[RawBatch]):
         """Whether some shards are dealt whole and the rest to the lanes in turn, one or two for each."""
         lanes, shards = self.ranks * self.lanes, len(self.shards) - len(self.folders)
         return self.limit is None and shards > lanes and shards % lanes > 1
+
+    @property
+    def cuts_first_block(self) -> bool:
+        """Whether the first block of each pass is of another size, by chance.
+
+        Of a single source, samples come in the same order in each pass. The last batch, which is left out if it is
+        incomplete, would be of the same samples for ever. ``whole_pass`` is an exception.
+        """
+        fixed = len(self.shards) == 1 and self.limit is None
+        return fixed and self.drop_last and self.shuffle_block > 1 and self._epoch != self.whole_pass
 
     def lane_shards(self, epoch: int, lane: int) -> list[tuple[str | Source, int, int, int]]:
         """The lane's shards of one pass in order, as (path, part, parts, width), see ``read_samples``."""
@@ -296,12 +308,14 @@ class ShardStream(IterableDataset[RawBatch]):
         source = self._read(lane, position)
         if self.limit is not None:
             source = islice(source, len(range(self.rank * self.lanes + lane, self.limit, self.ranks * self.lanes)))
-        start = position
+        start, first, number = position, size, self.rank * self.lanes + lane
+        if self.cuts_first_block:
+            first = 1 + int(np.random.default_rng([self.seed, self._epoch, number]).integers(size))
         while True:
-            block = list(islice(source, size))
+            block = list(islice(source, size if start.block else first))
             if not block:
                 return
-            rng = np.random.default_rng([self.seed, self._epoch, self.rank * self.lanes + lane, start.block])
+            rng = np.random.default_rng([self.seed, self._epoch, number, start.block])
             order = rng.permutation(len(block)) if self.shuffle_block > 1 else range(len(block))
             flips = rng.random(len(block)) < 0.5 if self.flip else np.zeros(len(block), bool)
             for emitted in range(start.emitted, len(block)):

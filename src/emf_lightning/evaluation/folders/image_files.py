@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,11 @@ def image_files(folder: Path, argument: str) -> list[Path]:
     if not Path(folder).is_dir():
         raise ValueError(f"{argument}: no folder {folder}")
     paths, ignored = [], dict[str, list[Path]]()
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(_files(Path(folder))):
         image = path.suffix.lower() in SUFFIXES
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+        if image and path.name == "grid.png" and (path.parent / "samples").is_dir():
+            continue  # GenEval's 00012/grid.png beside 00012/samples
         if image and not hidden and path.is_file():
             paths.append(path)
         elif image:
@@ -37,11 +41,20 @@ def image_files(folder: Path, argument: str) -> list[Path]:
     if ignored:
         counts = ", ".join(f"{len(found):,} x {reason} ({found[0]} first)" for reason, found in ignored.items())
         warnings.warn(f"{argument}: passed over: {counts}", stacklevel=2)
-    geneval_folders = {path.parent.parent for path in paths if path.parent.name == "samples"}
-    paths = [path for path in paths if path.parent not in geneval_folders]  # 00012/grid.png beside 00012/samples
     if not paths:
         raise ValueError(f"{argument}: no image in {folder}; known are {', '.join(SUFFIXES)}")
     return paths
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All paths below ``folder``; links to folders are followed, and each folder is looked into once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in (*names, *folders))
 
 
 def usable_pixels(path: Path, limits: ImageLimits) -> NDArray[np.uint8] | str:
