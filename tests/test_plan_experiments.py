@@ -47,6 +47,12 @@ def test_an_experiment_is_planned_before_its_parent_is_trained(capsys, name):
     assert ASSUMING[name] in hours(capsys, name)[1]
 
 
+def test_patches_are_tokens_and_fp32_takes_longer_than_planned(capsys):
+    assert ", 4,096 a row" in hours(capsys, "fgm/sd3")[1]
+    said = hours(capsys, "scflow/celebahq")[1]
+    assert "trainer.precision 32-true: the time is that of 16-bit arithmetic; fp32 takes twice as long for" in said
+
+
 def test_lumina_is_planned(capsys):
     text = ["--data.text", "Lumina2TextEncoder"]
     net = ["--model.init_args.net", "Lumina2FlowMap", "--model.init_args.net.init_args.interval", "AnchoredInterval"]

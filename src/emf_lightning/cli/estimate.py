@@ -47,6 +47,11 @@ class Plan:
         if (devices := devices_of_node(trainer.devices)) is None:
             self.notes.append(f"trainer.devices {trainer.devices}: planned with 1 device a node")
         self.devices = (devices or 1) * trainer.num_nodes
+        if str(trainer.precision) in ("32", "32-true"):
+            self.notes.append(
+                f"trainer.precision {trainer.precision}: the time is that of 16-bit arithmetic; fp32 takes twice as "
+                "long for convolutions, which cuDNN computes in TF32, and up to 15 times for other layers"
+            )
         self.checkpointing = bool(net.get("init_args.gradient_checkpointing"))
         self.pretrained = net.get("init_args.pretrained.path", net.get("init_args.pretrained"))
         names = [callback.class_path for callback in trainer.get("callbacks") or []]
@@ -211,7 +216,7 @@ class Plan:
         work += f"; encoding the {' and the '.join(encoded)}" if encoded else "; caches hold the rest"
         seconds = flops * data.batch_size * trainer.accumulate_grad_batches / self.speed
         days = seconds * steps / 86400
-        patch = getattr(getattr(self.net, "transformer", None), "config", {}).get("patch_size", 1)
+        patch = getattr(getattr(self.net, "diffusers_model", None), "config", {}).get("patch_size") or 1
         positions = (self.side // patch) ** 2
         tokens = f"of latents, {positions:,} a row; of text {images * self.text.length:.3g}"
         speed = f"{self.device} at {self.speed / 1e12:.0f} TFLOP/s, {self.utilisation:.0%} of its peak"
