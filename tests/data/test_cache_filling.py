@@ -218,6 +218,32 @@ def test_shards_without_a_usable_sample_are_named(encoder, tmp_path):
         CacheFiller(data, CPU).options(1)
 
 
+@pytest.mark.parametrize("kind", ["metadata of pictures", "lists in JSON"])
+def test_captions_within_the_data_are_counted_as_entries(tmp_path, kind):
+    counts = [1, 5, 2, 4] * 3
+    captions = [[f"{n} ball and {k} ring" for k in range(count)] for n, count in enumerate(counts)]
+    source = tmp_path / "pictures"
+    source.mkdir()
+    members = {f"{n}.png": noise_image(n) for n in range(12)} | {"odd.png": noise_image(0)}  # without a caption
+    if kind == "lists in JSON":
+        members |= {f"{n}.json": json.dumps({"caption": captions[n]}).encode() for n in range(12)}
+        source = write_tar(tmp_path / "0.tar", dict(sorted(members.items())))
+    else:
+        for name, content in members.items():
+            (source / name).write_bytes(content)
+        rows = [{"file_name": f"{n}.png", "caption": captions[n]} for n in range(12)]
+        (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    filling = CacheFiller(make(WordEncoder(width=8, length=4), str(source), tmp_path), CPU)
+    assert filling.entries(filling.count())["features"] == round(13 * sum(counts) / 12)
+    *_, last = filling.fill()
+    assert last.done == sum(counts)
+    small = CacheFiller(make(WordEncoder(width=8, length=4), str(source), tmp_path / "other"), CPU)
+    needed = small.data.cache.size(sum(counts)) / 1e9
+    small.data.cache.max_gb = needed / 2
+    with pytest.raises(ValueError, match="max_gb"):
+        small.check(small.count())
+
+
 @pytest.fixture
 def captioned(tmp_path) -> tuple[list[str], dict[str, object], int]:
     """Shards of 12 images, options with their captions in a file, and the number of captions."""

@@ -96,7 +96,7 @@ class CacheFiller:
 
     def entries(self, samples: int) -> dict[str, int]:
         """Number of entries of each cache for ``samples`` samples: an image may have several captions."""
-        captions = self.data.caption_files.per_image if self.data.caption_files is not None else 1
+        captions = self.stream.captions_per_sample()
         found = {name: round(samples * (captions if name == "features" else 1)) for name in self.caches}
         if "features" in found and (sampling := self.data.sampling_prompts) is not None:
             found["features"] += len(sampling)

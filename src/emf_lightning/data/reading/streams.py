@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property, partial
 from hashlib import blake2b
@@ -255,6 +256,16 @@ class ShardStream(IterableDataset[RawBatch]):
         if every:
             return decode_captions(sample, self.caption_column)
         return (decode_caption(sample, self.caption_column, self.seed, self._epoch),)
+
+    def captions_per_sample(self, samples: int = 256) -> float:
+        """Mean number of captions that passes take of a sample, by the first ``samples`` of a lane."""
+        if self.captions is not None:
+            return self.captions.per_image
+        counts = []
+        for _, sample, _ in islice(self._samples(0, Position()), samples):
+            with suppress(UnusableSampleError):  # it is left out
+                counts.append(len(decode_captions(sample, self.caption_column)))
+        return sum(counts) / len(counts) if counts else 1.0
 
     def _looked_up(self, queries: deque[Query], leave_out: Callable[[str, str], None]) -> RawBatch:
         """The usable samples, looked up in the caches, each in one transaction; empties ``queries``.
