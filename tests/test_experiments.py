@@ -208,6 +208,22 @@ def flow_from(experiment: str, folder: Path) -> None:
     kind(architecture, time_scale=5.0, prediction=predicted, **shape).save_pretrained(folder)
 
 
+def latent_parts(experiment: str, folder: Path) -> list[str]:
+    """Options with an untrained autoencoder and, for a second stage, an untrained network in its latents."""
+    from benchmarks.small_latent import small_autoencoder
+    from emf_lightning.networks.prediction import PredictData
+    from emf_lightning.networks.sana import SanaArchitecture, SanaFlowMap
+
+    small_autoencoder().save_pretrained(str(folder / "autoencoder"))
+    options = ["--data.autoencoder.init_args.pretrained", str(folder / "autoencoder")]
+    if experiment.endswith("flow_matching.yaml"):
+        return options
+    shape = {"latent_channels": 8, "latent_size": 9, "context_width": 128}
+    settings = {"time_scale": 5.0, "prediction": PredictData(), **shape}
+    SanaFlowMap(SanaArchitecture(patch_size=3), **settings).save_pretrained(folder / "latent_flow")
+    return [*options, "--model.init_args.net.init_args.pretrained", str(folder / "latent_flow")]
+
+
 def tiny(experiment: str, models: Path) -> list[str]:
     """Options that replace the models of a full-size experiment by tiny ones, or networks that are not trained yet."""
     if experiment == "experiments/own_data/meanflow.yaml":
@@ -215,6 +231,8 @@ def tiny(experiment: str, models: Path) -> list[str]:
     if experiment in ("experiments/shapes/unet.yaml", "experiments/shapes/flux.yaml"):
         flow_from(experiment.replace(".yaml", "_flow_matching.yaml"), models / "flow")
         return ["--model.init_args.net.init_args.pretrained", str(models / "flow")]
+    if experiment.startswith("experiments/shapes/latent_"):
+        return latent_parts(experiment, models)
     if experiment in ("experiments/shapes/anyflow_on_policy.yaml", "experiments/shapes/refined_matched.yaml"):
         return ["--model.init_args.init_from", "null"]
     if not experiment.startswith("experiments/emf/"):
