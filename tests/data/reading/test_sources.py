@@ -515,3 +515,18 @@ def test_large_shards_are_counted_by_their_first_samples_and_folders_whole(tmp_p
     large = write_tar(tmp_path / "large.tar", {f"{number}.txt": b"a" for number in range(9000)})
     assert 0.9 * 9000 < count_all([large]) < 1.1 * 9000
     assert count_all([]) == 0
+
+
+def test_captioned_pictures_beside_shards_are_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    write_numbered(tmp_path, [2])
+    (tmp_path / "preview.png").write_bytes(noise_image(0))  # as a contact sheet
+    (tmp_path / "0_stats.json").write_text("{}")
+    assert len(open_sources(str(tmp_path), "shards")) == 1
+    assert not recwarn.list
+    (tmp_path / "preview.txt").write_text("a circle")
+    with pytest.warns(UserWarning, match=r"holds 1 captioned pictures beside its shards \(preview, \.\.\.\)"):
+        open_sources(str(tmp_path), "shards")
+    (tmp_path / "preview.txt").unlink()
+    jsonl(tmp_path, [{"file_name": "preview.png", "caption": "a circle"}])
+    with pytest.warns(UserWarning, match="the shards alone are read"):
+        open_sources(str(tmp_path), "shards")

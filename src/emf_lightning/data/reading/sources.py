@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from emf_lightning.data.reading.metadata_files import METADATA
 from emf_lightning.data.reading.parquet_shards import ParquetShard
 from emf_lightning.data.reading.picture_folders import PictureFolders
 from emf_lightning.data.reading.shard_paths import ENDINGS, PARQUET, shard_paths
-from emf_lightning.data.reading.tar_samples import TarSample, count_samples
+from emf_lightning.data.reading.tar_samples import TarSample, count_samples, kind_of
 from emf_lightning.text.plain import shorten
 
 HUB_NAME = re.compile(r"(?:hf://(?:datasets/)?)?([\w.-]+/[\w.-]+)(?:@([^/]+))?")
@@ -160,6 +162,7 @@ def open_sources(
             files += HubDataset(named[1], revision=named[2]).files(argument)
         else:
             files += shard_paths(entry, argument)
+            _warn_of_pictures(Path(entry).expanduser(), argument)
     sources: list[str | Source] = []
     if folders:
         pictures = PictureFolders(folders, caption_column)
@@ -184,6 +187,24 @@ def open_sources(
     for source in [source for source in sources if isinstance(source, ParquetShard)][:1]:
         source.check(argument)
     return tuple(sources)
+
+
+def _warn_of_pictures(folder: Path, argument: str) -> None:
+    """Warns of captioned pictures that lie beside the shards of a folder, whose shards alone are read."""
+    if not folder.is_dir():
+        return
+    kinds: dict[str, set[str | None]] = {}
+    for path in folder.iterdir():
+        stem, _, extension = path.name.rpartition(".")
+        kinds.setdefault("" if path.name in METADATA else stem, set()).add(kind_of(extension.lower()))
+    everywhere = "" in kinds
+    pictures = [name for name, kind in kinds.items() if "image" in kind and (everywhere or kind & {"text", "json"})]
+    if pictures:
+        warnings.warn(
+            f"{argument}: {str(folder)!r} holds {len(pictures)} captioned pictures beside its shards ({min(pictures)}, "
+            "...): the shards alone are read; move the pictures into a folder of their own and name both",
+            stacklevel=3,
+        )
 
 
 def count(source: str | Source, at_most: int = COUNTED_SAMPLES) -> int:
