@@ -530,3 +530,20 @@ def test_captioned_pictures_beside_shards_are_warned_of(tmp_path: Path, recwarn:
     jsonl(tmp_path, [{"file_name": "preview.png", "caption": "a circle"}])
     with pytest.warns(UserWarning, match="the shards alone are read"):
         open_sources(str(tmp_path), "shards")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "dataset_infos.json", "requirements.txt", "captions.json"])
+def test_files_beside_shards_that_are_no_pictures_are_no_samples(tmp_path: Path, name: str) -> None:
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+    write_numbered(tmp_path / "set/data", [3])
+    (tmp_path / "set" / name).write_text("{}")
+    (tmp_path / "pictures/a.png").write_bytes(noise_image(1))
+    (tmp_path / "pictures/a.txt").write_text("a circle")
+    (shard,) = open_sources(str(tmp_path / "set"), "shards")
+    assert str(shard).endswith(".tar")
+    for order in (["set", "pictures"], ["pictures", "set"]):
+        pictures, _ = open_sources([str(tmp_path / folder) for folder in order], "shards")
+        assert [sample.location for sample in pictures.samples()] == [str(tmp_path / "pictures/a")]
+    with pytest.raises(ValueError, match="holds pictures and shards"):
+        open_sources(str(tmp_path / "set"), "shards", images=False)

@@ -39,6 +39,7 @@ class PictureFolders:
     Args:
         roots: the folders.
         caption_column: see ``MetadataCaptions``.
+        images: whether samples need pictures; other files beside shards are then none.
 
     Attributes:
         others: files that hold samples of their own, by root.
@@ -47,7 +48,7 @@ class PictureFolders:
         captioned: whether there is any caption.
     """
 
-    def __init__(self, roots: Sequence[str], caption_column: str | None = None) -> None:
+    def __init__(self, roots: Sequence[str], caption_column: str | None = None, images: bool = True) -> None:
         self.roots = tuple(roots)
         self.others: dict[str, list[str]] = {root: [] for root in roots}
         self.sizes: dict[str, int] = {}
@@ -56,6 +57,7 @@ class PictureFolders:
         self._names, self._ends, self._places = bytearray(), array("Q", [0]), array("I")
         metadata: list[str] = []
         for root in self.roots:
+            pictures, captioned, samples, walked = self.pictures, self.captioned, len(self), len(self._folders)
             for folder, names in _walk(root):
                 tables = [name for name in names if name in METADATA]
                 metadata += [os.path.join(folder, name) for name in tables]
@@ -63,12 +65,19 @@ class PictureFolders:
                     os.path.join(folder, n) for n in names if n.endswith(OTHERS) and n not in METADATA
                 ]
                 self._add(folder, os.path.relpath(folder, root), [name for name in names if name not in METADATA])
+            if self.others[root] and images and self.pictures == pictures:  # shards, and a licence, statistics
+                self._cut(samples, walked)
+                self.captioned = captioned
             self.sizes[root] = len(self) - sum(self.sizes.values())
         self._order = np.random.default_rng(0).permutation(len(self)).astype(np.uint32)
         self._captions = MetadataCaptions(metadata, caption_column) if metadata else None
         if self._captions is not None:
             self._captions.warn_of_missing(self._key(number) for number in range(len(self)))
             self.captioned = True
+
+    def _cut(self, samples: int, folders: int) -> None:
+        """Leaves out all samples and folders but the first ones."""
+        del self._folders[folders:], self._ends[samples + 1 :], self._places[samples:], self._names[self._ends[-1] :]
 
     def _add(self, folder: str, relative: str, names: Sequence[str]) -> None:
         self._folders.append((folder, relative))

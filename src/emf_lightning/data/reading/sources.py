@@ -165,7 +165,7 @@ def open_sources(
             _warn_of_pictures(Path(entry).expanduser(), argument)
     sources: list[str | Source] = []
     if folders:
-        pictures = PictureFolders(folders, caption_column)
+        pictures = PictureFolders(folders, caption_column, images)
         for folder, others in pictures.others.items():
             if pictures.sizes[folder] and others:
                 raise ValueError(
