@@ -120,6 +120,21 @@ def test_conditioning_that_is_not_finite_spoils_no_gradient(objective, kind):
     assert any(weight.grad.abs().max() > 0 for weight in net.parameters())
 
 
+def test_masks_and_labels_of_the_conditioning_stay_as_they_are():
+    context = torch.randn(8, 5).half(), torch.rand(8, 5) < 0.5, torch.arange(8)
+    context[0][3, 0] = float("nan")
+    seen = []
+
+    def net(z, r, t, *conditioning):
+        seen.append(conditioning)
+        return z * 0
+
+    assert FlowMatching()(net, torch.randn(SHAPE), context).finite.tolist() == [row != 3 for row in range(8)]
+    (features, mask, labels) = seen[0]
+    assert (features.dtype, mask.dtype, labels.dtype) == (torch.float16, torch.bool, torch.int64)
+    assert torch.equal(mask, context[1]) and torch.equal(labels, context[2])
+
+
 def test_conditioning_that_is_not_finite_spoils_no_gradient_of_two_heads():
     net, context = Net(heads=2), torch.randn(8, 5)
     context[2, 1] = float("nan")

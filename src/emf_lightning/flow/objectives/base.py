@@ -244,6 +244,8 @@ def zero_non_finite_inputs(x: Tensor, context: Context) -> tuple[Tensor, Context
 
     def zeroed(tensor: Tensor) -> Tensor:
         check_batch(tensor, len(x))
+        if not tensor.is_floating_point():  # a mask, labels
+            return tensor
         tensor, finite = zero_non_finite(tensor)
         whole.append(finite)
         return tensor
