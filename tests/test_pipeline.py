@@ -423,6 +423,15 @@ def test_a_device_is_taken_from_device_map_and_a_split_is_refused(world):
         EMFPipeline.from_pretrained(folder, device_map="balanced")
 
 
+def test_a_checkpoint_of_a_run_is_found_by_its_name(world, monkeypatch):
+    monkeypatch.chdir(world)
+    run = "runs/meanflow/version_0"
+    expected = load_run(run, f"{run}/checkpoints/epoch=0-step=2.ckpt").sample(PROMPTS[:1], steps=1)[0]
+    for name in ("epoch=0-step=2.ckpt", "checkpoints/epoch=0-step=2.ckpt"):
+        found = load_run(run, name).sample(PROMPTS[:1], steps=1)[0]
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
 def test_quantization_is_refused_instead_of_left_out(world):
     config = PipelineQuantizationConfig("bitsandbytes_8bit", {"load_in_8bit": True}, ["transformer"])
     with pytest.raises(ValueError, match="quantization_config: transformer cannot be quantized while it is loaded"):

@@ -76,7 +76,7 @@ def checkpoint_of(found: Run, name: str | Path | None = None) -> Path:
             if path.exists():
                 return path
         there = ", ".join(sorted(path.name for path in folders[0].glob("*"))) or "none"
-        raise ValueError(f"checkpoint: {name} is not there; {folders[0]} has {there}")
+        raise ValueError(f"no checkpoint at {name}; {folders[0]} has {there}")
     if found.checkpoint is not None:
         return found.checkpoint
     others = [folder for folder in versions(found.directory.parent) if _last(folder) is not None]
