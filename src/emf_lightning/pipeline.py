@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -162,8 +164,13 @@ class EMFPipeline(DiffusionPipeline):
         Raises:
             ValueError: if that fails, or gives a network, an autoencoder or a text encoder with other weights.
         """
+        from lightning.pytorch.utilities.seed import isolate_rng  # here: loading needs none of it
+
         try:
-            loaded = type(self).from_pretrained(folder, trust_remote_code=trusted())
+            with isolate_rng():
+                for draw_anew in (torch.seed, np.random.seed, random.seed):  # random weights must not agree by chance
+                    draw_anew()
+                loaded = type(self).from_pretrained(folder, trust_remote_code=trusted())
         except Exception as error:  # of classes of the user's own
             reason = shorten(str(error) or type(error).__name__, 300)
             raise ValueError(
