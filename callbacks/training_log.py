@@ -6,14 +6,13 @@ import time
 from collections import deque
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from emf_lightning.callbacks.few_step_sampling import FewStepSampling
 from emf_lightning.data.datamodule import CaptionImageData
+from emf_lightning.modules.non_finite import gradients_of, norm_of
 
 
 class TrainingLog(Callback):
@@ -49,11 +48,9 @@ class TrainingLog(Callback):
         self._paused += time.perf_counter() - self._pause_began
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)  # Lightning clips after this hook
+        if gradients := gradients_of(optimizer):
             name = "gradient_norm" if optimizer is trainer.optimizers[0] else "auxiliary_gradient_norm"
-            pl_module.log(f"train/{name}", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            pl_module.log(f"train/{name}", norm_of(gradients))  # Lightning clips after this hook
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from emf_lightning.call_arguments import (
     CALLBACK_TENSORS,
@@ -29,15 +27,15 @@ from emf_lightning.data.cache.entry_format import EntryFormat
 from emf_lightning.digests import check_digests, write_digests
 from emf_lightning.earlier_exports import sampling_of_model
 from emf_lightning.evaluation.fixed_noise import fixed_noise, noise_indices
-from emf_lightning.exported_files import INDEX, KINDS, check_folder
+from emf_lightning.exported_files import INDEX, check_folder
 from emf_lightning.flow.guidance import SamplingGuidance
 from emf_lightning.flow.sampling import Sampler, sample
 from emf_lightning.hub import DOWNLOAD_OPTIONS, downloaded
-from emf_lightning.part_classes import Spec, builder, trusted, trusting
-from emf_lightning.pipeline_part import PipelinePart, saves
+from emf_lightning.part_classes import Spec, builder, trusting
+from emf_lightning.pipeline_part import PipelinePart
 from emf_lightning.remote_code import as_installed, carry_code
 from emf_lightning.text.base import NULL_CAPTION, TextFeatures
-from emf_lightning.text.plain import prompt_texts, shorten
+from emf_lightning.text.plain import prompt_texts
 
 
 class EMFPipelineOutput(BaseOutput):
@@ -157,44 +155,6 @@ class EMFPipeline(DiffusionPipeline):
         """
         super().save_pretrained(str(save_directory), **options)
         write_digests(Path(save_directory))
-
-    def check_saved(self, folder: Path) -> None:
-        """Loads ``folder`` once, as its users will.
-
-        Raises:
-            ValueError: if that fails, or gives a network, an autoencoder or a text encoder with other weights.
-        """
-        from lightning.pytorch.utilities.seed import isolate_rng  # here: loading needs none of it
-
-        try:
-            with isolate_rng():
-                for draw_anew in (torch.seed, np.random.seed, random.seed):  # random weights must not agree by chance
-                    draw_anew()
-                loaded = type(self).from_pretrained(folder, trust_remote_code=trusted())
-        except Exception as error:  # of classes of the user's own
-            reason = shorten(str(error) or type(error).__name__, 300)
-            raise ValueError(
-                f"the written pipeline cannot be loaded ({reason}); a class is built again from the arguments of its "
-                "constructor"
-            ) from error
-        for place in KINDS:
-            part = getattr(self, place).part
-            own, other = part.state_dict(), getattr(loaded, place).part.state_dict()
-            if differing := [name for name in own if not _same(own[name], other.get(name))]:
-                raise ValueError(
-                    f"the written pipeline loads with other weights ({differing[0]}, ...): {self._remedy(part)}"
-                )
-
-    @staticmethod
-    def _remedy(part: nn.Module) -> str:
-        """What to change in a class that loads with other weights."""
-        name = type(part).__name__
-        if saves(part):
-            return f"{name}.save_pretrained must write what its argument `pretrained` reads"
-        return (
-            f"{name} is built again from the arguments of its constructor, which must give the same weights: load them "
-            "from a file that an argument names, or from a seed"
-        )
 
     @property
     def sampler(self) -> Sampler:
@@ -343,10 +303,3 @@ class EMFPipeline(DiffusionPipeline):
         if self.config.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, getattr(torch, self.config.autocast))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two entries of a state are equal, on whatever device and in whatever precision they are."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other or bool(one == other)
-    return one.shape == other.shape and torch.equal(one.cpu().float(), other.cpu().float())

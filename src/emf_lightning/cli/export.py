@@ -45,6 +45,7 @@ def export(
     from emf_lightning.cli.parsing.emf_cli import LINKED_ARGUMENTS
     from emf_lightning.cli.played_run import example_prompts
     from emf_lightning.cli.runs import checkpoint_of, find_run
+    from emf_lightning.cli.saved_pipeline import check_saved
     from emf_lightning.exported_files import INDEX, own_modules
     from emf_lightning.hub import check_pushing, pushed
     from emf_lightning.modules.checkpoint import read_checkpoint
@@ -69,7 +70,7 @@ def export(
     pipeline = pipeline_of(module, data, str(settings.trainer.precision), specs)
     with replacing_folder(out) as partial:
         pipeline.save_pretrained(str(partial))
-        pipeline.check_saved(partial)
+        check_saved(pipeline, partial)
         for figure in _figures(run):
             shutil.copy(figure, partial / f"{figure.parent.name}_{figure.name}")
         prompts = example_prompts(run, settings)

@@ -112,7 +112,7 @@ class BatchEncoder:
         return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def _checked(self, method: str, given: Tensor, channels: int, side: int) -> Tensor:
-        """What the autoencoder gave, or a ValueError where its attributes promise another shape."""
+        """The autoencoder's output, or a ValueError where its attributes promise another shape."""
         if given.shape[1:] != (channels, side, side):
             autoencoder = self.autoencoder
             raise ValueError(

@@ -12,6 +12,18 @@ NON_FINITE_LIMIT = 0.5
 """Share of non-finite samples above which a batch is bad: the rest teaches nothing."""
 
 
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of the optimiser's weights that have one."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return [weight.grad for weight in weights if weight.grad is not None]
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, a scalar, also of sharded ones."""
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 class NonFiniteGuard:
     """Counts consecutive bad batches on the device, and reads the count at the logging interval or while it is not 0.
 
@@ -34,10 +46,8 @@ class NonFiniteGuard:
         Samples without a finite error have no part in it; this is for an overflow within the network. It does not wait
         for the device. The batch counts as a bad one.
         """
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        norm = get_total_norm(gradients)
-        bad = ~(norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite()
+        gradients = gradients_of(optimizer)
+        bad = ~norm_of(gradients).isfinite()
         for gradient in gradients:
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).masked_fill_(bad, 0)
         self._bad_gradient = bad if self._bad_gradient is None else bad | self._bad_gradient

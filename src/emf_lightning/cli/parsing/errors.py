@@ -96,7 +96,7 @@ def raised_in_package(error: BaseException) -> bool:
 
 
 def constructor_error(error: BaseException) -> BaseException | None:
-    """What a class's constructor raised, with the traceback from there on; None where the parser called none.
+    """The error of a class's constructor, with the traceback from there on; None where the parser called none.
 
     The parser reports it as one of several reasons why a value does not fit, which are of no use here.
     """

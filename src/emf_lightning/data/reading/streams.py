@@ -264,7 +264,7 @@ class ShardStream(IterableDataset[RawBatch]):
         counts = []
         for _, sample, _ in islice(self._samples(0, Position()), samples):
             with suppress(UnusableSampleError):  # it is left out
-                counts.append(len(decode_captions(sample, self.caption_column)))
+                counts.append(len(self._captions(sample)))
         return sum(counts) / len(counts) if counts else 1.0
 
     def _looked_up(self, queries: deque[Query], leave_out: Callable[[str, str], None]) -> RawBatch:
